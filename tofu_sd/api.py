@@ -1,0 +1,110 @@
+"""The verbs a user calls. Everything heavy is imported when a model comes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .patch import ATTRIBUTE, Patch, Site, Summary, attach, detach, summarize
+from .policy import TokenFusion
+
+Model = TypeVar("Model")
+logger = logging.getLogger("tofu_sd")
+if not logger.handlers:  # loud by default, as diffusers and transformers are; logging.getLogger("tofu_sd") quietens it
+    logger.addHandler(logging.StreamHandler())
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) -> Model:
+    """Fuses tokens in the self-attention of a Stable Diffusion pipeline or UNet, from the next call on.
+
+    model: a diffusers pipeline with a `unet`, a UNet, or a ControlNet; torch.compile'd or not.
+    ratio: share of tokens fused away, or a TokenFusion. options: TokenFusion's fields, and tomesd's names:
+    `max_downsample` (fuse down to that downsampling; the highest resolution with attention is always fused) and
+    `use_rand` (draw destinations; reproducible here, from `seed`, 0 if none is given).
+
+    Returns `model`, patched in place. A model that is already patched is patched anew.
+    Raises ValueError (value out of range, no eligible block), TypeError (unknown option, no UNet) or RuntimeError (a
+    layer that something else has wrapped); the model is then as it was.
+    """
+    from .hosts import diffusers as host
+
+    unet, train_steps = host.unwrap(model)
+    before = patch_of(unet)
+    if before is not None:
+        detach(unet)
+    try:
+        sites = host.find_sites(unet)
+        fusion = _fusion(sites, ratio, options)
+        patch = attach(unet, sites, fusion, host.swap, train_steps)
+    except Exception:
+        if before is not None:
+            attach(unet, host.find_sites(unet), before.fusion, host.swap, before.train_steps)
+        raise
+    logger.info(summarize(type(unet).__name__, sites, patch, host.latent_size(unet)).headline)
+    return model
+
+
+def remove_patch(model: Model) -> Model:
+    """Takes the patch off: classes, attributes, hooks and output are what they were before it.
+
+    A model without a patch stays as it is.
+    """
+    from .hosts import diffusers as host
+
+    unet, _ = host.unwrap(model)
+    if patch_of(unet) is not None:
+        detach(unet)
+    return model
+
+
+@contextmanager
+def patched(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) -> Iterator[Model]:
+    """`with patched(pipe, 0.5): …` applies the patch and, however the block ends, puts back what was there before."""
+    from .hosts import diffusers as host
+
+    before = patch_of(host.unwrap(model)[0])
+    apply_patch(model, ratio, **options)
+    try:
+        yield model
+    finally:
+        remove_patch(model)
+        if before is not None:
+            apply_patch(model, before.fusion)
+
+
+def summary(model: Any, latent: tuple[int, int] | None = None) -> Summary:
+    """Which blocks of a model are fused, and how many tokens each keeps. `print` it.
+
+    latent: height and width of the latent (pixels / 8), by default the model's own sample size.
+    """
+    from .hosts import diffusers as host
+
+    unet, _ = host.unwrap(model)
+    return summarize(type(unet).__name__, host.find_sites(unet), patch_of(unet), latent or host.latent_size(unet))
+
+
+def patch_of(unet: nn.Module) -> Patch | None:
+    """The patch a UNet carries, if any."""
+    patch = vars(unet).get(ATTRIBUTE)
+    return patch if isinstance(patch, Patch) else None
+
+
+def _fusion(sites: list[Site], ratio: float | TokenFusion, options: dict[str, Any]) -> TokenFusion:
+    """TokenFusion.of, with tomesd's two names said in ours."""
+    options = dict(options)
+    if "max_downsample" in options:
+        if "levels" in options:
+            raise ValueError("levels and max_downsample say the same thing in two ways: give one of them")
+        limit = options.pop("max_downsample")
+        if limit not in (1, 2, 4, 8):
+            raise ValueError(f"max_downsample is {limit!r}; it must be 1, 2, 4 or 8")
+        options["levels"] = max(1, len({site.level for site in sites if site.downsample <= limit}))
+    if options.pop("use_rand", False) and options.get("seed") is None:
+        options["seed"] = 0
+    return TokenFusion.of(ratio, **options)

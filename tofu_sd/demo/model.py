@@ -1,0 +1,138 @@
+"""The embedded model's parts: Stable Diffusion's own classes at a size that trains on two cores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .scenes import CLASSES, MATERIALS, SETTINGS, SHAPES
+
+TEXT_WIDTH = 128
+
+
+def build_tokenizer(texts: Iterable[str] = tuple(c.prompt for c in CLASSES)) -> CLIPTokenizer:
+    """A CLIP tokenizer whose merges are learnt from `texts`: each of their words is one token, other text is bytes."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator((text.lower() for text in texts), trainer)
+    learnt = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    symbols = sorted(alphabet)
+    tokens = symbols + [s + "</w>" for s in symbols] + [a + b for a, b in learnt] + ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocab, merges=learnt, pad_token="<|endoftext|>", model_max_length=77)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_vae() -> AutoencoderKL:
+    """Eight-fold autoencoder with 4 latent channels."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=256,
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The upper half of Stable Diffusion 1.5's UNet: 11 transformer blocks, 5 of them at full latent resolution."""
+    return UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=(64, 112, 160),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=2,
+        attention_head_dim=(2, 2, 2),  # heads a level, as in Stable Diffusion, whatever the argument's name says
+        cross_attention_dim=TEXT_WIDTH,
+        norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        steps_offset=1,
+    )
+
+
+class Judge(nn.Module):
+    """A small classifier of renders. It says what a generated picture shows, and its features compare pictures.
+
+    Input: pictures [B, 3, H, W] in 0..1 of any size, brought to 128 × 128 by area.
+    """
+
+    WIDTHS = (24, 48, 80, 112, 144)
+
+    def __init__(self) -> None:
+        super().__init__()
+        stages, width = [], 3
+        for out in self.WIDTHS:
+            stages.append(
+                nn.Sequential(
+                    nn.Conv2d(width, out, 3, stride=2, padding=1),
+                    nn.GroupNorm(8, out),
+                    nn.SiLU(),
+                    nn.Conv2d(out, out, 3, padding=1),
+                    nn.GroupNorm(8, out),
+                    nn.SiLU(),
+                )
+            )
+            width = out
+        self.stages = nn.ModuleList(stages)
+        self.heads = nn.ModuleList(nn.Linear(width, len(names)) for names in (SHAPES, MATERIALS, SETTINGS))
+
+    def maps(self, pictures: Tensor) -> list[Tensor]:
+        """Feature maps of the five stages, each half the size of the one before, the first 64 × 64."""
+        x = F.interpolate(pictures, (128, 128), mode="area") * 2 - 1
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+    def features(self, pictures: Tensor) -> Tensor:
+        """Pooled features [B, 144]."""
+        return self.maps(pictures)[-1].mean(dim=(2, 3))
+
+    def forward(self, pictures: Tensor) -> list[Tensor]:
+        """Logits for shape, material and setting: [B, 6], [B, 4], [B, 4]."""
+        features = self.features(pictures)
+        return [head(features) for head in self.heads]
+
+    @torch.no_grad()
+    def classify(self, pictures: Tensor) -> Tensor:
+        """Most likely (shape, material, setting) of each picture: long [B, 3]."""
+        return torch.stack([logits.argmax(-1) for logits in self(pictures)], -1)

@@ -1,0 +1,181 @@
+"""diffusers: where a UNet's transformer blocks are, and the subclasses that take their layers' places.
+
+Written against diffusers 0.32 to 0.42. Host words (hidden_states, encoder_hidden_states) live here alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from ..patch import ATTRIBUTE, Site, SiteFusion
+from ..reduce import unmerge
+
+
+def unwrap(model: Any) -> tuple[nn.Module, int]:
+    """(the UNet of a pipeline or the module itself, out of torch.compile's wrapper; the scheduler's training steps).
+
+    TypeError where there is none.
+    """
+    unet = getattr(model, "unet", model)
+    if not isinstance(unet, nn.Module):
+        raise TypeError(
+            f"{type(model).__name__} has no `unet`: token fusion acts on the transformer blocks of Stable Diffusion's "
+            "UNets (SD 1.x, 2.x, SDXL and their relatives); pass such a pipeline or its UNet"
+        )
+    unet = getattr(unet, "_orig_mod", unet)
+    scheduler = getattr(model, "scheduler", None)
+    return unet, int(getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000)
+
+
+def latent_size(unet: nn.Module) -> tuple[int, int]:
+    """Height and width of the latent the model was made for; 64 x 64 where it does not say."""
+    size = getattr(getattr(unet, "config", None), "sample_size", None) or 64
+    return tuple(size) if isinstance(size, list | tuple) else (size, size)
+
+
+def find_sites(unet: nn.Module) -> list[Site]:
+    """All transformer blocks with self-attention over a 4-D map, in execution order, found by structure.
+
+    ValueError where there is none, saying what was looked for.
+    """
+    places = [
+        (path, downsample, name, module)
+        for path, downsample, prefix, stage in _stages(unet)
+        for name, module in stage.named_modules(prefix=prefix)
+        if isinstance(module, Transformer2DModel)
+    ]
+    blocks = [
+        (path, downsample, canvas, f"{name}.transformer_blocks.{i}", block)
+        for path, downsample, name, canvas in places
+        for i, block in enumerate(getattr(canvas, "transformer_blocks", ()))
+        if isinstance(block, BasicTransformerBlock) and not _only_cross(block)
+    ]
+    if not blocks:
+        raise ValueError(
+            f"no eligible block in {type(unet).__name__}: looked in down_blocks, mid_block and up_blocks for "
+            f"Transformer2DModel whose BasicTransformerBlocks have self-attention, found {len(places)} "
+            "Transformer2DModel; diffusion transformers (DiT, SD3, Flux) and Kandinsky's UNets have none"
+        )
+    levels = sorted({downsample for _, downsample, *_ in blocks})
+    sites = []
+    for depth, (path, downsample, canvas, name, block) in enumerate(blocks):
+        parts = {"norm": block.norm1, "attn": block.attn1, "crossattn": block.attn2, "mlp": block.ff}
+        parts = {role: part for role, part in parts.items() if part is not None}
+        sites.append(Site(name, depth, path, levels.index(downsample), downsample, canvas, parts, type(block)))
+    return sites
+
+
+def _stages(unet: nn.Module) -> Iterator[tuple[str, int, str, nn.Module]]:
+    """(path, downsample, name, module) of every stage in execution order; downsample counts from the latent's side."""
+    downsample = 1
+    for i, stage in enumerate(getattr(unet, "down_blocks", None) or ()):
+        yield "down", downsample, f"down_blocks.{i}", stage
+        downsample *= 2 if getattr(stage, "downsamplers", None) else 1
+    if getattr(unet, "mid_block", None) is not None:
+        yield "mid", downsample, "mid_block", unet.mid_block  # type: ignore[misc]
+    for i, stage in enumerate(getattr(unet, "up_blocks", None) or ()):
+        yield "up", downsample, f"up_blocks.{i}", stage
+        downsample //= 2 if getattr(stage, "upsamplers", None) else 1
+
+
+def _only_cross(block: BasicTransformerBlock) -> bool:
+    return bool(block.only_cross_attention or block.attn1.is_cross_attention)
+
+
+# --- what is swapped in ------------------------------------------------------------------------------------------------
+# Importable, so that a patched model pickles. Each reads SiteFusion's tensors alone, so that torch.compile sees one graph.
+
+
+class FusedNorm(nn.LayerNorm):
+    """A block's first norm that shows its input, the block's hidden states, to the matching.
+
+    It overrides __call__ and not forward: offloading and layerwise casting set `forward` on the instance, which would
+    hide an override of the class.
+    """
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        getattr(self, ATTRIBUTE).observe(hidden_states)
+        return super().__call__(hidden_states)  # type: ignore[no-any-return]
+
+
+class FusedAttention(Attention):  # type: ignore[misc]
+    """Self-attention over fused tokens. The processor, whichever it is, runs untouched on fewer tokens."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        site: SiteFusion = getattr(self, ATTRIBUTE)
+        if site.normed:
+            site.observe(hidden_states)
+        map = site.take("attn", hidden_states)
+        if map is None or encoder_hidden_states is not None or attention_mask is not None:
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        fused, bias = site.reduction(hidden_states, map), site.key_bias(hidden_states, map)
+        if not site.keys_only:
+            return unmerge(super().forward(fused, attention_mask=bias, **kwargs), map)
+        if getattr(self, "fused_projections", False):
+            raise RuntimeError(
+                "keys_only fuses keys and values apart from the queries, which fuse_qkv_projections() has made one "
+                "projection: call unfuse_qkv_projections() first, or leave keys_only off"
+            )
+        return super().forward(hidden_states, fused, bias, **kwargs)  # type: ignore[no-any-return]
+
+
+class FusedCrossAttention(Attention):  # type: ignore[misc]
+    """Cross-attention whose queries are fused tokens."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("ip_adapter_masks") is not None:  # they are laid on the full map
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+        site: SiteFusion = getattr(self, ATTRIBUTE)
+        attend = super().forward
+        return site.around("crossattn", lambda x: attend(x, *args, **kwargs), hidden_states)
+
+
+class FusedFeedForward(FeedForward):  # type: ignore[misc]
+    """Feed-forward on fused tokens. A chunk of the tokens (chunked feed-forward) passes through unfused."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        site: SiteFusion = getattr(self, ATTRIBUTE)
+        layer = super().forward
+        return site.around("mlp", lambda x: layer(x, *args, **kwargs), hidden_states)
+
+
+_SWAPS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+    "norm": (nn.LayerNorm, FusedNorm),
+    "attn": (Attention, FusedAttention),
+    "crossattn": (Attention, FusedCrossAttention),
+    "mlp": (FeedForward, FusedFeedForward),
+}
+
+
+def swap(site: Site, role: str) -> type[nn.Module]:
+    """The class that takes the place of the site's layer `role`. RuntimeError where something else has wrapped it."""
+    part, (known, fused) = site.parts[role], _SWAPS[role]
+    where = f"{site.name}'s {role} layer"
+    if site.block is not BasicTransformerBlock:
+        raise RuntimeError(
+            f"{site.name} is a {site.block.__module__}.{site.block.__qualname__}: something else has already wrapped "
+            "this block (tomesd?); remove that patch first"
+        )
+    if type(part) is not known:
+        raise RuntimeError(
+            f"{where} is a {type(part).__module__}.{type(part).__qualname__}, not a plain {known.__name__}: something "
+            "else has already wrapped it"
+        )
+    if role != "norm" and "forward" in vars(part):
+        raise RuntimeError(
+            f"{where} has a `forward` of its own, set by something else (a cache, an attention hook): fusion would be "
+            "passed over silently; apply tofu_sd first, then the other"
+        )
+    return fused

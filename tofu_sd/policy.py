@@ -1,0 +1,154 @@
+"""TokenFusion: what to fuse, how much, how, where and when, as one frozen value."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from .reduce import REDUCTIONS, Reduction, mlerp, prune
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """' (did you mean …?)' for the nearest of `known`, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def reduction_named(name: str | Reduction) -> Reduction:
+    """The reduction called `name`; a function is returned as it is. ValueError for an unknown name."""
+    if callable(name):
+        return name
+    if name not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {name!r}{did_you_mean(name, REDUCTIONS)}; known: {', '.join(REDUCTIONS)}")
+    return REDUCTIONS[name]
+
+
+@dataclass(frozen=True)
+class TokenFusion:
+    """How tokens are fused. The default is the paper's ToFu: half the tokens of the highest-resolution self-attention.
+
+    Important
+        ratio: share of a map's tokens that are fused away, 0 to 1 - 1 / (sx * sy). 0 changes nothing, bit for bit.
+        proportional: give a fused token the attention of all the tokens it stands for: log(n_i) is added to its key's
+            logit (ATM appendix A, ToMe for ViTs). Fused attention over identical tokens then equals full attention.
+    To choose between methods
+        early, late: reductions of the blocks before and from `depth_split` on (`prune`, `mean`, `mlerp`, or any
+            function of the same signature). ToFu Eq. 7.
+        depth_split: d, counted over all transformer blocks of the model in execution order; None puts the whole down
+            path before it, which in Stable Diffusion 1.5 is the paper's d = 6.
+        keys_only: fuse keys and values and leave the queries whole; nothing is unmerged, attention costs (1 - ratio).
+        levels: how many attention resolutions are fused, from the highest that has attention downwards.
+    To tinker with
+        sx, sy: cell of the destination grid; one token a cell is a destination.
+        seed: None takes each cell's top-left token, an integer draws it anew every step (the same image every time).
+        start, end: part of the sampling in which tokens are fused, in progress 0..1, measured by timestep.
+        match_on: "hidden" compares tokens before the block's first norm, as the paper does; "normed" after it.
+    Seldom worth it (they are tomesd's)
+        merge_attn, merge_crossattn, merge_mlp: which layers of a block run on fused tokens.
+
+    Raises ValueError naming the value and the limit.
+    """
+
+    ratio: float = 0.5
+    proportional: bool = False
+    early: Reduction = prune
+    late: Reduction = mlerp
+    depth_split: int | None = None
+    keys_only: bool = False
+    levels: int = 1
+    sx: int = 2
+    sy: int = 2
+    seed: int | None = None
+    start: float = 0.0
+    end: float = 1.0
+    match_on: str = "hidden"
+    merge_attn: bool = True
+    merge_crossattn: bool = False
+    merge_mlp: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "early", reduction_named(self.early))
+        object.__setattr__(self, "late", reduction_named(self.late))
+        for name in ("sx", "sy", "levels"):
+            value = getattr(self, name)
+            if not _whole(value) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if not _number(self.ratio):
+            raise ValueError(f"ratio is {self.ratio!r}; it must be a number from 0 to {self.max_ratio:g}")
+        if not 0 <= self.ratio <= self.max_ratio:  # NaN fails both comparisons
+            why = f"one token in each {self.sx} x {self.sy} cell has to stay, so at most 1 - 1/(sx*sy) can go"
+            raise ValueError(f"ratio is {self.ratio}; it must lie between 0 and {self.max_ratio:g}: {why}")
+        for name in ("start", "end"):
+            if not _number(getattr(self, name)) or not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must lie between 0 and 1 (sampling progress)")
+        if self.start >= self.end:
+            raise ValueError(f"start is {self.start} and end is {self.end}: start must come before end")
+        if self.depth_split is not None and (not _whole(self.depth_split) or self.depth_split < 0):
+            raise ValueError(f"depth_split is {self.depth_split!r}; it must be None or a whole number of at least 0")
+        if self.seed is not None and (not _whole(self.seed) or not 0 <= self.seed < 2**31):
+            raise ValueError(f"seed is {self.seed!r}; it must be None or a whole number from 0 to {2**31 - 1}")
+        if self.match_on not in ("hidden", "normed"):
+            hint = did_you_mean(str(self.match_on), ("hidden", "normed"))
+            raise ValueError(f"match_on is {self.match_on!r}{hint}; it must be 'hidden' or 'normed'")
+        if not (self.merge_attn or self.merge_crossattn or self.merge_mlp):
+            raise ValueError("merge_attn, merge_crossattn and merge_mlp are all False: nothing would be fused")
+
+    @classmethod
+    def of(cls, ratio: float | TokenFusion = 0.5, **options: Any) -> TokenFusion:
+        """A TokenFusion from a ratio, or from another TokenFusion, with any options changed.
+
+        TypeError for an unknown option.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"unknown option {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+        return replace(ratio, **options) if isinstance(ratio, cls) else cls(ratio=ratio, **options)  # type: ignore[arg-type]
+
+    @property
+    def max_ratio(self) -> float:
+        return 1 - 1 / (self.sx * self.sy)
+
+    @property
+    def key(self) -> str:
+        """A short name for rows, folders and plots alike: 'tofu-r50', 'kv-mean-r75+p'."""
+        reductions = (self.early.__name__, self.late.__name__)
+        name = "tofu" if reductions == ("prune", "mlerp") else "-".join(dict.fromkeys(reductions))
+        parts = ["kv-" * self.keys_only + name, f"r{100 * self.ratio:g}"]
+        default = type(self)()
+        if self.depth_split is not None:
+            parts.append(f"d{self.depth_split}")
+        for letter, value, usual in (
+            ("l", self.levels, default.levels),
+            ("seed", self.seed, None),
+        ):
+            if value != usual:
+                parts.append(f"{letter}{value}")
+        if (self.sx, self.sy) != (2, 2):
+            parts.append(f"{self.sx}x{self.sy}")
+        if (self.start, self.end) != (0, 1):
+            parts.append(f"t{100 * self.start:g}to{100 * self.end:g}")
+        parts += [word for word, on in (("normed", self.match_on == "normed"), ("x", self.merge_crossattn),
+                                        ("mlp", self.merge_mlp), ("noattn", not self.merge_attn)) if on]  # fmt: skip
+        return "-".join(parts) + "+p" * self.proportional
+
+    def reduction(self, depth: int, down_path: int) -> Reduction:
+        """Eq. 7: what a block at `depth` does in a model whose down path has `down_path` transformer blocks."""
+        d = down_path if self.depth_split is None else self.depth_split
+        return self.early if depth < d else self.late
+
+    def leaving(self, h: int, w: int) -> int:
+        """r: how many tokens of an h x w map leave; never more than its sources, which are few in a thin map."""
+        sources = h * w - max(1, h // self.sy) * max(1, w // self.sx)
+        return min(int(h * w * self.ratio), sources)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
