@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .patch import ATTRIBUTE, Patch, Site, Summary, attach, detach, summarize
+from .patch import ATTRIBUTE, Patch, Site, Summary, attach, detach, plan, summarize
 from .policy import TokenFusion
 
 Model = TypeVar("Model")
@@ -40,12 +40,12 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) 
         detach(unet)
     try:
         sites = host.find_sites(unet)
-        fusion = _fusion(sites, ratio, options)
-        patch = attach(unet, sites, fusion, host.swap, train_steps)
+        patch = plan(unet, sites, _fusion(sites, ratio, options), host.swap, train_steps)
     except Exception:
         if before is not None:
-            attach(unet, host.find_sites(unet), before.fusion, host.swap, before.train_steps)
+            attach(unet, before)
         raise
+    attach(unet, patch)
     logger.info(summarize(type(unet).__name__, sites, patch, host.latent_size(unet)).headline)
     return model
 
@@ -68,14 +68,15 @@ def patched(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) -> I
     """`with patched(pipe, 0.5): …` applies the patch and, however the block ends, puts back what was there before."""
     from .hosts import diffusers as host
 
-    before = patch_of(host.unwrap(model)[0])
+    unet, _ = host.unwrap(model)
+    before = patch_of(unet)
     apply_patch(model, ratio, **options)
     try:
         yield model
     finally:
-        remove_patch(model)
+        remove_patch(unet)
         if before is not None:
-            apply_patch(model, before.fusion)
+            attach(unet, before)
 
 
 def summary(model: Any, latent: tuple[int, int] | None = None) -> Summary:

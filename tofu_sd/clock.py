@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .match import Partition, partition
 from .policy import TokenFusion
+
+
+class Layout(NamedTuple):
+    """What a block may know of its map, in tensors alone: a compiler would take an int for a constant.
+
+    parts: sources and destinations. leaving: [r], of which the length alone counts.
+    """
+
+    parts: Partition
+    leaving: Tensor
 
 
 class Clock:
@@ -23,7 +33,7 @@ class Clock:
         self.train_steps = train_steps
         self.timestep: Tensor | None = None
         self.open = True  # whether the step lies in the window
-        self._layouts: dict[tuple[int, int, torch.device], Partition] = {}
+        self._layouts: dict[tuple[int, int, torch.device], Layout] = {}
 
     def tick(self, timestep: Any) -> None:
         """Notes the timestep of this call of the model: a number or a tensor, of which the first value counts.
@@ -32,7 +42,7 @@ class Clock:
         """
         fusion = self.fusion
         if fusion.seed is not None:
-            self.timestep = torch.as_tensor(timestep)
+            self.timestep = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep)
             self._layouts.clear()
         if (fusion.start, fusion.end) != (0.0, 1.0):
             if torch.compiler.is_compiling():
@@ -48,21 +58,27 @@ class Clock:
                 )
             self.open = fusion.start <= 1 - t / self.train_steps < fusion.end
 
-    def layout(self, h: int, w: int, device: torch.device) -> Partition | None:
-        """Sources and destinations on an h × w map at this step; None outside the step window."""
-        if not self.open:
+    def layout(self, h: int, w: int, device: torch.device) -> Layout | None:
+        """The layout of an h × w map at this step; None where no token leaves, or outside the step window."""
+        if not self.open or self.fusion.leaving(h, w) == 0:
             return None
-        fusion, draw = self.fusion, None
-        if fusion.seed is not None and self.timestep is not None:
-            draw = self.timestep.flatten()[0].double().mul(1000).long() + fusion.seed * 1_000_003
         if torch.compiler.is_compiling():  # sizes may be symbols, which no dictionary should hold
-            return partition(h, w, fusion.sx, fusion.sy, device, draw)
+            return self._lay_out(h, w, device)
         key = (h, w, device)
         if key not in self._layouts:
             if len(self._layouts) > 16:
                 self._layouts.clear()
-            self._layouts[key] = partition(h, w, fusion.sx, fusion.sy, device, draw)
+            self._layouts[key] = layout = self._lay_out(h, w, device)
+            for index in (*layout.parts, layout.leaving):  # one graph of a compiled block for every size and ratio
+                torch._dynamo.maybe_mark_dynamic(index, 0)
         return self._layouts[key]
+
+    def _lay_out(self, h: int, w: int, device: torch.device) -> Layout:
+        fusion, draw = self.fusion, None
+        if fusion.seed is not None and self.timestep is not None:
+            draw = self.timestep.flatten()[0].double().mul(1000).long() + fusion.seed * 1_000_003
+        parts = partition(h, w, fusion.sx, fusion.sy, device, draw)
+        return Layout(parts, parts.src.new_empty(fusion.leaving(h, w)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "timestep": None, "_layouts": {}}

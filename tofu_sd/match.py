@@ -64,10 +64,9 @@ def bipartite_soft_matching(metric: Tensor, parts: Partition, r: int) -> TokenMa
         scores = unit[:, src] @ unit[:, dst].mT  # [B, S, D] cosine
         best, partner = scores.max(dim=-1)
         order = best.argsort(dim=-1, descending=True, stable=True)
-        leaving, staying = order[:, :r], order[:, r:]
-        kept = torch.cat((src[staying], dst.expand(B, -1)), dim=1)
-        rank = torch.arange(kept.shape[1], device=metric.device).expand(B, -1)
-        home = torch.empty(B, N, dtype=torch.long, device=metric.device)
-        home = home.scatter(1, kept, rank)
-        home = home.scatter(1, src[leaving], partner.gather(1, leaving) + staying.shape[1])
-    return TokenMap(kept, home)
+        tokens = torch.cat((src[order], dst.expand(B, -1)), dim=1)  # [B, N] r leaving, staying, destinations
+        place, S = torch.arange(N, device=metric.device), len(src)
+        stand = torch.where(place[:S] < r, S + partner.gather(1, order), place[:S])  # [B, S] where each source ends up
+        stand = torch.cat((stand, place[S:].expand(B, -1)), dim=1) - r  # [B, N] the first r places fall away
+        home = torch.empty_like(tokens).scatter(1, tokens, stand)
+    return TokenMap(tokens[:, r:], home)

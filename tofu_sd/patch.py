@@ -7,14 +7,14 @@ its `SiteFusion` under the attribute `_tofu`. `detach` swaps it back and removes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .clock import Clock
-from .match import Partition, bipartite_soft_matching
+from .clock import Clock, Layout
+from .match import bipartite_soft_matching
 from .policy import TokenFusion
 from .reduce import Reduction, unmerge
 from .tokens import TokenMap
@@ -43,7 +43,7 @@ class Site:
 
 
 class SiteFusion:
-    """What the swapped-in modules of one site share during a forward: tensors and fixed choices, so that it compiles."""
+    """What the swapped-in modules of one site share in a forward: tensors and fixed choices, so that it compiles."""
 
     def __init__(self, fusion: TokenFusion, reduction: Reduction):
         self.reduction = reduction
@@ -59,15 +59,17 @@ class SiteFusion:
             )
             if on
         )
-        self.parts: Partition | None = None
-        self.r = 0
+        self.layout: Layout | None = None
         self.map: TokenMap | None = None
 
     def observe(self, x: Tensor) -> None:
         """Matches the tokens x [B, N, C] of the block, where the layout fits them."""
         self.map = None
-        if self.parts is not None and self.r > 0 and x.shape[1] == len(self.parts.src) + len(self.parts.dst):
-            self.map = bipartite_soft_matching(x, self.parts, self.r)
+        if self.layout is None:
+            return
+        parts, leaving = self.layout
+        if x.shape[1] == len(parts.src) + len(parts.dst):
+            self.map = bipartite_soft_matching(x, parts, len(leaving))
 
     def take(self, role: str, x: Tensor) -> TokenMap | None:
         """The map to fuse x with in the layer `role`, if any. The last layer to take it lets go of it."""
@@ -88,7 +90,7 @@ class SiteFusion:
         return layer(x) if map is None else unmerge(layer(self.reduction(x, map)), map)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "parts": None, "map": None}
+        return {**self.__dict__, "layout": None, "map": None}
 
 
 class _Tick:
@@ -111,66 +113,66 @@ class _LayOut:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         h, w = x.shape[-2:]
-        parts, r = self.clock.layout(h, w, x.device), self.clock.fusion.leaving(h, w)
+        layout = self.clock.layout(h, w, x.device)
         for site in self.sites:
-            site.parts, site.r = parts, r
+            site.layout = layout
 
 
 @dataclass(frozen=True)
 class Patch:
-    """What `attach` did to a model: enough to undo it and to tell of it."""
+    """Everything `attach` does to a model, said before it is done."""
 
     fusion: TokenFusion
     sites: tuple[Site, ...]  # the fused ones
     down_path: int  # transformer blocks on the down path
-    train_steps: int
-    handles: tuple[RemovableHandle, ...]
-    original: tuple[tuple[nn.Module, type[nn.Module]], ...]
+    swaps: tuple[tuple[nn.Module, type[nn.Module], type[nn.Module], SiteFusion], ...]  # layer, its class, the new one
+    hooks: tuple[tuple[nn.Module, _Tick | _LayOut], ...]
+    handles: tuple[RemovableHandle, ...] = ()  # of the hooks, once attached
 
 
-def attach(
+def plan(
     model: nn.Module,
     sites: Sequence[Site],
     fusion: TokenFusion,
     swap: Callable[[Site, str], type[nn.Module]],
     train_steps: int,
 ) -> Patch:
-    """Fuses the tokens of `sites` under `fusion`.
+    """The patch that fuses the tokens of `sites` under `fusion`; touches nothing.
 
-    swap(site, role) gives the class to swap in or raises; it is asked for every layer before any is touched, so
-    that a refusal leaves the model as it was.
+    swap(site, role) gives the class to swap in or raises.
     """
     chosen = tuple(site for site in sites if site.level < fusion.levels)
     down_path = sum(site.path == "down" for site in sites)
     roles = {"attn"}
     roles |= {"norm"} if fusion.match_on == "hidden" else set()
     roles |= {role for role, on in (("crossattn", fusion.merge_crossattn), ("mlp", fusion.merge_mlp)) if on}
-    plan = [(site, [(part, swap(site, role)) for role, part in site.parts.items() if role in roles]) for site in chosen]
     clock = Clock(fusion, train_steps)
-    handles = [model.register_forward_pre_hook(_Tick(clock), with_kwargs=True)]
-    original, canvases = [], dict[nn.Module, list[SiteFusion]]()
-    for site, swaps in plan:
+    swaps, canvases = [], dict[nn.Module, list[SiteFusion]]()
+    for site in chosen:
         state = SiteFusion(fusion, fusion.reduction(site.depth, down_path))
         canvases.setdefault(site.canvas, []).append(state)
-        for part, cls in swaps:
-            original.append((part, type(part)))
-            part.__class__ = cls
-            setattr(part, ATTRIBUTE, state)
-    for canvas, states in canvases.items():
-        handles.append(canvas.register_forward_pre_hook(_LayOut(clock, states), with_kwargs=True))
-    patch = Patch(fusion, chosen, down_path, train_steps, tuple(handles), tuple(original))
-    setattr(model, ATTRIBUTE, patch)
-    return patch
+        swaps += [(part, type(part), swap(site, role), state) for role, part in site.parts.items() if role in roles]
+    hooks = [(canvas, _LayOut(clock, states)) for canvas, states in canvases.items()]
+    return Patch(fusion, chosen, down_path, tuple(swaps), ((model, _Tick(clock)), *hooks))
+
+
+def attach(model: nn.Module, patch: Patch) -> None:
+    """Puts a planned patch on the model, which has none."""
+    for part, _, fused, state in patch.swaps:
+        part.__class__ = fused
+        setattr(part, ATTRIBUTE, state)
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in patch.hooks]
+    setattr(model, ATTRIBUTE, replace(patch, handles=tuple(handles)))
 
 
 def detach(model: nn.Module) -> None:
-    """Undoes `attach`: detach(attach(model)) leaves every class, attribute and hook as it was."""
+    """Undoes `attach`: every class, attribute and hook is what it was before."""
     patch: Patch = getattr(model, ATTRIBUTE)
     for handle in patch.handles:
         handle.remove()
-    for part, cls in patch.original:
+    for part, original, _, _ in patch.swaps:
         delattr(part, ATTRIBUTE)
-        part.__class__ = cls
+        part.__class__ = original
     delattr(model, ATTRIBUTE)
 
 

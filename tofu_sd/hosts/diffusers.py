@@ -88,8 +88,9 @@ def _only_cross(block: BasicTransformerBlock) -> bool:
     return bool(block.only_cross_attention or block.attn1.is_cross_attention)
 
 
-# --- what is swapped in ------------------------------------------------------------------------------------------------
-# Importable, so that a patched model pickles. Each reads SiteFusion's tensors alone, so that torch.compile sees one graph.
+# --- what is swapped in -----------------------------------------------------------------------------------------------
+# Importable, so that a patched model pickles. Each reads tensors of its SiteFusion alone, so that it compiles. Whatever
+# hooked such a layer keeps its method when the patch has gone: without a SiteFusion each is the host's own.
 
 
 class FusedNorm(nn.LayerNorm):
@@ -114,7 +115,9 @@ class FusedAttention(Attention):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        site: SiteFusion = getattr(self, ATTRIBUTE)
+        site: SiteFusion | None = getattr(self, ATTRIBUTE, None)
+        if site is None:
+            return Attention.forward(self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
         if site.normed:
             site.observe(hidden_states)
         map = site.take("attn", hidden_states)
@@ -135,10 +138,12 @@ class FusedCrossAttention(Attention):  # type: ignore[misc]
     """Cross-attention whose queries are fused tokens."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("ip_adapter_masks") is not None:  # they are laid on the full map
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-        site: SiteFusion = getattr(self, ATTRIBUTE)
+        site: SiteFusion | None = getattr(self, ATTRIBUTE, None)
+        if site is None:
+            return Attention.forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         attend = super().forward
+        if kwargs.get("ip_adapter_masks") is not None:  # they are laid on the full map
+            return attend(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         return site.around("crossattn", lambda x: attend(x, *args, **kwargs), hidden_states)
 
 
@@ -146,7 +151,9 @@ class FusedFeedForward(FeedForward):  # type: ignore[misc]
     """Feed-forward on fused tokens. A chunk of the tokens (chunked feed-forward) passes through unfused."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        site: SiteFusion = getattr(self, ATTRIBUTE)
+        site: SiteFusion | None = getattr(self, ATTRIBUTE, None)
+        if site is None:
+            return FeedForward.forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
         layer = super().forward
         return site.around("mlp", lambda x: layer(x, *args, **kwargs), hidden_states)
 
