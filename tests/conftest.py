@@ -1,0 +1,19 @@
+"""One thread, no network, and not a word from the libraries."""
+
+import logging
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import diffusers
+import pytest
+import torch
+
+torch.set_num_threads(1)
+diffusers.logging.set_verbosity_error()
+logging.getLogger("tofu_sd").setLevel(logging.WARNING)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_whatever_ran_before() -> None:
+    torch.manual_seed(0)

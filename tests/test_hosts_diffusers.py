@@ -1,0 +1,409 @@
+"""The patch among everything else that diffusers does to a UNet: each row acts, and equals the same fusion by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import accelerate
+import pytest
+import tiny
+import torch
+from diffusers import (
+    ControlNetModel,
+    LCMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    UNetMotionModel,
+)
+from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading, apply_layerwise_casting
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, IPAdapterAttnProcessor2_0
+from oracle import oracle
+from torch import Tensor, nn
+
+import tofu_sd
+
+CPU = torch.device("cpu")
+Call = dict[str, Any]
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit: the same operations run on the same numbers."""
+    return bool(torch.equal(a, b)) and bool(a.isfinite().all())
+
+
+# --- pipelines --------------------------------------------------------------------------------------------------------
+
+PICTURE = tiny.noise(1, 3, 128, 128).sigmoid()
+MASK = torch.ones(1, 1, 128, 128).tril()
+
+
+def _lcm() -> Any:
+    pipe = tiny.sd15_pipe(with_unet={"time_cond_proj_dim": 8})
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+PIPELINES: dict[str, tuple[Callable[[], Any], Call]] = {
+    "text-to-image": (tiny.sd15_pipe, {}),
+    "without guidance": (tiny.sd15_pipe, {"guidance_scale": 1.0}),
+    "three images at once": (tiny.sd15_pipe, {"prompt": ["a fox", "a cat", "a dog"], "guidance_scale": 1.0}),
+    "three images, guided": (tiny.sd15_pipe, {"num_images_per_prompt": 3}),
+    "136 x 200 pixels": (tiny.sd15_pipe, {"height": 136, "width": 200}),
+    "img2img": (lambda: tiny.sd15_pipe(StableDiffusionImg2ImgPipeline), {"image": PICTURE, "strength": 0.6, "num_inference_steps": 4}),
+    "inpaint, 4 channels": (
+        lambda: tiny.sd15_pipe(StableDiffusionInpaintPipeline),
+        {"image": PICTURE, "mask_image": MASK, "height": 128, "width": 128, "strength": 1.0},
+    ),
+    "inpaint, 9 channels": (
+        lambda: tiny.sd15_pipe(StableDiffusionInpaintPipeline, with_unet={"in_channels": 9}),
+        {"image": PICTURE, "mask_image": MASK, "height": 128, "width": 128, "strength": 1.0},
+    ),
+    "ControlNet": (lambda: tiny.sd15_pipe(StableDiffusionControlNetPipeline, controlnet=tiny.controlnet()), {"image": PICTURE}),
+    "latent consistency, 2 steps": (_lcm, {"guidance_scale": 3.0}),
+    "perturbed attention guidance": (
+        lambda: tiny.sd15_pipe(StableDiffusionPAGPipeline, pag_applied_layers=["down.block_0", "up.block_3"]),
+        {"pag_scale": 2.0},
+    ),
+    "SDXL": (tiny.sdxl_pipe, {}),
+    "SDXL img2img": (
+        lambda: tiny.sdxl_pipe(StableDiffusionXLImg2ImgPipeline),
+        {"image": PICTURE, "strength": 0.6, "num_inference_steps": 4},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_patched_pipeline_fuses_and_a_restored_one_does_not(name: str) -> None:
+    """Every pipeline that calls a UNet: no pipeline's own way of calling it may pass fusion by."""
+    build, call = PIPELINES[name]
+    pipe = build()
+    plain = tiny.images(pipe, **call)
+    with oracle(pipe.unet):
+        expected = tiny.images(pipe, **call)
+    assert not same(plain, expected)
+    assert same(tiny.images(tofu_sd.apply_patch(pipe, 0.5), **call), expected)
+    assert same(tiny.images(tofu_sd.remove_patch(pipe), **call), plain)
+
+
+# --- features, put on before the patch and after it -------------------------------------------------------------------
+
+
+def _lora(pipe: Any) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0", "proj_in"], init_lora_weights=False)
+    torch.manual_seed(5)
+    pipe.unet.add_adapter(config)
+
+
+def ip_adapter_weights(unet: Any) -> Call:
+    """What an IP-Adapter's file holds: a projection of the image's features and keys and values for every attn2."""
+    dim = unet.config.cross_attention_dim
+    names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    layers = {
+        f"{2 * i + 1}.to_{kv}_ip.weight": tiny.noise(16, dim, seed=i) for i in range(len(names)) for kv in ("k", "v")
+    }
+    projection = {
+        "proj.weight": tiny.noise(4 * dim, 8),
+        "proj.bias": torch.zeros(4 * dim),
+        "norm.weight": torch.ones(dim),
+        "norm.bias": torch.zeros(dim),
+    }
+    return {"image_proj": projection, "ip_adapter": layers}
+
+
+def _ip_adapter(pipe: Any) -> None:
+    pipe.unet._load_ip_adapter_weights([ip_adapter_weights(pipe.unet)])
+    processor = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.processor
+    assert isinstance(processor, IPAdapterAttnProcessor2_0)
+
+
+IP_CALL = {"ip_adapter_image_embeds": [tiny.noise(2, 1, 8)]}
+IP_MASKS = {"cross_attention_kwargs": {"ip_adapter_masks": [MASK[None, :, 0]]}}
+
+
+class _Twice(ModelHook):
+    """What a cache or a guidance hook looks like: it calls what it found and does something with it."""
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return 2 * self.fn_ref.original_forward(*args, **kwargs)
+
+
+def _hook_on_the_feed_forward(pipe: Any) -> None:
+    for _, block in _top(pipe.unet):
+        HookRegistry.check_if_exists_or_initialize(block.ff).register_hook(_Twice(), "twice")
+
+
+def _replaced_forwards(pipe: Any) -> None:
+    """DeepCache's way: the forwards of the UNet, its stages and its transformers are replaced on the instance."""
+
+    def replace(module: nn.Module) -> None:
+        original = module.forward
+        module.forward = lambda *args, **kwargs: original(*args, **kwargs)  # type: ignore[method-assign]
+
+    for module in (pipe.unet, *pipe.unet.down_blocks, *pipe.unet.up_blocks, *(canvas for canvas, _ in _top(pipe.unet))):
+        replace(module)
+
+
+def _top(unet: Any) -> list[tuple[Any, Any]]:
+    """(transformer, its block) at the highest resolution."""
+    return [(a, a.transformer_blocks[0]) for a in (*unet.down_blocks[0].attentions, *unet.up_blocks[3].attentions)]
+
+
+FEATURES: dict[str, tuple[Callable[[Any], Any], Call]] = {
+    "LoRA": (_lora, {}),
+    "IP-Adapter": (_ip_adapter, IP_CALL),
+    "IP-Adapter with masks": (_ip_adapter, {**IP_CALL, **IP_MASKS}),
+    "attention slicing": (lambda pipe: pipe.enable_attention_slicing(1), {}),
+    "fused QKV": (lambda pipe: pipe.unet.fuse_qkv_projections(), {}),
+    "another processor": (lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()), {}),
+    "chunked feed-forward": (lambda pipe: pipe.unet.enable_forward_chunking(4, dim=1), {}),
+    "FreeU": (lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6), {}),
+    "sequential offload": (lambda pipe: accelerate.cpu_offload(pipe.unet, execution_device=CPU), {}),
+    "model offload": (lambda pipe: accelerate.cpu_offload_with_hook(pipe.unet, CPU), {}),
+    "group offload by block": (
+        lambda pipe: apply_group_offloading(pipe.unet, CPU, CPU, "block_level", num_blocks_per_group=1),
+        {},
+    ),
+    "group offload by leaf": (lambda pipe: apply_group_offloading(pipe.unet, CPU, CPU, "leaf_level"), {}),
+    "layerwise casting": (lambda pipe: apply_layerwise_casting(pipe.unet, torch.bfloat16, torch.float32), {}),
+    "layerwise casting, norms too": (
+        lambda pipe: apply_layerwise_casting(pipe.unet, torch.bfloat16, torch.float32, skip_modules_pattern=None),
+        {},
+    ),
+    "a hook on the feed-forward": (_hook_on_the_feed_forward, {}),
+    "replaced forwards": (_replaced_forwards, {}),
+}
+
+
+@pytest.mark.parametrize("order", ["feature first", "patch first"])
+@pytest.mark.parametrize("name", FEATURES)
+def test_a_feature_and_the_patch_add_up_in_either_order(name: str, order: str) -> None:
+    """People load adapters and switch on offloading before and after a patch; neither may undo the other."""
+    enable, call = FEATURES[name]
+    pipe = tiny.sd15_pipe()
+    if order == "patch first":
+        tofu_sd.apply_patch(pipe, 0.5)
+    enable(pipe)
+    if order == "feature first":
+        tofu_sd.apply_patch(pipe, 0.5)
+    fused = tiny.images(pipe, **call)
+    tofu_sd.remove_patch(pipe)
+    plain = tiny.images(pipe, **call)
+    with oracle(pipe.unet):
+        expected = tiny.images(pipe, **call)
+    assert not same(plain, expected)
+    assert same(fused, expected)
+
+
+@pytest.mark.parametrize("name", ["LoRA", "IP-Adapter", "IP-Adapter with masks", "another processor", "FreeU"])
+def test_the_features_do_something(name: str) -> None:
+    """Else the test above would show nothing."""
+    enable, call = FEATURES[name]
+    pipe = tiny.sd15_pipe()
+    plain = tiny.images(pipe)
+    if name == "another processor":
+        assert isinstance(_top(pipe.unet)[0][1].attn1.processor, AttnProcessor2_0)
+        enable(pipe)
+        assert isinstance(_top(pipe.unet)[0][1].attn1.processor, AttnProcessor)
+    else:
+        enable(pipe)
+        assert not same(tiny.images(pipe, **call), plain)
+
+
+def test_a_hook_on_a_patched_layer_outlives_the_patch() -> None:
+    """An attention cache set after the patch holds the patched layer's method; it must go on working without the patch."""
+    plain, unet = tiny.sd15_unet(), tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
+    for model in (plain, unet):
+        for _, block in _top(model):
+            HookRegistry.check_if_exists_or_initialize(block.attn1).register_hook(_Twice(), "twice")
+    assert not same(tiny.predict(unet), tiny.predict(plain))
+    assert same(tiny.predict(tofu_sd.remove_patch(unet)), tiny.predict(plain))
+
+
+# --- ControlNet -------------------------------------------------------------------------------------------------------
+
+
+def test_a_controlnet_is_patched_only_when_asked_for() -> None:
+    pipe = tofu_sd.apply_patch(tiny.sd15_pipe(StableDiffusionControlNetPipeline, controlnet=tiny.controlnet()), 0.5)
+    assert not any("_tofu" in vars(module) for module in pipe.controlnet.modules())
+    call = {"image": PICTURE}
+    unet_only = tiny.images(pipe, **call)
+    tofu_sd.apply_patch(pipe.controlnet, 0.5)
+    both = tiny.images(pipe, **call)
+    tofu_sd.remove_patch(pipe)
+    tofu_sd.remove_patch(pipe.controlnet)
+    assert isinstance(pipe.controlnet, ControlNetModel)
+    with oracle(pipe.unet), oracle(pipe.controlnet):
+        assert same(both, tiny.images(pipe, **call))
+    assert not same(both, unet_only)
+
+
+# --- UNets called by themselves ---------------------------------------------------------------------------------------
+
+
+def _motion() -> Any:
+    options = {"down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion")}
+    options |= {"up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"), "block_out_channels": (16, 16)}
+    return tiny.lively(
+        UNetMotionModel(
+            sample_size=16, layers_per_block=1, norm_num_groups=4, cross_attention_dim=16, num_attention_heads=2,
+            motion_num_attention_heads=2, **options,
+        ),
+        0,
+    )  # fmt: skip
+
+
+def test_a_video_unet_fuses_its_spatial_blocks_alone() -> None:
+    """A motion module's tokens are frames of one place: to fuse them over a map would mix up space and time."""
+    unet = _motion()
+    call = {"sample": tiny.noise(1, 4, 3, 16, 16), "timestep": 10, "encoder_hidden_states": tiny.noise(1, 7, 16)}
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return unet(**call).sample
+
+    plain = run()
+    with oracle(unet):
+        expected = run()
+    assert not same(plain, expected)
+    assert same((tofu_sd.apply_patch(unet, 0.5), run())[1], expected)
+    assert not any("motion" in site.name for site in tofu_sd.api.patch_of(unet).sites)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("h", "w"), [(17, 13), (16, 16), (1, 16), (16, 1), (2, 2), (1, 1), (3, 50), (75, 128)], ids=lambda side: str(side)
+)
+def test_any_latent(h: int, w: int) -> None:
+    """Odd sides and sides thinner than a cell; a map of one token has nothing to fuse."""
+    unet = tiny.shallow_unet()
+    plain = tiny.predict(unet, h, w, batch=1)
+    with tofu_sd.patched(unet, 0.5):
+        fused = tiny.predict(unet, h, w, batch=1)
+    if min(h, w) > 1:  # where a side is 1 a cell is 1 x 2, of which exactly half can go; the oracle has no such limit
+        with oracle(unet):
+            assert same(fused, tiny.predict(unet, h, w, batch=1))
+    assert same(fused, plain) == (h * w == 1)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.75])
+def test_an_odd_full_hd_latent_in_sdxl(ratio: float) -> None:
+    """135 x 240 is halved to 68 x 120 before the first attention: the map is what the layer sees, not the latent over 2."""
+    unet = tiny.sdxl_unet(layers=(1, 1, 1))
+    with tofu_sd.patched(unet, ratio):
+        fused = tiny.predict(unet, 135, 240, batch=1)
+        assert tofu_sd.summary(unet, (135, 240)).rows[0].size == (68, 120)
+    with oracle(unet, ratio):
+        assert same(fused, tiny.predict(unet, 135, 240, batch=1))
+
+
+@pytest.mark.parametrize("make", [tiny.sd15_unet, tiny.sdxl_unet], ids=["SD 1.5", "SDXL"])
+def test_the_blocks_of_each_model(make: Callable[[], Any]) -> None:
+    """5 of 16 and 10 of 70: the highest resolution that has attention, which in SDXL is not the latent's own."""
+    unet = make()
+    summary = tofu_sd.summary(tofu_sd.apply_patch(unet, 0.5))
+    assert (len(summary.rows), summary.blocks) == ((5, 16) if make is tiny.sd15_unet else (10, 70))
+    reductions = [row.reduction for row in summary.rows]
+    down = 2 if make is tiny.sd15_unet else 4
+    assert reductions == ["prune"] * down + ["mlerp"] * (len(reductions) - down)
+
+
+def test_arguments_by_name_and_by_place() -> None:
+    """Pipelines pass the sample first, ControlNet's and users' code passes it by name."""
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
+    call = tiny.inputs(unet)
+    with torch.no_grad():
+        placed = unet(call["sample"], call["timestep"], call["encoder_hidden_states"]).sample
+    assert same(placed, tiny.predict(unet))
+
+
+@pytest.mark.parametrize("options", [{}, {"keys_only": True}, {"proportional": True}, {"merge_mlp": True}])
+def test_gradient_checkpointing_leaves_the_gradients_alone(options: Call) -> None:
+    """A checkpointed block runs again in the backward pass and has to match the same tokens again."""
+    unet = tofu_sd.apply_patch(tiny.shallow_unet().train(), 0.5, **options)
+
+    def gradients() -> list[Tensor]:
+        unet.zero_grad()
+        unet(**tiny.inputs(unet)).sample.square().mean().backward()
+        return [parameter.grad.clone() for parameter in unet.parameters() if parameter.grad is not None]
+
+    whole = gradients()
+    unet.enable_gradient_checkpointing()
+    assert whole and all(same(a, b) for a, b in zip(whole, gradients(), strict=True))
+    tofu_sd.remove_patch(unet)
+    assert not all(same(a, b) for a, b in zip(whole, gradients(), strict=True))
+
+
+def gligen() -> tuple[Any, Call]:
+    """A UNet with GLIGEN's gated self-attention, gates open, and the boxes it is to look at."""
+    unet = tiny.shallow_unet(attention_type="gated")
+    for name, parameter in unet.named_parameters():
+        if "alpha_" in name:
+            parameter.data.fill_(0.7)
+    boxes = {
+        "boxes": torch.tensor([[[0.1, 0.1, 0.6, 0.6], [0.5, 0.5, 0.9, 0.9]]]).repeat(2, 1, 1),
+        "positive_embeddings": tiny.noise(2, 2, 16),
+        "masks": torch.ones(2, 2),
+    }
+    return unet, {"cross_attention_kwargs": {"gligen": boxes}}
+
+
+def test_gligen_keeps_its_boxes() -> None:
+    """Retyped block forwards lose GLIGEN's layer; here the block is the host's own."""
+    unet, call = gligen()
+    plain = tiny.predict(unet, **call)
+    boxless = tiny.predict(unet)
+    with tofu_sd.patched(unet, 0.0):
+        assert same(tiny.predict(unet, **call), plain)
+    with tofu_sd.patched(unet, 0.5):
+        fused, fused_boxless = tiny.predict(unet, **call), tiny.predict(unet)
+    with oracle(unet):
+        assert same(fused, tiny.predict(unet, **call))
+    assert not same(fused, plain)
+    assert not same(plain, boxless)
+    assert not same(fused, fused_boxless)
+
+
+def test_fused_qkv_and_keys_only_exclude_each_other() -> None:
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, keys_only=True)
+    separate = tiny.predict(unet)
+    unet.fuse_qkv_projections()
+    with pytest.raises(RuntimeError, match=r"keys_only .* unfuse_qkv_projections\(\)"):
+        tiny.predict(unet)
+    unet.unfuse_qkv_projections()
+    assert same(tiny.predict(unet), separate)
+
+
+def test_only_cross_attention_blocks_are_left_alone() -> None:
+    """The upscaler's attn1 looks at the text: there are no tokens of a map to fuse among its keys."""
+    unet = tiny.shallow_unet(only_cross_attention=(True, False))
+    with pytest.raises(ValueError, match="no eligible block"):
+        # the mid block of a UNet with only_cross_attention at its last level is plain; here nothing but it is left
+        tofu_sd.apply_patch(tiny.shallow_unet(only_cross_attention=True, mid_block_type=None), 0.5)
+    names = [row.name for row in tofu_sd.summary(tofu_sd.apply_patch(unet, 0.5)).rows]
+    assert names == ["mid_block.attentions.0.transformer_blocks.0"]
+
+
+def test_a_pipeline_made_from_another_shares_the_patch() -> None:
+    pipe = tofu_sd.apply_patch(tiny.sd15_pipe(), 0.5)
+    other = tiny.quiet(StableDiffusionPipeline.from_pipe(pipe))
+    assert other.unet is pipe.unet
+    assert tofu_sd.summary(other).fusion is not None
+
+
+def test_half_precision_and_channels_last() -> None:
+    """bfloat16 at channels_last fuses as it does in the usual layout, to the bit of the same kernels' own difference."""
+    unet = tofu_sd.apply_patch(tiny.shallow_unet().to(torch.bfloat16), 0.5)
+    call = {k: v.to(torch.bfloat16) if v.ndim else v for k, v in tiny.inputs(unet).items()}
+    with torch.no_grad():
+        usual = unet(**call).sample
+        last = unet.to(memory_format=torch.channels_last)(**call).sample
+    with tofu_sd.patched(unet, 0.0), torch.no_grad():
+        plain = unet(**call).sample
+    assert usual.dtype == torch.bfloat16
+    assert (usual - last).norm() < 0.1 * (usual - plain).norm()  # bfloat16 rounding may turn single matches, not most
