@@ -66,7 +66,7 @@ PIPELINES: dict[str, tuple[Callable[[], Any], Call]] = {
     "ControlNet": (lambda: tiny.sd15_pipe(StableDiffusionControlNetPipeline, controlnet=tiny.controlnet()), {"image": PICTURE}),
     "latent consistency, 2 steps": (_lcm, {"guidance_scale": 3.0}),
     "perturbed attention guidance": (
-        lambda: tiny.sd15_pipe(StableDiffusionPAGPipeline, pag_applied_layers=["down.block_0", "up.block_3"]),
+        lambda: tiny.sd15_pipe(StableDiffusionPAGPipeline, pag_applied_layers=["down_blocks.0", "up_blocks.3"]),
         {"pag_scale": 2.0},
     ),
     "SDXL": (tiny.sdxl_pipe, {}),
@@ -139,6 +139,11 @@ def _hook_on_the_feed_forward(pipe: Any) -> None:
         HookRegistry.check_if_exists_or_initialize(block.ff).register_hook(_Twice(), "twice")
 
 
+def _chunked(pipe: Any) -> None:
+    for _, block in _top(pipe.unet):
+        block.set_chunk_feed_forward(4, dim=1)
+
+
 def _replaced_forwards(pipe: Any) -> None:
     """DeepCache's way: the forwards of the UNet, its stages and its transformers are replaced on the instance."""
 
@@ -162,7 +167,7 @@ FEATURES: dict[str, tuple[Callable[[Any], Any], Call]] = {
     "attention slicing": (lambda pipe: pipe.enable_attention_slicing(1), {}),
     "fused QKV": (lambda pipe: pipe.unet.fuse_qkv_projections(), {}),
     "another processor": (lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()), {}),
-    "chunked feed-forward": (lambda pipe: pipe.unet.enable_forward_chunking(4, dim=1), {}),
+    "chunked feed-forward": (_chunked, {}),
     "FreeU": (lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6), {}),
     "sequential offload": (lambda pipe: accelerate.cpu_offload(pipe.unet, execution_device=CPU), {}),
     "model offload": (lambda pipe: accelerate.cpu_offload_with_hook(pipe.unet, CPU), {}),
@@ -262,7 +267,7 @@ def _motion() -> Any:
 def test_a_video_unet_fuses_its_spatial_blocks_alone() -> None:
     """A motion module's tokens are frames of one place: to fuse them over a map would mix up space and time."""
     unet = _motion()
-    call = {"sample": tiny.noise(1, 4, 3, 16, 16), "timestep": 10, "encoder_hidden_states": tiny.noise(1, 7, 16)}
+    call = {"sample": tiny.noise(1, 4, 3, 16, 16), "timestep": 10, "encoder_hidden_states": tiny.noise(3, 7, 16)}
 
     def run() -> Tensor:
         with torch.no_grad():
@@ -396,14 +401,15 @@ def test_a_pipeline_made_from_another_shares_the_patch() -> None:
     assert tofu_sd.summary(other).fusion is not None
 
 
-def test_half_precision_and_channels_last() -> None:
-    """bfloat16 at channels_last fuses as it does in the usual layout, to the bit of the same kernels' own difference."""
-    unet = tofu_sd.apply_patch(tiny.shallow_unet().to(torch.bfloat16), 0.5)
-    call = {k: v.to(torch.bfloat16) if v.ndim else v for k, v in tiny.inputs(unet).items()}
-    with torch.no_grad():
-        usual = unet(**call).sample
-        last = unet.to(memory_format=torch.channels_last)(**call).sample
-    with tofu_sd.patched(unet, 0.0), torch.no_grad():
-        plain = unet(**call).sample
-    assert usual.dtype == torch.bfloat16
-    assert (usual - last).norm() < 0.1 * (usual - plain).norm()  # bfloat16 rounding may turn single matches, not most
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_any_dtype_and_memory_layout(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    unet = tiny.shallow_unet().to(dtype, memory_format=layout)
+    call = {name: value.to(dtype) if value.ndim else value for name, value in tiny.inputs(unet).items()}
+    plain = tiny.predict(unet, **call)
+    with oracle(unet):
+        expected = tiny.predict(unet, **call)
+    fused = tiny.predict(tofu_sd.apply_patch(unet, 0.5), **call)
+    assert fused.dtype == dtype
+    assert same(fused, expected)
+    assert not same(fused, plain)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
@@ -126,7 +126,7 @@ class FusedAttention(Attention):  # type: ignore[misc]
         fused, bias = site.reduction(hidden_states, map), site.key_bias(hidden_states, map)
         if not site.keys_only:
             return unmerge(super().forward(fused, attention_mask=bias, **kwargs), map)
-        if getattr(self, "fused_projections", False):
+        if isinstance(self.processor, FusedAttnProcessor2_0):
             raise RuntimeError(
                 "keys_only fuses keys and values apart from the queries, which fuse_qkv_projections() has made one "
                 "projection: call unfuse_qkv_projections() first, or leave keys_only off"
