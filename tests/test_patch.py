@@ -1,0 +1,358 @@
+"""Laws of apply_patch, remove_patch and patched: what they leave behind, what they cannot touch, when they act."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+import tofu_sd
+from tofu_sd import TokenFusion
+from tofu_sd.reduce import mean, mlerp, prune
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "tofu": {},
+    "proportional": {"proportional": True},
+    "keys only": {"keys_only": True},
+    "mean everywhere": {"early": "mean", "late": "mean"},
+    "drawn destinations": {"seed": 3},
+    "all layers": {"merge_crossattn": True, "merge_mlp": True},
+    "mlp alone": {"merge_attn": False, "merge_mlp": True},
+    "two levels": {"levels": 2},
+    "normed": {"match_on": "normed"},
+    "step window": {"start": 0.2, "end": 0.8},
+}
+options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+def anatomy(model: nn.Module) -> dict[str, Any]:
+    """Class, attributes and hooks of every module: keys and identities, so that nothing left behind goes unseen."""
+
+    def look(module: nn.Module) -> Any:
+        attributes = {k: dict(v) if isinstance(v, dict) else v for k, v in vars(module).items()}
+        return type(module), {k: {n: id(x) for n, x in v.items()} if isinstance(v, dict) else id(v) for k, v in attributes.items()}
+
+    return {name: look(module) for name, module in model.named_modules()}
+
+
+def fused_calls(unet: Any) -> list[bool]:
+    """Grows by one for every call of the UNet from now on: were tokens fused in its first block?"""
+    calls: list[bool] = []
+    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    to_q, full = attn.to_q, unet.config.sample_size**2
+    to_q.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape[1] < full))
+    return calls
+
+
+# --- nothing, and nothing left ----------------------------------------------------------------------------------------
+
+
+@options
+def test_ratio_0_is_the_unpatched_model_bit_for_bit(options: dict[str, Any]) -> None:
+    unet = tiny.sd15_unet()
+    plain = tiny.predict(unet)
+    assert torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.0, **options)), plain)
+    assert not torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5, **options)), plain)
+
+
+@options
+def test_remove_patch_leaves_nothing(options: dict[str, Any]) -> None:
+    unet = tiny.sd15_unet()
+    plain, before = tiny.predict(unet), anatomy(unet)
+    tofu_sd.apply_patch(unet, 0.5, **options)
+    tiny.predict(unet)
+    assert anatomy(unet) != before
+    tofu_sd.remove_patch(unet)
+    assert anatomy(unet) == before
+    assert torch.equal(tiny.predict(unet), plain)
+
+
+def test_remove_patch_leaves_an_unpatched_model_alone() -> None:
+    unet = tiny.shallow_unet()
+    before = anatomy(unet)
+    assert tofu_sd.remove_patch(unet) is unet
+    assert anatomy(unet) == before
+
+
+def test_patched_cleans_up_after_an_exception() -> None:
+    unet = tiny.shallow_unet()
+    before = anatomy(unet)
+    with pytest.raises(KeyError), tofu_sd.patched(unet, 0.5):
+        tiny.predict(unet)
+        raise KeyError
+    assert anatomy(unet) == before
+
+
+def test_an_interrupted_call_leaves_no_stale_match() -> None:
+    """A forward that fails between the match and the layer that uses it must not lend its match to the next call."""
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, merge_mlp=True)
+    expected = tiny.predict(unet)
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+
+    def fail(*args: Any) -> None:
+        raise InterruptedError
+
+    handle = block.attn1.to_q.register_forward_pre_hook(fail)
+    with pytest.raises(InterruptedError):
+        tiny.predict(unet, seed=9)
+    handle.remove()
+    assert torch.equal(tiny.predict(unet), expected)
+
+
+def test_patched_puts_back_the_outer_patch() -> None:
+    unet = tiny.shallow_unet()
+    plain = tiny.predict(unet)
+    with tofu_sd.patched(unet, 0.5):
+        outer, before = tiny.predict(unet), anatomy(unet)
+        with tofu_sd.patched(unet, 0.25, keys_only=True):
+            assert not torch.equal(tiny.predict(unet), outer)
+        assert tofu_sd.summary(unet).fusion == TokenFusion(0.5)
+        assert torch.equal(tiny.predict(unet), outer)
+        assert {name: cls for name, (cls, _) in anatomy(unet).items()} == {name: cls for name, (cls, _) in before.items()}
+    assert torch.equal(tiny.predict(unet), plain)
+
+
+def test_patching_again_replaces_the_patch() -> None:
+    """Twice the same is once; the last of two different ones counts, whole."""
+    unet, fresh = tiny.shallow_unet(), tiny.shallow_unet()
+    tofu_sd.apply_patch(tofu_sd.apply_patch(unet, 0.5), 0.5)
+    assert torch.equal(tiny.predict(unet), tiny.predict(tofu_sd.apply_patch(fresh, 0.5)))
+    tofu_sd.apply_patch(unet, TokenFusion(0.25, early=mean, merge_mlp=True))
+    tofu_sd.apply_patch(unet, 0.3, keys_only=True)
+    assert torch.equal(tiny.predict(unet), tiny.predict(tofu_sd.apply_patch(fresh, 0.3, keys_only=True)))
+    assert anatomy(tofu_sd.remove_patch(unet)).keys() == anatomy(tofu_sd.remove_patch(fresh)).keys()
+
+
+def test_apply_patch_returns_what_it_was_given() -> None:
+    pipe = tiny.sd15_pipe()
+    assert tofu_sd.apply_patch(pipe) is pipe
+    assert tofu_sd.apply_patch(pipe.unet) is pipe.unet
+    with tofu_sd.patched(pipe) as inside:
+        assert inside is pipe
+
+
+# --- copies -----------------------------------------------------------------------------------------------------------
+
+
+def _pickled(unet: Any) -> Any:
+    return pickle.loads(pickle.dumps(unet))
+
+
+def _saved(unet: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(unet, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _pickled, _saved])
+@pytest.mark.parametrize("options", [{}, {"seed": 3}, {"merge_mlp": True}], ids=str)
+def test_a_copy_is_patched_and_goes_its_own_way(copied: Callable[[Any], Any], options: dict[str, Any]) -> None:
+    unet = tiny.shallow_unet()
+    plain = tiny.predict(unet)
+    fused = tiny.predict(tofu_sd.apply_patch(unet, 0.5, **options))
+    other = copied(unet)
+    assert torch.equal(tiny.predict(other), fused)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    assert torch.equal(tiny.predict(unet), fused)
+    assert not torch.equal(tiny.predict(other), fused)
+
+    another = copied(unet)
+    tofu_sd.remove_patch(unet)
+    assert torch.equal(tiny.predict(another), fused)
+    assert torch.equal(tiny.predict(unet), plain)
+    assert torch.equal(tiny.predict(tofu_sd.remove_patch(another)), plain)
+    assert not any("_tofu" in vars(module) or module._forward_pre_hooks for module in another.modules())
+
+
+def test_what_is_saved_is_unpatched(tmp_path: Path) -> None:
+    """Files must load where tofu_sd is not installed."""
+    unet = tiny.shallow_unet()
+    plain, names = tiny.predict(unet), list(unet.state_dict())
+    tofu_sd.apply_patch(unet, 0.5)
+    assert list(unet.state_dict()) == names
+    unet.save_pretrained(tmp_path)
+    assert not any(b"tofu" in file.read_bytes() for file in tmp_path.iterdir())
+    assert torch.equal(tiny.predict(UNet2DConditionModel.from_pretrained(tmp_path).eval()), plain)
+
+
+# --- the same seed, the same image ------------------------------------------------------------------------------------
+
+SEEDED = pytest.mark.parametrize("options", [{}, {"seed": 3}], ids=["top left", "drawn"])
+
+
+@SEEDED
+def test_an_image_does_not_depend_on_what_was_made_before(options: dict[str, Any]) -> None:
+    pipe = tofu_sd.apply_patch(tiny.sd15_pipe(), 0.5, **options)
+    first = tiny.images(pipe, seed=1)
+    tiny.images(pipe, seed=2, height=136, width=200, num_inference_steps=3)
+    torch.rand(7)
+    assert torch.equal(tiny.images(pipe, seed=1), first)
+    assert torch.equal(tiny.images(tofu_sd.apply_patch(tiny.sd15_pipe(), 0.5, **options), seed=1), first)
+
+
+@SEEDED
+def test_an_image_does_not_depend_on_the_rest_of_its_batch(options: dict[str, Any]) -> None:
+    """The unpatched model keeps this on one thread here (first assertion), so fusion has to."""
+    unet = tiny.shallow_unet()
+
+    def alone_and_together() -> tuple[Tensor, Tensor]:
+        call = tiny.inputs(unet, batch=3)
+        one = {k: v[1:2] if v.ndim else v for k, v in call.items()}
+        return tiny.predict(unet, **one), tiny.predict(unet, **call)[1:2]
+
+    alone, together = alone_and_together()
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)  # a product's rounding may vary with the batch
+    exact = torch.equal(alone, together)
+    tofu_sd.apply_patch(unet, 0.5, **options)
+    fused, beside = alone_and_together()
+    assert torch.equal(fused, beside) if exact else (fused - beside).abs().max() < 1e-4
+    assert not torch.equal(fused, alone)
+
+
+@SEEDED
+def test_the_global_rng_is_untouched(options: dict[str, Any]) -> None:
+    unet = tiny.shallow_unet()
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    tofu_sd.apply_patch(unet, 0.5, **options)
+    tiny.predict(unet)
+    tofu_sd.remove_patch(unet)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_seed_and_the_step_draw_the_destinations() -> None:
+    unet = tiny.shallow_unet()
+
+    def run(seed: int | None, t: float | Tensor) -> Tensor:
+        with tofu_sd.patched(unet, 0.5, seed=seed):
+            tiny.predict(unet, t=5)  # another step in between
+            return tiny.predict(unet, timestep=t)
+
+    assert torch.equal(run(3, 500), run(3, torch.tensor(500)))
+    assert torch.equal(run(3, 500), run(3, torch.tensor([500, 500])))
+    assert not torch.equal(run(3, 500), run(4, 500))
+    assert not torch.equal(run(3, 500), run(None, 500))
+    # the same drawing at another step moves other tokens
+    clock = tofu_sd.clock.Clock(TokenFusion(seed=3))
+    parts = []
+    for t in (500, 499):
+        clock.tick(torch.tensor(t))
+        layout = clock.layout(16, 16, torch.device("cpu"))
+        assert layout is not None
+        parts.append(layout.parts.dst)
+    assert not torch.equal(*parts)
+
+
+# --- when -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("window", "fused"),
+    [
+        ((0.0, 1.0), [True] * 5),
+        ((0.0, 0.5), [True, True, False, False, False]),
+        ((0.5, 1.0), [False, False, True, True, True]),
+        ((0.3, 0.7), [False, True, True, False, False]),
+        ((0.999, 1.0), [False, False, False, False, True]),
+    ],
+)
+def test_a_window_opens_and_closes_at_its_steps(window: tuple[float, float], fused: list[bool]) -> None:
+    """DDIM's timesteps for 5 steps are 801, 601, 401, 201, 1: progress .199, .399, .599, .799, .999."""
+    pipe = tiny.sd15_pipe()
+    calls = fused_calls(pipe.unet)
+    tofu_sd.apply_patch(pipe, 0.5, start=window[0], end=window[1])
+    tiny.images(pipe, num_inference_steps=5)
+    assert calls == fused
+
+
+def test_img2img_starts_midway() -> None:
+    """Progress is counted by noise, not by calls: a strength of 0.6 begins at 40 %."""
+    pipe = tiny.sd15_pipe(StableDiffusionImg2ImgPipeline)
+    calls = fused_calls(pipe.unet)
+    tofu_sd.apply_patch(pipe, 0.5, start=0.0, end=0.5)
+    call = {"image": tiny.noise(1, 3, 128, 128).sigmoid(), "num_inference_steps": 5}
+    tiny.images(pipe, strength=0.6, **call)  # timesteps 401, 201, 1
+    assert calls == [False, False, False]
+    calls.clear()
+    tiny.images(pipe, strength=1.0, **call)  # 801, 601, 401, 201, 1
+    assert calls == [True, True, False, False, False]
+
+
+def test_outside_its_window_a_patch_is_the_unpatched_model() -> None:
+    unet = tiny.shallow_unet()
+    plain = tiny.predict(unet, t=900)
+    tofu_sd.apply_patch(unet, 0.5, start=0.5)
+    assert torch.equal(tiny.predict(unet, t=900), plain)
+    assert torch.equal(tiny.predict(unet, timestep=900), plain)
+    assert not torch.equal(tiny.predict(unet, t=100), tiny.predict(tofu_sd.remove_patch(unet), t=100))
+
+
+def test_a_window_over_timesteps_it_cannot_read_is_refused() -> None:
+    """A scheduler that hands the UNet sigmas or progress itself would open the window at the wrong steps."""
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, end=0.5)
+    with pytest.raises(ValueError, match=r"timestep 1500 is outside 0\.\.1000"):
+        tiny.predict(unet, t=1500)
+
+
+# --- what is chosen ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("levels", "blocks"), [(1, 5), (2, 10), (3, 15), (4, 16), (9, 16)])
+def test_levels_reach_further_down(levels: int, blocks: int) -> None:
+    assert len(tofu_sd.summary(tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, levels=levels)).rows) == blocks
+
+
+@pytest.mark.parametrize(("limit", "blocks"), [(1, 5), (2, 10), (4, 15), (8, 16)])
+def test_max_downsample_is_tomesds(limit: int, blocks: int) -> None:
+    assert len(tofu_sd.summary(tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, max_downsample=limit)).rows) == blocks
+
+
+@pytest.mark.parametrize(("limit", "blocks"), [(1, 10), (2, 10), (4, 70)])
+def test_max_downsample_never_means_nothing(limit: int, blocks: int) -> None:
+    """tomesd's default of 1 fuses nothing in SDXL, whose first attention is at half the latent's size."""
+    assert len(tofu_sd.summary(tofu_sd.apply_patch(tiny.sdxl_unet(), 0.5, max_downsample=limit)).rows) == blocks
+
+
+def test_use_rand_is_a_seed_of_0() -> None:
+    unet = tiny.shallow_unet()
+    rand = tiny.predict(tofu_sd.apply_patch(unet, 0.5, use_rand=True))
+    assert torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5, seed=0)), rand)
+    assert not torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5, use_rand=False)), rand)
+
+
+def test_depth_split_parts_prune_from_mlerp() -> None:
+    """Eq. 7 counts all 16 blocks: 0 and 1 are the first level's way down, 13 to 15 its way up."""
+    for split, expected in ((0, [mlerp] * 5), (1, [prune] + [mlerp] * 4), (14, [prune] * 3 + [mlerp] * 2), (16, [prune] * 5)):
+        unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, depth_split=split)
+        assert [row.reduction for row in tofu_sd.summary(unet).rows] == [f.__name__ for f in expected]
+    assert [row.depth for row in tofu_sd.summary(unet).rows] == [0, 1, 13, 14, 15]
+
+
+def test_proportional_attention_over_equal_tokens_is_full_attention() -> None:
+    """With log(n_i) on the keys, identical tokens weigh what they weighed apart. A constant latent inside a map has them."""
+    unet = tiny.shallow_unet()
+    attn = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    distinct = tiny.noise(1, 4, 16)
+    x = distinct[:, torch.arange(64) // 2 % 4]  # every 2 x 2 cell of an 8 x 8 map holds a token twice over
+    canvas = unet.down_blocks[0].attentions[0]
+    plain = attn.attn1(x)
+    fused = {}
+    for weighted in (False, True):
+        tofu_sd.apply_patch(unet, 0.4, proportional=weighted, match_on="normed")
+        hook = next(iter(canvas._forward_pre_hooks.values()))
+        hook(canvas, (torch.empty(1, 16, 8, 8),), {})
+        fused[weighted] = attn.attn1(x)
+    torch.testing.assert_close(fused[True], plain, rtol=0, atol=1e-5)  # float32 rounding of 64 terms
+    assert (fused[False] - plain).abs().max() > 1e-3
