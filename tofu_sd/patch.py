@@ -43,7 +43,7 @@ class Site:
 
 
 class SiteFusion:
-    """What the swapped-in modules of one site share during a forward: tensors and fixed choices, so that it compiles."""
+    """What the swapped-in layers of one site share during a forward: tensors and fixed choices, so that it compiles."""
 
     def __init__(self, fusion: TokenFusion, reduction: Reduction):
         self.reduction = reduction

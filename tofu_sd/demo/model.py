@@ -12,12 +12,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .scenes import CLASSES, MATERIALS, SETTINGS, SHAPES
+from .scenes import MATERIALS, SETTINGS, SHAPES
 
 TEXT_WIDTH = 128
 
 
-def build_tokenizer(texts: Iterable[str] = tuple(c.prompt for c in CLASSES)) -> CLIPTokenizer:
+def build_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
     """A CLIP tokenizer whose merges are learnt from `texts`: each of their words is one token, other text is bytes."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))

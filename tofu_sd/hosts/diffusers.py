@@ -88,8 +88,8 @@ def _only_cross(block: BasicTransformerBlock) -> bool:
     return bool(block.only_cross_attention or block.attn1.is_cross_attention)
 
 
-# --- what is swapped in ------------------------------------------------------------------------------------------------
-# Importable, so that a patched model pickles. Each reads SiteFusion's tensors alone, so that torch.compile sees one graph.
+# --- what is swapped in -----------------------------------------------------------------------------------------------
+# Importable, so that a patched model pickles. Each reads tensors of its SiteFusion alone, so that it compiles whole.
 
 
 class FusedNorm(nn.LayerNorm):
@@ -101,7 +101,7 @@ class FusedNorm(nn.LayerNorm):
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         getattr(self, ATTRIBUTE).observe(hidden_states)
-        return super().__call__(hidden_states)  # type: ignore[no-any-return]
+        return super().__call__(hidden_states)
 
 
 class FusedAttention(Attention):  # type: ignore[misc]
@@ -119,7 +119,7 @@ class FusedAttention(Attention):  # type: ignore[misc]
             site.observe(hidden_states)
         map = site.take("attn", hidden_states)
         if map is None or encoder_hidden_states is not None or attention_mask is not None:
-            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         fused, bias = site.reduction(hidden_states, map), site.key_bias(hidden_states, map)
         if not site.keys_only:
             return unmerge(super().forward(fused, attention_mask=bias, **kwargs), map)
@@ -128,7 +128,7 @@ class FusedAttention(Attention):  # type: ignore[misc]
                 "keys_only fuses keys and values apart from the queries, which fuse_qkv_projections() has made one "
                 "projection: call unfuse_qkv_projections() first, or leave keys_only off"
             )
-        return super().forward(hidden_states, fused, bias, **kwargs)  # type: ignore[no-any-return]
+        return super().forward(hidden_states, fused, bias, **kwargs)
 
 
 class FusedCrossAttention(Attention):  # type: ignore[misc]
@@ -136,7 +136,7 @@ class FusedCrossAttention(Attention):  # type: ignore[misc]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("ip_adapter_masks") is not None:  # they are laid on the full map
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(hidden_states, *args, **kwargs)
         site: SiteFusion = getattr(self, ATTRIBUTE)
         attend = super().forward
         return site.around("crossattn", lambda x: attend(x, *args, **kwargs), hidden_states)
