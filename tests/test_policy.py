@@ -85,6 +85,15 @@ def test_recipes_are_the_papers():
     assert recipes.named("kv:mlerp+p") == TokenFusion(early=mlerp, late=mlerp, keys_only=True, proportional=True)
 
 
+def test_a_method_takes_any_option_behind_an_at():
+    fusion = recipes.named("kv:tofu+p@ratio=0.25@early=mlerp@match_on=normed@seed=3")
+    assert fusion == TokenFusion(ratio=0.25, early=mlerp, keys_only=True, proportional=True, match_on="normed", seed=3)
+    with pytest.raises(TypeError, match="did you mean 'levels'"):
+        recipes.named("tofu@level=2")
+    with pytest.raises(ValueError, match="'levels' in method 'tofu@levels'"):
+        recipes.named("tofu@levels")
+
+
 @pytest.mark.parametrize("name", ["tofo", "tofu+q", "tofu+", "kv:", "kv:kv:tofu", "tofu+p+p"])
 def test_an_unknown_method_is_refused(name):
     with pytest.raises(ValueError, match="unknown method"):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -95,12 +96,13 @@ def fit(
         optimiser.load_state_dict(state["optimiser"])
         averaged, step, spent, curve = state["averaged"], state["step"], state["spent"], state["curve"]
     warm = max(1, steps // 100)
-    running, began, saved = 0.0, time.monotonic(), time.monotonic()
+    running = curve[-1][1] if curve else 0.0
+    began, saved = time.monotonic(), time.monotonic()
     device = next(model.parameters()).device
     with tqdm(total=steps, initial=step, desc=name, unit_scale=batch, unit="sample", mininterval=5) as bar:
         while step < steps:
             progress = max(0.0, (step - warm) / max(1, steps - warm))
-            scale = min(1.0, (step + 1) / warm) * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * progress)))
+            scale = min(1.0, (step + 1) / warm) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
             for group in optimiser.param_groups:
                 group["lr"] = rate * scale
             value = loss(torch.Generator().manual_seed(seed * 1_000_003 + step))
