@@ -28,7 +28,7 @@ def keys_only(fusion: TokenFusion) -> TokenFusion:
 
 
 def named(name: str, ratio: float = 0.5) -> TokenFusion:
-    """The method written `[kv:]RECIPE[+p][@option=value]...`, as in "tofu", "kv:tome+p" or "tofu@depth_split=3@levels=2".
+    """The method written `[kv:]RECIPE[+p][@option=value]...`: "tofu", "kv:tome+p", "tofu@depth_split=3@levels=2".
 
     Options are TokenFusion's. ValueError for an unknown recipe, TypeError for an unknown option.
     """
