@@ -111,7 +111,7 @@ def fit(
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             _average(averaged, model, step, horizon)
-            running += (float(value) - running) / min(step + 1, 50)
+            running += (value.item() - running) / min(step + 1, 50)
             step += 1
             bar.update()
             if step % 50 == 0 or step == steps:
