@@ -2,7 +2,7 @@
 
     render   96 classes × images each -> renders.npy               the training pictures, 256 × 256
     judge    classifier on renders; accuracy on fresh ones           judge.safetensors
-    vae      autoencoder on 128-pixel crops                          vae/
+    vae      autoencoder on 96-pixel crops                           vae/
     encode   latents of the renders and their mirror images          latents-32.npy, latents-16.npy
     low      UNet and text encoder on 16 × 16 latents                unet/, text_encoder/
     high     the same weights on 32 × 32 latents
@@ -49,7 +49,7 @@ class Recipe:
     images: int = 80  # renders a class
     size: int = 256  # pixels; latents are size / 8
     judge: int = 60_000
-    vae: int = 24_000
+    vae: int = 64_000
     low: int = 90_000
     high: int = 60_000
     seed: int = 0
@@ -206,13 +206,14 @@ def train_vae(
     recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray, judge: Judge
 ) -> tuple[AutoencoderKL, dict[str, Any]]:
     torch.manual_seed(recipe.seed)
-    vae, batch, crop = build_vae().to(device), 12, 128
+    vae, batch, crop = build_vae().to(device), 8, 96
 
     def loss(g: torch.Generator) -> Tensor:
         rows = torch.randint(len(renders), (batch,), generator=g)
         y, x = torch.randint(recipe.size - crop + 1, (2,), generator=g).tolist()
-        if torch.rand((), generator=g) < 0.2:  # whole pictures at half size: what the low stage sees
-            pictures = F.interpolate(_pictures(renders[rows.numpy()], device), (crop, crop), mode="area")
+        if torch.rand((), generator=g) < 0.2:  # at half size, which the low stage sees
+            y, x = (at * (recipe.size // 2 - crop) // (recipe.size - crop) for at in (y, x))
+            pictures = F.avg_pool2d(_pictures(renders[rows.numpy()], device), 2)[..., y : y + crop, x : x + crop]
         else:
             pictures = _pictures(renders[rows.numpy(), :, y : y + crop, x : x + crop], device)
         if torch.rand((), generator=g) < 0.5:
@@ -225,21 +226,36 @@ def train_vae(
             look = perceptual(judge, seen, pictures)
         edges = sum((seen.diff(dim=d) - pictures.diff(dim=d)).abs().mean() for d in (2, 3))
         divergence = 0.5 * (mean.square() + spread.square() - 1 - 2 * spread.log()).mean()
-        return (seen - pictures).abs().mean() + edges + 0.05 * look + 1e-4 * divergence
+        return (seen - pictures).abs().mean() + edges + 0.1 * look + 1e-4 * divergence
 
-    figures = fit("vae", vae, loss, samples=recipe.vae, batch=batch, rate=1.5e-3, work=work, seed=recipe.seed + 2)
+    figures = fit("vae", vae, loss, samples=recipe.vae, batch=batch, rate=1.2e-3, work=work, seed=recipe.seed + 2)
     vae.eval().requires_grad_(False)
-    kinds = list(CLASSES)
-    error, values = [], []
-    for i in range(0, len(kinds), 16):
-        fresh = render(kinds[i : i + 16], [TEST_SEED + i + k for k in range(16)], recipe.size, device)
-        latents = vae.encode(fresh * 2 - 1).latent_dist.mode()
-        seen = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
-        error.append((seen - fresh).square().mean(dim=(1, 2, 3)))
-        values.append(latents)
+    fresh = [render(list(CLASSES[i : i + 8]), list(range(TEST_SEED + i, TEST_SEED + i + 8)), recipe.size, device)
+             for i in range(0, len(CLASSES), 8)]  # fmt: skip
+    standardise(vae, torch.cat([vae.encode(pictures * 2 - 1).latent_dist.mode() for pictures in fresh]))
+    error = []
+    for pictures in fresh:
+        seen = vae.decode(vae.encode(pictures * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
+        error.append((seen.clamp(0, 1) - pictures).square().mean(dim=(1, 2, 3)))
     figures["psnr"] = round(float((-10 * torch.cat(error).log10()).mean()), 2)
-    vae.register_to_config(scaling_factor=round(1 / float(torch.cat(values).std()), 5))
     return vae, figures
+
+
+@torch.no_grad()
+def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Gives each latent channel mean 0 and standard deviation 1 over `latents` [B, 4, h, w].
+
+    The change is folded into the 1 × 1 convolutions on either side of the latents, so that decode(encode(x)) stays as
+    it is and the scaling factor is 1.
+    """
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    C, into, out = len(mean), vae.quant_conv, vae.post_quant_conv
+    out.bias += (out.weight[:, :, 0, 0] * mean).sum(1)
+    out.weight *= std.view(1, C, 1, 1)
+    into.weight[:C] /= std.view(C, 1, 1, 1)
+    into.bias[:C] = (into.bias[:C] - mean) / std
+    into.bias[C:] -= 2 * std.log()  # the second half is the logarithm of the variance
+    vae.register_to_config(scaling_factor=1.0)
 
 
 @torch.no_grad()
