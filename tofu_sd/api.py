@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import nn
 
+from .environment import check_torchvision
 from .patch import ATTRIBUTE, Patch, Site, Summary, attach, detach, plan, summarize
 from .policy import TokenFusion
 
@@ -32,8 +34,7 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) 
     Raises ValueError (value out of range, no eligible block), TypeError (unknown option, no UNet) or RuntimeError (a
     layer that something else has wrapped); the model is then as it was.
     """
-    from .hosts import diffusers as host
-
+    host = _host()
     unet, train_steps = host.unwrap(model)
     before = patch_of(unet)
     if before is not None:
@@ -55,8 +56,7 @@ def remove_patch(model: Model) -> Model:
 
     A model without a patch stays as it is.
     """
-    from .hosts import diffusers as host
-
+    host = _host()
     unet, _ = host.unwrap(model)
     if patch_of(unet) is not None:
         detach(unet)
@@ -66,9 +66,7 @@ def remove_patch(model: Model) -> Model:
 @contextmanager
 def patched(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) -> Iterator[Model]:
     """`with patched(pipe, 0.5): …` applies the patch and, however the block ends, puts back what was there before."""
-    from .hosts import diffusers as host
-
-    unet, _ = host.unwrap(model)
+    unet, _ = _host().unwrap(model)
     before = patch_of(unet)
     apply_patch(model, ratio, **options)
     try:
@@ -84,10 +82,17 @@ def summary(model: Any, latent: tuple[int, int] | None = None) -> Summary:
 
     latent: height and width of the latent (pixels / 8), by default the model's own sample size.
     """
-    from .hosts import diffusers as host
-
+    host = _host()
     unet, _ = host.unwrap(model)
     return summarize(type(unet).__name__, host.find_sites(unet), patch_of(unet), latent or host.latent_size(unet))
+
+
+def _host() -> ModuleType:
+    """The diffusers host, imported when the first model comes."""
+    check_torchvision()
+    from .hosts import diffusers
+
+    return diffusers
 
 
 def patch_of(unet: nn.Module) -> Patch | None:

@@ -97,7 +97,7 @@ class TokenFusion:
             raise ValueError("merge_attn, merge_crossattn and merge_mlp are all False: nothing would be fused")
 
     @classmethod
-    def of(cls, ratio: float | TokenFusion = 0.5, **options: Any) -> TokenFusion:
+    def of(cls, ratio: float | TokenFusion = 0.5, /, **options: Any) -> TokenFusion:
         """A TokenFusion from a ratio, or from another TokenFusion, with any options changed.
 
         TypeError for an unknown option.
@@ -106,7 +106,7 @@ class TokenFusion:
         for name in options:
             if name not in known:
                 raise TypeError(f"unknown option {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
-        return replace(ratio, **options) if isinstance(ratio, cls) else cls(ratio=ratio, **options)  # type: ignore[arg-type]
+        return replace(ratio, **options) if isinstance(ratio, cls) else cls(**{"ratio": ratio, **options})
 
     @property
     def max_ratio(self) -> float:

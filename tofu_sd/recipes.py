@@ -1,8 +1,10 @@
-"""A paper a line. `named("kv:mean+p", ratio=0.5)` reads a recipe as the evaluation's command line writes it."""
+"""A paper a line. `named("kv:tome+p", ratio=0.5)` reads a method as the evaluation's command line writes it."""
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
+from typing import Any
 
 from .policy import TokenFusion, did_you_mean
 from .reduce import mean, mlerp, prune
@@ -26,13 +28,32 @@ def keys_only(fusion: TokenFusion) -> TokenFusion:
 
 
 def named(name: str, ratio: float = 0.5) -> TokenFusion:
-    """The recipe written `[kv:]NAME[+p]`. ValueError for an unknown name."""
-    base, plus, marks = name.removeprefix("kv:").partition("+")
-    if base not in RECIPES or (plus and marks != "p"):
-        hint = did_you_mean(base, RECIPES)
+    """The method written `[kv:]RECIPE[+p][@option=value]...`: "tofu", "kv:tome+p", "tofu@depth_split=3@levels=2".
+
+    Options are TokenFusion's. ValueError for an unknown recipe, TypeError for an unknown option.
+    """
+    method, *changes = name.split("@")
+    recipe, plus, mark = method.removeprefix("kv:").partition("+")
+    if recipe not in RECIPES or (plus and mark != "p"):
         raise ValueError(
-            f"unknown method {name!r}{hint}; known: {', '.join(RECIPES)}, each with a kv: before or a +p behind"
+            f"unknown method {name!r}{did_you_mean(recipe, RECIPES)}; known: {', '.join(RECIPES)}, each with a kv: "
+            "before it, a +p behind it and any number of @option=value at the end"
         )
-    fusion = replace(RECIPES[base], ratio=ratio)
-    fusion = proportional(fusion) if plus else fusion
-    return keys_only(fusion) if name.startswith("kv:") else fusion
+    fusion = replace(RECIPES[recipe], ratio=ratio)
+    if plus:
+        fusion = proportional(fusion)
+    if method.startswith("kv:"):
+        fusion = keys_only(fusion)
+    options = dict(_option(change, name) for change in changes)
+    return TokenFusion.of(fusion, **options)
+
+
+def _option(change: str, method: str) -> tuple[str, Any]:
+    """'levels=2' as ('levels', 2): numbers, True, False and None are read as Python's, anything else is a word."""
+    option, equals, value = change.partition("=")
+    if not equals:
+        raise ValueError(f"{change!r} in method {method!r} is not of the form option=value")
+    try:
+        return option, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return option, value

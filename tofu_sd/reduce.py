@@ -44,7 +44,7 @@ def mlerp(x: Tensor, map: TokenMap) -> Tensor:
     A group whose mean is zero has no direction and stays zero.
     """
     average = _group_mean(x, map)
-    norm = torch.linalg.vector_norm(x.float(), dim=-1)  # [B, N]
+    norm = torch.linalg.vector_norm(x.to(average.dtype), dim=-1)  # [B, N]
     largest = norm.new_zeros(map.kept.shape).scatter_reduce(1, map.home, norm, "amax")  # [B, K], norms are >= 0
     own = torch.linalg.vector_norm(average, dim=-1)
     scale = largest / own.clamp_min(torch.finfo(own.dtype).tiny)
@@ -52,15 +52,13 @@ def mlerp(x: Tensor, map: TokenMap) -> Tensor:
 
 
 def _group_mean(x: Tensor, map: TokenMap) -> Tensor:
-    """Group averages in float32: a group can be a whole sky, whose sum half precision would not hold."""
+    """Group averages in float32 at least: a group can be a whole sky, whose sum half precision would not hold."""
     (B, K), C = map.kept.shape, x.shape[-1]
     row = (map.home + K * torch.arange(B, device=x.device).unsqueeze(1)).flatten()
-    total = torch.zeros(B * K, C, device=x.device)
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
+    total = x.new_zeros(B * K, C)
     # CUDA's scatter_add and index_add order their additions by chance; index_put sorts first, so its sums repeat
-    if x.device.type == "cuda":
-        total = total.index_put((row,), x.float().flatten(0, 1), accumulate=True)
-    else:
-        total = total.index_add(0, row, x.float().flatten(0, 1))
+    total = total.index_put((row,), x, accumulate=True) if x.device.type == "cuda" else total.index_add(0, row, x)
     return total.view(B, K, C) / map.size.unsqueeze(-1)
 
 

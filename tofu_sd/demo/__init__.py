@@ -1,7 +1,48 @@
-"""The embedded text-to-image model: small, trained here, of Stable Diffusion's own classes, loaded without network."""
+"""The embedded text-to-image model: small, trained here, of Stable Diffusion's own classes, loaded without network.
+
+    pipe = tofu_sd.demo.load()
+    pipe("A high-quality photograph of a golden torus in the desert").images[0]
+
+What it is, how it was trained and how good it is: README.md beside this file.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..environment import check_torchvision
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+    from .model import Judge
 
 WEIGHTS = Path(__file__).parent / "weights"
+NATIVE_SIZE = 256  # pixels
+
+
+def load(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
+    """The embedded model as a StableDiffusionPipeline that draws 256 × 256 pictures (512 × 512 on request)."""
+    check_torchvision()
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(
+        WEIGHTS, torch_dtype=dtype, local_files_only=True, safety_checker=None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
+    return pipe.to(device)
+
+
+def judge(device: torch.device | str = "cpu") -> Judge:
+    """The classifier of the demo's scenes, in float32. Its features compare pictures where no other net can be had."""
+    from safetensors.torch import load_file
+
+    from .model import Judge
+
+    net = Judge()
+    net.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS / "judge.safetensors").items()})
+    return net.to(device).eval().requires_grad_(False)

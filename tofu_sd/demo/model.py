@@ -12,12 +12,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .scenes import CLASSES, MATERIALS, SETTINGS, SHAPES
+from .scenes import MATERIALS, SETTINGS, SHAPES
 
 TEXT_WIDTH = 128
 
 
-def build_tokenizer(texts: Iterable[str] = tuple(c.prompt for c in CLASSES)) -> CLIPTokenizer:
+def build_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
     """A CLIP tokenizer whose merges are learnt from `texts`: each of their words is one token, other text is bytes."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -58,6 +58,7 @@ def build_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
+        mid_block_add_attention=False,  # trained on crops, used on whole pictures of any size
         sample_size=256,
     )
 
@@ -91,7 +92,7 @@ def build_scheduler() -> DDIMScheduler:
 class Judge(nn.Module):
     """A small classifier of renders. It says what a generated picture shows, and its features compare pictures.
 
-    Input: pictures [B, 3, H, W] in 0..1 of any size, brought to 128 × 128 by area.
+    Input: pictures [B, 3, H, W] in 0..1 of any size.
     """
 
     WIDTHS = (24, 48, 80, 112, 144)
@@ -115,17 +116,16 @@ class Judge(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, len(names)) for names in (SHAPES, MATERIALS, SETTINGS))
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
-        """Feature maps of the five stages, each half the size of the one before, the first 64 × 64."""
-        x = F.interpolate(pictures, (128, 128), mode="area") * 2 - 1
-        maps = []
+        """Feature maps of the five stages at the pictures' own size: the first half of it, each next half of that."""
+        x, maps = pictures * 2 - 1, []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
         return maps
 
     def features(self, pictures: Tensor) -> Tensor:
-        """Pooled features [B, 144]."""
-        return self.maps(pictures)[-1].mean(dim=(2, 3))
+        """Pooled features [B, 144] of the pictures brought to 128 × 128 by area, the size it was trained at."""
+        return self.maps(F.interpolate(pictures, (128, 128), mode="area"))[-1].mean(dim=(2, 3))
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         """Logits for shape, material and setting: [B, 6], [B, 4], [B, 4]."""

@@ -2,7 +2,7 @@
 
     render   96 classes × images each -> renders.npy               the training pictures, 256 × 256
     judge    classifier on renders; accuracy on fresh ones           judge.safetensors
-    vae      autoencoder on 128-pixel crops                          vae/
+    vae      autoencoder on 96-pixel crops                           vae/
     encode   latents of the renders and their mirror images          latents-32.npy, latents-16.npy
     low      UNet and text encoder on 16 × 16 latents                unet/, text_encoder/
     high     the same weights on 32 × 32 latents
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -48,8 +49,8 @@ class Recipe:
     images: int = 80  # renders a class
     size: int = 256  # pixels; latents are size / 8
     judge: int = 60_000
-    vae: int = 24_000
-    low: int = 90_000
+    vae: int = 48_000
+    low: int = 60_000
     high: int = 60_000
     seed: int = 0
 
@@ -95,12 +96,13 @@ def fit(
         optimiser.load_state_dict(state["optimiser"])
         averaged, step, spent, curve = state["averaged"], state["step"], state["spent"], state["curve"]
     warm = max(1, steps // 100)
-    running, began, saved = 0.0, time.monotonic(), time.monotonic()
+    running = curve[-1][1] if curve else 0.0
+    began, saved = time.monotonic(), time.monotonic()
     device = next(model.parameters()).device
     with tqdm(total=steps, initial=step, desc=name, unit_scale=batch, unit="sample", mininterval=5) as bar:
         while step < steps:
             progress = max(0.0, (step - warm) / max(1, steps - warm))
-            scale = min(1.0, (step + 1) / warm) * (0.05 + 0.95 * 0.5 * (1 + np.cos(np.pi * progress)))
+            scale = min(1.0, (step + 1) / warm) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
             for group in optimiser.param_groups:
                 group["lr"] = rate * scale
             value = loss(torch.Generator().manual_seed(seed * 1_000_003 + step))
@@ -109,7 +111,7 @@ def fit(
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             _average(averaged, model, step, horizon)
-            running += (float(value) - running) / min(step + 1, 50)
+            running += (value.item() - running) / min(step + 1, 50)
             step += 1
             bar.update()
             if step % 50 == 0 or step == steps:
@@ -204,13 +206,14 @@ def train_vae(
     recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray, judge: Judge
 ) -> tuple[AutoencoderKL, dict[str, Any]]:
     torch.manual_seed(recipe.seed)
-    vae, batch, crop = build_vae().to(device), 12, 128
+    vae, batch, crop = build_vae().to(device), 8, 96
 
     def loss(g: torch.Generator) -> Tensor:
         rows = torch.randint(len(renders), (batch,), generator=g)
         y, x = torch.randint(recipe.size - crop + 1, (2,), generator=g).tolist()
-        if torch.rand((), generator=g) < 0.2:  # whole pictures at half size: what the low stage sees
-            pictures = F.interpolate(_pictures(renders[rows.numpy()], device), (crop, crop), mode="area")
+        if torch.rand((), generator=g) < 0.2:  # at half size, which the low stage sees
+            y, x = (at * (recipe.size // 2 - crop) // (recipe.size - crop) for at in (y, x))
+            pictures = F.avg_pool2d(_pictures(renders[rows.numpy()], device), 2)[..., y : y + crop, x : x + crop]
         else:
             pictures = _pictures(renders[rows.numpy(), :, y : y + crop, x : x + crop], device)
         if torch.rand((), generator=g) < 0.5:
@@ -221,23 +224,40 @@ def train_vae(
             drawn = mean + spread * torch.randn(mean.shape, generator=g).to(device)
             seen = vae.decode(drawn).sample.float() / 2 + 0.5
             look = perceptual(judge, seen, pictures)
-        edges = sum((seen.diff(dim=d) - pictures.diff(dim=d)).abs().mean() for d in (2, 3))
+        wrong = seen - pictures
+        colour = F.avg_pool2d(wrong, 8).abs().mean()  # a wrong tint over a latent's cell costs twice
+        edges = sum(wrong.diff(dim=d).abs().mean() for d in (2, 3))
         divergence = 0.5 * (mean.square() + spread.square() - 1 - 2 * spread.log()).mean()
-        return (seen - pictures).abs().mean() + edges + 0.05 * look + 1e-4 * divergence  # type: ignore[no-any-return]
+        return wrong.abs().mean() + colour + edges + 0.04 * look + 1e-4 * divergence
 
-    figures = fit("vae", vae, loss, samples=recipe.vae, batch=batch, rate=1.5e-3, work=work, seed=recipe.seed + 2)
+    figures = fit("vae", vae, loss, samples=recipe.vae, batch=batch, rate=8e-4, work=work, seed=recipe.seed + 2)
     vae.eval().requires_grad_(False)
-    kinds = list(CLASSES)
-    error, values = [], []
-    for i in range(0, len(kinds), 16):
-        fresh = render(kinds[i : i + 16], [TEST_SEED + i + k for k in range(16)], recipe.size, device)
-        latents = vae.encode(fresh * 2 - 1).latent_dist.mode()
-        seen = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
-        error.append((seen - fresh).square().mean(dim=(1, 2, 3)))
-        values.append(latents)
+    fresh = [render(list(CLASSES[i : i + 8]), list(range(TEST_SEED + i, TEST_SEED + i + 8)), recipe.size, device)
+             for i in range(0, len(CLASSES), 8)]  # fmt: skip
+    standardise(vae, torch.cat([vae.encode(pictures * 2 - 1).latent_dist.mode() for pictures in fresh]))
+    error = []
+    for pictures in fresh:
+        seen = vae.decode(vae.encode(pictures * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
+        error.append((seen.clamp(0, 1) - pictures).square().mean(dim=(1, 2, 3)))
     figures["psnr"] = round(float((-10 * torch.cat(error).log10()).mean()), 2)
-    vae.register_to_config(scaling_factor=round(1 / float(torch.cat(values).std()), 5))
     return vae, figures
+
+
+@torch.no_grad()
+def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Gives each latent channel mean 0 and standard deviation 1 over `latents` [B, 4, h, w].
+
+    The change is folded into the 1 × 1 convolutions on either side of the latents, so that decode(encode(x)) stays as
+    it is and the scaling factor is 1.
+    """
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    C, into, out = len(mean), vae.quant_conv, vae.post_quant_conv
+    out.bias += (out.weight[:, :, 0, 0] * mean).sum(1)
+    out.weight *= std.view(1, C, 1, 1)
+    into.weight[:C] /= std.view(C, 1, 1, 1)
+    into.bias[:C] = (into.bias[:C] - mean) / std
+    into.bias[C:] -= 2 * std.log()  # the second half is the logarithm of the variance
+    vae.register_to_config(scaling_factor=1.0)
 
 
 @torch.no_grad()
@@ -263,14 +283,14 @@ class Denoiser(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tokenizer = build_tokenizer()
+        self.tokenizer = build_tokenizer(c.prompt for c in CLASSES)
         self.text_encoder = build_text_encoder(self.tokenizer)
         self.unet = build_unet()
 
     def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        prompts, which = ids.unique(dim=0, return_inverse=True)
+        prompts, which = ids.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
         states = self.text_encoder(prompts).last_hidden_state[which]
-        return self.unet(noisy, t, encoder_hidden_states=states).sample  # type: ignore[no-any-return]
+        return self.unet(noisy, t, encoder_hidden_states=states).sample
 
 
 def velocity_loss(model: Denoiser, clean: Tensor, ids: Tensor, noising: DDIMScheduler, g: torch.Generator) -> Tensor:

@@ -102,7 +102,7 @@ class FusedNorm(nn.LayerNorm):
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         getattr(self, ATTRIBUTE).observe(hidden_states)
-        return super().__call__(hidden_states)  # type: ignore[no-any-return]
+        return super().__call__(hidden_states)
 
 
 class FusedAttention(Attention):  # type: ignore[misc]
@@ -117,12 +117,12 @@ class FusedAttention(Attention):  # type: ignore[misc]
     ) -> Tensor:
         site: SiteFusion | None = getattr(self, ATTRIBUTE, None)
         if site is None:
-            return Attention.forward(self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
+            return Attention.forward(self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         if site.normed:
             site.observe(hidden_states)
         map = site.take("attn", hidden_states)
         if map is None or encoder_hidden_states is not None or attention_mask is not None:
-            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         fused, bias = site.reduction(hidden_states, map), site.key_bias(hidden_states, map)
         if not site.keys_only:
             return unmerge(super().forward(fused, attention_mask=bias, **kwargs), map)
@@ -131,7 +131,7 @@ class FusedAttention(Attention):  # type: ignore[misc]
                 "keys_only fuses keys and values apart from the queries, which fuse_qkv_projections() has made one "
                 "projection: call unfuse_qkv_projections() first, or leave keys_only off"
             )
-        return super().forward(hidden_states, fused, bias, **kwargs)  # type: ignore[no-any-return]
+        return super().forward(hidden_states, fused, bias, **kwargs)
 
 
 class FusedCrossAttention(Attention):  # type: ignore[misc]
@@ -140,10 +140,10 @@ class FusedCrossAttention(Attention):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         site: SiteFusion | None = getattr(self, ATTRIBUTE, None)
         if site is None:
-            return Attention.forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+            return Attention.forward(self, hidden_states, *args, **kwargs)
         attend = super().forward
         if kwargs.get("ip_adapter_masks") is not None:  # they are laid on the full map
-            return attend(hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+            return attend(hidden_states, *args, **kwargs)
         return site.around("crossattn", lambda x: attend(x, *args, **kwargs), hidden_states)
 
 
@@ -153,7 +153,7 @@ class FusedFeedForward(FeedForward):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         site: SiteFusion | None = getattr(self, ATTRIBUTE, None)
         if site is None:
-            return FeedForward.forward(self, hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+            return FeedForward.forward(self, hidden_states, *args, **kwargs)
         layer = super().forward
         return site.around("mlp", lambda x: layer(x, *args, **kwargs), hidden_states)
 

@@ -1,0 +1,88 @@
+"""Matching against a brute-force reading of Algorithm 1, and the grid it starts from."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tofu_sd.match import bipartite_soft_matching, partition
+
+CPU = torch.device("cpu")
+sides, cells = st.integers(1, 12), st.integers(1, 4)
+
+
+def oracle(x, src, dst, r):
+    """Alg. 1 as a loop over one sample: (set of survivors, home token of every token)."""
+    cosine = torch.nn.functional.cosine_similarity
+    partner = {}
+    for s in src:
+        scores = [cosine(x[s], x[d], dim=0).item() for d in dst]
+        best = max(range(len(dst)), key=lambda i: scores[i])
+        partner[s] = (scores[best], dst[best])
+    leaving = sorted(src, key=lambda s: -partner[s][0])[:r]
+    home = {n: n for n in range(len(x))} | {s: partner[s][1] for s in leaving}
+    return set(range(len(x))) - set(leaving), [home[n] for n in range(len(x))]
+
+
+@given(sides, sides, cells, cells, st.integers(0, 2**31 - 1), st.floats(0, 1))
+@settings(deadline=None, max_examples=80)
+def test_matching_is_what_a_loop_over_algorithm_1_finds(h, w, sx, sy, seed, share):
+    parts = partition(h, w, sx, sy, CPU)
+    r = int(share * len(parts.src))
+    # double, so that the oracle's cosine and the product of unit vectors order the same pairs the same way
+    x = torch.randn(2, h * w, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    map = bipartite_soft_matching(x, parts, r)
+    for b in range(2):
+        survivors, home = oracle(x[b], parts.src.tolist(), parts.dst.tolist(), r)
+        assert set(map.kept[b].tolist()) == survivors
+        assert map.kept[b][map.home[b]].tolist() == home
+
+
+@given(sides, sides, cells, cells, st.none() | st.integers(0, 2**31 - 1))
+@settings(deadline=None, max_examples=200)
+def test_the_grid_has_one_destination_a_cell_and_every_token_once(h, w, sx, sy, draw):
+    src, dst = partition(h, w, sx, sy, CPU, None if draw is None else torch.tensor(draw))
+    assert sorted(torch.cat((src, dst)).tolist()) == list(range(h * w))
+    assert src.tolist() == sorted(src.tolist())
+    cell = {(n // w // sy, n % w // sx) for n in dst.tolist()}
+    assert cell == {(y, x) for y in range(max(1, h // sy)) for x in range(max(1, w // sx))}
+    if draw is None:
+        assert all(n // w % sy == 0 and n % w % sx == 0 for n in dst.tolist())
+
+
+def test_drawn_destinations_repeat_differ_between_draws_and_favour_no_place():
+    draws = [partition(64, 64, 2, 2, CPU, torch.tensor(i)).dst for i in range(8)]
+    assert torch.equal(draws[3], partition(64, 64, 2, 2, CPU, torch.tensor(3)).dst)
+    assert len({tuple(d.tolist()) for d in draws}) == 8
+    corner = torch.cat([d // 64 % 2 * 2 + d % 2 for d in draws])
+    share = corner.bincount(minlength=4) / len(corner)
+    # 8,192 draws: a fair share of 1/4 has standard deviation 0.0048, five of which are 0.024
+    assert (share - 0.25).abs().max() < 0.024
+
+
+def test_what_else_is_in_the_batch_does_not_matter():
+    parts = partition(6, 5, 2, 2, CPU)
+    x = torch.randn(4, 30, 7, generator=torch.Generator().manual_seed(0))
+    whole = bipartite_soft_matching(x, parts, 11)
+    alone = bipartite_soft_matching(x[2:3], parts, 11)
+    assert torch.equal(whole.home[2:3], alone.home)
+    assert torch.equal(whole.kept[2:3], alone.kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_equal_and_zero_tokens_still_give_a_map(dtype):
+    """Black borders make tokens that tie or have no direction at all; ties go to the earlier source."""
+    parts = partition(4, 4, 2, 2, CPU)
+    for x in (torch.zeros(1, 16, 3, dtype=dtype), torch.ones(1, 16, 3, dtype=dtype)):
+        map = bipartite_soft_matching(x, parts, 5)
+        gone = sorted(set(range(16)) - set(map.kept[0].tolist()))
+        assert gone == parts.src[:5].tolist()
+        assert map.kept[0][map.home[0][gone]].tolist() == [0] * 5
+
+
+def test_matching_draws_nothing_from_the_global_generator():
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    x = torch.ones(1, 16, 3)
+    bipartite_soft_matching(x, partition(4, 4, 2, 2, CPU, torch.tensor(1)), 5)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,111 @@
+"""TokenFusion says no with the value and the limit, names itself, and splits the depth as Eq. 7 says."""
+
+import math
+import re
+
+import pytest
+
+import tofu_sd
+from tofu_sd import TokenFusion, recipes
+from tofu_sd.reduce import mean, mlerp, prune
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ratio": -0.1}, ["-0.1", "0.75"]),
+        ({"ratio": 0.76}, ["0.76", "0.75", "2 x 2"]),
+        ({"ratio": 0.9, "sx": 4}, ["0.9", "0.875", "4 x 2"]),
+        ({"ratio": math.nan}, ["nan", "0.75"]),
+        ({"ratio": "half"}, ["'half'", "0.75"]),
+        ({"ratio": True}, ["True"]),
+        ({"sx": 0}, ["sx", "0", "at least 1"]),
+        ({"levels": 1.5}, ["levels", "1.5"]),
+        ({"start": 0.6, "end": 0.4}, ["0.6", "0.4", "before"]),
+        ({"end": 1.2}, ["end", "1.2"]),
+        ({"depth_split": -1}, ["depth_split", "-1"]),
+        ({"seed": -3}, ["seed", "-3"]),
+        ({"match_on": "norm"}, ["'norm'", "did you mean 'normed'"]),
+        ({"early": "prun"}, ["'prun'", "did you mean 'prune'"]),
+        ({"merge_attn": False}, ["merge_attn", "nothing"]),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_limit(options, said):
+    with pytest.raises(ValueError, match=re.escape(said[0])) as error:
+        TokenFusion(**options)
+    assert all(part in str(error.value) for part in said), str(error.value)
+
+
+def test_the_largest_ratio_is_allowed():
+    assert TokenFusion(ratio=0.75).leaving(64, 64) == 3072
+
+
+def test_an_unknown_option_is_named_with_what_was_meant():
+    with pytest.raises(TypeError, match=r"unknown option 'ration' \(did you mean 'ratio'\?\)"):
+        TokenFusion.of(0.5, ration=0.3)
+
+
+def test_the_depth_split_is_equation_7():
+    d6 = TokenFusion(depth_split=6)
+    assert [d6.reduction(depth, down_path=99) for depth in (0, 5, 6, 15)] == [prune, prune, mlerp, mlerp]
+    assert [TokenFusion().reduction(depth, down_path=6) for depth in (5, 6)] == [prune, mlerp]
+
+
+def test_a_thin_map_never_loses_more_than_its_sources():
+    assert TokenFusion(ratio=0.75).leaving(1, 8) == 4  # 8 tokens, 4 cells of 1 x 2
+    assert TokenFusion(ratio=0.75).leaving(1, 1) == 0
+
+
+def test_keys_tell_settings_apart():
+    variants = [
+        TokenFusion(),
+        TokenFusion(ratio=0.3),
+        TokenFusion(proportional=True),
+        TokenFusion(keys_only=True),
+        TokenFusion(early=mean, late=mean),
+        TokenFusion(early=mlerp, late=prune),
+        TokenFusion(depth_split=6),
+        TokenFusion(levels=2),
+        TokenFusion(seed=0),
+        TokenFusion(sx=3),
+        TokenFusion(sy=3),
+        TokenFusion(start=0.2),
+        TokenFusion(match_on="normed"),
+        TokenFusion(merge_mlp=True),
+        TokenFusion(merge_crossattn=True),
+    ]
+    assert len({v.key for v in variants}) == len(variants)
+    assert TokenFusion().key == "tofu-r50"
+    assert recipes.named("kv:tome+p", 0.75).key == "kv-mean-r75+p"
+
+
+def test_recipes_are_the_papers():
+    assert recipes.named("tofu") == TokenFusion(early=prune, late=mlerp)
+    assert recipes.named("tome", 0.3) == TokenFusion(ratio=0.3, early=mean, late=mean)
+    assert recipes.named("kv:mlerp+p") == TokenFusion(early=mlerp, late=mlerp, keys_only=True, proportional=True)
+
+
+def test_a_method_takes_any_option_behind_an_at():
+    fusion = recipes.named("kv:tofu+p@ratio=0.25@early=mlerp@match_on=normed@seed=3")
+    assert fusion == TokenFusion(ratio=0.25, early=mlerp, keys_only=True, proportional=True, match_on="normed", seed=3)
+    with pytest.raises(TypeError, match="did you mean 'levels'"):
+        recipes.named("tofu@level=2")
+    with pytest.raises(ValueError, match="'levels' in method 'tofu@levels'"):
+        recipes.named("tofu@levels")
+
+
+@pytest.mark.parametrize("name", ["tofo", "tofu+q", "tofu+", "kv:", "kv:kv:tofu", "tofu+p+p"])
+def test_an_unknown_method_is_refused(name):
+    with pytest.raises(ValueError, match="unknown method"):
+        recipes.named(name)
+
+
+def test_importing_the_package_imports_no_host():
+    """`import tofu_sd` costs what importing torch costs: diffusers and transformers come with the first model."""
+    import subprocess
+    import sys
+
+    code = "import sys, tofu_sd; print([m for m in ('diffusers', 'transformers', 'eval') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+    assert tofu_sd.__version__

@@ -1,0 +1,88 @@
+"""The renderer and the training loop behind the embedded model."""
+
+import pytest
+import torch
+
+from tofu_sd.demo.model import build_tokenizer
+from tofu_sd.demo.scenes import CLASSES, SHAPES, noise_tiles, render
+from tofu_sd.demo.train import Recipe, fit
+
+
+def test_there_are_96_classes_with_names_of_their_own():
+    assert len({c.name for c in CLASSES}) == 96
+    assert len({c.labels for c in CLASSES}) == 96
+    assert CLASSES[33].prompt == f"A high-quality photograph of a {CLASSES[33].name}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_picture_depends_on_class_seed_and_size_alone(shape):
+    """The judge's accuracy and the training set can be had again only if a seed always draws the same scene."""
+    kinds = [c for c in CLASSES if c.shape == shape][:3]
+    state = torch.get_rng_state()
+    together = render(kinds, [5, 6, 7], size=48)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert together.shape == (3, 3, 48, 48)
+    assert together.isfinite().all()
+    assert 0 <= together.min() < together.max() <= 1
+    # vector units may round a longer batch differently in the last place; one grey level is 4e-3
+    assert torch.allclose(render(kinds[1:2], [6], size=48)[0], together[1], atol=1e-3)
+    assert (render(kinds[1:2], [7], size=48)[0] - together[1]).abs().mean() > 0.02  # another seed, another scene
+
+
+def test_the_object_is_in_the_picture():
+    """Same seed, same setting, another object: what differs is the object and its shadow, not the whole picture."""
+    sphere, cube = (next(c for c in CLASSES if c.shape == s and c.material == "brick") for s in ("sphere", "cube"))
+    differs = (render([sphere], [3], 64) - render([cube], [3], 64)).abs().amax(1) > 0.02
+    assert 0.02 < differs.float().mean() < 0.6
+
+
+def test_texture_spectra_fall_like_those_of_natural_images():
+    """Power falls as f^-2.5 (amplitude ~ 1/f^1.25), natural images lying between f^-2 and f^-3 (Field 1987)."""
+    power = torch.fft.fft2(noise_tiles()).abs().square().mean(0)
+    f = torch.fft.fftfreq(256)
+    radius = (f[:, None] ** 2 + f[None, :] ** 2).sqrt()
+    low, high = (power[(radius > a) & (radius < 2 * a)].mean().log2() for a in (0.02, 0.16))
+    assert ((high - low) / 3).item() == pytest.approx(-2.5, abs=0.3)  # three octaves apart
+
+
+def test_each_word_of_a_prompt_is_one_token_and_any_text_can_be_read():
+    tokenizer = build_tokenizer(c.prompt for c in CLASSES)
+    for c in CLASSES:
+        words = c.prompt.lower().replace("-", " - ").split()
+        assert tokenizer.tokenize(c.prompt) == [word + "</w>" for word in words]
+    ids = tokenizer("Zürich, 3 o'clock: ein Fuchs!").input_ids
+    assert tokenizer.unk_token_id not in ids[1:-1]
+
+
+def _regression(work, stop_at=None):
+    torch.manual_seed(0)
+    model, calls = torch.nn.Linear(4, 1), 0
+    target = torch.tensor([[1.0, -2.0, 0.5, 3.0]])
+
+    def loss(g):
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 4, generator=g)
+        return (model(x) - x @ target.T).square().mean()
+
+    fit("line", model, loss, samples=8 * 200, batch=8, rate=0.05, work=work, seed=1, horizon=20)
+    return model, calls
+
+
+def test_training_cut_off_and_resumed_ends_bit_for_bit_where_an_uninterrupted_run_ends(tmp_path, monkeypatch):
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole, _ = _regression(tmp_path / "whole")
+    monkeypatch.setattr("tofu_sd.demo.train.CHECKPOINT_SECONDS", -1)  # a checkpoint after every step
+    with pytest.raises(KeyboardInterrupt):
+        _regression(tmp_path / "cut", stop_at=78)
+    resumed, calls = _regression(tmp_path / "cut")
+    assert calls == 200 - 77
+    assert torch.equal(whole.weight, resumed.weight)
+
+
+def test_the_recipe_lists_every_class_equally_often():
+    kinds = Recipe(images=3).kinds()
+    assert torch.tensor(kinds).bincount().tolist() == [3] * 96
