@@ -32,7 +32,7 @@ def blocks(unet: Any) -> Iterator[tuple[nn.Module, nn.Module, Reduction]]:
 
 @contextmanager
 def oracle(unet: Any, ratio: float = 0.5) -> Iterator[None]:
-    """Inside, the UNet runs ToFu: half the tokens of the highest resolution, pruned on the way down, MLERP on the way up."""
+    """Inside, the UNet runs ToFu at its highest resolution: pruned on the way down, MLERP on the way up."""
     undo: list[Any] = []
     for canvas, block, reduction in blocks(unet):
         undo += _fuse(canvas, block, reduction, ratio)

@@ -1,4 +1,4 @@
-"""Bad input names the value and the limit, and leaves the model as it was: bit-equal, unmarked, or patched as before."""
+"""Bad input names the value and the limit, and leaves the model as it was: bit-equal, unmarked or patched as before."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ import tofu_sd
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ratio below 0": ({"ratio": -0.1}, ValueError, r"ratio is -0\.1; it must lie between 0 and 0\.75"),
-    "ratio above the cells' limit": ({"ratio": 0.8}, ValueError, r"ratio is 0\.8; .* 0\.75: one token in each 2 x 2 cell"),
-    "ratio above a smaller cell's": ({"ratio": 0.6, "sy": 1}, ValueError, r"ratio is 0\.6; .* 0\.5: one token in each 2 x 1"),
+    "ratio above the cells' limit": ({"ratio": 0.8}, ValueError, r"ratio is 0\.8; .* 0\.75: one token in each 2 x 2"),
+    "ratio above a smaller cell's": ({"ratio": 0.6, "sy": 1}, ValueError, r"0\.6; .* 0\.5: one token in each 2 x 1"),
     "ratio NaN": ({"ratio": math.nan}, ValueError, r"ratio is nan; it must be a number from 0 to 0\.75"),
     "ratio infinite": ({"ratio": math.inf}, ValueError, r"ratio is inf; it must lie between 0 and 0\.75"),
     "ratio a word": ({"ratio": "half"}, ValueError, r"ratio is 'half'; it must be a number from 0 to 0\.75"),
@@ -33,7 +33,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown reduction": ({"late": "mlrp"}, ValueError, r"unknown reduction 'mlrp' \(did you mean 'mlerp'\?\)"),
     "levels 0": ({"levels": 0}, ValueError, "levels is 0; it must be a whole number of at least 1"),
     "sx 1.5": ({"sx": 1.5}, ValueError, r"sx is 1\.5; it must be a whole number"),
-    "start after end": ({"start": 0.6, "end": 0.4}, ValueError, r"start is 0\.6 and end is 0\.4: start must come before end"),
+    "start after end": ({"start": 0.6, "end": 0.4}, ValueError, r"start is 0\.6 and end is 0\.4: start must"),
     "end above 1": ({"end": 1.5}, ValueError, r"end is 1\.5; it must lie between 0 and 1"),
     "negative seed": ({"seed": -1}, ValueError, "seed is -1; it must be None or a whole number from 0 to 2147483647"),
     "depth_split -1": ({"depth_split": -1}, ValueError, "depth_split is -1; it must be None or a whole number"),
@@ -93,7 +93,7 @@ def _unconditional() -> UNet2DModel:
 def test_a_model_without_an_eligible_block_says_what_was_looked_for(make: Any) -> None:
     model = make()
     before = anatomy(model)
-    looked = rf"no eligible block in {type(model).__name__}: looked in .*Transformer2DModel.* DiT.*Kandinsky"
+    looked = rf"no eligible block in {type(model).__name__}: looked in .*Transformer2DModel.*DiT.*Kandinsky"
     with pytest.raises(ValueError, match=looked):
         tofu_sd.apply_patch(model)
     assert anatomy(model) == before
@@ -152,12 +152,9 @@ def test_an_attention_with_a_forward_of_its_own_is_refused(verb: str, patched_be
     original = attn.forward
     attn.forward = lambda *args, **kwargs: 2 * original(*args, **kwargs)
     before, names = tiny.predict(unet), anatomy(unet)
+    use = tofu_sd.apply_patch if verb == "apply_patch" else lambda *args: tofu_sd.patched(*args).__enter__()
     with pytest.raises(RuntimeError, match=r"up_blocks\.1\..*attn layer has a `forward` of its own"):
-        if verb == "apply_patch":
-            tofu_sd.apply_patch(unet, 0.25)
-        else:
-            with tofu_sd.patched(unet, 0.25):
-                pass
+        use(unet, 0.25)
     assert torch.equal(tiny.predict(unet), before)
     assert {n: cls for n, (cls, _) in anatomy(unet).items()} == {n: cls for n, (cls, _) in names.items()}
 
@@ -168,6 +165,6 @@ def test_a_layer_of_another_class_is_refused() -> None:
 
     unet = tiny.shallow_unet()
     unet.down_blocks[0].attentions[0].transformer_blocks[0].norm1.__class__ = Other
-    with pytest.raises(RuntimeError, match="norm layer is a .*Other, not a plain LayerNorm"):
+    with pytest.raises(RuntimeError, match=r"norm layer is a .*Other, not a plain LayerNorm"):
         tofu_sd.apply_patch(unet)
     assert not any("_tofu" in vars(module) or module._forward_pre_hooks for module in unet.modules())

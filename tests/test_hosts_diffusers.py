@@ -54,7 +54,10 @@ PIPELINES: dict[str, tuple[Callable[[], Any], Call]] = {
     "three images at once": (tiny.sd15_pipe, {"prompt": ["a fox", "a cat", "a dog"], "guidance_scale": 1.0}),
     "three images, guided": (tiny.sd15_pipe, {"num_images_per_prompt": 3}),
     "136 x 200 pixels": (tiny.sd15_pipe, {"height": 136, "width": 200}),
-    "img2img": (lambda: tiny.sd15_pipe(StableDiffusionImg2ImgPipeline), {"image": PICTURE, "strength": 0.6, "num_inference_steps": 4}),
+    "img2img": (
+        lambda: tiny.sd15_pipe(StableDiffusionImg2ImgPipeline),
+        {"image": PICTURE, "strength": 0.6, "num_inference_steps": 4},
+    ),
     "inpaint, 4 channels": (
         lambda: tiny.sd15_pipe(StableDiffusionInpaintPipeline),
         {"image": PICTURE, "mask_image": MASK, "height": 128, "width": 128, "strength": 1.0},
@@ -63,7 +66,10 @@ PIPELINES: dict[str, tuple[Callable[[], Any], Call]] = {
         lambda: tiny.sd15_pipe(StableDiffusionInpaintPipeline, with_unet={"in_channels": 9}),
         {"image": PICTURE, "mask_image": MASK, "height": 128, "width": 128, "strength": 1.0},
     ),
-    "ControlNet": (lambda: tiny.sd15_pipe(StableDiffusionControlNetPipeline, controlnet=tiny.controlnet()), {"image": PICTURE}),
+    "ControlNet": (
+        lambda: tiny.sd15_pipe(StableDiffusionControlNetPipeline, controlnet=tiny.controlnet()),
+        {"image": PICTURE},
+    ),
     "latent consistency, 2 steps": (_lcm, {"guidance_scale": 3.0}),
     "perturbed attention guidance": (
         lambda: tiny.sd15_pipe(StableDiffusionPAGPipeline, pag_applied_layers=["down_blocks.0", "up_blocks.3"]),
@@ -222,7 +228,7 @@ def test_the_features_do_something(name: str) -> None:
 
 
 def test_a_hook_on_a_patched_layer_outlives_the_patch() -> None:
-    """An attention cache set after the patch holds the patched layer's method; it must go on working without the patch."""
+    """An attention cache set after the patch holds the patched layer's method; it must go on without the patch."""
     plain, unet = tiny.sd15_unet(), tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
     for model in (plain, unet):
         for _, block in _top(model):
@@ -298,7 +304,7 @@ def test_any_latent(h: int, w: int) -> None:
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
 def test_an_odd_full_hd_latent_in_sdxl(ratio: float) -> None:
-    """135 x 240 is halved to 68 x 120 before the first attention: the map is what the layer sees, not the latent over 2."""
+    """135 x 240 is 68 x 120 at the first attention: the map is what the layer sees, not the latent over 2."""
     unet = tiny.sdxl_unet(layers=(1, 1, 1))
     with tofu_sd.patched(unet, ratio):
         fused = tiny.predict(unet, 135, 240, batch=1)
@@ -339,7 +345,8 @@ def test_gradient_checkpointing_leaves_the_gradients_alone(options: Call) -> Non
 
     whole = gradients()
     unet.enable_gradient_checkpointing()
-    assert whole and all(same(a, b) for a, b in zip(whole, gradients(), strict=True))
+    assert whole
+    assert all(same(a, b) for a, b in zip(whole, gradients(), strict=True))
     tofu_sd.remove_patch(unet)
     assert not all(same(a, b) for a, b in zip(whole, gradients(), strict=True))
 

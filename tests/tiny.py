@@ -121,8 +121,10 @@ def text_encoder(projection: bool = False, seed: int = 1) -> CLIPTextModel | CLI
 def vae(seed: int = 2) -> AutoencoderKL:
     """Four levels, so that a latent's side is an eighth of the image's."""
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    model = AutoencoderKL(**blocks, block_out_channels=(4,) * 4, layers_per_block=1, latent_channels=4, norm_num_groups=2)
-    return lively(model, seed)
+    return lively(
+        AutoencoderKL(**blocks, block_out_channels=(4,) * 4, layers_per_block=1, latent_channels=4, norm_num_groups=2),
+        seed,
+    )
 
 
 def sd15_parts(**unet_options: Any) -> dict[str, Any]:
