@@ -227,6 +227,21 @@ def test_the_features_do_something(name: str) -> None:
         assert not same(tiny.images(pipe, **call), plain)
 
 
+@pytest.mark.parametrize(
+    ("name", "option"), [("IP-Adapter with masks", "merge_crossattn"), ("chunked feed-forward", "merge_mlp")]
+)
+def test_a_layer_that_wants_the_whole_map_gets_it(name: str, option: str) -> None:
+    """Masks are laid over all tokens and chunks are cut from them: such a layer runs unfused, the others stay fused."""
+    enable, call = FEATURES[name]
+    pipe = tiny.sd15_pipe()
+    enable(pipe)
+    usual = tiny.images(tofu_sd.apply_patch(pipe, 0.5), **call)
+    assert same(tiny.images(tofu_sd.apply_patch(pipe, 0.5, **{option: True}), **call), usual)
+    pipe = tiny.sd15_pipe()
+    usual = tiny.images(tofu_sd.apply_patch(pipe, 0.5))
+    assert not same(tiny.images(tofu_sd.apply_patch(pipe, 0.5, **{option: True})), usual)
+
+
 def test_a_hook_on_a_patched_layer_outlives_the_patch() -> None:
     """An attention cache set after the patch holds the patched layer's method; it must go on without the patch."""
     plain, unet = tiny.sd15_unet(), tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
