@@ -17,7 +17,7 @@ import logging
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,7 +92,11 @@ def record_of(out: Path, settings: Settings, method: Method, request: Request) -
 
 
 def generate(
-    pipe: Any, requests: Sequence[Request], methods: Sequence[Method], settings: Settings, out: Path, *, bar: bool = True
+    pipe: Any,
+    requests: Sequence[Request],
+    methods: Sequence[Method],
+    settings: Settings,
+    out: Path,
 ) -> int:
     """Makes every picture that is not there yet. Returns how many it made."""
     batches = [requests[i : i + settings.batch] for i in range(0, len(requests), settings.batch)]
@@ -103,7 +107,7 @@ def generate(
     turns = [(batch, due) for batch, due in turns if due]
     pictures = sum(len(batch) * len(due) for batch, due in turns)
     run = uuid.uuid4().hex[:12]  # times are compared within a run only
-    with quiet_patches(), tqdm(total=pictures, unit="img", disable=not (bar and pictures), file=sys.stderr) as progress:
+    with quiet_patches(), tqdm(total=pictures, unit="img", disable=not pictures, file=sys.stderr) as progress:
         progress.set_description("warm-up")
         for method, size in {(m.key, len(batch)): (m, len(batch)) for batch, due in turns for m in due}.values():
             with method.applied(pipe):
@@ -182,7 +186,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 @contextmanager
-def quiet_patches() -> Any:
+def quiet_patches() -> Iterator[None]:
     """tofu_sd reports each patch it applies; here that is once a batch."""
     logger = logging.getLogger("tofu_sd")
     level = logger.level

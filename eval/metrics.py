@@ -83,10 +83,7 @@ def choose(
     inception: Path | None = None,
 ) -> list[Metric]:
     """The metrics of a list such as "psnr,lpips" or "all", loaded."""
-    asked = list(NAMES) if names == "all" else [name.strip() for name in names.split(",")]
-    for name in asked:
-        if name not in NAMES:
-            raise EvalError(f"unknown metric {name!r}{did_you_mean(name, NAMES)}; known: all, {', '.join(NAMES)}")
+    asked = check(names, lpips_net)
     makers: dict[str, Callable[[], list[Metric]]] = {
         "psnr": lambda: [psnr()],
         "ms-ssim": lambda: [ms_ssim(size)],
@@ -95,6 +92,18 @@ def choose(
         "judge": lambda: [] if judge is None else judged(judge, prompts, device),
     }
     return [metric for name in NAMES if name in asked for metric in makers[name]()]
+
+
+def check(names: str, lpips_net: str = "alex") -> list[str]:
+    """The names in a list of metrics; EvalError for an unknown one, before anything is computed."""
+    asked = list(NAMES) if names == "all" else [name.strip() for name in names.split(",")]
+    for name in asked:
+        if name not in NAMES:
+            raise EvalError(f"unknown metric {name!r}{did_you_mean(name, NAMES)}; known: all, {', '.join(NAMES)}")
+    if lpips_net not in LPIPS_NETS:
+        hint = did_you_mean(lpips_net, LPIPS_NETS)
+        raise EvalError(f"unknown LPIPS net {lpips_net!r}{hint}; known: {', '.join(LPIPS_NETS)}")
+    return asked
 
 
 def psnr() -> Pairwise:
@@ -123,8 +132,6 @@ def ms_ssim(size: int) -> Metric:
 def lpips(net: str, backbone: Path | None, device: torch.device) -> Metric:
     """LPIPS by the authors' package. backbone: a file of the torchvision net's weights, else they are downloaded."""
     name = f"LPIPS-{net}"
-    if net not in LPIPS_NETS:
-        raise EvalError(f"unknown LPIPS net {net!r}{did_you_mean(net, LPIPS_NETS)}; known: {', '.join(LPIPS_NETS)}")
     try:
         import lpips as package
 
@@ -245,5 +252,3 @@ def _missing(error: ImportError, package: str) -> str:
 def _line(error: Exception) -> str:
     first = next(iter(str(error).splitlines()), "") or type(error).__name__
     return without_paths(first)
-
-

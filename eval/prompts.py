@@ -31,7 +31,7 @@ class Request:
 
 
 def load(name: str, seed0: int = 0) -> list[Request]:
-    """The requests of a known set, of a .txt file (a prompt a line) or of a .jsonl file ({"prompt", "id"?, "seed"?})."""
+    """The requests of a known set, of a .txt file (a prompt a line) or a .jsonl file ({"prompt", "id"?, "seed"?})."""
     if name in KNOWN:
         return KNOWN[name](seed0)
     path = Path(name)

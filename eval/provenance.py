@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def pipeline_name(pipe: Any) -> str:
     sha = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         config = getattr(part, "config", None)
-        settings = config.to_dict() if hasattr(config, "to_dict") else dict(config) if isinstance(config, dict) else {}
+        settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else dict(config or {})
         told = sorted((key, str(value)) for key, value in settings.items() if key[0] != "_")
         sha.update(f"{name} {type(part).__name__} {told}".encode())
         if isinstance(part, nn.Module):
@@ -76,6 +77,16 @@ def _git(where: Path, *command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def process_mib() -> int:
+    """The most memory this process has held; of everything in it, not of one method."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // 2**20 if sys.platform == "darwin" else peak // 2**10
+
+
 def collect(argv: list[str], device: torch.device, started: str, ended: str) -> dict[str, Any]:
     return {
         "command": without_paths(shlex.join(["python", "-m", "eval.run", *argv])),
@@ -83,6 +94,7 @@ def collect(argv: list[str], device: torch.device, started: str, ended: str) -> 
         "device": device_name(device),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "packages": {name: found for name in PACKAGES if (found := version(name)) is not None},
+        "process_mib": process_mib(),
         "started": started,
         "ended": ended,
     }

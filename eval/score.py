@@ -34,24 +34,21 @@ def score(
     out: Path, settings: Settings, requests: Sequence[Request], methods: Sequence[Method], metrics: Sequence[Metric]
 ) -> Scores:
     """Figures of `methods`. FULL among them is compared with itself; otherwise it has only what needs no reference."""
-    records = {
-        method.key: {request.id: record_of(out, settings, method, request) for request in requests}
-        for method in (FULL, *methods)
-        if not method.missing
-    }
+    records = {m.key: _records(out, settings, m, requests) for m in (FULL, *methods) if not m.missing}
     reference_features: dict[str, Tensor] = {}
-    rows, images = [], []
+    rows: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
     for method in (FULL, *(m for m in methods if m is not FULL)):
-        head = {"method": method.name, "key": method.key, "ratio": method.ratio}
+        head: dict[str, Any] = {"method": method.name, "key": method.key, "ratio": method.ratio}
         if method.missing:
             rows.append({**head, "skipped": method.missing})
             continue
-        check_pairs(_found(records[FULL.key]), _found(records[method.key]), method.key)
+        check_pairs(records[FULL.key].keys(), records[method.key].keys(), method.key)
         compared = method is not FULL or FULL in methods
         singles = [m for m in metrics if isinstance(m, Single)]
         pairwise = [m for m in metrics if isinstance(m, Pairwise)] if compared else []
         sets = [m for m in metrics if isinstance(m, SetMetric)]
-        values: dict[str, list[Tensor]] = {m.name: [] for m in (*singles, *pairwise)}
+        values: dict[str, list[Tensor]] = {name: [] for name in [m.name for m in singles] + [m.name for m in pairwise]}
         features: dict[str, list[Tensor]] = {m.name: [] for m in sets}
         blank = 0
         for chunk in _chunks(requests):
@@ -99,7 +96,7 @@ def describe(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
 
 
 def check_pairs(reference: Collection[str], other: Collection[str], name: str) -> None:
-    """Raises, naming the pictures that have no partner. A pair is two pictures of one id, never of one place in a list."""
+    """Raises, naming the pictures that have no partner. A pair has one id, not one place in two lists."""
     for lacking, present, where in ((other, reference, name), (reference, other, FULL.key)):
         missing = sorted(set(present) - set(lacking))
         if missing:
@@ -130,9 +127,8 @@ def distance(reference: Tensor, own: Tensor, groups: Sequence[str]) -> dict[str,
     """Fréchet distance of two sets of features with its 95 % interval; `features` says how wide they are."""
     figures: dict[str, Any] = {"value": None, "low": None, "high": None, "n": len(own), "features": own.shape[1]}
     if len(own) > 1:
-        low, high = jackknife(frechet, reference, own, groups)
-        known = low == low  # not NaN
-        figures.update(value=frechet(reference, own), low=low if known else None, high=high if known else None)
+        low, high = jackknife(frechet, reference, own, groups) or (None, None)
+        figures.update(value=frechet(reference, own), low=low, high=high)
     return figures
 
 
@@ -156,8 +152,9 @@ def spread(values: Sequence[float]) -> dict[str, Any] | None:
     return {"median": middle, "p5": low, "p95": high, "n": len(values)}
 
 
-def _found(records: dict[str, Any]) -> list[str]:
-    return [id for id, record in records.items() if record is not None]
+def _records(out: Path, settings: Settings, method: Method, requests: Sequence[Request]) -> dict[str, dict[str, Any]]:
+    found = {request.id: record_of(out, settings, method, request) for request in requests}
+    return {id: record for id, record in found.items() if record is not None}
 
 
 def _chunks(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:

@@ -23,10 +23,10 @@ def bootstrap(values: Tensor, groups: Sequence[str]) -> tuple[float, float]:
     sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, index, values.double())
     counts = torch.bincount(index, minlength=len(names)).double()
     generator = torch.Generator().manual_seed(0)
-    means = torch.cat([
-        sums[draw].sum(1) / counts[draw].sum(1)
-        for draw in torch.randint(len(names), (RESAMPLES, len(names)), generator=generator).split(500)
-    ])  # fmt: skip
+    means = torch.empty(RESAMPLES, dtype=torch.float64)
+    for i in range(RESAMPLES):  # one at a time: all at once would take gigabytes for many classes
+        draw = torch.randint(len(names), (len(names),), generator=generator)
+        means[i] = sums[draw].sum() / counts[draw].sum()
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
@@ -42,25 +42,22 @@ def frechet(x: Tensor, y: Tensor) -> float:
     b = (y - y.mean(0)) / math.sqrt(len(y) - 1)  # [M, D]
     shift = (x.mean(0) - y.mean(0)).square().sum()
     distance = shift + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum()
-    return max(0.0, distance.item())  # rounding can leave equal sets at -1e-14
+    return max(0.0, float(distance))  # rounding can leave equal sets at -1e-14
 
 
 def jackknife(
     statistic: Callable[[Tensor, Tensor], float], x: Tensor, y: Tensor, groups: Sequence[str]
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """95 % interval of statistic(x, y) by leaving out blocks of whole groups from x and y alike (they are pairs).
 
-    Normal approximation; at least 0, as the distances it serves are. A single block gives no interval: (nan, nan).
+    Normal approximation; at least 0, as the distances it serves are. None where there are too few pairs.
     """
     names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
     blocks = min(BLOCKS, len(names))
-    if blocks < 2:
-        return math.nan, math.nan
+    if blocks < 3:  # a distance needs at least two pictures on each side
+        return None
     block = torch.tensor([names[name] % blocks for name in groups])
-    without = [statistic(x[block != i], y[block != i]) for i in range(blocks) if int((block != i).sum()) > 1]
-    if len(without) < blocks:
-        return math.nan, math.nan
-    left = torch.tensor(without, dtype=torch.float64)
+    left = torch.tensor([statistic(x[block != i], y[block != i]) for i in range(blocks)], dtype=torch.float64)
     error = math.sqrt((blocks - 1) / blocks * (left - left.mean()).square().sum().item())
     value = statistic(x, y)
     return max(0.0, value - NORMAL_95 * error), value + NORMAL_95 * error
