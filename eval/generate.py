@@ -107,14 +107,23 @@ def generate(
     turns = [(batch, due) for batch, due in turns if due]
     pictures = sum(len(batch) * len(due) for batch, due in turns)
     run = uuid.uuid4().hex[:12]  # times are compared within a run only
-    with quiet_patches(), tqdm(total=pictures, unit="img", disable=not pictures, file=sys.stderr) as progress:
+    with (
+        quiet_patches(),
+        tqdm(
+            total=pictures,
+            unit="img",
+            disable=not pictures,
+            file=sys.stderr,
+            mininterval=0.1 if sys.stderr.isatty() else 15,
+        ) as progress,
+    ):
         progress.set_description("warm-up")
         for method, size in {(m.key, len(batch)): (m, len(batch)) for batch, due in turns for m in due}.values():
             with method.applied(pipe):
                 draw(pipe, requests[:size], method, settings, steps=min(WARM_UP_STEPS, settings.steps))
         for batch, due in turns:
             for method in due:
-                progress.set_description(method.key)
+                progress.set_description(method.key, refresh=False)
                 with method.applied(pipe):
                     images, seconds, peak = draw(pipe, batch, method, settings, steps=settings.steps)
                 for request, image in zip(batch, images, strict=True):

@@ -6,6 +6,7 @@ package or weights cannot be had becomes a `Skipped` that says why. Nets are imp
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -246,7 +247,7 @@ def full_precision() -> Iterator[None]:
 
 def _missing(error: ImportError, package: str) -> str:
     """'pip install lpips', or what it says where the package is there and something under it is not."""
-    return f"pip install '{package}'" if error.name == package.partition("[")[0] else _line(error)
+    return f"pip install {shlex.quote(package)}" if error.name == package.partition("[")[0] else _line(error)
 
 
 def _line(error: Exception) -> str:

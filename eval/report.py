@@ -17,8 +17,10 @@ from typing import Any
 
 import jinja2
 from PIL import Image, ImageChops, ImageDraw, ImageFont
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from . import EvalError
 from .files import read_json, to_json, write
@@ -120,6 +122,11 @@ def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any
     return columns, [(row, by_key.get(row["key"], [])) for row in found["rows"]]
 
 
+def label(row: dict[str, Any]) -> str:
+    """A row's name: the method and the ratio of tokens it fuses away."""
+    return row["method"] if row["ratio"] is None else f"{row['method']} {100 * row['ratio']:g} %"
+
+
 def _spread(spread: dict[str, Any] | None, digits: int, unit: str = "") -> Cell:
     if spread is None:
         return Cell("–")
@@ -173,13 +180,14 @@ def notes(found: dict[str, Any]) -> list[str]:
     """What has to be said below the table."""
     lines = ["Against the full model's pictures under the same seeds; intervals of the metrics: 95 %."]
     lines += [f"{m['name']}: skipped: {m['skipped']}" for m in found["metrics"] if "skipped" in m]
+    lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
     lines += [
-        f"{row['method']}: {row['blank']} of {row['n']} pictures are one flat colour"
+        f"{label(row)}: {row['blank']} of {row['n']} pictures are one flat colour"
         for row in found["rows"]
         if row.get("blank")
     ]
     lines += [
-        f"{row['method']}: no speed-up, its pictures were not made in one run with the full model's"
+        f"{label(row)}: no speed-up, its pictures were not made in one run with the full model's"
         for row in found["rows"]
         if "skipped" not in row and row["speedup"] is None
     ]
@@ -207,17 +215,14 @@ def _small_sets(found: dict[str, Any]) -> list[str]:
 
 def terminal(found: dict[str, Any], console: Console) -> None:
     columns, rows = table(found)
-    drawn = RichTable(title=f"{found['settings']['model']}: methods against the full model")
-    drawn.add_column("method", no_wrap=True)
-    drawn.add_column("ratio", justify="right")
+    drawn = RichTable(title=f"{found['settings']['model']}: methods against the full model", box=SIMPLE_HEAD)
+    drawn.add_column("method")
     for column in columns:
         drawn.add_column(column.title, justify="right")
     for row, cells in rows:
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:g}"
-        if "skipped" in row:
-            drawn.add_row(row["method"], ratio, f"skipped: {row['skipped']}")
-        else:
-            drawn.add_row(row["method"], ratio, *(f"{c.value}\n[dim]{c.interval}[/dim]" for c in cells))
+        # the space lets an interval break where the terminal is narrow
+        texts = [Text.assemble(c.value, "\n", (c.interval.replace("–", " – "), "dim")) for c in cells]
+        drawn.add_row(label(row), *(texts or [Text("skipped", "dim")]))
     console.print(drawn)
     for line in (circumstances(found), *notes(found)):
         console.print(line, style="dim", highlight=False, markup=False)
@@ -227,14 +232,12 @@ def markdown(found: dict[str, Any]) -> str:
     """The table for a README, with its circumstances and the command that made it."""
     columns, rows = table(found)
     lines = [
-        "| method | ratio | " + " | ".join(column.title for column in columns) + " |",
-        "|---|--:|" + "--:|" * len(columns),
+        "| method | " + " | ".join(column.title for column in columns) + " |",
+        "|---|" + "--:|" * len(columns),
     ]
     for row, cells in rows:
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:g}"
         texts = [f"{c.value} ({c.interval})" if c.interval else c.value for c in cells]
-        texts = texts or [f"skipped: {row['skipped']}", *[""] * (len(columns) - 1)]
-        lines.append(f"| {row['method']} | {ratio} | {' | '.join(texts)} |")
+        lines.append(f"| {label(row)} | {' | '.join(texts or ['skipped'] * len(columns))} |")
     lines += ["", circumstances(found) + ".", *notes(found), "", f"`{found['provenance']['command']}`"]
     return "\n".join(lines) + "\n"
 
@@ -271,7 +274,7 @@ def html(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> str:
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return page.get_template("report.html.j2").render(
         found=found, columns=columns, rows=rows, sections=sections, ranked_by=metric, magnify=MAGNIFY,
-        circumstances=circumstances(found), notes=notes(found),
+        label=label, circumstances=circumstances(found), notes=notes(found),
     )  # fmt: skip
 
 
@@ -291,8 +294,7 @@ def grid(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> Imag
     picture = Image.new("RGB", (width, head + len(shown) * (caption + side + gap)), "white")
     pen, bold, small = ImageDraw.Draw(picture), ImageFont.load_default(15), ImageFont.load_default(11)
     for i, row in enumerate(rows):
-        label = row["method"] + ("" if row["ratio"] is None else f" {row['ratio']:g}")
-        pen.text((gap + i * (side + gap), 6), _fit(label, bold, side), fill="black", font=bold)
+        pen.text((gap + i * (side + gap), 6), _fit(label(row), bold, side), fill="black", font=bold)
     for j, image in enumerate(shown):
         top = head + j * (caption + side + gap)
         pen.text((gap, top + 2), _fit(image["prompt"], small, width - 2 * gap), fill="dimgray", font=small)

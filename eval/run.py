@@ -13,6 +13,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(to_json(found), end="")
     else:
-        report.terminal(found, Console())
+        report.terminal(found, Console(width=None if sys.stdout.isatty() else 120))
     print(f"{out / 'report.html'}", file=sys.stderr)
     return 0
 
@@ -166,9 +167,13 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype) -> tuple[An
             from diffusers import AutoPipelineForText2Image
 
             # a checker that blackens pictures would compare black with black
-            pipe = AutoPipelineForText2Image.from_pretrained(
-                model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
-            ).to(device)
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", FutureWarning
+                )  # of the newer name of torch_dtype, which older ones lack
+                pipe = AutoPipelineForText2Image.from_pretrained(
+                    model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+                ).to(device)
             judge = None
     except (OSError, ValueError, ImportError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
