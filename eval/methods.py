@@ -61,7 +61,7 @@ def _one(name: str, ratio: float) -> Method:
         fusion = recipes.named(name, ratio)
     except (ValueError, TypeError) as error:
         recipe = name.partition("@")[0].removeprefix("kv:").partition("+")[0]
-        if recipe in recipes.RECIPES:
+        if recipe in recipes.RECIPES or name == "tomesd":  # known: it is the ratio or an option that is wrong
             raise EvalError(str(error)) from error
         known = ["full", *recipes.RECIPES, "tomesd"]
         raise EvalError(

@@ -7,6 +7,7 @@ package or weights cannot be had becomes a `Skipped` that says why. Nets are imp
 from __future__ import annotations
 
 import shlex
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,7 +137,9 @@ def lpips(net: str, backbone: Path | None, device: torch.device) -> Metric:
     try:
         import lpips as package
 
-        model = package.LPIPS(net=net, pnet_rand=backbone is not None, verbose=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # lpips speaks to torchvision in an older way
+            model = package.LPIPS(net=net, pnet_rand=backbone is not None, verbose=False)
         if backbone is not None:
             load_backbone(model.net, torch.load(backbone, map_location="cpu", weights_only=True))
     except ImportError as error:

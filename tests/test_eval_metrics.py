@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval import EvalError, metrics, statistics
 from torch import nn
+
+from eval import EvalError, metrics, statistics
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights" / "squeeze.backbone.pth"
 CPU = torch.device("cpu")
@@ -60,7 +61,9 @@ def test_ms_ssim_agrees_with_torchmetrics():
     a = pictures(size=192)
     a = nn.functional.avg_pool2d(a.float(), 5, 1, 2).byte()  # structure to lose
     b = (a.float() + 20 * features(a.numel(), 1).view(a.shape)).clamp(0, 255).byte()
-    expected = torch.stack([other(x[None].float(), y[None].float(), data_range=255.0) for x, y in zip(a, b, strict=True)])
+    expected = torch.stack(
+        [other(x[None].float(), y[None].float(), data_range=255.0) for x, y in zip(a, b, strict=True)]
+    )
     # the two pad odd sizes and combine channels differently: 9e-4 was the largest difference on photographs
     assert torch.allclose(metrics.ms_ssim(192).compute(a, b), expected.double(), atol=2e-3)
 
@@ -244,6 +247,17 @@ def test_accuracy_counts_pictures_that_show_all_that_was_asked():
     asked = [CLASSES[5].prompt, CLASSES[6].prompt, CLASSES[9].prompt]
     metric = metrics.accuracy(ToyJudge(), asked, CPU)
     assert metric.compute(shown, asked).tolist() == [1, 1, 0]
+
+
+def test_the_embedded_classifier_fits_its_metrics():
+    from tofu_sd.demo.model import Judge
+    from tofu_sd.demo.scenes import CLASSES
+
+    asked = [kind.prompt for kind in CLASSES[:2]]
+    pair, of_sets, share = metrics.judged(Judge().eval(), asked, CPU)
+    assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
+    assert of_sets.features(pictures()).shape == (2, 144)
+    assert share.compute(pictures(), asked).shape == (2,)
 
 
 def test_accuracy_of_prompts_the_classifier_does_not_know_is_skipped():
