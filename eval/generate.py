@@ -65,7 +65,7 @@ def claim(out: Path, settings: Settings) -> None:
             raise EvalError(f"--out {out.name}: the folder is not empty and holds no settings.json; give another")
         write_json(out / "settings.json", new)
         return
-    for name in new.keys() | old.keys():
+    for name in dict.fromkeys([*new, *old]):
         if old.get(name) != new.get(name):
             raise EvalError(
                 f"--out {out.name}: its pictures were made with {name} {old.get(name)!r}, this run has "

@@ -151,7 +151,7 @@ def lpips(net: str, backbone: Path | None, device: torch.device) -> Metric:
     def compute(a: Tensor, b: Tensor) -> Tensor:
         with full_precision(), torch.no_grad():
             distance = model(_unit(a, device), _unit(b, device), normalize=True)
-        return distance.flatten().double().cpu()
+        return distance.flatten().cpu().double()
 
     return Pairwise(name, f"lpips {version('lpips')}, {net}", True, compute)
 
@@ -192,7 +192,7 @@ def pd_judge(judge: Any, device: torch.device) -> Pairwise:
         with full_precision(), torch.no_grad():
             stages = zip(judge.maps(_unit(a, device)), judge.maps(_unit(b, device)), strict=True)
             parts = [(F.normalize(u, dim=1) - F.normalize(v, dim=1)).square().sum(1).mean((1, 2)) for u, v in stages]
-        return torch.stack(parts).sum(0).double().cpu()
+        return torch.stack(parts).sum(0).cpu().double()
 
     return Pairwise("PD-judge", _judge_name("5 feature maps"), True, compute)
 

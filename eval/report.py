@@ -167,7 +167,7 @@ def circumstances(found: dict[str, Any]) -> str:
     parts = [
         f"{s['model']}, {s['n']} pictures" + (f" of {s['of']}" if s["n"] < s["of"] else ""),
         f"prompts {s['prompts']}, seeds from {s['seed']}",
-        f"{s['steps']} steps, {s['size']} px, guidance {'default' if s['guidance'] is None else s['guidance']}, "
+        f"{s['steps']} {'step' if s['steps'] == 1 else 'steps'}, {s['size']} px, guidance {'default' if s['guidance'] is None else s['guidance']}, "
         f"batch {s['batch']}",
         f"{s['dtype']} on {s['device']}",
         f"torch {s['torch']}, diffusers {s['diffusers']}",
@@ -179,6 +179,7 @@ def circumstances(found: dict[str, Any]) -> str:
 def notes(found: dict[str, Any]) -> list[str]:
     """What has to be said below the table."""
     lines = ["Against the full model's pictures under the same seeds; intervals of the metrics: 95 %."]
+    lines += ["; ".join(f"{m['name']}: {m['implementation']}" for m in found["metrics"] if "skipped" not in m) + "."]
     lines += [f"{m['name']}: skipped: {m['skipped']}" for m in found["metrics"] if "skipped" in m]
     lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
     lines += [

@@ -44,11 +44,18 @@ class Parser(argparse.ArgumentParser):
         raise EvalError(f"{message} (see --help)")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults that are values; the others are said in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
 def parser() -> Parser:
     p = Parser(
         prog="python -m eval.run",
         description="What token fusion costs and saves, against the full model under the same seeds.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
         allow_abbrev=False,
     )
     p.add_argument(
@@ -61,21 +68,21 @@ def parser() -> Parser:
     p.add_argument("--prompts", default="demo", help="demo, imagenet1k, or a .txt or .jsonl file")
     p.add_argument("--ratio", default="0.5", metavar="R,R", help="share of tokens fused away; several give a row each")
     p.add_argument("--steps", type=_at_least(1), default=20, help="sampling steps")
-    p.add_argument("--size", type=_at_least(8), help="pixels a side; not given: the model's own")
+    p.add_argument("--size", type=_at_least(8), help="pixels a side (default: the model's own)")
     p.add_argument("--seed", type=_at_least(0), default=0, help="seed of the first picture; the others count on")
     p.add_argument("--batch", type=_at_least(1), default=4, help="pictures drawn at once")
-    p.add_argument("--limit", type=_at_least(1), metavar="N", help="the first N prompts only")
-    p.add_argument("--guidance", type=float, help="classifier-free guidance; not given: the pipeline's default")
+    p.add_argument("--limit", type=_at_least(1), metavar="N", help="the first N prompts only (default: all)")
+    p.add_argument("--guidance", type=float, help="classifier-free guidance (default: the pipeline's)")
     p.add_argument("--device", default="auto", help=f"auto, {', '.join(DEVICES)}")
     p.add_argument("--dtype", default="auto", help=f"auto (float16 on cuda, else float32), {', '.join(DTYPES)}")
-    p.add_argument("--out", type=Path, metavar="DIR", help="not given: a folder in runs/ named after the settings")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: one in runs/ named after the settings)")
     p.add_argument("--scale-row", action="store_true", help="add the full model under other seeds, for scale")
     p.add_argument("--metrics", default="all", help=f"all, or some of {','.join(metrics.NAMES)}")
     p.add_argument("--lpips-net", default="alex", help=", ".join(metrics.LPIPS_NETS))
     p.add_argument(
-        "--lpips-backbone", type=Path, metavar="PATH", help="torchvision weights of that net; not given: downloaded"
+        "--lpips-backbone", type=Path, metavar="PATH", help="torchvision weights of that net (default: downloaded)"
     )
-    p.add_argument("--inception-weights", type=Path, metavar="PATH", help="for FID; not given: downloaded")
+    p.add_argument("--inception-weights", type=Path, metavar="PATH", help="for FID (default: downloaded)")
     p.add_argument("--json", action="store_true", help="print the results as JSON and nothing else on stdout")
     return p  # fmt: skip
 
@@ -98,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(to_json(found), end="")
     else:
         report.terminal(found, Console(width=None if sys.stdout.isatty() else 120))
-    print(f"{out / 'report.html'}", file=sys.stderr)
+    print(f"report: {out / 'report.html'}", file=sys.stderr)
     return 0
 
 

@@ -18,7 +18,7 @@ from eval import run as job
 from tofu_sd import demo
 
 PROMPTS = ['a <script>alert("x")</script> & co', "a bee", "an old oak"]
-COMMAND = ["--model", "tiny", "--steps", "2", "--size", "64", "--batch", "2", "--metrics", "psnr,ms-ssim,judge"]
+COMMAND = ["--model", "tiny", "--steps", "1", "--size", "64", "--batch", "2", "--metrics", "psnr,ms-ssim,judge"]
 
 
 class ToyJudge(torch.nn.Module):
@@ -148,7 +148,7 @@ def test_the_markdown_table_holds_the_figures_and_where_they_come_from(finished,
     lines = text.splitlines()
     assert len({line.count("|") for line in lines[: 2 + len(found["rows"])]}) == 1
     assert f"{rows(found)['tofu-r50']['metrics']['PSNR']['value']:.2f}" in text
-    assert "2 steps, 64 px" in text
+    assert "1 step, 64 px" in text
     assert "`python -m eval.run " in text
 
 
@@ -175,6 +175,15 @@ def test_a_second_method_joins_the_folder_and_a_speed_up_needs_the_same_run(tiny
     assert found["prune-r50"]["speedup"] is None  # the full model's pictures are of another run
     assert found["prune-r50"]["seconds"]["n"] == 2
     assert "not made in one run" in capsys.readouterr().out
+
+
+def test_pictures_of_known_classes_are_classed(tiny, monkeypatch, pipe):
+    from tofu_sd.demo.model import Judge
+
+    monkeypatch.setattr(job, "load_model", lambda *_: (pipe, Judge().eval()))
+    assert job.main([*tiny, "--prompts", "demo", "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
+    for row in files.read_json(Path("out/results.json"))["rows"]:
+        assert row["metrics"]["classed as asked"]["n"] == 2
 
 
 def test_a_limit_is_told(tiny):
