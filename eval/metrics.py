@@ -229,7 +229,7 @@ def judged(judge: Any, prompts: Collection[str], device: torch.device) -> list[M
 
 
 def _judge_name(what: str) -> str:
-    return f"the demo model's own classifier (tofu-sd {version('tofu-sd') or 'from source'}), {what}"
+    return f"the demo model's classifier (tofu-sd {version('tofu-sd') or 'from source'}), {what}"
 
 
 def _unit(pictures: Tensor, device: torch.device) -> Tensor:

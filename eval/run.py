@@ -27,7 +27,7 @@ from torch import nn
 from tofu_sd.environment import check_torchvision
 from tofu_sd.policy import did_you_mean
 
-from . import EvalError, methods, metrics, prompts, provenance, report
+from . import EvalError, methods, metrics, prompts, provenance, report, table
 from .files import to_json, without_paths
 from .generate import Settings, claim, generate
 from .methods import FULL, SCALE, Method
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(to_json(found), end="")
     else:
-        report.terminal(found, Console(width=None if sys.stdout.isatty() else 120))
+        table.terminal(found, Console(width=None if sys.stdout.isatty() else 120))
     print(f"report: {out / 'report.html'}", file=sys.stderr)
     return 0
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tiny import sd15_pipe
 
-from eval import EvalError, files, report, score
+from eval import EvalError, files, report, score, table
 from eval import run as job
 from tofu_sd import demo
 
@@ -148,7 +148,7 @@ def test_the_markdown_table_holds_the_figures_and_where_they_come_from(finished,
     lines = text.splitlines()
     assert len({line.count("|") for line in lines[: 2 + len(found["rows"])]}) == 1
     assert f"{rows(found)['tofu-r50']['metrics']['PSNR']['value']:.2f}" in text
-    assert "1 step, 64 px" in text
+    assert "1 steps, 64 px" in text
     assert "`python -m eval.run " in text
 
 
@@ -190,7 +190,7 @@ def test_a_limit_is_told(tiny):
     assert job.main([*tiny, "--limit", "2", "--out", "out"]) == 0
     found = files.read_json(Path("out/results.json"))
     assert (found["settings"]["n"], found["settings"]["of"]) == (2, 3)
-    assert "2 pictures of 3" in report.circumstances(found)
+    assert "2 pictures of 3" in table.circumstances(found)
 
 
 def test_json_leaves_stdout_to_the_results(tiny, capsys, monkeypatch):
@@ -291,7 +291,7 @@ def test_a_torchvision_of_another_torch_is_explained(tiny, monkeypatch, capsys):
 def test_a_method_that_is_not_installed_is_a_row_that_says_so(tiny, monkeypatch, capsys):
     monkeypatch.setattr(job.methods.importlib.util, "find_spec", lambda name: None)
     assert job.main([*tiny, "--method", "tofu,tomesd", "--limit", "2"]) == 0
-    assert "tomesd 50 %: skipped: pip install tomesd" in capsys.readouterr().out
+    assert "tomesd 50%: skipped: pip install tomesd" in capsys.readouterr().out
 
 
 def test_an_interrupt_says_how_to_go_on(tiny, monkeypatch, capsys):
