@@ -59,15 +59,14 @@ def _one(name: str, ratio: float) -> Method:
         if name == "tomesd":
             return _tomesd(TokenFusion(ratio=ratio).ratio)  # the same limits, told the same way
         fusion = recipes.named(name, ratio)
-    except (ValueError, TypeError) as error:
-        recipe = name.partition("@")[0].removeprefix("kv:").partition("+")[0]
-        if recipe in recipes.RECIPES or name == "tomesd":  # known: it is the ratio or an option that is wrong
-            raise EvalError(str(error)) from error
+    except recipes.UnknownMethodError as error:
         known = ["full", *recipes.RECIPES, "tomesd"]
         raise EvalError(
-            f"unknown method {name!r}{did_you_mean(recipe, known)}; known: {', '.join(known)}; all but full and tomesd "
-            "also with kv: before and +p behind"
+            f"unknown method {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}; all but full and tomesd "
+            "also with kv: before, +p behind and any @option=value at the end"
         ) from error
+    except (ValueError, TypeError) as error:
+        raise EvalError(str(error)) from error
     identity = {"fusion": repr(fusion_fields(fusion)), "code": code()}
     return Method(name, fusion.key, ratio, identity, partial(tofu_sd.patched, ratio=fusion))
 
