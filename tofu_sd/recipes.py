@@ -27,15 +27,20 @@ def keys_only(fusion: TokenFusion) -> TokenFusion:
     return replace(fusion, keys_only=True)
 
 
+class UnknownMethodError(ValueError):
+    """No recipe has this name."""
+
+
 def named(name: str, ratio: float = 0.5) -> TokenFusion:
     """The method written `[kv:]RECIPE[+p][@option=value]...`: "tofu", "kv:tome+p", "tofu@depth_split=3@levels=2".
 
-    Options are TokenFusion's. ValueError for an unknown recipe, TypeError for an unknown option.
+    Options are TokenFusion's. UnknownMethodError for an unknown recipe, TypeError for an unknown option, ValueError for
+    a value out of range.
     """
     method, *changes = name.split("@")
     recipe, plus, mark = method.removeprefix("kv:").partition("+")
     if recipe not in RECIPES or (plus and mark != "p"):
-        raise ValueError(
+        raise UnknownMethodError(
             f"unknown method {name!r}{did_you_mean(recipe, RECIPES)}; known: {', '.join(RECIPES)}, each with a kv: "
             "before it, a +p behind it and any number of @option=value at the end"
         )

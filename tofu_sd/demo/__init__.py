@@ -31,10 +31,10 @@ def load(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32)
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(
-        WEIGHTS, torch_dtype=dtype, local_files_only=True, safety_checker=None, requires_safety_checker=False
+        str(WEIGHTS), local_files_only=True, safety_checker=None, requires_safety_checker=False
     )
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
-    return pipe.to(device)
+    return pipe.to(device, dtype)
 
 
 def judge(device: torch.device | str = "cpu") -> Judge:

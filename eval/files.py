@@ -1,0 +1,47 @@
+"""Files that are whole or not there, and no paths of this machine in what is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Writes a file at once: whoever looks, or whatever stops us, finds the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write(path, to_json(value))
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(path: Path) -> Any | None:
+    """The content of a JSON file; None where there is none or it is broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+ABSOLUTE = re.compile(r"(?<![\w.:/<])(?:/|~/|[A-Za-z]:\\)(?:[^\s'\"<>:,;/\\]+[/\\])+([^\s'\"<>:,;/\\]*)")
+
+
+def without_paths(text: str) -> str:
+    """The text with absolute paths cut down to their last part: results travel, machines do not."""
+    return ABSOLUTE.sub(r"\1", text)

@@ -1,0 +1,103 @@
+"""A method's name on the command line -> what is done to the pipeline while it draws."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import tofu_sd
+from tofu_sd import TokenFusion, recipes
+from tofu_sd.policy import did_you_mean
+
+from . import EvalError
+
+OTHER_SEEDS = 1_000_003  # added to every seed of the scale row; further than any list of prompts is long
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the results.
+
+    name: as it was asked for. key: its folder. identity: all that decides its pictures beside the run's settings.
+    applied: a context in which a pipeline draws by this method. missing: what to install, where it cannot be had.
+    """
+
+    name: str
+    key: str
+    ratio: float | None = None
+    identity: dict[str, Any] = field(default_factory=dict)
+    applied: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    seed_shift: int = 0
+    missing: str | None = None
+
+
+FULL = Method("full", "full")
+SCALE = Method("full, other seeds", "full-other-seeds", None, {"seed_shift": OTHER_SEEDS}, seed_shift=OTHER_SEEDS)
+
+
+def parse(names: str, ratios: list[float]) -> list[Method]:
+    """The methods of a list such as "tofu,kv:tome+p", each at every ratio, in that order and each once."""
+    methods: dict[str, Method] = {}
+    for name in (part.strip() for part in names.split(",")):
+        for ratio in ratios:
+            method = _one(name, ratio)
+            methods.setdefault(method.key, method)
+    return list(methods.values())
+
+
+def _one(name: str, ratio: float) -> Method:
+    if name == "full":
+        return FULL
+    try:
+        if name == "tomesd":
+            return _tomesd(TokenFusion(ratio=ratio).ratio)  # the same limits, told the same way
+        fusion = recipes.named(name, ratio)
+    except recipes.UnknownMethodError as error:
+        known = ["full", *recipes.RECIPES, "tomesd"]
+        raise EvalError(
+            f"unknown method {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}; all but full and tomesd "
+            "also with kv: before, +p behind and any @option=value at the end"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise EvalError(str(error)) from error
+    identity = {"fusion": repr(fusion_fields(fusion)), "code": code()}
+    return Method(name, fusion.key, ratio, identity, partial(tofu_sd.patched, ratio=fusion))
+
+
+def fusion_fields(fusion: TokenFusion) -> dict[str, Any]:
+    """A TokenFusion's fields, functions by their names, so that it reads the same in every process."""
+    return {name: getattr(value, "__name__", value) for name, value in vars(fusion).items()}
+
+
+def _tomesd(ratio: float) -> Method:
+    key = f"tomesd-r{100 * ratio:g}"
+    if importlib.util.find_spec("tomesd") is None:
+        return Method("tomesd", key, ratio, missing="pip install tomesd")
+    version = importlib.metadata.version("tomesd")
+    return Method("tomesd", key, ratio, {"tomesd": version}, partial(_with_tomesd, ratio=ratio))
+
+
+@contextmanager
+def _with_tomesd(pipe: Any, ratio: float) -> Iterator[Any]:
+    import tomesd
+
+    tomesd.apply_patch(pipe, ratio=ratio, use_rand=False)  # random destinations would depend on what was drawn before
+    try:
+        yield pipe
+    finally:
+        tomesd.remove_patch(pipe)
+
+
+@cache
+def code() -> str:
+    """Changes with any file of tofu_sd, so that pictures of an older version are made again."""
+    root = Path(tofu_sd.__file__).parent
+    sources = sorted(path for path in root.rglob("*.py") if "demo" not in path.parts)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]

@@ -1,0 +1,138 @@
+"""Prompts with fixed seeds. `python -m eval.prompts NAME` prints a list, one prompt a line."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tofu_sd.policy import did_you_mean
+
+from . import EvalError
+
+TEMPLATE = "A high-quality photograph of a {}"
+IMAGENET_HASH = "0b0f9fee7c952f25"  # start of the SHA-256 of the 1000 names, joined by newlines
+IMAGENET_IMAGES = 2  # of each class
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to be made. `id` names its files."""
+
+    id: str
+    prompt: str
+    seed: int
+
+
+def load(name: str, seed0: int = 0) -> list[Request]:
+    """The requests of a known set, of a .txt file (a prompt a line) or a .jsonl file ({"prompt", "id"?, "seed"?})."""
+    if name in KNOWN:
+        return KNOWN[name](seed0)
+    path = Path(name)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise EvalError(
+            f"unknown prompts {name!r}{did_you_mean(name, KNOWN)}; known: {', '.join(KNOWN)}, or a .txt or .jsonl file"
+        )
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise EvalError(f"cannot read the prompts {name!r}: {error.strerror}") from error
+    if not lines:
+        raise EvalError(f"the prompt file {name!r} is empty")
+    if path.suffix == ".txt":
+        return [Request(f"{i:04d}", line.strip(), seed0 + i) for i, line in enumerate(lines)]
+    return _unique([_from_json(line, i, seed0, name) for i, line in enumerate(lines)], name)
+
+
+def demo(seed0: int = 0) -> list[Request]:
+    """The embedded model's 96 classes, one picture each.
+
+    Neighbours in CLASSES differ in little, so the list strides through them: any first N are a fair mixture.
+    """
+    from tofu_sd.demo.scenes import CLASSES
+
+    order = [37 * i % len(CLASSES) for i in range(len(CLASSES))]  # 37 has no factor in common with 96
+    return [Request(f"{i:04d}", CLASSES[i].prompt, seed0 + i) for i in order]
+
+
+def imagenet1k(seed0: int = 0) -> list[Request]:
+    """Two pictures of each ImageNet class, under seeds of their own (the list has both Cardigan and cardigan)."""
+    return [
+        Request(f"{i:04d}_{k}", TEMPLATE.format(name), seed0 + IMAGENET_IMAGES * i + k)
+        for i, name in enumerate(imagenet_names())
+        for k in range(IMAGENET_IMAGES)
+    ]
+
+
+def imagenet_names() -> list[str]:
+    """The 1000 class names as torchvision lists them, read without importing it."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or not spec.submodule_search_locations:
+        raise EvalError("prompts 'imagenet1k' take the class names from torchvision: pip install torchvision")
+    tree = ast.parse((Path(spec.submodule_search_locations[0]) / "models" / "_meta.py").read_text(encoding="utf-8"))
+    found = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_IMAGENET_CATEGORIES"
+    ]
+    names: list[str] = ast.literal_eval(found[0]) if found else []
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[: len(IMAGENET_HASH)]
+    if digest != IMAGENET_HASH:
+        raise EvalError(f"torchvision's ImageNet names have the hash {digest}, not {IMAGENET_HASH}: they have changed")
+    return names
+
+
+KNOWN: dict[str, Callable[[int], list[Request]]] = {"demo": demo, "imagenet1k": imagenet1k}
+
+
+def digest(requests: list[Request]) -> str:
+    """Says whether two lists ask for the same pictures."""
+    text = json.dumps([(r.id, r.prompt, r.seed) for r in requests])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _from_json(line: str, i: int, seed0: int, source: str) -> Request:
+    try:
+        row = json.loads(line)
+        extra = set(row) - {"prompt", "id", "seed"}
+        request = Request(str(row.get("id", f"{i:04d}")), str(row["prompt"]), int(row.get("seed", seed0 + i)))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise EvalError(f"{source}, prompt {i + 1}: not an object with a 'prompt' ({error})") from error
+    if extra:
+        raise EvalError(f"{source}, prompt {i + 1}: unknown field {sorted(extra)[0]!r}; known: prompt, id, seed")
+    if not re.fullmatch(r"\w[\w.-]*", request.id):
+        raise EvalError(f"{source}, prompt {i + 1}: the id {request.id!r} cannot name a file")
+    return request
+
+
+def _unique(requests: list[Request], source: str) -> list[Request]:
+    seen: set[str] = set()
+    for request in requests:
+        if request.id in seen:
+            raise EvalError(f"{source}: two prompts have the id {request.id!r}")
+        seen.add(request.id)
+    return requests
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 1:
+        print(f"usage: python -m eval.prompts {{{','.join(KNOWN)}}}", file=sys.stderr)
+        return 2
+    try:
+        requests = load(argv[0])
+    except EvalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for request in requests:
+        print(request.prompt)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

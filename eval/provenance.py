@@ -1,0 +1,101 @@
+"""The circumstances a number travels with."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .files import without_paths
+
+PACKAGES = ("tofu-sd", "torch", "diffusers", "transformers", "accelerate", "tomesd", "lpips", "torchmetrics",
+            "pytorch-msssim", "numpy", "pillow")  # fmt: skip
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """What the pictures are made on: 'cuda: NVIDIA H200', 'cpu: Intel Xeon, 2 threads'."""
+    if device.type == "cuda":
+        return f"cuda: {torch.cuda.get_device_name(device)}"
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"cpu: {_cpu_name()}, {threads} thread{'s' * (threads != 1)}"
+    return device.type
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def pipeline_name(pipe: Any) -> str:
+    """The pipeline's and its scheduler's class and a hash that changes with any of their settings or weights."""
+    sha = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        config = getattr(part, "config", None)
+        settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else dict(config or {})
+        told = sorted((key, str(value)) for key, value in settings.items() if key[0] != "_")
+        sha.update(f"{name} {type(part).__name__} {told}".encode())
+        if isinstance(part, nn.Module):
+            for key, tensor in part.state_dict().items():  # the first few values of each tensor tell any training
+                sha.update(f"{key} {tuple(tensor.shape)} {tensor.flatten()[:64].float().tolist()}".encode())
+    return f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {sha.hexdigest()[:12]}"
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, '+changes' behind it where files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    if _git(here, "ls-files", "--error-unmatch", "__init__.py") is None:  # installed: any repository around is another
+        return None
+    commit = _git(here, "rev-parse", "--short=12", "HEAD")
+    return commit and commit + "+changes" * bool(_git(here, "status", "--porcelain", "--untracked-files=no"))
+
+
+def _git(where: Path, *command: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(where), *command], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def process_mib() -> int:
+    """The most memory this process has held; of everything in it, not of one method."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // 2**20 if sys.platform == "darwin" else peak // 2**10
+
+
+def collect(argv: list[str], device: torch.device, started: str, ended: str) -> dict[str, Any]:
+    return {
+        "command": without_paths(shlex.join(["python", "-m", "eval.run", *argv])),
+        "commit": git_commit(),
+        "device": device_name(device),
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "packages": {name: found for name in PACKAGES if (found := version(name)) is not None},
+        "process_mib": process_mib(),
+        "started": started,
+        "ended": ended,
+    }

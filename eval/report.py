@@ -1,0 +1,189 @@
+"""Files in, files out: results.json and per_image.csv, and from them and the pictures report.html, grid.png, tables.
+
+`python -m eval.report OUT` draws the report anew; with --markdown it prints the table for a README instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image, ImageChops, ImageDraw, ImageFont
+
+from . import EvalError
+from .files import read_json, to_json, write
+from .generate import Settings
+from .methods import FULL
+from .score import Scores
+from .table import circumstances, label, markdown, notes, table
+
+SCHEMA = 1
+WORST = 12  # pairs of each method in report.html
+GRID_ROWS = 6
+THUMBNAIL = 512  # pixels, at most
+MAGNIFY = 4  # of the difference pictures
+
+
+# --- writing the figures ---------------------------------------------------------------------------------------------
+
+
+def results(
+    settings: Settings, scores: Scores, metrics: list[dict[str, Any]], provenance: dict[str, Any], of: int
+) -> dict[str, Any]:
+    """What results.json holds. of: how many pictures the whole list of prompts asks for."""
+    n = next(row["n"] for row in scores.rows if "n" in row)
+    return {
+        "schema": SCHEMA,
+        "settings": {**asdict(settings), "n": n, "of": of},
+        "metrics": metrics,
+        "rows": scores.rows,
+        "provenance": provenance,
+    }
+
+
+def save(out: Path, found: dict[str, Any], scores: Scores) -> None:
+    """Writes the figures, then everything that is drawn from them."""
+    write(out / "results.json", to_json(found))
+    names = [metric["name"] for metric in found["metrics"] if metric.get("per_image")]
+    table = io.StringIO()
+    fields = ["method", "key", "id", "prompt", "seed", "seconds", *names]
+    writer = csv.DictWriter(table, fields, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(scores.images)
+    write(out / "per_image.csv", table.getvalue())
+    draw(out)
+
+
+def draw(out: Path) -> None:
+    """report.html and grid.png from the files in `out`."""
+    found, images = read(out)
+    write(out / "grid.png", _png(grid(out, found, images)))
+    write(out / "report.html", html(out, found, images))
+
+
+def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    found = read_json(out / "results.json")
+    if found is None:
+        raise EvalError(f"{out.name} holds no results.json: python -m eval.run --out {out.name} writes one")
+    if found.get("schema") != SCHEMA:
+        raise EvalError(f"{out.name}/results.json has schema {found.get('schema')}, this program reads {SCHEMA}")
+    with (out / "per_image.csv").open(encoding="utf-8", newline="") as file:
+        return found, list(csv.DictReader(file))
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def ranking(found: dict[str, Any]) -> dict[str, Any] | None:
+    """The metric that pairs are sorted by: the most perceptual one there is."""
+    there = {m["name"]: m for m in found["metrics"] if m.get("per_image") and m["name"] != "classed as asked"}
+    names = [name for name in there if name.startswith("LPIPS")] + ["PD-judge", "MS-SSIM", "PSNR"]
+    return next((there[name] for name in names if name in there), None)
+
+
+def worst_first(images: Sequence[dict[str, str]], metric: dict[str, Any] | None) -> list[dict[str, str]]:
+    """Pairs by falling distance; in their own order where nothing was measured."""
+    if metric is None:
+        return list(images)
+    sign = -1 if metric["lower_is_better"] else 1
+    return sorted(images, key=lambda image: sign * float(image[metric["name"]]))
+
+
+def html(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> str:
+    columns, rows = table(found)
+    metric = ranking(found)
+    measured = [m for m in found["metrics"] if m.get("per_image")]
+    sections = []
+    for row in found["rows"]:
+        if "skipped" in row or row["key"] == FULL.key:
+            continue
+        own = worst_first([image for image in images if image["key"] == row["key"]], metric)
+        sections.append({"row": row, "of": len(own), "pairs": [_pair(out, image, measured) for image in own[:WORST]]})
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return page.get_template("report.html.j2").render(
+        found=found, columns=columns, rows=rows, sections=sections, ranked_by=metric, magnify=MAGNIFY,
+        label=label, circumstances=circumstances(found), notes=notes(found),
+    )  # fmt: skip
+
+
+def _pair(out: Path, image: dict[str, str], measured: list[dict[str, Any]]) -> dict[str, Any]:
+    full, own = (_open(out / key / f"{image['id']}.png") for key in (FULL.key, image["key"]))
+    difference = ImageChops.difference(full, own).point(lambda level: min(255, MAGNIFY * level))
+    figures = {m["name"]: f"{float(image[m['name']]):.{m['digits']}f}" for m in measured if image[m["name"]]}
+    return {**image, "figures": figures, "pictures": [_embedded(picture) for picture in (full, own, difference)]}
+
+
+def grid(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> Image.Image:
+    """The first prompts, a row each; the full model and the methods, a column each."""
+    rows = [row for row in found["rows"] if "skipped" not in row]
+    shown = [image for image in images if image["key"] == FULL.key][:GRID_ROWS]
+    side, gap, head, caption = min(256, found["settings"]["size"]), 8, 28, 20
+    width = gap + len(rows) * (side + gap)
+    picture = Image.new("RGB", (width, head + len(shown) * (caption + side + gap)), "white")
+    pen, bold, small = ImageDraw.Draw(picture), ImageFont.load_default(15), ImageFont.load_default(11)
+    for i, row in enumerate(rows):
+        pen.text((gap + i * (side + gap), 6), _fit(label(row), bold, side), fill="black", font=bold)
+    for j, image in enumerate(shown):
+        top = head + j * (caption + side + gap)
+        pen.text((gap, top + 2), _fit(image["prompt"], small, width - 2 * gap), fill="dimgray", font=small)
+        for i, row in enumerate(rows):
+            tile = _open(out / row["key"] / f"{image['id']}.png").resize((side, side), Image.Resampling.LANCZOS)
+            picture.paste(tile, (gap + i * (side + gap), top + caption))
+    return picture
+
+
+def _fit(text: str, font: Any, width: int) -> str:
+    """The text, cut to this width in pixels."""
+    text = " ".join(text.split())
+    while text and font.getlength(text) > width:
+        text = text[:-2].rstrip() + "…"
+    return text
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _embedded(image: Image.Image) -> str:
+    """A data: address of the picture: JPEG, for the eye alone (figures come from the PNGs)."""
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m eval.report", description="Draw the report of a run anew.")
+    parser.add_argument("out", type=Path, help="folder that eval.run wrote")
+    parser.add_argument("--markdown", action="store_true", help="print the table for a README, write nothing")
+    options = parser.parse_args(argv)
+    try:
+        if options.markdown:
+            print(markdown(read(options.out)[0]), end="")
+        else:
+            draw(options.out)
+            print(f"wrote {options.out / 'report.html'} and {options.out / 'grid.png'}", file=sys.stderr)
+    except EvalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""The main job: `python -m eval.run --method tofu`.
+
+Prompts × fixed seeds -> pictures of the full model and of each method under the same seeds -> figures against the full
+model -> a table here, and in the folder --out: results.json, per_image.csv, report.html, grid.png and all pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from tofu_sd.environment import check_torchvision
+from tofu_sd.policy import did_you_mean
+
+from . import EvalError, methods, metrics, prompts, provenance, report, table
+from .files import to_json, without_paths
+from .generate import Settings, claim, generate
+from .methods import FULL, SCALE, Method
+from .score import describe, score
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+class Parser(argparse.ArgumentParser):
+    """One line of what is wrong, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise EvalError(f"{message} (see --help)")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults that are values; the others are said in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="python -m eval.run",
+        description="What token fusion costs and saves, against the full model under the same seeds.",
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "--method",
+        default="tofu",
+        metavar="A,B",
+        help="full, tofu, tome, prune, mlerp, tomesd; all but full and tomesd also as kv:NAME, NAME+p",
+    )
+    p.add_argument("--model", default="demo", help="demo, or a diffusers text-to-image model: its id or folder")
+    p.add_argument("--prompts", default="demo", help="demo, imagenet1k, or a .txt or .jsonl file")
+    p.add_argument("--ratio", default="0.5", metavar="R,R", help="share of tokens fused away; several give a row each")
+    p.add_argument("--steps", type=_at_least(1), default=20, help="sampling steps")
+    p.add_argument("--size", type=_at_least(8), help="pixels a side (default: the model's own)")
+    p.add_argument("--seed", type=_at_least(0), default=0, help="seed of the first picture; the others count on")
+    p.add_argument("--batch", type=_at_least(1), default=4, help="pictures drawn at once")
+    p.add_argument("--limit", type=_at_least(1), metavar="N", help="the first N prompts only (default: all)")
+    p.add_argument("--guidance", type=float, help="classifier-free guidance (default: the pipeline's)")
+    p.add_argument("--device", default="auto", help=f"auto, {', '.join(DEVICES)}")
+    p.add_argument("--dtype", default="auto", help=f"auto (float16 on cuda, else float32), {', '.join(DTYPES)}")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: one in runs/ named after the settings)")
+    p.add_argument("--scale-row", action="store_true", help="add the full model under other seeds, for scale")
+    p.add_argument("--metrics", default="all", help=f"all, or some of {','.join(metrics.NAMES)}")
+    p.add_argument("--lpips-net", default="alex", help=", ".join(metrics.LPIPS_NETS))
+    p.add_argument(
+        "--lpips-backbone", type=Path, metavar="PATH", help="torchvision weights of that net (default: downloaded)"
+    )
+    p.add_argument("--inception-weights", type=Path, metavar="PATH", help="for FID (default: downloaded)")
+    p.add_argument("--json", action="store_true", help="print the results as JSON and nothing else on stdout")
+    return p  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job; 0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        options = parser().parse_args(argv)
+        # whatever a library prints must not end up between the results
+        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+            found, out = run(options, argv)
+    except EvalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    if options.json:
+        print(to_json(found), end="")
+    else:
+        table.terminal(found, Console(width=None if sys.stdout.isatty() else 120))
+    print(f"report: {out / 'report.html'}", file=sys.stderr)
+    return 0
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any], Path]:
+    """(results, folder) of one run. Everything that can be refused is refused before the first file is written."""
+    started = _now()
+    chosen = methods.parse(options.method, _ratios(options.ratio)) + [SCALE] * options.scale_row
+    requests = prompts.load(options.prompts, options.seed)
+    asked = requests[: options.limit]
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    metrics.check(options.metrics, options.lpips_net)
+    try:
+        check_torchvision()
+    except ImportError as error:
+        raise EvalError(str(error)) from error
+    pipe, judge = load_model(options.model, device, dtype)
+    size = options.size or own_size(pipe)
+    if size % 8:
+        raise EvalError(f"--size is {size}; it must be a multiple of 8")
+    try_out(pipe, chosen)
+    settings = Settings(
+        model=Path(options.model).name if Path(options.model).is_dir() else options.model,
+        pipeline=provenance.pipeline_name(pipe),
+        prompts=Path(options.prompts).name,
+        prompts_hash=prompts.digest(requests),
+        seed=options.seed,
+        size=size,
+        steps=options.steps,
+        guidance=options.guidance,
+        batch=options.batch,
+        device=provenance.device_name(device),
+        dtype=str(dtype).removeprefix("torch."),
+        torch=str(torch.__version__),
+        diffusers=provenance.version("diffusers") or "unknown",
+    )
+    out = options.out or default_out(settings)
+    claim(out, settings)
+    drawn = [FULL, *(m for m in chosen if m is not FULL and not m.missing)]
+    generate(pipe, asked, drawn, settings, out)
+    loaded = metrics.choose(
+        options.metrics,
+        size=size,
+        prompts=[request.prompt for request in asked],
+        device=device,
+        judge=judge,
+        lpips_net=options.lpips_net,
+        lpips_backbone=options.lpips_backbone,
+        inception=options.inception_weights,
+    )
+    scores = score(out, settings, asked, chosen, loaded)
+    told = provenance.collect(list(argv), device, started, _now())
+    found = report.results(settings, scores, describe(loaded), told, of=len(requests))
+    report.save(out, found, scores)
+    return found, out
+
+
+def load_model(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:
+    """(pipeline on the device, the classifier that judges its pictures or None)."""
+    try:
+        if model == "demo":
+            from tofu_sd import demo
+
+            pipe, judge = demo.load(device=device, dtype=dtype), demo.judge(device=device)
+        else:
+            from diffusers import AutoPipelineForText2Image
+
+            # a checker that blackens pictures would compare black with black
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", FutureWarning
+                )  # of the newer name of torch_dtype, which older ones lack
+                pipe = AutoPipelineForText2Image.from_pretrained(
+                    model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+                ).to(device)
+            judge = None
+    except (OSError, ValueError, ImportError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise EvalError(f"cannot load the model {model!r}: {without_paths(reason)[:300]}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, judge
+
+
+def try_out(pipe: Any, chosen: Sequence[Method]) -> None:
+    """Applies each method once, so that one that does not fit the model is told of before hours of drawing."""
+    for method in chosen:
+        if method.missing:
+            continue
+        try:
+            with method.applied(pipe):
+                pass
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise EvalError(f"method {method.name!r} does not fit this model: {error}") from error
+
+
+def own_size(pipe: Any) -> int:
+    """Pixels a side of the pictures a pipeline was trained for."""
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    return int(denoiser.config.sample_size * pipe.vae_scale_factor)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    if name.partition(":")[0] not in DEVICES or not re.fullmatch(r"\w+(:\d+)?", name):
+        raise EvalError(f"unknown device {name!r}{did_you_mean(name, DEVICES)}; known: auto, {', '.join(DEVICES)}")
+    device = torch.device(name)
+    if device.type != "cpu" and not getattr(torch, device.type).is_available():
+        raise EvalError(f"device {name!r} is not available here; --device cpu always is")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise EvalError(f"unknown dtype {name!r}{did_you_mean(name, DTYPES)}; known: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def default_out(settings: Settings) -> Path:
+    """Other settings, another folder; the same command again goes on in the same one."""
+    digest = hashlib.sha256(json.dumps(asdict(settings)).encode()).hexdigest()[:6]
+    model = re.sub(r"[^\w.-]+", "-", settings.model)
+    return Path("runs") / f"{model}-{settings.size}px-{settings.steps}steps-{digest}"
+
+
+def _ratios(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise EvalError(f"--ratio is {text!r}; it must be a number or several with commas between") from error
+
+
+def _at_least(least: int) -> Any:
+    def whole_number(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return int(text)
+
+    return whole_number
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""The table of a run, once for the terminal, the page and the README. Formats what results.json holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from .methods import FULL, SCALE
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """value and the interval below it. bar: (from, to, at) in 0..1 of the column's range, for a drawing."""
+
+    value: str
+    interval: str = ""
+    bar: tuple[float, float, float] | None = None
+
+
+def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any], list[Cell]]]]:
+    """Columns, and for each row of the results its cells (none for a method that was skipped)."""
+    rows = [row for row in found["rows"] if "skipped" not in row]
+    columns = [Column("speed-up", "median over batches, full model / method in the same run; 5th to 95th percentile"),
+               Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
+    cells = [[_spread(row["speedup"], 2, "×"), _spread(row["seconds"], 2)] for row in rows]
+    if any(row["peak_bytes"] is not None for row in rows):
+        columns.append(Column("memory", "peak of a batch over the weights"))
+        for row, line in zip(rows, cells, strict=True):
+            line.append(Cell("–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"))
+    for metric in found["metrics"]:
+        if "skipped" in metric:
+            continue
+        arrow = "↓" if metric["lower_is_better"] else "↑"
+        columns.append(Column(f"{metric['name']} {arrow}", metric["implementation"]))
+        extent = _extent(rows, metric["name"])
+        for row, line in zip(rows, cells, strict=True):
+            line.append(_figure(row["metrics"].get(metric["name"]), metric["digits"], extent))
+    by_key = {row["key"]: line for row, line in zip(rows, cells, strict=True)}
+    return columns, [(row, by_key.get(row["key"], [])) for row in found["rows"]]
+
+
+def label(row: dict[str, Any]) -> str:
+    """A row's name: the method and the ratio of tokens it fuses away."""
+    return row["method"] if row["ratio"] is None else f"{row['method']} {100 * row['ratio']:g}%"
+
+
+def _spread(spread: dict[str, Any] | None, digits: int, unit: str = "") -> Cell:
+    if spread is None:
+        return Cell("–")
+    return Cell(f"{spread['median']:.{digits}f}{unit}", f"{spread['p5']:.{digits}f}–{spread['p95']:.{digits}f}")
+
+
+def _figure(figure: dict[str, Any] | None, digits: int, extent: tuple[float, float] | None) -> Cell:
+    if figure is None:
+        return Cell("–")
+    equal = figure.get("infinite", 0)
+    if figure["value"] is None:
+        return Cell("∞" if equal else "–")
+    value, notes, bar = f"{figure['value']:.{digits}f}", [], None
+    if figure["low"] is not None:
+        notes.append(f"{figure['low']:.{digits}f}–{figure['high']:.{digits}f}")
+        if extent is not None:
+            a, b = extent
+            low, high, at = (min(1.0, max(0.0, (figure[k] - a) / (b - a))) for k in ("low", "high", "value"))
+            bar = (low, high, at) if a <= figure["value"] <= b else None
+    if equal:
+        notes.append(f"{equal} equal")
+    return Cell(value, ", ".join(notes), bar)
+
+
+def _extent(rows: list[dict[str, Any]], metric: str) -> tuple[float, float] | None:
+    """The range of a metric over the methods' intervals; the rows that are there for scale do not stretch it."""
+    methods = [row["metrics"].get(metric) for row in rows if row["key"] not in (FULL.key, SCALE.key)]
+    figures = [f for f in methods if f and f["low"] is not None]
+    if len(figures) < 2:
+        return None
+    low, high = min(f["low"] for f in figures), max(f["high"] for f in figures)
+    return (low, high) if high > low else None
+
+
+def circumstances(found: dict[str, Any]) -> str:
+    """One line without which the figures mean nothing."""
+    s, p = found["settings"], found["provenance"]
+    guidance = "default" if s["guidance"] is None else s["guidance"]
+    parts = [
+        f"{s['model']}, {s['n']} pictures" + (f" of {s['of']}" if s["n"] < s["of"] else ""),
+        f"prompts {s['prompts']}, seeds from {s['seed']}",
+        f"{s['steps']} steps, {s['size']} px, guidance {guidance}, batch {s['batch']}",
+        f"{s['dtype']} on {s['device']}",
+        f"torch {s['torch']}, diffusers {s['diffusers']}",
+        f"commit {p['commit'] or 'unknown'}",
+    ]
+    return " · ".join(parts)
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """What has to be said below the table."""
+    lines = ["Against the full model's pictures under the same seeds; intervals of the metrics: 95 %."]
+    lines += ["; ".join(f"{m['name']}: {m['implementation']}" for m in found["metrics"] if "skipped" not in m) + "."]
+    lines += [f"{m['name']}: skipped: {m['skipped']}" for m in found["metrics"] if "skipped" in m]
+    lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
+    lines += [
+        f"{label(row)}: {row['blank']} of {row['n']} pictures are one flat colour"
+        for row in found["rows"]
+        if row.get("blank")
+    ]
+    lines += [
+        f"{label(row)}: no speed-up, its pictures were not made in one run with the full model's"
+        for row in found["rows"]
+        if "skipped" not in row and row["speedup"] is None
+    ]
+    lines += _small_sets(found)
+    if all(row.get("peak_bytes") is None for row in found["rows"]):
+        lines.append(
+            f"Memory by method: n/a off CUDA; the whole process used {found['provenance']['process_mib']:,} MiB."
+        )
+    return lines
+
+
+def _small_sets(found: dict[str, Any]) -> list[str]:
+    """A set distance from fewer pictures than features is biased upwards: compare it at equal n only."""
+    small = {
+        name: (figure["n"], figure["features"])
+        for row in found["rows"]
+        for name, figure in row.get("metrics", {}).items()
+        if figure.get("features", 0) > figure["n"]
+    }
+    return [
+        f"{name}: from n={n} pictures in {width} dimensions; biased, to be compared at this n only"
+        for name, (n, width) in small.items()
+    ]
+
+
+def terminal(found: dict[str, Any], console: Console) -> None:
+    columns, rows = table(found)
+    drawn = RichTable(title=f"{found['settings']['model']}: methods against the full model", box=SIMPLE_HEAD)
+    drawn.add_column("method", min_width=13)
+    for column in columns:
+        drawn.add_column(column.title, justify="right")
+    for row, cells in rows:
+        # the space lets an interval break where the terminal is narrow
+        texts = [Text.assemble(c.value, "\n", (c.interval.replace("–", " – "), "dim")) for c in cells]
+        drawn.add_row(label(row), *(texts or [Text("skipped", "dim")]))
+    console.print(drawn)
+    for line in (circumstances(found), *notes(found)):
+        console.print(line, style="dim", highlight=False, markup=False)
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table for a README, with its circumstances and the command that made it."""
+    columns, rows = table(found)
+    lines = [
+        "| method | " + " | ".join(column.title for column in columns) + " |",
+        "|---|" + "--:|" * len(columns),
+    ]
+    for row, cells in rows:
+        texts = [f"{c.value} ({c.interval})" if c.interval else c.value for c in cells]
+        lines.append(f"| {label(row)} | {' | '.join(texts or ['skipped'] * len(columns))} |")
+    lines += ["", circumstances(found) + ".", *notes(found), "", f"`{found['provenance']['command']}`"]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,107 @@
+"""The embedded model: it is what the README says it is, and fusing its tokens leaves its pictures recognisable."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import tofu_sd
+from tofu_sd.demo import WEIGHTS
+from tofu_sd.demo.check import draw, main, wilson
+from tofu_sd.demo.scenes import CLASSES
+from tofu_sd.demo.train import judge_accuracy
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = tofu_sd.demo.load()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_it_is_made_of_stable_diffusions_own_classes(pipe):
+    parts = {name: type(part).__name__ for name, part in pipe.components.items() if part is not None}
+    assert parts == {
+        "vae": "AutoencoderKL",
+        "text_encoder": "CLIPTextModel",
+        "tokenizer": "CLIPTokenizer",
+        "unet": "UNet2DConditionModel",
+        "scheduler": "DDIMScheduler",
+    }
+    assert pipe.vae_scale_factor == 8
+    summary = tofu_sd.summary(pipe)
+    assert summary.latent == (32, 32)
+    assert summary.blocks == 11
+
+
+def test_it_stays_small_and_its_weights_are_the_documented_ones():
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25 * 2**20
+    page = (WEIGHTS.parent / "README.md").read_text()
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    assert len(weights) == 4
+    for path in weights:
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in page, path.name
+
+
+def test_the_judge_knows_fresh_renders():
+    assert judge_accuracy(tofu_sd.demo.judge(), CPU, images=96) >= 0.97
+
+
+def judged(pictures):
+    judge = tofu_sd.demo.judge()
+    asked = torch.tensor([CLASSES[i % 96].labels for i in range(len(pictures))])
+    return (judge.classify(pictures.float() / 255) == asked).all(1).float().mean().item()
+
+
+def test_it_draws_what_is_asked_for(pipe):
+    """240 pictures are judged by `python -m tofu_sd.demo.check`; 24 of them here, of which 90 % would be 21.6."""
+    assert judged(draw(pipe, 24, steps=20, guidance=3.0, size=256, batch=8)) >= 0.8
+
+
+def test_the_same_seed_draws_the_same_picture_after_another_one(pipe):
+    first = draw(pipe, 1, steps=3, guidance=3.0, size=256, batch=1)
+    draw(pipe, 2, steps=2, guidance=3.0, size=256, batch=2)
+    assert torch.equal(first, draw(pipe, 1, steps=3, guidance=3.0, size=256, batch=1))
+
+
+def test_it_draws_512_pixels(pipe):
+    assert draw(pipe, 1, steps=1, guidance=1.0, size=512, batch=1).shape == (1, 3, 512, 512)
+
+
+def test_weighting_fused_tokens_by_size_brings_the_picture_nearer(pipe):
+    """The law behind `proportional`: on 8 pictures the mean error falls; without fusion there is none."""
+    options = {"steps": 8, "guidance": 3.0, "size": 256, "batch": 8}
+    full = draw(pipe, 8, **options).double()
+    error = {}
+    for name in ("tome", "tome+p", "kv:tome+p"):
+        with tofu_sd.patched(pipe, tofu_sd.recipes.named(name)):
+            error[name] = (draw(pipe, 8, **options).double() - full).square().mean().item()
+    assert 0 < error["tome+p"] < error["tome"]
+    assert 0 < error["kv:tome+p"] < error["tome"]
+
+
+def test_the_check_prints_its_figures_with_their_circumstances(capsys, tmp_path):
+    import json
+
+    sheet = tmp_path / "sheet.png"
+    main(["--images", "2", "--steps", "1", "--batch", "2", "--device", "cpu", "--sheet", str(sheet)])
+    figures = json.loads(capsys.readouterr().out)
+    assert {"as_asked", "interval_95", "n", "steps", "guidance", "seeds", "torch", "diffusers"} <= figures.keys()
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+
+
+def test_wilsons_interval_ends_where_the_share_is_just_possible():
+    """Its ends are the shares p at which 9 of 10 lies 1.96 standard deviations off."""
+    for p in wilson(9, 10):
+        assert (0.9 - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / 10)
+    assert wilson(9, 10)[0] < 0.9 < wilson(9, 10)[1]
+
+
+def test_a_missing_weights_folder_is_not_silent(monkeypatch, tmp_path):
+    monkeypatch.setattr("tofu_sd.demo.WEIGHTS", Path(tmp_path / "none"))
+    with pytest.raises(OSError, match="none"):
+        tofu_sd.demo.load()

@@ -1,0 +1,205 @@
+"""Pictures depend on the request and the method alone, are made once, and are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from tiny import sd15_pipe
+
+from eval import EvalError, files, generate, methods
+from eval.methods import FULL, SCALE
+from eval.prompts import Request
+
+SETTINGS = generate.Settings("tiny", "p", "own.txt", "h", 0, 64, 2, None, 2, "cpu", "float32", "t", "d")
+REQUESTS = [Request(f"{i:04d}", prompt, 10 + i) for i, prompt in enumerate(["a red fox", "a bee", "an old oak"])]
+(TOFU,) = methods.parse("tofu", [0.5])
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return sd15_pipe()
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The prompts and number of steps of every call of a pipeline."""
+    seen = []
+    original = StableDiffusionPipeline.__call__
+
+    def counting(self, prompt, num_inference_steps, **options):
+        seen.append((tuple(prompt), num_inference_steps))
+        return original(self, prompt=prompt, num_inference_steps=num_inference_steps, **options)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", counting)
+    return seen
+
+
+def run(pipe, out, chosen=(FULL, TOFU), settings=SETTINGS, requests=REQUESTS):
+    return generate.generate(pipe, requests, list(chosen), settings, out)
+
+
+def pixels(out, key="full"):
+    return np.stack([np.asarray(Image.open(out / key / f"{r.id}.png")).astype(int) for r in REQUESTS])
+
+
+def test_what_is_there_is_not_made_again(pipe, tmp_path, calls):
+    assert run(pipe, tmp_path) == 6
+    before = pixels(tmp_path)
+    calls.clear()
+    assert run(pipe, tmp_path) == 0
+    assert calls == []
+    assert (pixels(tmp_path) == before).all()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "0002.png").unlink(),
+        lambda folder: (folder / "0002.json").unlink(),
+        lambda folder: (folder / "0002.png").write_bytes((folder / "0002.png").read_bytes()[:100]),
+        lambda folder: (folder / "0002.json").write_text('{"id": "00'),
+    ],
+    ids=["no picture", "no record", "half a picture", "half a record"],
+)
+def test_only_the_damaged_batch_is_made_again_and_alike(pipe, tmp_path, calls, damage):
+    run(pipe, tmp_path)
+    before = pixels(tmp_path, TOFU.key)
+    damage(tmp_path / TOFU.key)
+    calls.clear()
+    assert run(pipe, tmp_path) == 1
+    assert [prompts for prompts, _ in calls[1:]] == [("an old oak",)]  # after the warm-up
+    assert (pixels(tmp_path, TOFU.key) == before).all()
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_pictures(pipe, tmp_path, monkeypatch):
+    run(pipe, tmp_path / "whole")
+    save, saved = generate._save, []
+
+    def stop_in_the_second_batch(*args):
+        if len(saved) == 5:
+            raise KeyboardInterrupt
+        saved.append(args)
+        save(*args)
+
+    monkeypatch.setattr(generate, "_save", stop_in_the_second_batch)
+    with pytest.raises(KeyboardInterrupt):
+        run(pipe, tmp_path / "cut")
+    monkeypatch.setattr(generate, "_save", save)
+    assert run(pipe, tmp_path / "cut") == 1
+    for key in ("full", TOFU.key):
+        assert (pixels(tmp_path / "cut", key) == pixels(tmp_path / "whole", key)).all()
+
+
+def test_the_methods_take_turns_on_each_batch(pipe, tmp_path, monkeypatch):
+    order = []
+    draw = generate.draw
+
+    def noting(pipe, requests, method, settings, *, steps):
+        order.append((method.key, len(requests)))
+        return draw(pipe, requests, method, settings, steps=steps)
+
+    monkeypatch.setattr(generate, "draw", noting)
+    run(pipe, tmp_path)
+    turns = [("full", 2), (TOFU.key, 2), ("full", 1), (TOFU.key, 1)]
+    assert sorted(order[:4]) == sorted(turns)  # a warm-up of each method at each batch size
+    assert order[4:] == turns
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe, tmp_path):
+    for batch in (1, 3):
+        run(pipe, tmp_path / str(batch), settings=replace(SETTINGS, batch=batch))
+    for key in ("full", TOFU.key):
+        # matrix products of another height round differently; the smallest step of a pixel is 1
+        assert abs(pixels(tmp_path / "1", key) - pixels(tmp_path / "3", key)).max() <= 1
+    full = pixels(tmp_path / "3")
+    assert abs(full[0] - full[1]).mean() > 10  # other seeds are other pictures
+
+
+def test_the_scale_row_has_other_seeds_and_the_same_prompts(pipe, tmp_path):
+    run(pipe, tmp_path, (FULL, SCALE))
+    record = files.read_json(tmp_path / SCALE.key / "0001.json")
+    assert record["prompt"] == "a bee"
+    assert record["seed"] == 11 + methods.OTHER_SEEDS
+    assert abs(pixels(tmp_path) - pixels(tmp_path, SCALE.key)).mean() > 10
+
+
+def test_a_method_that_has_changed_is_drawn_again(pipe, tmp_path, calls):
+    run(pipe, tmp_path)
+    calls.clear()
+    changed = replace(TOFU, identity={**TOFU.identity, "code": "other"})
+    assert run(pipe, tmp_path, (FULL, changed)) == 3
+    assert len(calls) == 4  # two warm-ups, two batches; the full model's pictures stay
+
+
+def test_the_pipeline_and_the_global_generator_stay_as_they_were(pipe, tmp_path):
+    classes = [type(module) for module in pipe.unet.modules()]
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    run(pipe, tmp_path, methods.parse("full,tofu,kv:tome+p", [0.5]))
+    assert torch.equal(torch.rand(1), expected)
+    assert [type(module) for module in pipe.unet.modules()] == classes
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_other_settings_is_refused_by_the_field(tmp_path):
+    generate.claim(tmp_path, SETTINGS)
+    before = (tmp_path / "settings.json").read_bytes()
+    generate.claim(tmp_path, SETTINGS)
+    with pytest.raises(EvalError, match="steps 2, this run has 50"):
+        generate.claim(tmp_path, replace(SETTINGS, steps=50))
+    assert (tmp_path / "settings.json").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(EvalError, match="not empty"):
+        generate.claim(tmp_path, SETTINGS)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    files.write(tmp_path / "a.json", "old")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        files.write(tmp_path / "a.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
+
+
+def test_methods_are_rows_in_the_order_asked_for_each_once():
+    found = methods.parse("tofu, kv:tome+p,full,tofu", [0.25, 0.5])
+    assert [(m.name, m.ratio) for m in found] == [
+        ("tofu", 0.25), ("tofu", 0.5), ("kv:tome+p", 0.25), ("kv:tome+p", 0.5), ("full", None),
+    ]  # fmt: skip
+    assert len({m.key for m in found}) == 5
+
+
+def test_a_missing_peer_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(methods.importlib.util, "find_spec", lambda name: None)
+    (method,) = methods.parse("tomesd", [0.5])
+    assert method.missing == "pip install tomesd"
+
+
+def test_the_peer_is_taken_off_again(pipe):
+    pytest.importorskip("tomesd")
+    (method,) = methods.parse("tomesd", [0.5])
+    classes = [type(module) for module in pipe.unet.modules()]
+    with method.applied(pipe):
+        assert [type(module) for module in pipe.unet.modules()] != classes
+    assert [type(module) for module in pipe.unet.modules()] == classes

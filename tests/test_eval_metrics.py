@@ -1,0 +1,272 @@
+"""Metrics agree with their formulas, with a second implementation where there is one, and with each other's limits."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from eval import EvalError, metrics, statistics
+
+WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights" / "squeeze.backbone.pth"
+CPU = torch.device("cpu")
+
+
+def have(module):
+    """Imports a module that may be missing or broken: torchvision's mismatch is a RuntimeError, not an ImportError."""
+    try:
+        return __import__(module, fromlist=["_"])
+    except (ImportError, RuntimeError, OSError) as error:
+        pytest.skip(f"{module} cannot be imported here: {error}")
+
+
+def pictures(n=2, size=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
+
+
+def features(n, d, seed=0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def test_psnr_by_hand():
+    a = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
+    b = torch.full((1, 3, 8, 8), 120, dtype=torch.uint8)
+    expected = 10 * math.log10(255**2 / 400)  # as uint8, 100 - 120 would wrap to 236
+    assert metrics.psnr().compute(a, b).item() == pytest.approx(expected, abs=1e-12)
+    assert metrics.psnr().compute(b, a).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_psnr_of_equal_pictures_is_infinite():
+    assert metrics.psnr().compute(pictures(), pictures()).tolist() == [math.inf, math.inf]
+
+
+def test_ms_ssim_is_one_on_equal_pictures_and_near_zero_on_noise():
+    pytest.importorskip("pytorch_msssim")
+    measure = metrics.ms_ssim(176)
+    a, b = pictures(size=176), pictures(size=176, seed=1)
+    assert measure.compute(a, a).tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
+    assert measure.compute(a, b).max() < 0.1  # with a wrong data range two noise pictures reach 0.9996
+
+
+def test_ms_ssim_agrees_with_torchmetrics():
+    pytest.importorskip("pytorch_msssim")
+    other = have("torchmetrics.functional.image").multiscale_structural_similarity_index_measure
+    a = pictures(size=192)
+    a = nn.functional.avg_pool2d(a.float(), 5, 1, 2).byte()  # structure to lose
+    b = (a.float() + 20 * features(a.numel(), 1).view(a.shape)).clamp(0, 255).byte()
+    expected = torch.stack(
+        [other(x[None].float(), y[None].float(), data_range=255.0) for x, y in zip(a, b, strict=True)]
+    )
+    # the two pad odd sizes and combine channels differently: 9e-4 was the largest difference on photographs
+    assert torch.allclose(metrics.ms_ssim(192).compute(a, b), expected.double(), atol=2e-3)
+
+
+def test_ms_ssim_skips_pictures_that_are_too_small_and_says_so():
+    skipped = metrics.ms_ssim(160)
+    assert isinstance(skipped, metrics.Skipped)
+    assert "161" in skipped.reason
+    assert "160" in skipped.reason
+
+
+def test_lpips_reproduces_the_documented_value():
+    """torchmetrics' own documentation gives [0.1024, 0.0938] for these tensors with SqueezeNet."""
+    have("lpips")
+    if not WEIGHTS.exists():
+        pytest.skip("no SqueezeNet weights beside the repository")
+    measure = metrics.lpips("squeeze", WEIGHTS, CPU)
+    assert isinstance(measure, metrics.Pairwise), measure
+    generator = torch.Generator().manual_seed(42)
+    a, b = (torch.rand(2, 3, 100, 100, generator=generator) for _ in range(2))
+    documented = torch.tensor([0.1024, 0.0938], dtype=torch.float64)
+    # rounding the pictures to 8 bits moves the value by about 1e-4; the random backbone gives 0.1497, 0.1504
+    found = measure.compute((a * 255).round().byte(), (b * 255).round().byte())
+    assert torch.allclose(found, documented, atol=5e-4), found
+
+
+def test_a_backbone_lands_in_the_layers_of_its_own_numbers():
+    net = nn.Module()
+    net.slice1, net.slice2 = nn.Sequential(), nn.Sequential()
+    net.slice1.add_module("0", nn.Linear(2, 2))
+    net.slice2.add_module("3", nn.Linear(2, 2))
+    weights = {f"features.{i}.{part}": torch.randn(2, 2) if part == "weight" else torch.randn(2)
+               for i in (0, 3) for part in ("weight", "bias")}  # fmt: skip
+    metrics.load_backbone(net, weights)
+    assert torch.equal(net.slice1[0].weight, weights["features.0.weight"])
+    assert torch.equal(net.slice2.get_submodule("3").bias, weights["features.3.bias"])
+
+
+def test_a_metric_whose_weights_are_missing_is_skipped_with_the_reason(monkeypatch, tmp_path):
+    have("lpips")
+    skipped = metrics.lpips("squeeze", tmp_path / "nowhere.pth", CPU)
+    assert isinstance(skipped, metrics.Skipped)
+    assert "nowhere.pth" in skipped.reason
+    assert str(tmp_path) not in skipped.reason  # results carry no path of a machine
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(EvalError, match=r"'lpip'.*did you mean 'lpips'"):
+        metrics.check("psnr,lpip")
+    with pytest.raises(EvalError, match=r"'alexnet'.*did you mean 'alex'"):
+        metrics.check("all", "alexnet")
+
+
+# --- sets -----------------------------------------------------------------------------------------------------------
+
+
+def test_frechet_is_zero_on_equal_sets_even_of_fewer_pictures_than_features():
+    x = features(20, 64)
+    assert statistics.frechet(x, x) < 1e-9  # exact but for float64 rounding; a matrix square root leaves 1e-6
+
+
+def test_frechet_of_a_shift_is_its_squared_length():
+    x = features(50, 8)
+    shift = torch.arange(8.0)
+    assert statistics.frechet(x, x + shift) == pytest.approx(140.0, rel=1e-5)  # 0 + 1 + 4 + … + 49; x is float32
+
+
+def test_frechet_of_a_scaling_in_closed_form():
+    """Covariances S and 4 S commute: tr(S + 4 S - 2 · 2 S) = tr S."""
+    x = features(50, 8).double()
+    x = x - x.mean(0)
+    assert statistics.frechet(x, 2 * x) == pytest.approx(x.T.cov().trace().item(), rel=1e-9)
+
+
+def test_frechet_agrees_with_the_matrix_square_root():
+    linalg = pytest.importorskip("scipy.linalg")
+    x, y = features(300, 16).double(), (features(300, 16, 1) * 1.3 + 0.2).double()
+    root = linalg.sqrtm((x.T.cov() @ y.T.cov()).numpy()).real
+    expected = (x.mean(0) - y.mean(0)).square().sum() + x.T.cov().trace() + y.T.cov().trace() - 2 * root.trace()
+    assert statistics.frechet(x, y) == pytest.approx(expected.item(), rel=1e-8)
+
+
+def test_frechet_agrees_with_torchmetrics():
+    fid = have("torchmetrics.image.fid").FrechetInceptionDistance
+
+    class Passed(nn.Module):
+        num_features = 12
+
+        def forward(self, x):
+            return x.flatten(1).float()
+
+    x, y = pictures(40, 2), pictures(40, 2, seed=1)
+    theirs = fid(feature=Passed(), normalize=False)
+    theirs.update(x, real=True)
+    theirs.update(y, real=False)
+    assert statistics.frechet(x.flatten(1), y.flatten(1)) == pytest.approx(theirs.compute().item(), rel=1e-4)
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+def test_a_bootstrap_interval_holds_the_mean_and_is_the_same_every_time():
+    values = features(60, 1).flatten()
+    groups = [str(i) for i in range(60)]
+    low, high = statistics.bootstrap(values, groups)
+    assert low < values.mean() < high
+    assert (low, high) == statistics.bootstrap(values, groups)
+    # the textbook's interval for a mean; 60 draws from a normal distribution are that near to it
+    half = 1.96 * values.std().item() / math.sqrt(60)
+    assert high - low == pytest.approx(2 * half, rel=0.1)
+
+
+def test_pictures_of_one_class_are_drawn_together():
+    """Twice the same picture is no second observation: the interval must not shrink by the square root of two."""
+    values = features(40, 1).flatten()
+    once = statistics.bootstrap(values, [str(i) for i in range(40)])
+    twice = statistics.bootstrap(values.repeat_interleave(2), [str(i // 2) for i in range(80)])
+    assert twice == pytest.approx(once, abs=1e-12)
+
+
+def test_bootstrap_leaves_the_global_generator_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    statistics.bootstrap(torch.arange(5.0), list("abcde"))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_jackknife_of_a_difference_of_means_is_the_textbook_interval():
+    x = features(40, 1).double()
+    y = torch.zeros_like(x)
+    low, high = statistics.jackknife(lambda a, b: 9 + (a - b).mean().item(), x, y, [str(i) for i in range(40)])
+    error = x.std().item() / math.sqrt(40)  # for a mean the jackknife's error is exactly this
+    assert high - low == pytest.approx(2 * statistics.NORMAL_95 * error, rel=1e-9)
+
+
+def test_jackknife_of_too_few_pairs_is_none():
+    assert statistics.jackknife(statistics.frechet, features(2, 3), features(2, 3), ["a", "b"]) is None
+
+
+# --- the embedded model's classifier ----------------------------------------------------------------------------------
+
+
+class ToyJudge:
+    """Sees in a picture the class whose index is the first pixel's red level."""
+
+    def maps(self, pictures):
+        return [pictures, pictures[:, :, ::2, ::2]]
+
+    def features(self, pictures):
+        return pictures.mean((2, 3))
+
+    def classify(self, pictures):
+        from tofu_sd.demo.scenes import CLASSES
+
+        return torch.tensor([CLASSES[int(level)].labels for level in (pictures[:, 0, 0, 0] * 255).round()])
+
+
+def test_judge_metrics_are_zero_on_equal_pictures_and_named_for_what_they_are():
+    pair, of_sets = metrics.pd_judge(ToyJudge(), CPU), metrics.fd_judge(ToyJudge(), CPU)
+    assert pair.compute(pictures(), pictures()).tolist() == [0, 0]
+    assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
+    assert of_sets.features(pictures(3)).shape == (3, 3)
+    for metric in (pair, of_sets):
+        assert "judge" in metric.name
+        assert "LPIPS" not in metric.name + metric.implementation
+        assert "FID" not in metric.name + metric.implementation
+
+
+def test_perceptual_distance_does_not_see_the_length_of_a_feature():
+    a = pictures().clamp(0, 100)
+    twice = 2 * a
+    assert metrics.pd_judge(ToyJudge(), CPU).compute(a, twice).max() < 1e-10
+
+
+def test_accuracy_counts_pictures_that_show_all_that_was_asked():
+    from tofu_sd.demo.scenes import CLASSES
+
+    shown = pictures(3)
+    shown[:, 0, 0, 0] = torch.tensor([5, 6, 7], dtype=torch.uint8)
+    asked = [CLASSES[5].prompt, CLASSES[6].prompt, CLASSES[9].prompt]
+    metric = metrics.accuracy(ToyJudge(), asked, CPU)
+    assert metric.compute(shown, asked).tolist() == [1, 1, 0]
+
+
+def test_the_embedded_classifier_fits_its_metrics():
+    from tofu_sd.demo.model import Judge
+    from tofu_sd.demo.scenes import CLASSES
+
+    asked = [kind.prompt for kind in CLASSES[:2]]
+    pair, of_sets, share = metrics.judged(Judge().eval(), asked, CPU)
+    assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
+    assert of_sets.features(pictures()).shape == (2, 144)
+    assert share.compute(pictures(), asked).shape == (2,)
+
+
+def test_accuracy_of_prompts_the_classifier_does_not_know_is_skipped():
+    assert isinstance(metrics.accuracy(ToyJudge(), ["a red fox"], CPU), metrics.Skipped)
+
+
+def test_numbers_are_computed_in_full_precision_under_autocast():
+    a, b = pictures(size=176), pictures(size=176, seed=1)
+    pytest.importorskip("pytorch_msssim")
+    plain = metrics.ms_ssim(176).compute(a, b)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(metrics.ms_ssim(176).compute(a, b), plain)

@@ -1,0 +1,102 @@
+"""Lists of prompts: fixed, complete, each picture with a seed of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from eval import EvalError, prompts
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def test_the_demo_list_has_every_class_once_under_its_own_seed():
+    from tofu_sd.demo.scenes import CLASSES
+
+    requests = prompts.load("demo", seed0=100)
+    assert sorted(r.prompt for r in requests) == sorted(kind.prompt for kind in CLASSES)
+    assert all(r.seed == 100 + int(r.id) and r.prompt == CLASSES[int(r.id)].prompt for r in requests)
+
+
+def test_the_first_demo_prompts_are_a_mixture():
+    """--limit 12 should show more than one corner of the model."""
+    from tofu_sd.demo.scenes import CLASSES
+
+    first = [CLASSES[int(r.id)] for r in prompts.load("demo")[:12]]
+    assert {kind.shape for kind in first} == {kind.shape for kind in CLASSES}
+    assert {kind.material for kind in first} == {kind.material for kind in CLASSES}
+    assert {kind.setting for kind in first} == {kind.setting for kind in CLASSES}
+
+
+def test_the_stored_demo_list_is_what_the_command_prints(capsys):
+    assert prompts.main(["demo"]) == 0
+    assert capsys.readouterr().out == (REPOSITORY / "prompts" / "demo.txt").read_text(encoding="utf-8")
+
+
+def test_imagenet_has_two_pictures_of_each_class_under_seeds_of_their_own():
+    if importlib.util.find_spec("torchvision") is None:
+        pytest.skip("torchvision, which lists the class names, is not installed")
+    requests = prompts.load("imagenet1k", seed0=5)  # the hash of the names is checked on the way
+    assert len(requests) == 2000
+    assert requests[3] == prompts.Request("0001_1", "A high-quality photograph of a goldfish", 8)
+    assert len({r.seed for r in requests}) == 2000
+    assert len({r.id for r in requests}) == 2000
+
+
+def test_imagenet_without_torchvision_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EvalError, match="pip install torchvision"):
+        prompts.load("imagenet1k")
+
+
+def test_changed_imagenet_names_are_refused(monkeypatch, tmp_path):
+    """Other names under the same list name would not be the same measurement."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "_meta.py").write_text('_IMAGENET_CATEGORIES = ["tench", "cat"]\n')
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(EvalError, match=prompts.IMAGENET_HASH):
+        prompts.load("imagenet1k")
+
+
+def test_a_text_file_is_a_prompt_a_line(tmp_path):
+    file = tmp_path / "own.txt"
+    file.write_text("a fox\n\n  ein Käfer \n", encoding="utf-8")
+    assert prompts.load(str(file), 7) == [prompts.Request("0000", "a fox", 7), prompts.Request("0001", "ein Käfer", 8)]
+
+
+def test_a_jsonl_file_may_give_ids_and_seeds(tmp_path):
+    file = tmp_path / "own.jsonl"
+    file.write_text('{"prompt": "a fox"}\n{"prompt": "a bee", "id": "bee", "seed": 3}\n')
+    assert prompts.load(str(file), 7) == [prompts.Request("0000", "a fox", 7), prompts.Request("bee", "a bee", 3)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (["no json"], "prompt 1"),
+        ([{"text": "a fox"}], "'prompt'"),
+        ([{"prompt": "a", "sead": 1}], "'sead'"),
+        ([{"prompt": "a", "id": "../b"}], r"'\.\./b' cannot name a file"),
+        ([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}], "two prompts have the id 'x'"),
+        ([], "empty"),
+    ],
+)
+def test_a_bad_file_is_refused_by_line(tmp_path, rows, said):
+    file = tmp_path / "own.jsonl"
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    with pytest.raises(EvalError, match=said):
+        prompts.load(str(file))
+
+
+def test_an_unknown_list_is_answered_with_the_nearest():
+    with pytest.raises(EvalError, match=r"'imagenet'.*did you mean 'imagenet1k'.*known: demo"):
+        prompts.load("imagenet")
+
+
+def test_a_digest_tells_lists_apart():
+    assert prompts.digest(prompts.load("demo", 0)) != prompts.digest(prompts.load("demo", 1))

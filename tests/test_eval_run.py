@@ -1,0 +1,350 @@
+"""The main job from end to end on a tiny pipeline: what it writes, what it prints, what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import sd15_pipe
+
+from eval import EvalError, files, report, score, table
+from eval import run as job
+from tofu_sd import demo
+
+PROMPTS = ['a <script>alert("x")</script> & co', "a bee", "an old oak"]
+COMMAND = ["--model", "tiny", "--steps", "1", "--size", "64", "--batch", "2", "--metrics", "psnr,ms-ssim,judge"]
+
+
+class ToyJudge(torch.nn.Module):
+    """A feature net with the classifier's interface."""
+
+    def maps(self, pictures):
+        return [pictures, pictures[:, :, ::4, ::4]]
+
+    def features(self, pictures):
+        return pictures.mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return sd15_pipe()
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path, pipe):
+    """Any --model is the tiny pipeline; the current folder is empty but for a list of prompts outside of it."""
+    monkeypatch.setattr(job, "load_model", lambda *_: (pipe, ToyJudge()))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "own.txt").write_text("\n".join(PROMPTS))
+    monkeypatch.chdir(tmp_path / "here")
+    return [*COMMAND, "--prompts", str(tmp_path / "own.txt")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pipe):
+    """(folder, results) of one run with all kinds of rows."""
+    folder = tmp_path_factory.mktemp("eval")
+    (folder / "own.txt").write_text("\n".join(PROMPTS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "load_model", lambda *_: (pipe, ToyJudge()))
+        names = ["--method", "tofu,full,kv:tome+p,tomesd", "--scale-row"]
+        code = job.main([*COMMAND, *names, "--prompts", str(folder / "own.txt"), "--out", str(folder / "out")])
+    assert code == 0
+    return folder / "out", files.read_json(folder / "out" / "results.json")
+
+
+def rows(found):
+    return {row["key"]: row for row in found["rows"]}
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def test_every_method_has_a_row_and_the_full_model_is_the_first(finished):
+    _, found = finished
+    assert found["schema"] == report.SCHEMA
+    names = [row["method"] for row in found["rows"]]
+    assert names == ["full", "tofu", "kv:tome+p", "tomesd", "full, other seeds"]
+
+
+def test_the_full_model_against_itself_proves_the_pairing(finished):
+    full = rows(finished[1])["full"]["metrics"]
+    assert full["PSNR"] == {"value": None, "low": None, "high": None, "n": 0, "infinite": 3}
+    assert full["PD-judge"]["value"] == 0
+    assert full["FD-judge"]["value"] < 1e-12  # float64 rounding
+
+
+def test_other_seeds_are_further_away_than_any_method(finished):
+    found = rows(finished[1])
+    scale = found.pop("full-other-seeds")["metrics"]["PD-judge"]["value"]
+    assert all(row["metrics"]["PD-judge"]["value"] < scale for row in found.values())
+
+
+def test_figures_travel_with_their_circumstances(finished):
+    _, found = finished
+    assert {"model", "steps", "size", "guidance", "seed", "batch", "device", "dtype", "torch", "diffusers", "n", "of",
+            "prompts_hash", "pipeline"} <= set(found["settings"])  # fmt: skip
+    assert {"command", "commit", "packages", "started", "ended"} <= set(found["provenance"])
+    for metric in found["metrics"]:
+        assert metric.get("implementation") or metric.get("skipped")
+    tofu = rows(found)["tofu-r50"]
+    assert tofu["n"] == 3
+    assert tofu["seconds"]["n"] == 2  # batches
+    assert (
+        tofu["metrics"]["PD-judge"]["low"]
+        <= tofu["metrics"]["PD-judge"]["value"]
+        <= tofu["metrics"]["PD-judge"]["high"]
+    )
+
+
+def test_what_cannot_be_measured_is_skipped_with_its_reason(finished):
+    skipped = {m["name"]: m["skipped"] for m in finished[1]["metrics"] if "skipped" in m}
+    assert skipped.keys() == {"MS-SSIM", "classed as asked"}
+    assert "161" in skipped["MS-SSIM"]
+
+
+def test_the_table_of_pictures_has_a_line_for_each(finished):
+    out, found = finished
+    with (out / "per_image.csv").open(encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 3 * len(found["rows"])
+    tofu = [line for line in lines if line["key"] == "tofu-r50"]
+    assert [line["prompt"] for line in tofu] == PROMPTS
+    mean = sum(float(line["PSNR"]) for line in tofu) / 3
+    assert mean == pytest.approx(rows(found)["tofu-r50"]["metrics"]["PSNR"]["value"], abs=1e-9)
+
+
+def test_the_report_is_whole_in_itself_and_prompts_are_text(finished):
+    page = (finished[0] / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
+    assert page.count("data:image/jpeg") == 3 * 3 * 4  # full, method, difference; of each pair; of each method
+
+
+def test_nothing_written_knows_this_machine(finished):
+    out, _ = finished
+    for name in ("results.json", "per_image.csv", "report.html", "settings.json"):
+        text = (out / name).read_text(encoding="utf-8")
+        for path in (out.parent, Path.cwd(), Path.home(), Path(__file__).parent):
+            assert f"{path}/" not in text, f"{path} in {name}"
+
+
+def test_the_grid_has_a_column_for_each_method(finished):
+    with Image.open(finished[0] / "grid.png") as grid:
+        assert grid.width == 8 + 5 * (64 + 8)
+
+
+def test_the_markdown_table_holds_the_figures_and_where_they_come_from(finished, capsys):
+    out, found = finished
+    assert report.main([str(out), "--markdown"]) == 0
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert len({line.count("|") for line in lines[: 2 + len(found["rows"])]}) == 1
+    assert f"{rows(found)['tofu-r50']['metrics']['PSNR']['value']:.2f}" in text
+    assert "1 steps, 64 px" in text
+    assert "`python -m eval.run " in text
+
+
+def test_the_report_can_be_drawn_anew_from_the_files(finished, capsys):
+    out, _ = finished
+    before = (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    assert report.main([str(out)]) == 0
+    assert (out / "report.html").read_text() == before
+
+
+def test_the_worst_pair_comes_first():
+    lower, higher = {"name": "D", "lower_is_better": True}, {"name": "D", "lower_is_better": False}
+    images = [{"id": "a", "D": "0.1"}, {"id": "b", "D": "0.3"}, {"id": "c", "D": "0.2"}]
+    assert [i["id"] for i in report.worst_first(images, lower)] == ["b", "c", "a"]
+    assert [i["id"] for i in report.worst_first(images, higher)] == ["a", "c", "b"]
+
+
+def test_a_second_method_joins_the_folder_and_a_speed_up_needs_the_same_run(tiny, capsys):
+    assert job.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
+    assert job.main([*tiny, "--method", "tofu,prune", "--out", "out"]) == 0
+    found = rows(files.read_json(Path("out/results.json")))
+    assert found["tofu-r50"]["speedup"]["n"] == 2
+    assert found["prune-r50"]["speedup"] is None  # the full model's pictures are of another run
+    assert found["prune-r50"]["seconds"]["n"] == 2
+    assert "not made in one run" in capsys.readouterr().out
+
+
+def test_pictures_of_known_classes_are_classed(tiny, monkeypatch, pipe):
+    from tofu_sd.demo.model import Judge
+
+    monkeypatch.setattr(job, "load_model", lambda *_: (pipe, Judge().eval()))
+    assert job.main([*tiny, "--prompts", "demo", "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
+    for row in files.read_json(Path("out/results.json"))["rows"]:
+        assert row["metrics"]["classed as asked"]["n"] == 2
+
+
+def test_a_limit_is_told(tiny):
+    assert job.main([*tiny, "--limit", "2", "--out", "out"]) == 0
+    found = files.read_json(Path("out/results.json"))
+    assert (found["settings"]["n"], found["settings"]["of"]) == (2, 3)
+    assert "2 pictures of 3" in table.circumstances(found)
+
+
+def test_json_leaves_stdout_to_the_results(tiny, capsys, monkeypatch):
+    draw = report.draw
+    monkeypatch.setattr(report, "draw", lambda out: (print("a library that talks"), draw(out)))
+    assert job.main([*tiny, "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["rows"][1]["method"] == "tofu"
+    assert "a library that talks" in printed.err
+    (out,) = Path("runs").iterdir()  # the folder that is taken where none is given
+    assert json.loads(printed.out) == files.read_json(out / "results.json")
+
+
+@pytest.mark.skipif(not (demo.WEIGHTS / "model_index.json").exists(), reason="the embedded model has no weights here")
+def test_the_embedded_model_is_judged_by_its_own_classifier(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--limit", "4", "--steps", "4", "--metrics", "psnr,ms-ssim,judge", "--out", "out"]
+    assert job.main([*arguments, "--method", "tofu"]) == 0
+    found = rows(files.read_json(Path("out/results.json")))
+    assert set(found["full"]["metrics"]) == {"classed as asked"}
+    assert set(found["tofu-r50"]["metrics"]) == {"classed as asked", "PSNR", "MS-SSIM", "PD-judge", "FD-judge"}
+    assert found["tofu-r50"]["metrics"]["PSNR"]["value"] > 20  # the same picture, nearly; other seeds give about 10
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method", "tofuu"], "unknown method 'tofuu' (did you mean 'tofu'?); known: full, tofu, tome"),
+        (["--method", "tofu,tomsd"], "'tomsd' (did you mean 'tomesd'?)"),
+        (["--method", "tofu@level=2"], "'level' (did you mean 'levels'?)"),
+        (["--method", ""], "unknown method ''"),
+        (["--ratio", "0.9"], "ratio is 0.9; it must lie between 0 and 0.75"),
+        (["--method", "tomesd", "--ratio", "0.9"], "ratio is 0.9"),
+        (["--ratio", "half"], "--ratio is 'half'"),
+        (["--prompts", "demos"], "unknown prompts 'demos' (did you mean 'demo'?)"),
+        (["--prompts", "nowhere.txt"], "cannot read the prompts 'nowhere.txt'"),
+        (["--dtype", "float61"], "unknown dtype 'float61' (did you mean 'float16'?)"),
+        (["--device", "cudo"], "unknown device 'cudo' (did you mean 'cuda'?)"),
+        (["--metrics", "psn"], "unknown metric 'psn' (did you mean 'psnr'?)"),
+        (["--lpips-net", "squeezenet"], "unknown LPIPS net 'squeezenet' (did you mean 'squeeze'?)"),
+        (["--steps", "0"], "'0' is not a whole number of at least 1"),
+        (["--size", "100"], "--size is 100; it must be a multiple of 8"),
+        (["--sizes", "64"], "unrecognized arguments: --sizes 64"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_nothing_is_written(tiny, capsys, arguments, said):
+    assert job.main([*tiny, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA is needed to lack it")
+def test_a_device_that_is_not_there_is_told(tiny, capsys):
+    assert job.main([*tiny, "--device", "cuda"]) == 2
+    assert "'cuda' is not available here" in capsys.readouterr().err
+
+
+def test_a_folder_of_other_settings_is_refused(tiny, capsys):
+    assert job.main([*tiny, "--out", "out", "--limit", "1"]) == 0
+    before = sorted(Path("out").rglob("*"))
+    capsys.readouterr()
+    assert job.main([*tiny, "--out", "out", "--limit", "1", "--guidance", "3"]) == 2
+    assert "guidance None, this run has 3.0" in capsys.readouterr().err
+    assert sorted(Path("out").rglob("*")) == before
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert job.main(["--model", "empty"]) == 2
+    printed = capsys.readouterr().err
+    assert printed.splitlines()[-1].startswith("error: cannot load the model 'empty'")
+    assert str(tmp_path) not in printed
+
+
+def test_a_model_that_a_method_does_not_fit_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(job, "load_model", lambda *_: (Namespace(transformer=torch.nn.Linear(2, 2)), None))
+    assert job.main([*tiny]) == 2
+    assert "method 'tofu' does not fit this model" in capsys.readouterr().err
+
+
+def test_a_torchvision_of_another_torch_is_explained(tiny, monkeypatch, capsys):
+    def broken():
+        raise ImportError("torchvision 0.28.0 does not work with torch 2.13.0+cpu")
+
+    monkeypatch.setattr(job, "check_torchvision", broken)
+    assert job.main([*tiny]) == 2
+    assert "does not work with torch" in capsys.readouterr().err
+
+
+def test_a_method_that_is_not_installed_is_a_row_that_says_so(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(job.methods.importlib.util, "find_spec", lambda name: None)
+    assert job.main([*tiny, "--method", "tofu,tomesd", "--limit", "2"]) == 0
+    assert "tomesd 50%: skipped: pip install tomesd" in capsys.readouterr().out
+
+
+def test_an_interrupt_says_how_to_go_on(tiny, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "generate", stop)
+    assert job.main([*tiny]) == 130
+    assert "goes on from here" in capsys.readouterr().err
+
+
+def test_a_folder_without_results_has_no_report(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "no results.json" in capsys.readouterr().err
+
+
+# --- small laws -------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_without_a_partner_are_named():
+    with pytest.raises(EvalError, match=r"tofu-r50 lacks 0002\.png"):
+        score.check_pairs(["0001", "0002"], ["0001"], "tofu-r50")
+    with pytest.raises(EvalError, match=r"full lacks 0003\.png"):
+        score.check_pairs(["0001"], ["0001", "0003"], "tofu-r50")
+    score.check_pairs(["b", "a"], ["a", "b"], "tofu-r50")
+
+
+def test_infinite_values_are_counted_and_not_averaged():
+    figure = score.mean(torch.tensor([30.0, float("inf"), 40.0]).double(), ["a", "b", "c"])
+    assert (figure["value"], figure["n"], figure["infinite"]) == (35, 2, 1)
+
+
+def test_speed_is_a_ratio_of_neighbours():
+    """A machine that slows down by half during the run changes the seconds, not the ratio."""
+
+    def record(seconds, run="one", timed=True):
+        return {"seconds": seconds, "run": run, "timed": timed, "peak_bytes": None}
+
+    full = {"a": record(2.0), "b": record(4.0), "c": record(9.0), "d": record(9.0, timed=False)}
+    own = {"a": record(1.0), "b": record(2.0), "c": record(1.0, run="two"), "d": record(1.0, timed=False)}
+    assert score.speed(full, own)["speedup"] == {"median": 2.0, "p5": 2.0, "p95": 2.0, "n": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("--out /home/me/runs/x --ratio 0.5", "--out x --ratio 0.5"),
+        ("No such file: '/data/w/alex.pth'", "No such file: 'alex.pth'"),
+        (r"C:\Users\me\model", "model"),
+        ("see https://example.org/a/b", "see https://example.org/a/b"),
+        ("s/image and/or kv", "s/image and/or kv"),
+        ("runs/out", "runs/out"),
+    ],
+)
+def test_absolute_paths_are_cut_and_nothing_else(text, shown):
+    assert files.without_paths(text) == shown
