@@ -76,7 +76,7 @@ class Clock:
     def _lay_out(self, h: int, w: int, device: torch.device) -> Layout:
         fusion, draw = self.fusion, None
         if fusion.seed is not None and self.timestep is not None:
-            draw = self.timestep.flatten()[0].double().mul(1000).long() + fusion.seed * 1_000_003
+            draw = self.timestep.flatten()[0].float().mul(1000).long() + fusion.seed * 1_000_003
         parts = partition(h, w, fusion.sx, fusion.sy, device, draw)
         return Layout(parts, parts.src.new_empty(fusion.leaving(h, w)))
 

@@ -64,9 +64,8 @@ def bipartite_soft_matching(metric: Tensor, parts: Partition, r: int) -> TokenMa
         scores = unit[:, src] @ unit[:, dst].mT  # [B, S, D] cosine
         best, partner = scores.max(dim=-1)
         order = best.argsort(dim=-1, descending=True, stable=True)
-        tokens = torch.cat((src[order], dst.expand(B, -1)), dim=1)  # [B, N] r leaving, staying, destinations
-        place, S = torch.arange(N, device=metric.device), len(src)
-        stand = torch.where(place[:S] < r, S + partner.gather(1, order), place[:S])  # [B, S] where each source ends up
-        stand = torch.cat((stand, place[S:].expand(B, -1)), dim=1) - r  # [B, N] the first r places fall away
-        home = torch.empty_like(tokens).scatter(1, tokens, stand)
+        tokens = torch.cat((src[order], dst.expand(B, -1)), dim=1)  # [B, N]: r leaving, the staying, the destinations
+        joined = len(src) + partner.gather(1, order[:, :r])  # [B, r] the leaving ones' places among `tokens`
+        own = torch.arange(r, N, device=metric.device).expand(B, -1)  # [B, K] all others keep theirs
+        home = torch.empty_like(tokens).scatter(1, tokens, torch.cat((joined, own), dim=1) - r)
     return TokenMap(tokens[:, r:], home)
