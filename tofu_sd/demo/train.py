@@ -87,7 +87,7 @@ def fit(
     (`name.ckpt` under `work`) is written every two minutes and read on the next start. Returns the figures of the run.
     """
     steps, path = max(1, samples // batch), work / f"{name}.ckpt"
-    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     averaged = {k: v.detach().clone().float() for k, v in model.state_dict().items()}
     step, spent, curve = 0, 0.0, []
     if path.exists():
@@ -322,7 +322,7 @@ def train_denoiser(
     kinds = torch.tensor(recipe.kinds() * 2)
     texts = [c.prompt for c in CLASSES] + [c.name for c in CLASSES] + [""]
     ids = model.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
-    noising, batch = build_scheduler(), 64 if size < 32 else 32
+    noising, batch = build_scheduler(), 24 if size < 32 else 16
 
     def loss(g: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (batch,), generator=g)
@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     make_latents(recipe, work, device, renders, vae)
 
     model = Denoiser().to(device)
-    for name, size, rate in (("low", recipe.size // 16, 6e-4), ("high", recipe.size // 8, 4e-4)):
+    for name, size, rate in (("low", recipe.size // 16, 5e-4), ("high", recipe.size // 8, 3e-4)):
         done = work / f"{name}.safetensors"
         if done.exists():
             model.load_state_dict(load_file(done))

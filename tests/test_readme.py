@@ -1,0 +1,52 @@
+"""The README's code runs, its commands are those CI runs, its links lead somewhere, its options exist."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import tofu_sd
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_its_python_runs_as_it_stands(number):
+    pipe = tofu_sd.demo.load()
+    pipe.set_progress_bar_config(disable=True)
+    exec(blocks("python")[number], {"pipe": pipe})
+    tofu_sd.remove_patch(pipe)
+
+
+def test_ci_runs_its_test_command():
+    ci = (ROOT / ".ci" / "run").read_text().replace(" --quiet", "")
+    tests = next(block for block in blocks("bash") if "pytest" in block)
+    for command in tests.strip().split(" && "):
+        assert command in ci, command
+
+
+def test_its_evaluation_commands_are_understood():
+    from eval.run import parser
+
+    commands = re.findall(r"-m eval\.run (.*)", README)
+    assert len(commands) >= 3
+    for command in commands:
+        parser().parse_args(command.split())
+
+
+def test_its_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    for target in targets:
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_its_table_lists_every_option():
+    section = README.split("| option |")[1].split("\n\n")[0]
+    named = set(re.findall(r"`(\w+)`", section.replace("`help(TokenFusion)`", "")))
+    assert named == {field.name for field in fields(tofu_sd.TokenFusion)}
