@@ -94,7 +94,7 @@ class SiteFusion:
 
 
 class _Tick:
-    """Forward pre-hook of the model: tells the clock the timestep."""
+    """Forward pre-hook of the model: tells the clock the timestep, where that matters."""
 
     def __init__(self, clock: Clock):
         self.clock = clock
@@ -152,8 +152,9 @@ def plan(
         state = SiteFusion(fusion, fusion.reduction(site.depth, down_path))
         canvases.setdefault(site.canvas, []).append(state)
         swaps += [(part, type(part), swap(site, role), state) for role, part in site.parts.items() if role in roles]
-    hooks = [(canvas, _LayOut(clock, states)) for canvas, states in canvases.items()]
-    return Patch(fusion, chosen, down_path, tuple(swaps), ((model, _Tick(clock)), *hooks))
+    hooks: list[tuple[nn.Module, _Tick | _LayOut]] = [(model, _Tick(clock))] if fusion.timed else []
+    hooks += [(canvas, _LayOut(clock, states)) for canvas, states in canvases.items()]
+    return Patch(fusion, chosen, down_path, tuple(swaps), tuple(hooks))
 
 
 def attach(model: nn.Module, patch: Patch) -> None:

@@ -44,6 +44,7 @@ class TokenFusion:
     To tinker with
         sx, sy: cell of the destination grid; one token a cell is a destination.
         seed: None takes each cell's top-left token, an integer draws it anew every step (the same image every time).
+            In training with gradient checkpointing, go backward before the next forward.
         start, end: part of the sampling in which tokens are fused, in progress 0..1, measured by timestep.
         match_on: "hidden" compares tokens before the block's first norm, as the paper does; "normed" after it.
     Seldom worth it (they are tomesd's)
@@ -134,6 +135,11 @@ class TokenFusion:
         parts += [word for word, on in (("normed", self.match_on == "normed"), ("x", self.merge_crossattn),
                                         ("mlp", self.merge_mlp), ("noattn", not self.merge_attn)) if on]  # fmt: skip
         return "-".join(parts) + "+p" * self.proportional
+
+    @property
+    def timed(self) -> bool:
+        """Whether what is done depends on the timestep."""
+        return self.seed is not None or (self.start, self.end) != (0, 1)
 
     def reduction(self, depth: int, down_path: int) -> Reduction:
         """Eq. 7: what a block at `depth` does in a model whose down path has `down_path` transformer blocks."""
