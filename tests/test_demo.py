@@ -88,7 +88,7 @@ def test_the_check_prints_its_figures_with_their_circumstances(capsys, tmp_path)
     import json
 
     sheet = tmp_path / "sheet.png"
-    main(["--images", "2", "--steps", "1", "--batch", "2", "--device", "cpu", "--sheet", str(sheet)])
+    main(["--images", "2", "--steps", "1", "--batch", "2", "--renders", "8", "--device", "cpu", "--sheet", str(sheet)])
     figures = json.loads(capsys.readouterr().out)
     assert {"as_asked", "interval_95", "n", "steps", "guidance", "seeds", "torch", "diffusers"} <= figures.keys()
     assert sheet.read_bytes().startswith(b"\x89PNG")
@@ -103,5 +103,6 @@ def test_wilsons_interval_ends_where_the_share_is_just_possible():
 
 def test_a_missing_weights_folder_is_not_silent(monkeypatch, tmp_path):
     monkeypatch.setattr("tofu_sd.demo.WEIGHTS", Path(tmp_path / "none"))
-    with pytest.raises(OSError, match="none"):
-        tofu_sd.demo.load()
+    for missing in (tofu_sd.demo.load, tofu_sd.demo.judge):
+        with pytest.raises(FileNotFoundError, match=r"none: .*python -m tofu_sd\.demo\.train"):
+            missing()

@@ -27,6 +27,7 @@ NATIVE_SIZE = 256  # pixels
 
 def load(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:
     """The embedded model as a StableDiffusionPipeline that draws 256 × 256 pictures (512 × 512 on request)."""
+    _check_weights()
     check_torchvision()
     from diffusers import StableDiffusionPipeline
 
@@ -37,8 +38,17 @@ def load(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32)
     return pipe.to(device, dtype)
 
 
+def _check_weights() -> None:
+    if not (WEIGHTS / "model_index.json").is_file():
+        raise FileNotFoundError(
+            f"the embedded model has no weights in {WEIGHTS}: reinstall tofu_sd, or make them anew with "
+            "`python -m tofu_sd.demo.train`"
+        )
+
+
 def judge(device: torch.device | str = "cpu") -> Judge:
     """The classifier of the demo's scenes, in float32. Its features compare pictures where no other net can be had."""
+    _check_weights()
     from safetensors.torch import load_file
 
     from .model import Judge

@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--size", type=int, default=NATIVE_SIZE)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--renders", type=int, default=960, help="fresh renders that the judge itself is judged by")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sheet", type=Path, help="where to write the first 96 pictures as one PNG")
     args = parser.parse_args(argv)
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         "interval_95": wilson(whole, args.images),
         **dict(zip(("shape", "material", "setting"), right.float().mean(0).tolist(), strict=True)),
         "worst": sorted({CLASSES[i % len(CLASSES)].name for i in range(args.images) if not right[i].all()}),
-        "judge_on_fresh_renders": judge_accuracy(net, torch.device(args.device)),
+        "judge_on_fresh_renders": judge_accuracy(net, torch.device(args.device), args.renders),
         "chance": 1 / (len(SHAPES) * len(MATERIALS) * len(SETTINGS)),
         "n": args.images,
         "seeds": f"0..{args.images - 1}",
