@@ -9,6 +9,7 @@ What it is, how it was trained and how good it is: README.md beside this file.
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,11 +32,13 @@ def load(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32)
     check_torchvision()
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(
-        str(WEIGHTS), local_files_only=True, safety_checker=None, requires_safety_checker=False
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch_dtype's newer name, which older diffusers lack
+        pipe = StableDiffusionPipeline.from_pretrained(
+            str(WEIGHTS), torch_dtype=dtype, local_files_only=True, safety_checker=None, requires_safety_checker=False
+        )
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
-    return pipe.to(device, dtype)
+    return pipe.to(device)
 
 
 def _check_weights() -> None:
