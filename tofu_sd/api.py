@@ -42,7 +42,7 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) 
     try:
         sites = host.find_sites(unet)
         patch = plan(unet, sites, _fusion(sites, ratio, options), host.swap, train_steps)
-    except Exception:
+    except BaseException:  # an interrupt too must not lose the patch that was there; raised again below
         if before is not None:
             attach(unet, before)
         raise
