@@ -1,6 +1,7 @@
 """Files in, files out: results.json and per_image.csv, and from them and the pictures report.html, grid.png, tables.
 
-`python -m eval.report OUT` draws the report anew; with --markdown it prints the table for a README instead.
+`python -m eval.report OUT` draws the report anew; with --markdown it prints the table for a README instead, with
+--against METHOD each method's difference from that one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .files import read_json, to_json, write
 from .generate import Settings
 from .methods import FULL
 from .score import Scores
-from .table import circumstances, label, markdown, notes, table
+from .table import circumstances, label, markdown, markdown_against, notes, table
 
 SCHEMA = 1
 WORST = 12  # pairs of each method in report.html
@@ -172,9 +173,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.report", description="Draw the report of a run anew.")
     parser.add_argument("out", type=Path, help="folder that eval.run wrote")
     parser.add_argument("--markdown", action="store_true", help="print the table for a README, write nothing")
+    parser.add_argument("--against", metavar="KEY", help="print how each method differs from this one (say tome-r50)")
     options = parser.parse_args(argv)
     try:
-        if options.markdown:
+        if options.against is not None:
+            print(markdown_against(*read(options.out), options.against), end="")
+        elif options.markdown:
             print(markdown(read(options.out)[0]), end="")
         else:
             draw(options.out)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from tofu_sd.policy import did_you_mean
+
+from . import EvalError
 from .methods import FULL, SCALE
+from .statistics import bootstrap
 
 
 @dataclass(frozen=True)
@@ -169,3 +176,34 @@ def markdown(found: dict[str, Any]) -> str:
         lines.append(f"| {label(row)} | {' | '.join(texts or ['skipped'] * len(columns))} |")
     lines += ["", circumstances(found) + ".", *notes(found), "", f"`{found['provenance']['command']}`"]
     return "\n".join(lines) + "\n"
+
+
+def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], base: str) -> str:
+    """Each method minus the method `base` (a key), picture by picture, so that what is hard for both cancels out.
+
+    The intervals of two rows of `markdown` can overlap although one method is better on nearly every picture.
+    """
+    names = {row["key"]: label(row) for row in found["rows"] if "skipped" not in row}
+    methods = [key for key in names if key not in (FULL.key, SCALE.key)]
+    if base not in methods:
+        raise EvalError(f"this run has no method {base!r}{did_you_mean(base, methods)}; it has {', '.join(methods)}")
+    metrics = [m for m in found["metrics"] if m.get("per_image")]
+    titles = [f"Δ {m['name']} {'↓' if m['lower_is_better'] else '↑'}" for m in metrics]
+    lines = ["| method | " + " | ".join(titles) + " |", "|---|" + "--:|" * len(metrics)]
+    reference = {image["id"]: image for image in images if image["key"] == base}
+    for key in (key for key in methods if key != base):
+        own = [image for image in images if image["key"] == key]
+        lines.append(f"| {names[key]} | {' | '.join(_gap(own, reference, metric) for metric in metrics)} |")
+    lines += ["", f"Each method minus {names[base]} on the same picture: mean and its 95 % interval.", ""]
+    return "\n".join([*lines, circumstances(found) + "."]) + "\n"
+
+
+def _gap(own: Sequence[dict[str, str]], reference: dict[str, dict[str, str]], metric: dict[str, Any]) -> str:
+    name, digits = metric["name"], metric["digits"]
+    gaps = {image["id"]: float(image[name]) - float(reference[image["id"]][name]) for image in own}
+    kept = [image for image in own if math.isfinite(gaps[image["id"]])]  # equal pictures have an infinite PSNR
+    if not kept:
+        return "–"
+    values = torch.tensor([gaps[image["id"]] for image in kept], dtype=torch.float64)
+    low, high = bootstrap(values, [image["prompt"] for image in kept])
+    return f"{values.mean().item():+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"

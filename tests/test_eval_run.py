@@ -152,6 +152,32 @@ def test_the_markdown_table_holds_the_figures_and_where_they_come_from(finished,
     assert "`python -m eval.run " in text
 
 
+def test_methods_are_compared_picture_by_picture(finished, capsys):
+    """PSNR of the picture i is 20 + 10 i with one method and half a dB more with the other: the spread cancels out."""
+    out, found = finished
+    assert report.main([str(out), "--against", "tofu-r50"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:4]] == ["| kv:tome+p 50%", "| tomesd 50%"]
+    gap = rows(found)["tomesd-r50"]["metrics"]["PSNR"]["value"] - rows(found)["tofu-r50"]["metrics"]["PSNR"]["value"]
+    assert lines[3].split(" | ")[1].startswith(f"{gap:+.2f} (")
+
+    def image(key, i, psnr):
+        return {"key": key, "id": str(i), "prompt": str(i), "PSNR": str(psnr)}
+
+    made = [image("tofu-r50", i, 20 + 10 * i) for i in range(4)] + [
+        image("tomesd-r50", i, 20.5 + 10 * i) for i in range(4)
+    ]
+    metric = next(m for m in found["metrics"] if m["name"] == "PSNR")
+    rows_of_both = [row for row in found["rows"] if row["key"] in ("tofu-r50", "tomesd-r50")]
+    text = table.markdown_against({**found, "metrics": [metric], "rows": rows_of_both}, made, "tofu-r50")
+    assert "| tomesd 50% | +0.50 (+0.50 to +0.50) |" in text
+
+
+def test_a_comparison_needs_a_method_that_is_there(finished, capsys):
+    assert report.main([str(finished[0]), "--against", "tofu-50"]) == 2
+    assert "did you mean 'tofu-r50'" in capsys.readouterr().err
+
+
 def test_the_report_can_be_drawn_anew_from_the_files(finished, capsys):
     out, _ = finished
     before = (out / "report.html").read_text()
