@@ -1,10 +1,12 @@
 """The embedded model: it is what the README says it is, and fusing its tokens leaves its pictures recognisable."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import tofu_sd
 from tofu_sd.demo import WEIGHTS
@@ -47,6 +49,17 @@ def test_it_stays_small_and_its_weights_are_the_documented_ones():
         assert hashlib.sha256(path.read_bytes()).hexdigest() in page, path.name
 
 
+def test_transformers_4_can_read_it_too():
+    """It takes names of weights that it does not know for missing ones, and goes on with random weights."""
+    names = load_file(WEIGHTS / "text_encoder" / "model.safetensors").keys()
+    assert all(name.startswith("text_model.") for name in names)
+    tokenizer = WEIGHTS / "tokenizer"
+    fast = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
+    assert json.loads((tokenizer / "vocab.json").read_text()) == fast["vocab"]
+    merges = (tokenizer / "merges.txt").read_text().splitlines()[1:]
+    assert [line.split(" ") for line in merges] == [list(pair) for pair in fast["merges"]]
+
+
 def test_the_judge_knows_fresh_renders():
     assert judge_accuracy(tofu_sd.demo.judge(), CPU, images=96) >= 0.97
 
@@ -85,8 +98,6 @@ def test_weighting_fused_tokens_by_size_brings_the_picture_nearer(pipe):
 
 
 def test_the_check_prints_its_figures_with_their_circumstances(capsys, tmp_path):
-    import json
-
     sheet = tmp_path / "sheet.png"
     main(["--images", "2", "--steps", "1", "--batch", "2", "--renders", "8", "--device", "cpu", "--sheet", str(sheet)])
     figures = json.loads(capsys.readouterr().out)

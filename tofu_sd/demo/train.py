@@ -354,8 +354,25 @@ def export(work: Path, target: Path) -> None:
         requires_safety_checker=False,
     )
     pipe.to(torch.float16).save_pretrained(target, safe_serialization=True)
+    export_for_transformers_4(target)
     judge = load_file(work / "judge.safetensors")
     save_file({k: v.half() for k, v in judge.items()}, target / "judge.safetensors")
+
+
+def export_for_transformers_4(target: Path) -> None:
+    """Adds what transformers 4 reads and 5 no longer writes; 5 reads both.
+
+    The vocabulary as files of its own, without which no CLIPTokenizer is made, and Stable Diffusion's names of the text
+    encoder's weights, without which it would start from random ones.
+    """
+    folder = target / "tokenizer"
+    bpe = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    (folder / "vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False, indent=0), encoding="utf-8")
+    merges = ["#version: 0.2", *(" ".join(pair) for pair in bpe["merges"])]
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    file, prefix = target / "text_encoder" / "model.safetensors", "text_model."
+    weights = {prefix + name.removeprefix(prefix): value for name, value in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def main(argv: list[str] | None = None) -> None:
