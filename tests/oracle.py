@@ -9,12 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tofu_sd.match import bipartite_soft_matching, partition
 from tofu_sd.reduce import Reduction, mlerp, prune, unmerge
 
-TOP = {"UNet2DConditionModel": (0, -1), "ControlNetModel": (0, None), "UNetMotionModel": (0, -1)}
+TOP = {
+    "UNet2DConditionModel": (0, -1),
+    "ControlNetModel": (0, None),
+    "UNetMotionModel": (0, -1),
+    "UNetControlNetXSModel": (0, -1),
+}
 """Which down_blocks and up_blocks hold the highest resolution that has attention; SDXL's first level has none."""
 
 
@@ -25,17 +31,17 @@ def blocks(unet: Any) -> Iterator[tuple[nn.Module, nn.Module, Reduction]]:
         down, up = 1, 1
     stages = [(unet.down_blocks[down], prune)] + ([(unet.up_blocks[up], mlerp)] if up is not None else [])
     for stage, reduction in stages:
-        for canvas in stage.attentions:
+        for canvas in getattr(stage, "base_attentions", None) or stage.attentions:
             for block in canvas.transformer_blocks:
                 yield canvas, block, reduction
 
 
 @contextmanager
-def oracle(unet: Any, ratio: float = 0.5) -> Iterator[None]:
+def oracle(unet: Any, ratio: float = 0.5, *, proportional: bool = False, keys_only: bool = False) -> Iterator[None]:
     """Inside, the UNet runs ToFu at its highest resolution: pruned on the way down, MLERP on the way up."""
     undo: list[Any] = []
     for canvas, block, reduction in blocks(unet):
-        undo += _fuse(canvas, block, reduction, ratio)
+        undo += _fuse(canvas, block, reduction, ratio, proportional, keys_only)
     try:
         yield
     finally:
@@ -43,7 +49,9 @@ def oracle(unet: Any, ratio: float = 0.5) -> Iterator[None]:
             action()
 
 
-def _fuse(canvas: Any, block: Any, reduction: Reduction, ratio: float) -> list[Any]:
+def _fuse(
+    canvas: Any, block: Any, reduction: Reduction, ratio: float, proportional: bool, keys_only: bool
+) -> list[Any]:
     seen: dict[str, Any] = {}
     plain, attn = block.attn1.forward, block.attn1
     own = "forward" in vars(attn)
@@ -51,7 +59,13 @@ def _fuse(canvas: Any, block: Any, reduction: Reduction, ratio: float) -> list[A
     def forward(hidden_states: Tensor, **rest: Any) -> Tensor:
         (h, w), x = seen["size"], seen["tokens"]
         fused = bipartite_soft_matching(x, partition(h, w, 2, 2, x.device), int(h * w * ratio))
-        return unmerge(plain(reduction(hidden_states, fused), **rest), fused)
+        y = reduction(hidden_states, fused)
+        if proportional:
+            counts = [home.bincount(minlength=y.shape[1]) for home in fused.home]
+            rest["attention_mask"] = torch.stack(counts).float().log().to(x.dtype)[:, None]
+        if keys_only:
+            return plain(hidden_states, encoder_hidden_states=y, **{k: v for k, v in rest.items() if v is not None})
+        return unmerge(plain(y, **rest), fused)
 
     def size(module: nn.Module, args: Any, kwargs: Any) -> None:
         seen["size"] = (args[0] if args else kwargs["hidden_states"]).shape[-2:]

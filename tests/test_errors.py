@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -20,6 +21,7 @@ from test_patch import anatomy
 from torch import Tensor
 
 import tofu_sd
+from tofu_sd.reduce import mean
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ratio below 0": ({"ratio": -0.1}, ValueError, r"ratio is -0\.1; it must lie between 0 and 0\.75"),
@@ -33,6 +35,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown reduction": ({"late": "mlrp"}, ValueError, r"unknown reduction 'mlrp' \(did you mean 'mlerp'\?\)"),
     "levels 0": ({"levels": 0}, ValueError, "levels is 0; it must be a whole number of at least 1"),
     "sx 1.5": ({"sx": 1.5}, ValueError, r"sx is 1\.5; it must be a whole number"),
+    "sx 0": ({"sx": 0}, ValueError, "sx is 0; it must be a whole number of at least 1"),
+    "a flag that is a word": ({"proportional": "no"}, ValueError, "proportional is 'no'; it must be True or False"),
+    "a number for a reduction": ({"early": 3}, ValueError, "unknown reduction 3; known: prune, mean, mlerp"),
+    "a reduction without a name": ({"late": functools.partial(mean)}, ValueError, "partial.* has no name of its own"),
+    "tomesd's option": ({"max_downsampel": 2}, TypeError, r"did you mean 'max_downsample'\?\).*use_rand"),
     "start after end": ({"start": 0.6, "end": 0.4}, ValueError, r"start is 0\.6 and end is 0\.4: start must"),
     "end above 1": ({"end": 1.5}, ValueError, r"end is 1\.5; it must lie between 0 and 1"),
     "negative seed": ({"seed": -1}, ValueError, "seed is -1; it must be None or a whole number from 0 to 2147483647"),
@@ -141,22 +148,51 @@ def test_tomesd_on_top_of_the_patch_merges_alone() -> None:
     assert not torch.equal(placed(unet), plain)
 
 
-@pytest.mark.parametrize("patched_before", [False, True], ids=["unpatched", "patched before"])
-@pytest.mark.parametrize("verb", ["apply_patch", "patched"])
-def test_an_attention_with_a_forward_of_its_own_is_refused(verb: str, patched_before: bool) -> None:
-    """It would run before the class's own: fusion would be passed over in silence."""
-    unet = tiny.shallow_unet()
-    if patched_before:
-        tofu_sd.apply_patch(unet, 0.5)
+def _doubled(unet: Any) -> None:
+    """What a cache does: the attention's forward is replaced on the instance by one that calls what it found."""
     attn = unet.up_blocks[1].attentions[0].transformer_blocks[0].attn1
     original = attn.forward
     attn.forward = lambda *args, **kwargs: 2 * original(*args, **kwargs)
+
+
+@pytest.mark.parametrize("verb", ["apply_patch", "patched"])
+def test_an_attention_with_a_forward_of_its_own_is_refused(verb: str) -> None:
+    """It would run before the class's own: fusion would be passed over in silence."""
+    unet = tiny.shallow_unet()
+    _doubled(unet)
     before, names = tiny.predict(unet), anatomy(unet)
     use = tofu_sd.apply_patch if verb == "apply_patch" else lambda *args: tofu_sd.patched(*args).__enter__()
     with pytest.raises(RuntimeError, match=r"up_blocks\.1\..*attn layer has a `forward` of its own"):
         use(unet, 0.25)
     assert torch.equal(tiny.predict(unet), before)
     assert {n: cls for n, (cls, _) in anatomy(unet).items()} == {n: cls for n, (cls, _) in names.items()}
+
+
+def test_what_came_after_the_patch_stays_when_the_patch_changes() -> None:
+    """It holds the patched forward, as the message above asks for: another ratio goes through it too."""
+    unet, fresh = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5), tofu_sd.apply_patch(tiny.shallow_unet(), 0.25)
+    _doubled(unet)
+    _doubled(fresh)
+    assert torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.25)), tiny.predict(fresh))
+
+
+def test_a_missing_timestep_is_the_models_own_error() -> None:
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, seed=1)
+    with pytest.raises(TypeError, match="timestep"):
+        unet(tiny.noise(1, 4, 16, 16))
+
+
+def test_an_interrupt_while_patching_puts_the_earlier_patch_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
+    before = tiny.predict(unet)
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tofu_sd.api, "summarize", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tofu_sd.apply_patch(unet, 0.25)
+    assert torch.equal(tiny.predict(unet), before)
 
 
 def test_a_layer_of_another_class_is_refused() -> None:

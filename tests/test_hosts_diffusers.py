@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import accelerate
@@ -18,6 +19,7 @@ from diffusers import (
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
+    UNetControlNetXSModel,
     UNetMotionModel,
 )
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading, apply_layerwise_casting
@@ -83,17 +85,38 @@ PIPELINES: dict[str, tuple[Callable[[], Any], Call]] = {
 }
 
 
+FORMS: dict[str, Call] = {
+    "tofu": {},
+    "tofu+p": {"proportional": True},
+    "kv:tofu+p": {"keys_only": True, "proportional": True},
+}
+forms = pytest.mark.parametrize("form", FORMS)
+KEYS_OF_ITS_OWN = ("perturbed attention guidance", "fused QKV")  # their processors choose the keys themselves
+
+
+@forms
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_patched_pipeline_fuses_and_a_restored_one_does_not(name: str) -> None:
+def test_a_patched_pipeline_fuses_and_a_restored_one_does_not(name: str, form: str) -> None:
     """Every pipeline that calls a UNet: no pipeline's own way of calling it may pass fusion by."""
     build, call = PIPELINES[name]
+    if name in KEYS_OF_ITS_OWN and FORMS[form]:
+        pytest.skip("refused, as another test shows")
     pipe = build()
     plain = tiny.images(pipe, **call)
-    with oracle(pipe.unet):
+    with oracle(pipe.unet, **FORMS[form]):
         expected = tiny.images(pipe, **call)
     assert not same(plain, expected)
-    assert same(tiny.images(tofu_sd.apply_patch(pipe, 0.5), **call), expected)
+    assert same(tiny.images(tofu_sd.apply_patch(pipe, 0.5, **FORMS[form]), **call), expected)
     assert same(tiny.images(tofu_sd.remove_patch(pipe), **call), plain)
+
+
+@pytest.mark.parametrize("option", ["proportional", "keys_only"])
+def test_a_processor_with_keys_of_its_own_is_told(option: str) -> None:
+    """Perturbed attention splits its batch and ignores the keys it is given: the option would fail or do nothing."""
+    build, call = PIPELINES["perturbed attention guidance"]
+    pipe = tofu_sd.apply_patch(build(), 0.5, **{option: True})
+    with pytest.raises(RuntimeError, match=rf"{option} does not work with PAG\w+, which takes keys of its own"):
+        tiny.images(pipe, **call)
 
 
 # --- features, put on before the patch and after it -------------------------------------------------------------------
@@ -145,9 +168,9 @@ def _hook_on_the_feed_forward(pipe: Any) -> None:
         HookRegistry.check_if_exists_or_initialize(block.ff).register_hook(_Twice(), "twice")
 
 
-def _chunked(pipe: Any) -> None:
+def _chunked(pipe: Any, dim: int = 1) -> None:
     for _, block in _top(pipe.unet):
-        block.set_chunk_feed_forward(4, dim=1)
+        block.set_chunk_feed_forward(4 if dim else 1, dim=dim)
 
 
 def _replaced_forwards(pipe: Any) -> None:
@@ -174,6 +197,7 @@ FEATURES: dict[str, tuple[Callable[[Any], Any], Call]] = {
     "fused QKV": (lambda pipe: pipe.unet.fuse_qkv_projections(), {}),
     "another processor": (lambda pipe: pipe.unet.set_attn_processor(AttnProcessor()), {}),
     "chunked feed-forward": (_chunked, {}),
+    "feed-forward a sample at a time": (partial(_chunked, dim=0), {}),
     "FreeU": (lambda pipe: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6), {}),
     "sequential offload": (lambda pipe: accelerate.cpu_offload(pipe.unet, execution_device=CPU), {}),
     "model offload": (lambda pipe: accelerate.cpu_offload_with_hook(pipe.unet, CPU), {}),
@@ -192,21 +216,26 @@ FEATURES: dict[str, tuple[Callable[[Any], Any], Call]] = {
 }
 
 
-@pytest.mark.parametrize("order", ["feature first", "patch first"])
+@pytest.mark.parametrize(
+    ("order", "form"),
+    [("feature first", "tofu"), ("patch first", "tofu"), ("feature first", "tofu+p"), ("patch first", "kv:tofu+p")],
+)
 @pytest.mark.parametrize("name", FEATURES)
-def test_a_feature_and_the_patch_add_up_in_either_order(name: str, order: str) -> None:
+def test_a_feature_and_the_patch_add_up_in_either_order(name: str, order: str, form: str) -> None:
     """People load adapters and switch on offloading before and after a patch; neither may undo the other."""
     enable, call = FEATURES[name]
+    if name in KEYS_OF_ITS_OWN and "keys_only" in FORMS[form]:
+        pytest.skip("refused, as another test shows")
     pipe = tiny.sd15_pipe()
     if order == "patch first":
-        tofu_sd.apply_patch(pipe, 0.5)
+        tofu_sd.apply_patch(pipe, 0.5, **FORMS[form])
     enable(pipe)
     if order == "feature first":
-        tofu_sd.apply_patch(pipe, 0.5)
+        tofu_sd.apply_patch(pipe, 0.5, **FORMS[form])
     fused = tiny.images(pipe, **call)
     tofu_sd.remove_patch(pipe)
     plain = tiny.images(pipe, **call)
-    with oracle(pipe.unet):
+    with oracle(pipe.unet, **FORMS[form]):
         expected = tiny.images(pipe, **call)
     assert not same(plain, expected)
     assert same(fused, expected)
@@ -228,7 +257,12 @@ def test_the_features_do_something(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "option"), [("IP-Adapter with masks", "merge_crossattn"), ("chunked feed-forward", "merge_mlp")]
+    ("name", "option"),
+    [
+        ("IP-Adapter with masks", "merge_crossattn"),
+        ("chunked feed-forward", "merge_mlp"),
+        ("feed-forward a sample at a time", "merge_mlp"),
+    ],
 )
 def test_a_layer_that_wants_the_whole_map_gets_it(name: str, option: str) -> None:
     """Masks are laid over all tokens and chunks are cut from them: such a layer runs unfused, the others stay fused."""
@@ -270,6 +304,32 @@ def test_a_controlnet_is_patched_only_when_asked_for() -> None:
     assert not same(both, unet_only)
 
 
+def test_controlnet_xs_fuses_its_unet_and_not_its_control() -> None:
+    """Its stages hold two of everything, under names of their own."""
+    unet = tiny.lively(
+        UNetControlNetXSModel(
+            sample_size=16, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D",
+            "CrossAttnUpBlock2D"), block_out_channels=(16, 16), ctrl_block_out_channels=(8, 8), norm_num_groups=4,
+            cross_attention_dim=16, num_attention_heads=2, ctrl_num_attention_heads=2,
+            ctrl_conditioning_embedding_out_channels=(4, 8), ctrl_conditioning_channels=3,
+        ),
+        0,
+    )  # fmt: skip
+    call = {"sample": tiny.noise(2, 4, 16, 16), "timestep": 500, "encoder_hidden_states": tiny.noise(2, 7, 16)}
+    call["controlnet_cond"] = tiny.noise(2, 3, 32, 32)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return unet(**call).sample
+
+    plain = run()
+    with oracle(unet):
+        expected = run()
+    assert not same(plain, expected)
+    assert same((tofu_sd.apply_patch(unet, 0.5), run())[1], expected)
+    assert same((tofu_sd.remove_patch(unet), run())[1], plain)
+
+
 # --- UNets called by themselves ---------------------------------------------------------------------------------------
 
 
@@ -299,7 +359,7 @@ def test_a_video_unet_fuses_its_spatial_blocks_alone() -> None:
         expected = run()
     assert not same(plain, expected)
     assert same((tofu_sd.apply_patch(unet, 0.5), run())[1], expected)
-    assert not any("motion" in site.name for site in tofu_sd.api.patch_of(unet).sites)  # type: ignore[union-attr]
+    assert not any("motion" in site.name for site in tofu_sd.patch.patch_of(unet).sites)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -404,6 +464,17 @@ def test_fused_qkv_and_keys_only_exclude_each_other() -> None:
         tiny.predict(unet)
     unet.unfuse_qkv_projections()
     assert same(tiny.predict(unet), separate)
+
+
+@pytest.mark.parametrize("enable", [lambda unet: unet.set_attn_processor(AttnProcessor()), lambda unet: None])
+def test_weights_for_keys_fit_attention_that_computes_in_float32(enable: Callable[[Any], Any]) -> None:
+    """Stable Diffusion 2 upcasts its scores; a bias in the tokens' own precision would not add to them."""
+    unet = tiny.shallow_unet(upcast_attention=True).to(torch.bfloat16)
+    enable(unet)
+    call = {name: value.bfloat16() if value.ndim else value for name, value in tiny.inputs(unet).items()}
+    weighted = tiny.predict(tofu_sd.apply_patch(unet, 0.5, proportional=True), **call)
+    assert weighted.isfinite().all()
+    assert not same(weighted, tiny.predict(tofu_sd.apply_patch(unet, 0.5), **call))
 
 
 def test_only_cross_attention_blocks_are_left_alone() -> None:

@@ -80,6 +80,17 @@ def test_equal_and_zero_tokens_still_give_a_map(dtype):
         assert map.kept[0][map.home[0][gone]].tolist() == [0] * 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_tokens_are_matched_as_the_numbers_they_are(dtype):
+    """Neighbours' cosines differ by less than bfloat16 can hold: it would take the picture's top."""
+    y, x = torch.meshgrid(torch.linspace(0, 3, 32), torch.linspace(0, 3, 32), indexing="ij")
+    smooth = torch.stack([(x * k).sin() + (y * (5 - k)).cos() for k in range(1, 5)], dim=-1).view(1, 1024, 4).to(dtype)
+    parts = partition(32, 32, 2, 2, CPU)
+    half, exact = (bipartite_soft_matching(tokens, parts, 512) for tokens in (smooth, smooth.float()))
+    assert torch.equal(half.kept, exact.kept)
+    assert torch.equal(half.home, exact.home)
+
+
 def test_matching_draws_nothing_from_the_global_generator():
     torch.manual_seed(7)
     before = torch.get_rng_state()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 
 import tofu_sd
@@ -300,11 +309,27 @@ def test_outside_its_window_a_patch_is_the_unpatched_model() -> None:
     assert not torch.equal(tiny.predict(unet, t=100), tiny.predict(tofu_sd.remove_patch(unet), t=100))
 
 
+def test_the_end_of_sampling_is_inside_a_window_without_an_end() -> None:
+    """Many schedules' last timestep is 0, which is progress 1."""
+    pipe = tiny.sd15_pipe()
+    pipe.scheduler = DDIMScheduler(**tiny.BETAS, set_alpha_to_one=False)  # 800, 600, 400, 200, 0
+    calls = fused_calls(pipe.unet)
+    tofu_sd.apply_patch(pipe, 0.5, start=0.5)
+    tiny.images(pipe, num_inference_steps=5)
+    assert calls == [False, False, True, True, True]
+
+
 def test_a_window_over_timesteps_it_cannot_read_is_refused() -> None:
-    """A scheduler that hands the UNet sigmas or progress itself would open the window at the wrong steps."""
+    """A scheduler that hands the UNet functions of the noise would open the window at the wrong steps."""
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, end=0.5)
     with pytest.raises(ValueError, match=r"timestep 1500 is outside 0\.\.1000"):
         tiny.predict(unet, t=1500)
+    pipe = tiny.sd15_pipe()
+    for scheduler in (EulerDiscreteScheduler(timestep_type="continuous"), EDMEulerScheduler()):
+        pipe.scheduler = scheduler
+        with pytest.raises(ValueError, match=r"start is 0 and end is 0\.5: .* scheduler"):
+            tofu_sd.apply_patch(pipe, 0.5, end=0.5)
+        tofu_sd.remove_patch(tofu_sd.apply_patch(pipe, 0.5))  # without a window any scheduler will do
 
 
 # --- what is chosen ---------------------------------------------------------------------------------------------------
@@ -326,8 +351,37 @@ def test_max_downsample_never_means_nothing(limit: int, blocks: int) -> None:
     assert len(tofu_sd.summary(tofu_sd.apply_patch(tiny.sdxl_unet(), 0.5, max_downsample=limit)).rows) == blocks
 
 
-def test_use_rand_is_a_seed_of_0() -> None:
+SAY = """
+import logging, sys
+sys.path.insert(0, {tests!r})
+logging.getLogger("tofu_sd").setLevel({level})
+import tiny, tofu_sd
+tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
+"""
+
+
+@pytest.mark.parametrize(("level", "lines"), [(logging.NOTSET, 1), (logging.WARNING, 0)])
+def test_what_was_patched_is_said_unless_the_user_wants_it_quiet(level: int, lines: int) -> None:
+    """Loud by default: a patch that does less than it was asked for must not look like one that works."""
+    code = SAY.format(tests=str(Path(__file__).parent), level=level)
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    expected = "UNet2DConditionModel: tofu-r50 on 5 of 16 transformer blocks, tokens 256 -> 128 at a 16 x 16 latent"
+    assert [line for line in said.splitlines() if "tofu" in line] == [expected] * lines
+
+
+def test_use_rand_is_a_seed() -> None:
     unet = tiny.shallow_unet()
+    for options, seed in (
+        ({"use_rand": True}, 0),
+        ({"use_rand": True, "seed": 5}, 5),
+        ({"use_rand": False, "seed": 5}, None),
+        ({"ratio": TokenFusion(seed=7), "use_rand": True}, 7),
+        ({"ratio": TokenFusion(seed=7), "use_rand": False}, None),
+        ({"ratio": TokenFusion(seed=7)}, 7),
+    ):
+        fusion = tofu_sd.summary(tofu_sd.apply_patch(unet, **options)).fusion
+        assert fusion is not None
+        assert fusion.seed == seed
     rand = tiny.predict(tofu_sd.apply_patch(unet, 0.5, use_rand=True))
     assert torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5, seed=0)), rand)
     assert not torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5, use_rand=False)), rand)
@@ -347,7 +401,7 @@ def test_proportional_attention_over_equal_tokens_is_full_attention() -> None:
     unet = tiny.shallow_unet()
     attn = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     distinct = tiny.noise(1, 4, 16)
-    x = distinct[:, torch.arange(64) // 2 % 4]  # every 2 x 2 cell of an 8 x 8 map holds a token twice over
+    x = distinct[:, torch.arange(64) // 2 % 4]  # every 2 x 2 cell of an 8 x 8 map holds one token four times
     canvas = unet.down_blocks[0].attentions[0]
     plain = attn.attn1(x)
     fused = {}

@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
+from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
-from torch import nn
-
 from .environment import check_torchvision
-from .patch import ATTRIBUTE, Patch, Site, Summary, attach, detach, plan, summarize
-from .policy import TokenFusion
+from .patch import Site, Summary, attach, detach, patch_of, plan, summarize
+from .policy import TokenFusion, did_you_mean
 
 Model = TypeVar("Model")
 logger = logging.getLogger("tofu_sd")
 if not logger.handlers:  # loud by default, as diffusers and transformers are; logging.getLogger("tofu_sd") quietens it
     logger.addHandler(logging.StreamHandler())
-    logger.setLevel(logging.INFO)
     logger.propagate = False
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
 
 
 def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) -> Model:
@@ -30,7 +31,8 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) 
     `max_downsample` (fuse down to that downsampling; the highest resolution with attention is always fused) and
     `use_rand` (draw destinations; reproducible here, from `seed`, 0 if none is given).
 
-    Returns `model`, patched in place. A model that is already patched is patched anew.
+    Returns `model`, patched in place. A model that is already patched is patched anew. In training with gradient
+    checkpointing, go backward while patched and before the next forward: blocks run again and match again.
     Raises ValueError (value out of range, no eligible block), TypeError (unknown option, no UNet) or RuntimeError (a
     layer that something else has wrapped); the model is then as it was.
     """
@@ -41,13 +43,15 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) 
         detach(unet)
     try:
         sites = host.find_sites(unet)
-        patch = plan(unet, sites, _fusion(sites, ratio, options), host.swap, train_steps)
+        swap = partial(host.swap, ours={part for part, *_ in before.swaps} if before else set())
+        patch = plan(unet, sites, _fusion(sites, ratio, options), swap, train_steps)
+        report = summarize(type(unet).__name__, sites, patch, host.latent_size(unet))
     except BaseException:  # an interrupt too must not lose the patch that was there; raised again below
         if before is not None:
             attach(unet, before)
         raise
     attach(unet, patch)
-    logger.info(summarize(type(unet).__name__, sites, patch, host.latent_size(unet)).headline)
+    logger.info(report.headline)
     return model
 
 
@@ -95,14 +99,12 @@ def _host() -> ModuleType:
     return diffusers
 
 
-def patch_of(unet: nn.Module) -> Patch | None:
-    """The patch a UNet carries, if any."""
-    patch = vars(unet).get(ATTRIBUTE)
-    return patch if isinstance(patch, Patch) else None
-
-
 def _fusion(sites: list[Site], ratio: float | TokenFusion, options: dict[str, Any]) -> TokenFusion:
     """TokenFusion.of, with tomesd's two names said in ours."""
+    known = [*(f.name for f in fields(TokenFusion)), "max_downsample", "use_rand"]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"unknown option {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
     options = dict(options)
     if "max_downsample" in options:
         if "levels" in options:
@@ -111,6 +113,7 @@ def _fusion(sites: list[Site], ratio: float | TokenFusion, options: dict[str, An
         if limit not in (1, 2, 4, 8):
             raise ValueError(f"max_downsample is {limit!r}; it must be 1, 2, 4 or 8")
         options["levels"] = max(1, len({site.level for site in sites if site.downsample <= limit}))
-    if options.pop("use_rand", False) and options.get("seed") is None:
-        options["seed"] = 0
+    if "use_rand" in options:
+        given = options.get("seed", ratio.seed if isinstance(ratio, TokenFusion) else None)
+        options["seed"] = (given or 0) if options.pop("use_rand") else None
     return TokenFusion.of(ratio, **options)

@@ -38,7 +38,7 @@ class Clock:
     def tick(self, timestep: Any) -> None:
         """Notes the timestep of this call of the model: a number or a tensor, of which the first value counts.
 
-        ValueError for a step window with a scheduler whose timesteps do not run from train_steps to 0.
+        ValueError for a step window and a timestep outside train_steps..0.
         """
         fusion = self.fusion
         if fusion.seed is not None:
@@ -56,7 +56,8 @@ class Clock:
                     f"timestep {t:g} is outside 0..{self.train_steps}: start and end measure progress by timestep, "
                     "which this scheduler does not count that way"
                 )
-            self.open = fusion.start <= 1 - t / self.train_steps < fusion.end
+            progress = 1 - t / self.train_steps
+            self.open = fusion.start <= progress and (progress < fusion.end or fusion.end == 1)  # many end at t = 0
 
     def layout(self, h: int, w: int, device: torch.device) -> Layout | None:
         """The layout of an h × w map at this step; None where no token leaves, or outside the step window."""

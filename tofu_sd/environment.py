@@ -20,7 +20,10 @@ def check_torchvision() -> None:
     try:
         importlib.import_module("torchvision")
     except (RuntimeError, OSError, ImportError) as error:
-        version = importlib.metadata.version("torchvision")
+        try:
+            version = importlib.metadata.version("torchvision")
+        except importlib.metadata.PackageNotFoundError:
+            version = "of unknown version"
         raise ImportError(
             f"torchvision {version} does not work with torch {torch.__version__} ({error}). The two are built for each "
             "other: run `pip install -U torch torchvision` to get a matching pair, or `pip uninstall torchvision` if "

@@ -59,6 +59,8 @@ def bipartite_soft_matching(metric: Tensor, parts: Partition, r: int) -> TokenMa
     src, dst = parts
     with torch.no_grad():
         B, N, _ = metric.shape
+        # cosines near 1 are closer together than half precision can tell; its ties would all fall at the picture's top
+        metric = metric.to(torch.promote_types(metric.dtype, torch.float32))
         norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
         unit = metric / norm.clamp_min(torch.finfo(metric.dtype).tiny)  # a zero token is like nothing, not NaN
         scores = unit[:, src] @ unit[:, dst].mT  # [B, S, D] cosine

@@ -50,15 +50,7 @@ class SiteFusion:
         self.proportional = fusion.proportional
         self.keys_only = fusion.keys_only
         self.normed = fusion.match_on == "normed"
-        self.roles = tuple(
-            role
-            for role, on in (
-                ("attn", fusion.merge_attn),
-                ("crossattn", fusion.merge_crossattn),
-                ("mlp", fusion.merge_mlp),
-            )
-            if on
-        )
+        self.roles = fusion.layers
         self.layout: Layout | None = None
         self.map: TokenMap | None = None
 
@@ -76,7 +68,7 @@ class SiteFusion:
         map = self.map
         if role == self.roles[-1]:
             self.map = None
-        if role not in self.roles or map is None or map.home.shape[1] != x.shape[1]:
+        if role not in self.roles or map is None or map.home.shape != x.shape[:2]:
             return None
         return map
 
@@ -100,7 +92,9 @@ class _Tick:
         self.clock = clock
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.clock.tick(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        if timestep is not None:  # else the model itself says what it lacks
+            self.clock.tick(timestep)
 
 
 class _LayOut:
@@ -135,18 +129,22 @@ def plan(
     sites: Sequence[Site],
     fusion: TokenFusion,
     swap: Callable[[Site, str], type[nn.Module]],
-    train_steps: int,
+    train_steps: int | None,
 ) -> Patch:
     """The patch that fuses the tokens of `sites` under `fusion`; touches nothing.
 
-    swap(site, role) gives the class to swap in or raises.
+    swap(site, role) gives the class to swap in or raises. train_steps: where the timesteps count down from; None where
+    they do not, which a step window refuses with ValueError.
     """
+    if train_steps is None and (fusion.start, fusion.end) != (0, 1):
+        raise ValueError(
+            f"start is {fusion.start:g} and end is {fusion.end:g}: they measure progress by timestep, which this "
+            "pipeline's scheduler does not count down to 0; leave them off or take another scheduler"
+        )
     chosen = tuple(site for site in sites if site.level < fusion.levels)
     down_path = sum(site.path == "down" for site in sites)
-    roles = {"attn"}
-    roles |= {"norm"} if fusion.match_on == "hidden" else set()
-    roles |= {role for role, on in (("crossattn", fusion.merge_crossattn), ("mlp", fusion.merge_mlp)) if on}
-    clock = Clock(fusion, train_steps)
+    roles = {"attn", *fusion.layers} | ({"norm"} if fusion.match_on == "hidden" else set())
+    clock = Clock(fusion, train_steps or 1)
     swaps, canvases = [], dict[nn.Module, list[SiteFusion]]()
     for site in chosen:
         state = SiteFusion(fusion, fusion.reduction(site.depth, down_path))
@@ -155,6 +153,12 @@ def plan(
     hooks: list[tuple[nn.Module, _Tick | _LayOut]] = [(model, _Tick(clock))] if fusion.timed else []
     hooks += [(canvas, _LayOut(clock, states)) for canvas, states in canvases.items()]
     return Patch(fusion, chosen, down_path, tuple(swaps), tuple(hooks))
+
+
+def patch_of(model: nn.Module) -> Patch | None:
+    """The patch a model carries, if any."""
+    patch = vars(model).get(ATTRIBUTE)
+    return patch if isinstance(patch, Patch) else None
 
 
 def attach(model: nn.Module, patch: Patch) -> None:

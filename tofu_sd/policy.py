@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from .reduce import REDUCTIONS, Reduction, mlerp, prune
@@ -18,11 +19,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def reduction_named(name: str | Reduction) -> Reduction:
-    """The reduction called `name`; a function is returned as it is. ValueError for an unknown name."""
+    """The reduction called `name`; a function is returned as it is.
+
+    ValueError for an unknown name, and for a function without one: rows and folders are named after it.
+    """
     if callable(name):
+        if not getattr(name, "__name__", "").isidentifier():
+            raise ValueError(f"the reduction {name!r} has no name of its own: write it as a function, with def")
         return name
     if name not in REDUCTIONS:
-        raise ValueError(f"unknown reduction {name!r}{did_you_mean(name, REDUCTIONS)}; known: {', '.join(REDUCTIONS)}")
+        hint = did_you_mean(str(name), REDUCTIONS)
+        raise ValueError(f"unknown reduction {name!r}{hint}; known: {', '.join(REDUCTIONS)}")
     return REDUCTIONS[name]
 
 
@@ -39,13 +46,14 @@ class TokenFusion:
             function of the same signature). ToFu Eq. 7.
         depth_split: d, counted over all transformer blocks of the model in execution order; None puts the whole down
             path before it, which in Stable Diffusion 1.5 is the paper's d = 6.
-        keys_only: fuse keys and values and leave the queries whole; nothing is unmerged, attention costs (1 - ratio).
+        keys_only: fuse keys and values and leave the queries whole; attention costs (1 - ratio), its output needs no
+            unmerging.
         levels: how many attention resolutions are fused, from the highest that has attention downwards.
     To tinker with
         sx, sy: cell of the destination grid; one token a cell is a destination.
         seed: None takes each cell's top-left token, an integer draws it anew every step (the same image every time).
-            In training with gradient checkpointing, go backward before the next forward.
-        start, end: part of the sampling in which tokens are fused, in progress 0..1, measured by timestep.
+        start, end: part of the sampling in which tokens are fused, in progress 0..1, measured by timestep. Where the
+            samples of a batch have timesteps of their own, as in training, the first one's counts here and for `seed`.
         match_on: "hidden" compares tokens before the block's first norm, as the paper does; "normed" after it.
     Seldom worth it (they are tomesd's)
         merge_attn, merge_crossattn, merge_mlp: which layers of a block run on fused tokens.
@@ -55,8 +63,8 @@ class TokenFusion:
 
     ratio: float = 0.5
     proportional: bool = False
-    early: Reduction = prune
-    late: Reduction = mlerp
+    early: Reduction | str = prune
+    late: Reduction | str = mlerp
     depth_split: int | None = None
     keys_only: bool = False
     levels: int = 1
@@ -73,6 +81,9 @@ class TokenFusion:
     def __post_init__(self) -> None:
         object.__setattr__(self, "early", reduction_named(self.early))
         object.__setattr__(self, "late", reduction_named(self.late))
+        for name in ("proportional", "keys_only", "merge_attn", "merge_crossattn", "merge_mlp"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
         for name in ("sx", "sy", "levels"):
             value = getattr(self, name)
             if not _whole(value) or value < 1:
@@ -94,7 +105,7 @@ class TokenFusion:
         if self.match_on not in ("hidden", "normed"):
             hint = did_you_mean(str(self.match_on), ("hidden", "normed"))
             raise ValueError(f"match_on is {self.match_on!r}{hint}; it must be 'hidden' or 'normed'")
-        if not (self.merge_attn or self.merge_crossattn or self.merge_mlp):
+        if not self.layers:
             raise ValueError("merge_attn, merge_crossattn and merge_mlp are all False: nothing would be fused")
 
     @classmethod
@@ -116,7 +127,7 @@ class TokenFusion:
     @property
     def key(self) -> str:
         """A short name for rows, folders and plots alike: 'tofu-r50', 'kv-mean-r75+p'."""
-        reductions = (self.early.__name__, self.late.__name__)
+        reductions = (reduction_named(self.early).__name__, reduction_named(self.late).__name__)
         name = "tofu" if reductions == ("prune", "mlerp") else "-".join(dict.fromkeys(reductions))
         parts = ["kv-" * self.keys_only + name, f"r{100 * self.ratio:g}"]
         default = type(self)()
@@ -144,7 +155,13 @@ class TokenFusion:
     def reduction(self, depth: int, down_path: int) -> Reduction:
         """Eq. 7: what a block at `depth` does in a model whose down path has `down_path` transformer blocks."""
         d = down_path if self.depth_split is None else self.depth_split
-        return self.early if depth < d else self.late
+        return reduction_named(self.early if depth < d else self.late)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Which layers of a block run on fused tokens, in the order in which they run: 'attn', 'crossattn', 'mlp'."""
+        merged = {"attn": self.merge_attn, "crossattn": self.merge_crossattn, "mlp": self.merge_mlp}
+        return tuple(layer for layer, on in merged.items() if on)
 
     def leaving(self, h: int, w: int) -> int:
         """r: how many tokens of an h x w map leave; never more than its sources, which are few in a thin map."""
@@ -153,8 +170,8 @@ class TokenFusion:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)

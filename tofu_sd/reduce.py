@@ -47,7 +47,8 @@ def mlerp(x: Tensor, map: TokenMap) -> Tensor:
     norm = torch.linalg.vector_norm(x.to(average.dtype), dim=-1)  # [B, N]
     largest = norm.new_zeros(map.kept.shape).scatter_reduce(1, map.home, norm, "amax")  # [B, K], norms are >= 0
     own = torch.linalg.vector_norm(average, dim=-1)
-    scale = largest / own.clamp_min(torch.finfo(own.dtype).tiny)
+    pointing = own > torch.finfo(own.dtype).tiny * largest.clamp_min(1)  # else the quotient and its gradient overflow
+    scale = largest / own.where(pointing, own.new_ones(()))
     return (average * scale.unsqueeze(-1)).to(x.dtype)
 
 
@@ -58,6 +59,7 @@ def _group_mean(x: Tensor, map: TokenMap) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(0, 1)
     total = x.new_zeros(B * K, C)
     # CUDA's scatter_add and index_add order their additions by chance; index_put sorts first, so its sums repeat
+    # (not in code that inductor generates, which adds atomically unless torch is told to be deterministic)
     total = total.index_put((row,), x, accumulate=True) if x.device.type == "cuda" else total.index_add(0, row, x)
     return total.view(B, K, C) / map.size.unsqueeze(-1)
 

@@ -5,11 +5,16 @@ Written against diffusers 0.32 to 0.42. Host words (hidden_states, encoder_hidde
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
-from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    FusedAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
@@ -17,10 +22,11 @@ from ..patch import ATTRIBUTE, Site, SiteFusion
 from ..reduce import unmerge
 
 
-def unwrap(model: Any) -> tuple[nn.Module, int]:
+def unwrap(model: Any) -> tuple[nn.Module, int | None]:
     """(the UNet of a pipeline or the module itself, out of torch.compile's wrapper; the scheduler's training steps).
 
-    TypeError where there is none.
+    The steps are None for a scheduler whose timesteps do not count down from them: they are functions of the noise.
+    TypeError where there is no UNet.
     """
     unet = getattr(model, "unet", model)
     if not isinstance(unet, nn.Module):
@@ -30,7 +36,10 @@ def unwrap(model: Any) -> tuple[nn.Module, int]:
         )
     unet = getattr(unet, "_orig_mod", unet)
     scheduler = getattr(model, "scheduler", None)
-    return unet, int(getattr(getattr(scheduler, "config", None), "num_train_timesteps", None) or 1000)
+    config = getattr(scheduler, "config", None)
+    if getattr(config, "timestep_type", None) == "continuous" or type(scheduler).__name__.startswith("EDM"):
+        return unet, None
+    return unet, int(getattr(config, "num_train_timesteps", None) or 1000)
 
 
 def latent_size(unet: nn.Module) -> tuple[int, int]:
@@ -48,7 +57,7 @@ def find_sites(unet: nn.Module) -> list[Site]:
         (path, downsample, name, module)
         for path, downsample, prefix, stage in _stages(unet)
         for name, module in stage.named_modules(prefix=prefix)
-        if isinstance(module, Transformer2DModel)
+        if isinstance(module, Transformer2DModel) and ".ctrl_" not in name  # ControlNet-XS's control side
     ]
     blocks = [
         (path, downsample, canvas, f"{name}.transformer_blocks.{i}", block)
@@ -76,7 +85,8 @@ def _stages(unet: nn.Module) -> Iterator[tuple[str, int, str, nn.Module]]:
     downsample = 1
     for i, stage in enumerate(getattr(unet, "down_blocks", None) or ()):
         yield "down", downsample, f"down_blocks.{i}", stage
-        downsample *= 2 if getattr(stage, "downsamplers", None) else 1
+        shrinks = getattr(stage, "downsamplers", None) or getattr(stage, "base_downsamplers", None)  # ControlNet-XS
+        downsample *= 2 if shrinks else 1
     if getattr(unet, "mid_block", None) is not None:
         yield "mid", downsample, "mid_block", unet.mid_block  # type: ignore[misc]
     for i, stage in enumerate(getattr(unet, "up_blocks", None) or ()):
@@ -101,7 +111,9 @@ class FusedNorm(nn.LayerNorm):
     """
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        getattr(self, ATTRIBUTE).observe(hidden_states)
+        site: SiteFusion | None = getattr(self, ATTRIBUTE, None)
+        if site is not None:
+            site.observe(hidden_states)
         return super().__call__(hidden_states)
 
 
@@ -123,15 +135,30 @@ class FusedAttention(Attention):  # type: ignore[misc]
         map = site.take("attn", hidden_states)
         if map is None or encoder_hidden_states is not None or attention_mask is not None:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        if site.keys_only or site.proportional:
+            _check_processor(self.processor, site)
         fused, bias = site.reduction(hidden_states, map), site.key_bias(hidden_states, map)
-        if not site.keys_only:
-            return unmerge(super().forward(fused, attention_mask=bias, **kwargs), map)
-        if isinstance(self.processor, FusedAttnProcessor2_0):
-            raise RuntimeError(
-                "keys_only fuses keys and values apart from the queries, which fuse_qkv_projections() has made one "
-                "projection: call unfuse_qkv_projections() first, or leave keys_only off"
-            )
-        return super().forward(hidden_states, fused, bias, **kwargs)
+        if bias is not None and self.upcast_attention and isinstance(self.processor, _UPCASTING):
+            bias = bias.float()
+        if site.keys_only:
+            return super().forward(hidden_states, fused, bias, **kwargs)
+        return unmerge(super().forward(fused, attention_mask=bias, **kwargs), map)
+
+
+_UPCASTING = (AttnProcessor, SlicedAttnProcessor)  # they add the bias to scores in float32 under upcast_attention
+
+
+def _check_processor(processor: Any, site: SiteFusion) -> None:
+    """RuntimeError for a processor that does not attend to the keys and weights it is given."""
+    name = type(processor).__name__
+    if name.startswith("PAG") or "CrossFrame" in name:  # they split the batch, or take the keys of another frame
+        option = "keys_only" if site.keys_only else "proportional"
+        raise RuntimeError(f"{option} does not work with {name}, which takes keys of its own: leave {option} off")
+    if site.keys_only and isinstance(processor, FusedAttnProcessor2_0):
+        raise RuntimeError(
+            "keys_only fuses keys and values apart from the queries, which fuse_qkv_projections() has made one "
+            "projection: call unfuse_qkv_projections() first, or leave keys_only off"
+        )
 
 
 class FusedCrossAttention(Attention):  # type: ignore[misc]
@@ -166,8 +193,11 @@ _SWAPS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
 }
 
 
-def swap(site: Site, role: str) -> type[nn.Module]:
-    """The class that takes the place of the site's layer `role`. RuntimeError where something else has wrapped it."""
+def swap(site: Site, role: str, ours: Collection[nn.Module] = ()) -> type[nn.Module]:
+    """The class that takes the place of the site's layer `role`. RuntimeError where something else has wrapped it.
+
+    ours: layers that an earlier patch had swapped; what hooked them since lies outside and goes on with the new one.
+    """
     part, (known, fused) = site.parts[role], _SWAPS[role]
     where = f"{site.name}'s {role} layer"
     if site.block is not BasicTransformerBlock:
@@ -180,7 +210,7 @@ def swap(site: Site, role: str) -> type[nn.Module]:
             f"{where} is a {type(part).__module__}.{type(part).__qualname__}, not a plain {known.__name__}: something "
             "else has already wrapped it"
         )
-    if role != "norm" and "forward" in vars(part):
+    if role != "norm" and "forward" in vars(part) and part not in ours:
         raise RuntimeError(
             f"{where} has a `forward` of its own, set by something else (a cache, an attention hook): fusion would be "
             "passed over silently; apply tofu_sd first, then the other"
