@@ -50,8 +50,10 @@ class Settings:
     batch: int
     device: str
     dtype: str
+    attention: str  # the classes of the denoiser's attention processors
     torch: str
     diffusers: str
+    transformers: str
 
 
 def claim(out: Path, settings: Settings) -> None:
@@ -60,7 +62,7 @@ def claim(out: Path, settings: Settings) -> None:
     if out.exists() and not out.is_dir():
         raise EvalError(f"--out {out.name}: there is a file of that name")
     old = read_json(out / "settings.json")
-    if old is None:
+    if not isinstance(old, dict):
         if out.exists() and any(out.iterdir()):
             raise EvalError(f"--out {out.name}: the folder is not empty and holds no settings.json; give another")
         write_json(out / "settings.json", new)

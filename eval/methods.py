@@ -68,7 +68,7 @@ def _one(name: str, ratio: float) -> Method:
     except (ValueError, TypeError) as error:
         raise EvalError(str(error)) from error
     identity = {"fusion": repr(fusion_fields(fusion)), "code": code()}
-    return Method(name, fusion.key, ratio, identity, partial(tofu_sd.patched, ratio=fusion))
+    return Method(name, fusion.key, fusion.ratio, identity, partial(tofu_sd.patched, ratio=fusion))
 
 
 def fusion_fields(fusion: TokenFusion) -> dict[str, Any]:
@@ -98,6 +98,8 @@ def _with_tomesd(pipe: Any, ratio: float) -> Iterator[Any]:
 @cache
 def code() -> str:
     """Changes with any file of tofu_sd, so that pictures of an older version are made again."""
-    root = Path(tofu_sd.__file__).parent
-    sources = sorted(path for path in root.rglob("*.py") if "demo" not in path.parts)
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    root, sha = Path(tofu_sd.__file__).parent, hashlib.sha256()
+    for name in sorted(path.relative_to(root) for path in root.rglob("*.py")):
+        if name.parts[0] != "demo":  # its weights are part of the pipeline's own hash
+            sha.update(f"{name.as_posix()} ".encode() + (root / name).read_bytes())
+    return sha.hexdigest()[:16]

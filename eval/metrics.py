@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -42,13 +43,14 @@ class Pairwise:
 
 @dataclass(frozen=True)
 class Single:
-    """A figure of a picture by itself: compute(pictures, prompts) -> float64 [B]."""
+    """A figure of a picture by itself: compute(pictures, prompts) -> float64 [B]. share: it is 0 or 1."""
 
     name: str
     implementation: str
     lower_is_better: bool
     compute: Callable[[Tensor, Sequence[str]], Tensor]
     digits: int = 3
+    share: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Skipped:
 
 Metric = Single | Pairwise | SetMetric | Skipped
 
+_BROKEN = (OSError, RuntimeError, KeyError, ValueError, EOFError, UnpicklingError)  # files of weights, and downloads
+
 
 def choose(
     names: str,
@@ -91,13 +95,34 @@ def choose(
         "ms-ssim": lambda: [ms_ssim(size)],
         "lpips": lambda: [lpips(lpips_net, lpips_backbone, device)],
         "fid": lambda: [fid(inception, device)],
-        "judge": lambda: [] if judge is None else judged(judge, prompts, device),
+        "judge": lambda: judged(judge, prompts, device),
     }
+    if judge is None and names == "all":
+        asked.remove("judge")  # it is the demo model's own
     return [metric for name in NAMES if name in asked for metric in makers[name]()]
 
 
-def check(names: str, lpips_net: str = "alex") -> list[str]:
-    """The names in a list of metrics; EvalError for an unknown one, before anything is computed."""
+def usable(metrics: Sequence[Metric], pictures: Tensor, prompts: Sequence[str]) -> list[Metric]:
+    """The metrics, each tried on a few pictures: one that cannot measure them becomes Skipped, the others go on."""
+
+    def tried(metric: Metric) -> Metric:
+        try:
+            match metric:
+                case Pairwise():
+                    metric.compute(pictures, pictures)
+                case Single():
+                    metric.compute(pictures, prompts)
+                case SetMetric():
+                    metric.features(pictures)
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:  # what nets say of a wrong size
+            return Skipped(metric.name, _line(error))
+        return metric
+
+    return [tried(metric) for metric in metrics]
+
+
+def check(names: str, lpips_net: str = "alex", *files: Path | None) -> list[str]:
+    """The names in a list of metrics; EvalError for an unknown one or a missing file, before anything is computed."""
     asked = list(NAMES) if names == "all" else [name.strip() for name in names.split(",")]
     for name in asked:
         if name not in NAMES:
@@ -105,6 +130,9 @@ def check(names: str, lpips_net: str = "alex") -> list[str]:
     if lpips_net not in LPIPS_NETS:
         hint = did_you_mean(lpips_net, LPIPS_NETS)
         raise EvalError(f"unknown LPIPS net {lpips_net!r}{hint}; known: {', '.join(LPIPS_NETS)}")
+    for file in files:
+        if file is not None and not file.is_file():
+            raise EvalError(f"there is no file {file.name!r} of weights in {file.parent.name or 'this folder'!r}")
     return asked
 
 
@@ -144,7 +172,7 @@ def lpips(net: str, backbone: Path | None, device: torch.device) -> Metric:
             load_backbone(model.net, torch.load(backbone, map_location="cpu", weights_only=True))
     except ImportError as error:
         return Skipped(name, _missing(error, "lpips"))
-    except (OSError, RuntimeError, KeyError) as error:
+    except _BROKEN as error:
         return Skipped(name, f"no weights: {_line(error)}")
     model = model.to(device).eval().requires_grad_(False)
 
@@ -172,13 +200,13 @@ def fid(weights: Path | None, device: torch.device) -> Metric:
         model = NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
     except ImportError as error:
         return Skipped("FID", _missing(error, "torchmetrics[image]"))
-    except (OSError, RuntimeError) as error:
+    except _BROKEN as error:
         return Skipped("FID", f"no Inception weights (--inception-weights PATH): {_line(error)}")
     model = model.to(device)
 
     def features(pictures: Tensor) -> Tensor:
         with full_precision(), torch.no_grad():
-            return model(pictures.to(device))[0].flatten(1).cpu()
+            return model(pictures.to(device)).cpu()
 
     return SetMetric("FID", f"Inception 2048, torchmetrics {version('torchmetrics')}, antialias, float64", features,
                      digits=3)  # fmt: skip
@@ -220,11 +248,13 @@ def accuracy(judge: Any, prompts: Collection[str], device: torch.device) -> Metr
             seen = judge.classify(_unit(pictures, device)).cpu()
         return (seen == torch.tensor([labels[prompt] for prompt in prompts])).all(1).double()
 
-    return Single(name, _judge_name("share"), False, compute)
+    return Single(name, _judge_name("share"), False, compute, share=True)
 
 
 def judged(judge: Any, prompts: Collection[str], device: torch.device) -> list[Metric]:
     """What the embedded model's own classifier can say, where no public net fits its pictures."""
+    if judge is None:
+        return [Skipped("PD-judge", "it is measured in the demo model's classifier, and this is another model")]
     return [pd_judge(judge, device), fd_judge(judge, device), accuracy(judge, prompts, device)]
 
 

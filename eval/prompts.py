@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tofu_sd.demo.scenes import PROMPT
 from tofu_sd.policy import did_you_mean
 
 from . import EvalError
 
-TEMPLATE = "A high-quality photograph of a {}"
 IMAGENET_HASH = "0b0f9fee7c952f25"  # start of the SHA-256 of the 1000 names, joined by newlines
 IMAGENET_IMAGES = 2  # of each class
 
@@ -40,14 +40,20 @@ def load(name: str, seed0: int = 0) -> list[Request]:
             f"unknown prompts {name!r}{did_you_mean(name, KNOWN)}; known: {', '.join(KNOWN)}, or a .txt or .jsonl file"
         )
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise EvalError(f"cannot read the prompts {name!r}: {error.strerror}") from error
+        raise EvalError(f"cannot read the prompts {path.name!r}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise EvalError(f"cannot read the prompts {path.name!r}: they are not UTF-8 ({error.reason})") from error
+    # JSON may hold what splitlines takes for the end of a line
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
-        raise EvalError(f"the prompt file {name!r} is empty")
+        raise EvalError(f"the prompt file {path.name!r} is empty")
     if path.suffix == ".txt":
-        return [Request(f"{i:04d}", line.strip(), seed0 + i) for i, line in enumerate(lines)]
-    return _unique([_from_json(line, i, seed0, name) for i, line in enumerate(lines)], name)
+        return [Request(f"{i:04d}", line, seed0 + i) for i, (_, line) in enumerate(lines)]
+    return _unique(
+        [_from_json(line, i, seed0, f"{path.name}, line {number}") for i, (number, line) in enumerate(lines)], path.name
+    )
 
 
 def demo(seed0: int = 0) -> list[Request]:
@@ -64,7 +70,7 @@ def demo(seed0: int = 0) -> list[Request]:
 def imagenet1k(seed0: int = 0) -> list[Request]:
     """Two pictures of each ImageNet class, under seeds of their own (the list has both Cardigan and cardigan)."""
     return [
-        Request(f"{i:04d}_{k}", TEMPLATE.format(name), seed0 + IMAGENET_IMAGES * i + k)
+        Request(f"{i:04d}_{k}", PROMPT.format(name), seed0 + IMAGENET_IMAGES * i + k)
         for i, name in enumerate(imagenet_names())
         for k in range(IMAGENET_IMAGES)
     ]
@@ -97,17 +103,21 @@ def digest(requests: list[Request]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _from_json(line: str, i: int, seed0: int, source: str) -> Request:
+def _from_json(line: str, i: int, seed0: int, where: str) -> Request:
     try:
         row = json.loads(line)
-        extra = set(row) - {"prompt", "id", "seed"}
-        request = Request(str(row.get("id", f"{i:04d}")), str(row["prompt"]), int(row.get("seed", seed0 + i)))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise EvalError(f"{source}, prompt {i + 1}: not an object with a 'prompt' ({error})") from error
-    if extra:
-        raise EvalError(f"{source}, prompt {i + 1}: unknown field {sorted(extra)[0]!r}; known: prompt, id, seed")
+    except ValueError as error:
+        raise EvalError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise EvalError(f"{where}: not an object with a 'prompt' that is a text")
+    if extra := sorted(set(row) - {"prompt", "id", "seed"}):
+        raise EvalError(f"{where}: unknown field {extra[0]!r}; known: prompt, id, seed")
+    seed = row.get("seed", seed0 + i)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= 2**62:
+        raise EvalError(f"{where}: the seed is {seed!r}; it must be a whole number from 0 to 2**62")
+    request = Request(str(row.get("id", f"{i:04d}")), row["prompt"], seed)
     if not re.fullmatch(r"\w[\w.-]*", request.id):
-        raise EvalError(f"{source}, prompt {i + 1}: the id {request.id!r} cannot name a file")
+        raise EvalError(f"{where}: the id {request.id!r} cannot name a file")
     return request
 
 

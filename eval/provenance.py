@@ -8,7 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -61,6 +61,13 @@ def pipeline_name(pipe: Any) -> str:
     return f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {sha.hexdigest()[:12]}"
 
 
+def attention_name(pipe: Any) -> str:
+    """The classes of the denoiser's attention processors: they decide the last bits of a picture, and the time."""
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    processors = getattr(denoiser, "attn_processors", {})
+    return ", ".join(sorted({type(processor).__name__ for processor in processors.values()}))
+
+
 def git_commit() -> str | None:
     """The commit of this checkout, '+changes' behind it where files differ from it; None outside a checkout."""
     here = Path(__file__).parent
@@ -78,24 +85,30 @@ def _git(where: Path, *command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def process_mib() -> int:
+def _portable(argument: str) -> str:
+    """An argument without the folders of this machine: an absolute path is its last part, spaces and all."""
+    return PurePath(argument).name if PurePath(argument).is_absolute() else without_paths(argument)
+
+
+def process_mib() -> int | None:
     """The most memory this process has held; of everything in it, not of one method."""
     try:
         import resource
     except ImportError:  # Windows
-        return 0
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak // 2**20 if sys.platform == "darwin" else peak // 2**10
 
 
-def collect(argv: list[str], device: torch.device, started: str, ended: str) -> dict[str, Any]:
+def collect(argv: list[str], device: torch.device, memory: int | None, started: str, ended: str) -> dict[str, Any]:
+    """memory: MiB the process held at most while it drew; None where it drew nothing."""
     return {
-        "command": without_paths(shlex.join(["python", "-m", "eval.run", *argv])),
+        "command": shlex.join(["python", "-m", "eval.run", *map(_portable, argv)]),
         "commit": git_commit(),
         "device": device_name(device),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "packages": {name: found for name in PACKAGES if (found := version(name)) is not None},
-        "process_mib": process_mib(),
+        "process_mib": memory,
         "started": started,
         "ended": ended,
     }

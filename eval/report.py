@@ -20,7 +20,7 @@ import jinja2
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from . import EvalError
-from .files import read_json, to_json, write
+from .files import read_json, to_json, without_paths, write
 from .generate import Settings
 from .methods import FULL
 from .score import Scores
@@ -76,8 +76,11 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
         raise EvalError(f"{out.name} holds no results.json: python -m eval.run --out {out.name} writes one")
     if found.get("schema") != SCHEMA:
         raise EvalError(f"{out.name}/results.json has schema {found.get('schema')}, this program reads {SCHEMA}")
-    with (out / "per_image.csv").open(encoding="utf-8", newline="") as file:
-        return found, list(csv.DictReader(file))
+    try:
+        with (out / "per_image.csv").open(encoding="utf-8", newline="") as file:
+            return found, list(csv.DictReader(file))
+    except FileNotFoundError as error:
+        raise EvalError(f"{out.name} has lost its per_image.csv: python -m eval.run writes it again") from error
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -145,14 +148,18 @@ def grid(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> Imag
 def _fit(text: str, font: Any, width: int) -> str:
     """The text, cut to this width in pixels."""
     text = " ".join(text.split())
-    while text and font.getlength(text) > width:
+    while len(text) > 1 and font.getlength(text) > width:
         text = text[:-2].rstrip() + "…"
     return text
 
 
 def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        gone = f"{path.parent.name}/{path.name}"
+        raise EvalError(f"the picture {gone} is gone: python -m eval.run makes it again") from error
 
 
 def _png(image: Image.Image) -> bytes:
@@ -173,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.report", description="Draw the report of a run anew.")
     parser.add_argument("out", type=Path, help="folder that eval.run wrote")
     parser.add_argument("--markdown", action="store_true", help="print the table for a README, write nothing")
-    parser.add_argument("--against", metavar="KEY", help="print how each method differs from this one (say tome-r50)")
+    parser.add_argument("--against", metavar="ROW", help="print how each row differs from this one, say 'tome 50%%'")
     options = parser.parse_args(argv)
     try:
         if options.against is not None:
@@ -183,8 +190,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             draw(options.out)
             print(f"wrote {options.out / 'report.html'} and {options.out / 'grid.png'}", file=sys.stderr)
-    except EvalError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (EvalError, OSError) as error:
+        print(f"error: {without_paths(str(error))}", file=sys.stderr)
         return 2
     return 0
 

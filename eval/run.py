@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -22,8 +23,10 @@ from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import nn
 
+from tofu_sd import demo
 from tofu_sd.environment import check_torchvision
 from tofu_sd.policy import did_you_mean
 
@@ -31,7 +34,7 @@ from . import EvalError, methods, metrics, prompts, provenance, report, table
 from .files import to_json, without_paths
 from .generate import Settings, claim, generate
 from .methods import FULL, SCALE, Method
-from .score import describe, score
+from .score import describe, load, score
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -69,10 +72,14 @@ def parser() -> Parser:
     p.add_argument("--ratio", default="0.5", metavar="R,R", help="share of tokens fused away; several give a row each")
     p.add_argument("--steps", type=_at_least(1), default=20, help="sampling steps")
     p.add_argument("--size", type=_at_least(8), help="pixels a side (default: the model's own)")
-    p.add_argument("--seed", type=_at_least(0), default=0, help="seed of the first picture; the others count on")
+    p.add_argument("--seed", type=_at_least(0, 2**62), default=0, help="seed of the first picture; the others count on")
     p.add_argument("--batch", type=_at_least(1), default=4, help="pictures drawn at once")
     p.add_argument("--limit", type=_at_least(1), metavar="N", help="the first N prompts only (default: all)")
-    p.add_argument("--guidance", type=float, help="classifier-free guidance (default: the pipeline's)")
+    p.add_argument(
+        "--guidance",
+        type=_finite,
+        help=f"classifier-free guidance (default: the pipeline's; {demo.GUIDANCE:g} for demo)",
+    )
     p.add_argument("--device", default="auto", help=f"auto, {', '.join(DEVICES)}")
     p.add_argument("--dtype", default="auto", help=f"auto (float16 on cuda, else float32), {', '.join(DTYPES)}")
     p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: one in runs/ named after the settings)")
@@ -84,7 +91,7 @@ def parser() -> Parser:
     )
     p.add_argument("--inception-weights", type=Path, metavar="PATH", help="for FID (default: downloaded)")
     p.add_argument("--json", action="store_true", help="print the results as JSON and nothing else on stdout")
-    return p  # fmt: skip
+    return p
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,6 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
+    except (OSError, torch.cuda.OutOfMemoryError) as error:
+        print(f"error: {without_paths(str(error))}; the same command goes on from here", file=sys.stderr)
+        return 2
     if options.json:
         print(to_json(found), end="")
     else:
@@ -117,16 +127,16 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     asked = requests[: options.limit]
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
-    metrics.check(options.metrics, options.lpips_net)
+    metrics.check(options.metrics, options.lpips_net, options.lpips_backbone, options.inception_weights)
     try:
         check_torchvision()
     except ImportError as error:
         raise EvalError(str(error)) from error
     pipe, judge = load_model(options.model, device, dtype)
+    try_out(pipe, chosen)
     size = options.size or own_size(pipe)
     if size % 8:
         raise EvalError(f"--size is {size}; it must be a multiple of 8")
-    try_out(pipe, chosen)
     settings = Settings(
         model=Path(options.model).name if Path(options.model).is_dir() else options.model,
         pipeline=provenance.pipeline_name(pipe),
@@ -135,17 +145,20 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         seed=options.seed,
         size=size,
         steps=options.steps,
-        guidance=options.guidance,
+        guidance=demo.GUIDANCE if options.guidance is None and options.model == "demo" else options.guidance,
         batch=options.batch,
         device=provenance.device_name(device),
         dtype=str(dtype).removeprefix("torch."),
+        attention=provenance.attention_name(pipe),
         torch=str(torch.__version__),
         diffusers=provenance.version("diffusers") or "unknown",
+        transformers=provenance.version("transformers") or "unknown",
     )
-    out = options.out or default_out(settings)
+    out = options.out or default_out(settings, options.limit)
     claim(out, settings)
     drawn = [FULL, *(m for m in chosen if m is not FULL and not m.missing)]
-    generate(pipe, asked, drawn, settings, out)
+    made = generate(pipe, asked, drawn, settings, out)
+    memory = provenance.process_mib() if made else None  # before the metrics' nets come
     loaded = metrics.choose(
         options.metrics,
         size=size,
@@ -156,8 +169,10 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         lpips_backbone=options.lpips_backbone,
         inception=options.inception_weights,
     )
+    first = asked[:2]
+    loaded = metrics.usable(loaded, load(out / FULL.key, first), [request.prompt for request in first])
     scores = score(out, settings, asked, chosen, loaded)
-    told = provenance.collect(list(argv), device, started, _now())
+    told = provenance.collect(list(argv), device, memory, started, _now())
     found = report.results(settings, scores, describe(loaded), told, of=len(requests))
     report.save(out, found, scores)
     return found, out
@@ -167,8 +182,6 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype) -> tuple[An
     """(pipeline on the device, the classifier that judges its pictures or None)."""
     try:
         if model == "demo":
-            from tofu_sd import demo
-
             pipe, judge = demo.load(device=device, dtype=dtype), demo.judge(device=device)
         else:
             from diffusers import AutoPipelineForText2Image
@@ -182,7 +195,7 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype) -> tuple[An
                     model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
                 ).to(device)
             judge = None
-    except (OSError, ValueError, ImportError, RuntimeError, AttributeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise EvalError(f"cannot load the model {model!r}: {without_paths(reason)[:300]}") from error
     pipe.set_progress_bar_config(disable=True)
@@ -203,8 +216,11 @@ def try_out(pipe: Any, chosen: Sequence[Method]) -> None:
 
 def own_size(pipe: Any) -> int:
     """Pixels a side of the pictures a pipeline was trained for."""
-    denoiser = getattr(pipe, "unet", None) or pipe.transformer
-    return int(denoiser.config.sample_size * pipe.vae_scale_factor)
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    side = getattr(getattr(denoiser, "config", None), "sample_size", None)
+    if not isinstance(side, int):
+        raise EvalError(f"the model names no square size of its own (sample_size is {side}); give --size")
+    return side * int(pipe.vae_scale_factor)
 
 
 def pick_device(name: str) -> torch.device:
@@ -227,11 +243,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def default_out(settings: Settings) -> Path:
-    """Other settings, another folder; the same command again goes on in the same one."""
+def default_out(settings: Settings, limit: int | None) -> Path:
+    """Other settings, another folder; the same command again goes on in the same one.
+
+    A limited run has a folder of its own, so that a quick try does not replace the figures of a long run.
+    """
     digest = hashlib.sha256(json.dumps(asdict(settings)).encode()).hexdigest()[:6]
     model = re.sub(r"[^\w.-]+", "-", settings.model)
-    return Path("runs") / f"{model}-{settings.size}px-{settings.steps}steps-{digest}"
+    first = "" if limit is None else f"-first{limit}"
+    return Path("runs") / f"{model}-{settings.size}px-{settings.steps}steps{first}-{digest}"
 
 
 def _ratios(text: str) -> list[float]:
@@ -241,13 +261,23 @@ def _ratios(text: str) -> list[float]:
         raise EvalError(f"--ratio is {text!r}; it must be a number or several with commas between") from error
 
 
-def _at_least(least: int) -> Any:
+def _at_least(least: int, most: int = 2**31) -> Any:
     def whole_number(text: str) -> int:
-        if not re.fullmatch(r"-?\d+", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        if not re.fullmatch(r"-?\d+", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
         return int(text)
 
     return whole_number
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
 
 
 def _now() -> str:

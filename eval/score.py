@@ -35,6 +35,7 @@ def score(
 ) -> Scores:
     """Figures of `methods`. FULL among them is compared with itself; otherwise it has only what needs no reference."""
     records = {m.key: _records(out, settings, m, requests) for m in (FULL, *methods) if not m.missing}
+    check_complete(requests, records[FULL.key], FULL.key)
     reference_features: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
@@ -43,7 +44,7 @@ def score(
         if method.missing:
             rows.append({**head, "skipped": method.missing})
             continue
-        check_pairs(records[FULL.key].keys(), records[method.key].keys(), method.key)
+        check_complete(requests, records[method.key], method.key)
         compared = method is not FULL or FULL in methods
         singles = [m for m in metrics if isinstance(m, Single)]
         pairwise = [m for m in metrics if isinstance(m, Pairwise)] if compared else []
@@ -63,7 +64,8 @@ def score(
                 features[metric.name].append(metric.features(own))
         columns = {name: torch.cat(parts) for name, parts in values.items()}
         groups = [request.prompt for request in requests]
-        figures = {name: mean(column, groups) for name, column in columns.items()}
+        shares = {single.name for single in singles if single.share}
+        figures = {name: (share if name in shares else mean)(column, groups) for name, column in columns.items()}
         for metric in sets:
             own = torch.cat(features[metric.name])
             reference = reference_features.setdefault(metric.name, own)  # the full model comes first
@@ -95,13 +97,14 @@ def describe(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def check_pairs(reference: Collection[str], other: Collection[str], name: str) -> None:
-    """Raises, naming the pictures that have no partner. A pair has one id, not one place in two lists."""
-    for lacking, present, where in ((other, reference, name), (reference, other, FULL.key)):
-        missing = sorted(set(present) - set(lacking))
-        if missing:
-            more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-            raise EvalError(f"{where} lacks {', '.join(f'{id}.png' for id in missing[:5])}{more}: nothing to pair with")
+def check_complete(requests: Sequence[Request], records: Collection[str], name: str) -> None:
+    """Raises, naming the pictures that are not there to be paired. A pair has one id, not one place in two lists."""
+    missing = [request.id for request in requests if request.id not in records]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise EvalError(
+            f"{name} lacks {', '.join(f'{id}.png' for id in missing[:5])}{more}: the same command makes them again"
+        )
 
 
 def load(folder: Path, requests: Sequence[Request]) -> Tensor:
@@ -116,11 +119,20 @@ def mean(values: Tensor, groups: Sequence[str]) -> dict[str, Any]:
     kept = values[keep]
     figures: dict[str, Any] = {"value": None, "low": None, "high": None, "n": len(kept)}
     if len(kept):
-        low, high = bootstrap(kept, [group for group, k in zip(groups, keep.tolist(), strict=True) if k])
+        interval = bootstrap(kept, [group for group, k in zip(groups, keep.tolist(), strict=True) if k])
+        low, high = interval or (None, None)
         figures.update(value=kept.mean().item(), low=low, high=high)
     if len(kept) < len(values):
         figures["infinite"] = len(values) - len(kept)
     return figures
+
+
+def share(values: Tensor, groups: Sequence[str]) -> dict[str, Any]:
+    """Share of ones among `values` with Wilson's 95 % interval, which stays honest where all are ones."""
+    from tofu_sd.demo.check import wilson
+
+    low, high = wilson(int(values.sum()), len(values))
+    return {"value": values.mean().item(), "low": low, "high": high, "n": len(values)}
 
 
 def distance(reference: Tensor, own: Tensor, groups: Sequence[str]) -> dict[str, Any]:
@@ -134,7 +146,8 @@ def distance(reference: Tensor, own: Tensor, groups: Sequence[str]) -> dict[str,
 
 def speed(full: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Seconds a picture, and how many times faster than the full model's batch made next to it in the same run."""
-    timed = [id for id, record in own.items() if record["timed"]]
+    largest = max(record["batch"] for record in own.values())  # a last batch of fewer costs more a picture
+    timed = [id for id, record in own.items() if record["timed"] and record["batch"] == largest]
     together = [id for id in timed if full[id]["run"] == own[id]["run"]]
     peaks = [record["peak_bytes"] for record in own.values() if record["peak_bytes"] is not None]
     return {

@@ -9,16 +9,20 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 5000
+FEWEST_GROUPS = 5  # under which a percentile bootstrap is little more than the range
 BLOCKS = 50  # of a jackknife: as many Fréchet distances are computed for one interval
 NORMAL_95 = 1.959964
 
 
-def bootstrap(values: Tensor, groups: Sequence[str]) -> tuple[float, float]:
+def bootstrap(values: Tensor, groups: Sequence[str]) -> tuple[float, float] | None:
     """95 % percentile interval of the mean of `values` [N], resampling whole groups (the pictures of one class).
 
-    Always the same draws, so that the same pictures give the same interval.
+    Always the same draws, so that the same pictures give the same interval. None of fewer than 5 groups, which say too
+    little of what else there might be.
     """
     names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+    if len(names) < FEWEST_GROUPS:
+        return None
     index = torch.tensor([names[name] for name in groups])
     sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, index, values.double())
     counts = torch.bincount(index, minlength=len(names)).double()

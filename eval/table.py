@@ -113,7 +113,10 @@ def circumstances(found: dict[str, Any]) -> str:
 
 def notes(found: dict[str, Any]) -> list[str]:
     """What has to be said below the table."""
-    lines = ["Against the full model's pictures under the same seeds; intervals of the metrics: 95 %."]
+    lines = [
+        "Against the full model's pictures under the same seeds; intervals of the metrics: 95 %. "
+        "Speed-up and s/image: median over batches, 5th to 95th percentile."
+    ]
     lines += ["; ".join(f"{m['name']}: {m['implementation']}" for m in found["metrics"] if "skipped" not in m) + "."]
     lines += [f"{m['name']}: skipped: {m['skipped']}" for m in found["metrics"] if "skipped" in m]
     lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
@@ -127,25 +130,26 @@ def notes(found: dict[str, Any]) -> list[str]:
         for row in found["rows"]
         if "skipped" not in row and row["speedup"] is None
     ]
-    lines += _small_sets(found)
+    lines += _set_distances(found)
     if all(row.get("peak_bytes") is None for row in found["rows"]):
-        lines.append(
-            f"Memory by method: n/a off CUDA; the whole process used {found['provenance']['process_mib']:,} MiB."
-        )
+        used = found["provenance"]["process_mib"]
+        whole = f"; drawing took the whole process {used:,} MiB" if used else ""
+        lines.append(f"Memory by method: n/a off CUDA{whole}.")
     return lines
 
 
-def _small_sets(found: dict[str, Any]) -> list[str]:
-    """A set distance from fewer pictures than features is biased upwards: compare it at equal n only."""
-    small = {
+def _set_distances(found: dict[str, Any]) -> list[str]:
+    """A Fréchet distance is biased upwards, the more the fewer pictures: to be compared at equal n only."""
+    sizes = {
         name: (figure["n"], figure["features"])
         for row in found["rows"]
         for name, figure in row.get("metrics", {}).items()
-        if figure.get("features", 0) > figure["n"]
+        if "features" in figure
     }
     return [
-        f"{name}: from n={n} pictures in {width} dimensions; biased, to be compared at this n only"
-        for name, (n, width) in small.items()
+        f"{name}: from n={n} pictures in {width} dimensions. It is biased upwards and comparable at this n only; its "
+        "interval is its spread at this n, not where it would come to with more pictures."
+        for name, (n, width) in sizes.items()
     ]
 
 
@@ -179,14 +183,17 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], base: str) -> str:
-    """Each method minus the method `base` (a key), picture by picture, so that what is hard for both cancels out.
+    """Each method minus `base` (a label or a key), picture by picture, so that what is hard for both cancels out.
 
     The intervals of two rows of `markdown` can overlap although one method is better on nearly every picture.
     """
     names = {row["key"]: label(row) for row in found["rows"] if "skipped" not in row}
     methods = [key for key in names if key not in (FULL.key, SCALE.key)]
     if base not in methods:
-        raise EvalError(f"this run has no method {base!r}{did_you_mean(base, methods)}; it has {', '.join(methods)}")
+        base = next((key for key in methods if names[key] == base), base)
+    if base not in methods:
+        known = [names[key] for key in methods]
+        raise EvalError(f"this run has no method {base!r}{did_you_mean(base, known)}; it has {', '.join(known)}")
     metrics = [m for m in found["metrics"] if m.get("per_image")]
     titles = [f"Δ {m['name']} {'↓' if m['lower_is_better'] else '↑'}" for m in metrics]
     lines = ["| method | " + " | ".join(titles) + " |", "|---|" + "--:|" * len(metrics)]
@@ -205,5 +212,7 @@ def _gap(own: Sequence[dict[str, str]], reference: dict[str, dict[str, str]], me
     if not kept:
         return "–"
     values = torch.tensor([gaps[image["id"]] for image in kept], dtype=torch.float64)
-    low, high = bootstrap(values, [image["prompt"] for image in kept])
-    return f"{values.mean().item():+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+    interval = bootstrap(values, [image["prompt"] for image in kept])
+    between = f" ({interval[0]:+.{digits}f} to {interval[1]:+.{digits}f})" if interval else ""
+    fewer = f", {len(kept)} of {len(own)} pictures" if len(kept) < len(own) else ""
+    return f"{values.mean().item():+.{digits}f}{between}{fewer}"

@@ -16,7 +16,7 @@ from eval import EvalError, files, generate, methods
 from eval.methods import FULL, SCALE
 from eval.prompts import Request
 
-SETTINGS = generate.Settings("tiny", "p", "own.txt", "h", 0, 64, 2, None, 2, "cpu", "float32", "t", "d")
+SETTINGS = generate.Settings("tiny", "p", "own.txt", "h", 0, 64, 2, None, 2, "cpu", "float32", "a", "t", "d", "tf")
 REQUESTS = [Request(f"{i:04d}", prompt, 10 + i) for i, prompt in enumerate(["a red fox", "a bee", "an old oak"])]
 (TOFU,) = methods.parse("tofu", [0.5])
 

@@ -110,6 +110,26 @@ def test_a_metric_whose_weights_are_missing_is_skipped_with_the_reason(monkeypat
     assert str(tmp_path) not in skipped.reason  # results carry no path of a machine
 
 
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK"])
+def test_a_broken_file_of_weights_costs_its_metric_alone(tmp_path, content):
+    have("lpips")
+    have("torchmetrics")
+    (tmp_path / "w.pth").write_bytes(content)
+    for metric in (metrics.lpips("squeeze", tmp_path / "w.pth", CPU), metrics.fid(tmp_path / "w.pth", CPU)):
+        assert isinstance(metric, metrics.Skipped), metric
+        assert "weights" in metric.reason
+
+
+def test_a_metric_that_cannot_measure_these_pictures_is_skipped_and_the_others_go_on():
+    def fails(*_):
+        raise RuntimeError("Kernel size can't be greater than actual input size\nmore")
+
+    broken = metrics.Pairwise("LPIPS-squeeze", "lpips", True, fails)
+    skipped, kept = metrics.usable([broken, metrics.psnr()], pictures(size=8), ["a", "b"])
+    assert skipped == metrics.Skipped("LPIPS-squeeze", "Kernel size can't be greater than actual input size")
+    assert kept.name == "PSNR"
+
+
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(EvalError, match=r"'lpip'.*did you mean 'lpips'"):
         metrics.check("psnr,lpip")
@@ -160,6 +180,17 @@ def test_frechet_agrees_with_torchmetrics():
     theirs.update(x, real=True)
     theirs.update(y, real=False)
     assert statistics.frechet(x.flatten(1), y.flatten(1)) == pytest.approx(theirs.compute().item(), rel=1e-4)
+
+
+def test_inceptions_features_have_a_row_for_each_picture(monkeypatch, tmp_path):
+    """With random weights, as the real ones cannot be had everywhere; what is tested is how the net is called."""
+    have("torchmetrics.image.fid")
+    net = have("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
+    monkeypatch.setattr(net, "load_state_dict", lambda *_: None)
+    torch.save({}, tmp_path / "w.pth")
+    metric = metrics.fid(tmp_path / "w.pth", CPU)
+    assert isinstance(metric, metrics.SetMetric), metric
+    assert (metric.name, metric.features(pictures(3)).shape) == ("FID", (3, 2048))
 
 
 # --- intervals --------------------------------------------------------------------------------------------------------

@@ -78,8 +78,12 @@ def test_a_jsonl_file_may_give_ids_and_seeds(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (["no json"], "prompt 1"),
+        (["", "no json"], "own.jsonl, line 2: not JSON"),
         ([{"text": "a fox"}], "'prompt'"),
+        ([{"prompt": None}], "'prompt' that is a text"),
+        ([{"prompt": "a", "seed": 1.9}], r"the seed is 1\.9"),
+        ([{"prompt": "a", "seed": None}], "the seed is None"),
+        ([{"prompt": "a", "seed": 10**20}], r"from 0 to 2\*\*62"),
         ([{"prompt": "a", "sead": 1}], "'sead'"),
         ([{"prompt": "a", "id": "../b"}], r"'\.\./b' cannot name a file"),
         ([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}], "two prompts have the id 'x'"),
@@ -91,6 +95,19 @@ def test_a_bad_file_is_refused_by_line(tmp_path, rows, said):
     file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
     with pytest.raises(EvalError, match=said):
         prompts.load(str(file))
+
+
+def test_a_file_of_another_encoding_is_refused(tmp_path):
+    (tmp_path / "own.txt").write_bytes("ein Käfer".encode("latin-1"))
+    with pytest.raises(EvalError, match=r"own\.txt'.*not UTF-8"):
+        prompts.load(str(tmp_path / "own.txt"))
+
+
+def test_a_byte_order_mark_and_unicode_line_ends_are_no_part_of_the_list(tmp_path):
+    (tmp_path / "own.txt").write_text("a fox\n", encoding="utf-8-sig")
+    assert prompts.load(str(tmp_path / "own.txt"))[0].prompt == "a fox"
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a\u2028fox"}\n', encoding="utf-8")
+    assert [r.prompt for r in prompts.load(str(tmp_path / "own.jsonl"))] == ["a\u2028fox"]
 
 
 def test_an_unknown_list_is_answered_with_the_nearest():

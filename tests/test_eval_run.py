@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFont
 from tiny import sd15_pipe
 
-from eval import EvalError, files, report, score, table
+from eval import EvalError, files, generate, methods, prompts, report, score, table
 from eval import run as job
 from tofu_sd import demo
 
-PROMPTS = ['a <script>alert("x")</script> & co', "a bee", "an old oak"]
+PROMPTS = ['a <script>alert("x")</script> & co', "a bee", "an old oak", "a kite", "a pond"]
 COMMAND = ["--model", "tiny", "--steps", "1", "--size", "64", "--batch", "2", "--metrics", "psnr,ms-ssim,judge"]
 
 
@@ -75,7 +75,7 @@ def test_every_method_has_a_row_and_the_full_model_is_the_first(finished):
 
 def test_the_full_model_against_itself_proves_the_pairing(finished):
     full = rows(finished[1])["full"]["metrics"]
-    assert full["PSNR"] == {"value": None, "low": None, "high": None, "n": 0, "infinite": 3}
+    assert full["PSNR"] == {"value": None, "low": None, "high": None, "n": 0, "infinite": len(PROMPTS)}
     assert full["PD-judge"]["value"] == 0
     assert full["FD-judge"]["value"] < 1e-12  # float64 rounding
 
@@ -94,8 +94,8 @@ def test_figures_travel_with_their_circumstances(finished):
     for metric in found["metrics"]:
         assert metric.get("implementation") or metric.get("skipped")
     tofu = rows(found)["tofu-r50"]
-    assert tofu["n"] == 3
-    assert tofu["seconds"]["n"] == 2  # batches
+    assert tofu["n"] == len(PROMPTS)
+    assert tofu["seconds"]["n"] == 2  # batches; the third has one picture alone
     assert (
         tofu["metrics"]["PD-judge"]["low"]
         <= tofu["metrics"]["PD-judge"]["value"]
@@ -113,10 +113,10 @@ def test_the_table_of_pictures_has_a_line_for_each(finished):
     out, found = finished
     with (out / "per_image.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    assert len(lines) == 3 * len(found["rows"])
+    assert len(lines) == len(PROMPTS) * len(found["rows"])
     tofu = [line for line in lines if line["key"] == "tofu-r50"]
     assert [line["prompt"] for line in tofu] == PROMPTS
-    mean = sum(float(line["PSNR"]) for line in tofu) / 3
+    mean = sum(float(line["PSNR"]) for line in tofu) / len(PROMPTS)
     assert mean == pytest.approx(rows(found)["tofu-r50"]["metrics"]["PSNR"]["value"], abs=1e-9)
 
 
@@ -125,7 +125,9 @@ def test_the_report_is_whole_in_itself_and_prompts_are_text(finished):
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
-    assert page.count("data:image/jpeg") == 3 * 3 * 4  # full, method, difference; of each pair; of each method
+    assert (
+        page.count("data:image/jpeg") == 3 * len(PROMPTS) * 4
+    )  # full, method, difference; of each pair; of each method
 
 
 def test_nothing_written_knows_this_machine(finished):
@@ -164,18 +166,20 @@ def test_methods_are_compared_picture_by_picture(finished, capsys):
     def image(key, i, psnr):
         return {"key": key, "id": str(i), "prompt": str(i), "PSNR": str(psnr)}
 
-    made = [image("tofu-r50", i, 20 + 10 * i) for i in range(4)] + [
-        image("tomesd-r50", i, 20.5 + 10 * i) for i in range(4)
-    ]
+    made = [image("tofu-r50", i, 20 + 10 * i) for i in range(5)]
+    made += [image("tomesd-r50", i, 20.5 + 10 * i) for i in range(5)]
     metric = next(m for m in found["metrics"] if m["name"] == "PSNR")
     rows_of_both = [row for row in found["rows"] if row["key"] in ("tofu-r50", "tomesd-r50")]
     text = table.markdown_against({**found, "metrics": [metric], "rows": rows_of_both}, made, "tofu-r50")
     assert "| tomesd 50% | +0.50 (+0.50 to +0.50) |" in text
+    made[-1]["PSNR"] = "inf"  # a picture equal to the full model's has no PSNR to subtract from
+    text = table.markdown_against({**found, "metrics": [metric], "rows": rows_of_both}, made, "tofu 50%")
+    assert "| tomesd 50% | +0.50, 4 of 5 pictures |" in text
 
 
 def test_a_comparison_needs_a_method_that_is_there(finished, capsys):
-    assert report.main([str(finished[0]), "--against", "tofu-50"]) == 2
-    assert "did you mean 'tofu-r50'" in capsys.readouterr().err
+    assert report.main([str(finished[0]), "--against", "tofu 5%"]) == 2
+    assert "did you mean 'tofu 50%'" in capsys.readouterr().err
 
 
 def test_the_report_can_be_drawn_anew_from_the_files(finished, capsys):
@@ -215,8 +219,8 @@ def test_pictures_of_known_classes_are_classed(tiny, monkeypatch, pipe):
 def test_a_limit_is_told(tiny):
     assert job.main([*tiny, "--limit", "2", "--out", "out"]) == 0
     found = files.read_json(Path("out/results.json"))
-    assert (found["settings"]["n"], found["settings"]["of"]) == (2, 3)
-    assert "2 pictures of 3" in table.circumstances(found)
+    assert (found["settings"]["n"], found["settings"]["of"]) == (2, len(PROMPTS))
+    assert "2 pictures of 5" in table.circumstances(found)
 
 
 def test_json_leaves_stdout_to_the_results(tiny, capsys, monkeypatch):
@@ -260,7 +264,10 @@ def test_the_embedded_model_is_judged_by_its_own_classifier(tmp_path, monkeypatc
         (["--device", "cudo"], "unknown device 'cudo' (did you mean 'cuda'?)"),
         (["--metrics", "psn"], "unknown metric 'psn' (did you mean 'psnr'?)"),
         (["--lpips-net", "squeezenet"], "unknown LPIPS net 'squeezenet' (did you mean 'squeeze'?)"),
-        (["--steps", "0"], "'0' is not a whole number of at least 1"),
+        (["--steps", "0"], "'0' is not a whole number from 1 to"),
+        (["--seed", "1" + "0" * 20], "is not a whole number from 0 to"),
+        (["--guidance", "nan"], "'nan' is not a finite number"),
+        (["--lpips-backbone", "no/where.pth"], "no file 'where.pth' of weights"),
         (["--size", "100"], "--size is 100; it must be a multiple of 8"),
         (["--sizes", "64"], "unrecognized arguments: --sizes 64"),
     ],
@@ -301,7 +308,8 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, monkeypatch, capsys
 
 def test_a_model_that_a_method_does_not_fit_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
     monkeypatch.setattr(job, "load_model", lambda *_: (Namespace(transformer=torch.nn.Linear(2, 2)), None))
-    assert job.main([*tiny]) == 2
+    arguments = [argument for argument in tiny if argument not in ("--size", "64")]
+    assert job.main(arguments) == 2
     assert "method 'tofu' does not fit this model" in capsys.readouterr().err
 
 
@@ -334,15 +342,60 @@ def test_a_folder_without_results_has_no_report(tmp_path, capsys):
     assert "no results.json" in capsys.readouterr().err
 
 
+def test_a_folder_below_a_file_is_refused(tiny, capsys):
+    Path("file").write_text("")
+    assert job.main([*tiny, "--out", "file/out"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_pipeline_saved_in_a_folder_runs(tmp_path, monkeypatch, pipe):
+    """The way any model but the embedded one comes."""
+    pipe.save_pretrained(tmp_path / "own model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.txt").write_text("a fox")
+    arguments = ["--prompts", "own.txt", "--steps", "1", "--metrics", "psnr,judge", "--method", "tofu", "--out", "out"]
+    assert job.main(["--model", str(tmp_path / "own model"), *arguments]) == 0
+    found = files.read_json(Path("out/results.json"))
+    assert found["settings"]["size"] == 128  # a latent of 16, eightfold
+    assert found["settings"]["model"] == "own model"
+    assert "'own model'" in found["provenance"]["command"]
+    assert [m["skipped"] for m in found["metrics"] if m["name"] == "PD-judge"] == [
+        "it is measured in the demo model's classifier, and this is another model"
+    ]
+
+
+def test_a_quick_try_does_not_replace_a_long_run(tiny):
+    assert job.main(tiny) == 0
+    assert job.main([*tiny, "--limit", "1"]) == 0
+    long, short = sorted(Path("runs").iterdir(), key=lambda folder: "first" in folder.name)
+    assert files.read_json(long / "results.json")["settings"]["n"] == len(PROMPTS)
+    assert files.read_json(short / "results.json")["settings"]["n"] == 1
+
+
 # --- small laws -------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_without_a_partner_are_named():
-    with pytest.raises(EvalError, match=r"tofu-r50 lacks 0002\.png"):
-        score.check_pairs(["0001", "0002"], ["0001"], "tofu-r50")
-    with pytest.raises(EvalError, match=r"full lacks 0003\.png"):
-        score.check_pairs(["0001"], ["0001", "0003"], "tofu-r50")
-    score.check_pairs(["b", "a"], ["a", "b"], "tofu-r50")
+def test_pictures_that_are_gone_are_named(tiny):
+    assert job.main([*tiny, "--out", "out"]) == 0
+    settings = generate.Settings(**files.read_json(Path("out/settings.json")))
+    requests = prompts.load(tiny[-1])
+    for folder, id in (("tofu-r50", "0002"), ("full", "0001")):
+        (Path("out") / folder / f"{id}.png").unlink()
+        with pytest.raises(EvalError, match=rf"{folder} lacks {id}\.png"):
+            score.score(Path("out"), settings, requests, methods.parse("tofu", [0.5]), [])
+
+
+def test_all_of_five_is_not_certainty():
+    """A bootstrap of ones is 1 to 1; Wilson's interval knows how few they are."""
+    figure = score.share(torch.ones(5), list("abcde"))
+    assert figure["value"] == 1
+    assert figure["low"] == pytest.approx(5 / (5 + 1.96**2))  # its closed form where all are ones
+    assert figure["high"] == pytest.approx(1)
+
+
+def test_few_pictures_have_no_interval():
+    figure = score.mean(torch.tensor([30.0, 40.0]).double(), ["a", "b"])
+    assert (figure["value"], figure["low"], figure["high"]) == (35, None, None)
 
 
 def test_infinite_values_are_counted_and_not_averaged():
@@ -353,11 +406,13 @@ def test_infinite_values_are_counted_and_not_averaged():
 def test_speed_is_a_ratio_of_neighbours():
     """A machine that slows down by half during the run changes the seconds, not the ratio."""
 
-    def record(seconds, run="one", timed=True):
-        return {"seconds": seconds, "run": run, "timed": timed, "peak_bytes": None}
+    def record(seconds, run="one", timed=True, batch=2):
+        return {"seconds": seconds, "run": run, "timed": timed, "batch": batch, "peak_bytes": None}
 
     full = {"a": record(2.0), "b": record(4.0), "c": record(9.0), "d": record(9.0, timed=False)}
+    full["e"] = record(9.0, batch=1)
     own = {"a": record(1.0), "b": record(2.0), "c": record(1.0, run="two"), "d": record(1.0, timed=False)}
+    own["e"] = record(1.0, batch=1)  # a rest, which costs more a picture
     assert score.speed(full, own)["speedup"] == {"median": 2.0, "p5": 2.0, "p95": 2.0, "n": 2}
 
 
@@ -374,3 +429,33 @@ def test_speed_is_a_ratio_of_neighbours():
 )
 def test_absolute_paths_are_cut_and_nothing_else(text, shown):
     assert files.without_paths(text) == shown
+
+
+def test_files_can_be_read_by_others(tmp_path):
+    """A report is for colleagues and web servers too."""
+    files.write(tmp_path / "plain", "x")
+    (tmp_path / "usual").write_text("x")
+    assert (tmp_path / "plain").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "usual"]
+
+
+def test_a_caption_narrower_than_a_letter_ends():
+    assert report._fit("full", ImageFont.load_default(15), 2) == "…"
+
+
+def test_a_row_is_labelled_with_the_ratio_that_acts():
+    (method,) = methods.parse("tofu@ratio=0.3", [0.5])
+    assert (method.key, method.ratio) == ("tofu-r30", 0.3)
+
+
+def test_changed_code_is_noticed_wherever_the_package_lies(monkeypatch, tmp_path):
+    """The embedded model's own folder does not count, a parent folder of that name does not matter."""
+    package = tmp_path / "demo" / "tofu_sd"
+    (package / "demo").mkdir(parents=True)
+    (package / "match.py").write_text("a = 1")
+    monkeypatch.setattr(methods.tofu_sd, "__file__", str(package / "__init__.py"))
+    before = methods.code.__wrapped__()
+    (package / "demo" / "scenes.py").write_text("a = 1")
+    assert methods.code.__wrapped__() == before
+    (package / "match.py").write_text("a = 2")
+    assert methods.code.__wrapped__() != before

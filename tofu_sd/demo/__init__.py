@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "weights"
 NATIVE_SIZE = 256  # pixels
+GUIDANCE = 3.0  # at which its pictures are judged and compared; the pipeline's own default is Stable Diffusion's
 
 
 def load(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusionPipeline:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from . import NATIVE_SIZE, judge, load
+from . import GUIDANCE, NATIVE_SIZE, judge, load
 from .scenes import CLASSES, MATERIALS, SETTINGS, SHAPES
 from .train import judge_accuracy
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--images", type=int, default=240)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--size", type=int, default=NATIVE_SIZE)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--renders", type=int, default=960, help="fresh renders that the judge itself is judged by")
