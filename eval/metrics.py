@@ -16,7 +16,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tofu_sd.policy import did_you_mean
@@ -213,14 +212,13 @@ def fid(weights: Path | None, device: torch.device) -> Metric:
 
 
 def pd_judge(judge: Any, device: torch.device) -> Pairwise:
-    """Perceptual distance in the embedded model's classifier: maps of each stage, channels scaled to unit length, their
-    squared distance averaged over the picture and summed over the stages."""
+    """Perceptual distance in all stages of the embedded model's classifier."""
+
+    from tofu_sd.demo.model import perceptual_distance
 
     def compute(a: Tensor, b: Tensor) -> Tensor:
         with full_precision(), torch.no_grad():
-            stages = zip(judge.maps(_unit(a, device)), judge.maps(_unit(b, device)), strict=True)
-            parts = [(F.normalize(u, dim=1) - F.normalize(v, dim=1)).square().sum(1).mean((1, 2)) for u, v in stages]
-        return torch.stack(parts).sum(0).cpu().double()
+            return perceptual_distance(judge, _unit(a, device), _unit(b, device)).cpu().double()
 
     return Pairwise("PD-judge", _judge_name("5 feature maps"), True, compute)
 

@@ -1,11 +1,18 @@
 """The renderer and the training loop behind the embedded model."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
+import tofu_sd
+from tofu_sd.demo import train
 from tofu_sd.demo.model import build_tokenizer
 from tofu_sd.demo.scenes import CLASSES, SHAPES, noise_tiles, render
 from tofu_sd.demo.train import Recipe, fit
+
+CPU = torch.device("cpu")
 
 
 def test_there_are_96_classes_with_names_of_their_own():
@@ -81,6 +88,46 @@ def test_training_cut_off_and_resumed_ends_bit_for_bit_where_an_uninterrupted_ru
     resumed, calls = _regression(tmp_path / "cut")
     assert calls == 200 - 77
     assert torch.equal(whole.weight, resumed.weight)
+
+
+SMALL = Recipe(images=1, size=192, judge=48, vae=8, low=24, high=24)
+
+
+def test_a_whole_training_goes_on_where_it_was_cut_and_keeps_to_its_recipe(tmp_path, monkeypatch):
+    """From nothing to a model that loads; what is finished is not done again, another recipe's work is not taken."""
+    work, out, done = tmp_path / "work", tmp_path / "out", []
+    monkeypatch.setattr(train, "judge_accuracy", lambda *_, **__: 1.0)
+    fit = train.fit
+
+    def cut(name, *args, **kwargs):
+        done.append(name)
+        if done == ["judge", "vae", "low"]:
+            raise KeyboardInterrupt
+        return fit(name, *args, **kwargs)
+
+    monkeypatch.setattr(train, "fit", cut)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(SMALL, work, out, CPU)
+    assert not out.exists()
+    train.train(SMALL, work, out, CPU)
+    assert done == ["judge", "vae", "low", "low", "high"]
+    figures = json.loads((out / "figures.json").read_text())
+    assert [figures[name]["samples"] for name in ("judge", "vae", "low", "high")] == [48, 8, 24, 24]
+    monkeypatch.setattr("tofu_sd.demo.WEIGHTS", out)
+    pipe = tofu_sd.demo.load()
+    assert pipe.unet.dtype == torch.float32
+    assert len(tofu_sd.summary(tofu_sd.apply_patch(pipe)).rows) == 5
+    assert tofu_sd.demo.judge().classify(torch.rand(1, 3, 64, 64)).shape == (1, 3)
+    with pytest.raises(ValueError, match="work holds results for images 1, not 2"):
+        train.train(replace(SMALL, images=2), work, out, CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), [({"size": 128}, "size is 128; .* at least 192"), ({"low": 0}, "low is 0")]
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(change, said):
+    with pytest.raises(ValueError, match=said):
+        Recipe(**change)
 
 
 def test_the_recipe_lists_every_class_equally_often():

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import __version__ as diffusers_version
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -27,7 +27,7 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a share."""
     p, centre = right / n, right / n + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return (centre - half) / (1 + z * z / n), min(1.0, (centre + half) / (1 + z * z / n))
 
 
 def draw(pipe: Any, images: int, steps: int, guidance: float, size: int, batch: int) -> Tensor:
@@ -74,6 +74,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--sheet", type=Path, help="where to write the first 96 pictures as one PNG")
     args = parser.parse_args(argv)
+    for name in ("images", "steps", "batch", "renders"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.sheet and (args.sheet.suffix != ".png" or not args.sheet.parent.is_dir()):
+        parser.error(f"--sheet is {str(args.sheet)!r}; it must be a .png in a folder that exists")
 
     pipe, net = load(args.device), judge(args.device)
     pipe.set_progress_bar_config(disable=True)
@@ -82,8 +87,6 @@ def main(argv: list[str] | None = None) -> None:
     asked = torch.tensor([CLASSES[i % len(CLASSES)].labels for i in range(args.images)])
     right = found == asked
     whole = int(right.all(1).sum())
-    if args.sheet:
-        contact_sheet(pictures[: len(CLASSES)], columns=12, side=128).save(args.sheet)
     figures = {
         "as_asked": whole / args.images,
         "interval_95": wilson(whole, args.images),
@@ -95,9 +98,11 @@ def main(argv: list[str] | None = None) -> None:
         "seeds": f"0..{args.images - 1}",
         **{name: getattr(args, name) for name in ("steps", "guidance", "size", "device")},
         "torch": torch.__version__,
-        "diffusers": diffusers_version,
+        "diffusers": version("diffusers"),
     }
     print(json.dumps(figures, indent=1))
+    if args.sheet:
+        contact_sheet(pictures[: len(CLASSES)], columns=12, side=128).save(args.sheet)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ..environment import check_torchvision
 from .scenes import MATERIALS, SETTINGS, SHAPES
+
+check_torchvision()  # the next two fail without saying why where it does not fit
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel  # noqa: E402
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
 TEXT_WIDTH = 128
 
@@ -87,6 +91,17 @@ def build_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         steps_offset=1,
     )
+
+
+def perceptual_distance(judge: Any, a: Tensor, b: Tensor, stages: int = 5) -> Tensor:
+    """How differently the first stages of a judge see two sets of pictures [B, 3, H, W] in 0..1: [B], at least 0.
+
+    The squared distance of the feature maps, their channels scaled to unit length, averaged over the picture and summed
+    over the stages: LPIPS's construction (Zhang et al. 2018) without its learnt weights.
+    """
+    pairs = zip(judge.maps(a)[:stages], judge.maps(b)[:stages], strict=True)
+    parts = [(F.normalize(u, dim=1) - F.normalize(v, dim=1)).square().sum(1).mean((1, 2)) for u, v in pairs]
+    return torch.stack(parts).sum(0)
 
 
 class Judge(nn.Module):

@@ -8,8 +8,9 @@
     high     the same weights on 32 × 32 latents
     export   averaged weights in half precision -> tofu_sd/demo/weights
 
-Each stage leaves its result in --work and is skipped when that exists; a stage that was cut off goes on from its last
-checkpoint. Batches are drawn from (seed, step), so an interrupted run sees the samples an uninterrupted one would.
+Each stage leaves its result in --work and is skipped when that exists. Cut off, a training goes on from its last
+checkpoint, and renders and latents, which take minutes, begin anew. Batches are drawn from (seed, step), so an
+interrupted run sees the samples an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -19,26 +20,40 @@ import copy
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler
-from diffusers.training_utils import compute_snr
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import WEIGHTS
-from .model import Judge, build_scheduler, build_text_encoder, build_tokenizer, build_unet, build_vae
+from .model import (
+    Judge,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+    perceptual_distance,
+)
 from .scenes import CLASSES, render
 
+# isort: split
+# after .model, which says in words what is wrong with an installation that cannot import these
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from diffusers.training_utils import compute_snr
+
 CHECKPOINT_SECONDS = 120
+CROP = 96  # pixels a side of what the autoencoder is trained on, at full and at half size
 TEST_SEED = 10_000_000  # renders from here on are never trained on
 
 
@@ -53,6 +68,13 @@ class Recipe:
     low: int = 60_000
     high: int = 60_000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 2 * CROP or self.size % 16:
+            raise ValueError(f"size is {self.size}; it must be a multiple of 16 of at least {2 * CROP} pixels")
+        for name in ("images", "judge", "vae", "low", "high"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     def kinds(self) -> list[int]:
         """Class index of every render, in file order."""
@@ -136,9 +158,9 @@ def _autocast(device: torch.device) -> torch.autocast:
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def _pictures(rows: Tensor | np.ndarray, device: torch.device) -> Tensor:
+def _pictures(rows: np.ndarray, device: torch.device) -> Tensor:
     """uint8 [B, 3, H, W] -> float in 0..1."""
-    return torch.as_tensor(rows).to(device).float() / 255
+    return torch.from_numpy(np.array(rows)).to(device).float() / 255  # a copy: the file's map may not be written to
 
 
 def make_renders(recipe: Recipe, work: Path, device: torch.device) -> np.ndarray:
@@ -196,17 +218,11 @@ def train_judge(recipe: Recipe, work: Path, device: torch.device, renders: np.nd
     return judge, figures
 
 
-def perceptual(judge: Judge, a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared distance of channel-normalised feature maps of the judge's first four stages."""
-    pairs = zip(judge.maps(a)[:4], judge.maps(b)[:4], strict=True)
-    return torch.stack([(F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean() for x, y in pairs]).sum()
-
-
 def train_vae(
     recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray, judge: Judge
 ) -> tuple[AutoencoderKL, dict[str, Any]]:
     torch.manual_seed(recipe.seed)
-    vae, batch, crop = build_vae().to(device), 8, 96
+    vae, batch, crop = build_vae().to(device), 8, CROP
 
     def loss(g: torch.Generator) -> Tensor:
         rows = torch.randint(len(renders), (batch,), generator=g)
@@ -223,7 +239,7 @@ def train_vae(
             mean, spread = latents.mean.float(), latents.std.float()
             drawn = mean + spread * torch.randn(mean.shape, generator=g).to(device)
             seen = vae.decode(drawn).sample.float() / 2 + 0.5
-            look = perceptual(judge, seen, pictures)
+            look = perceptual_distance(judge, seen, pictures, stages=4).mean()
         wrong = seen - pictures
         colour = F.avg_pool2d(wrong, 8).abs().mean()  # a wrong tint over a latent's cell costs twice
         edges = sum(wrong.diff(dim=d).abs().mean() for d in (2, 3))
@@ -274,8 +290,12 @@ def make_latents(recipe: Recipe, work: Path, device: torch.device, renders: np.n
                 with _autocast(device):
                     latents = vae.encode(view * 2 - 1).latent_dist.mode().float() * vae.config.scaling_factor
                 out[half * len(renders) + i :][: len(view)] = latents.cpu().numpy()
-        np.save(path.with_suffix(".tmp.npy"), out)
-        os.replace(path.with_suffix(".tmp.npy"), path)
+        _whole(path, partial(_save, out))
+
+
+def _save(array: np.ndarray, path: Path) -> None:
+    with path.open("wb") as file:  # np.save would add .npy to a name
+        np.save(file, array)
 
 
 class Denoiser(nn.Module):
@@ -337,12 +357,19 @@ def train_denoiser(
 # --- the whole run ----------------------------------------------------------------------------------------------------
 
 
-def export(work: Path, target: Path) -> None:
-    """Writes pipeline and judge as float16 safetensors to `target`, in the layout of any diffusers model folder."""
-    from diffusers import StableDiffusionPipeline
+def _whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets `write` make a file or folder under another name that then becomes `path`: it is whole or as it was."""
+    part = path.with_name(f"{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    write(part)
+    shutil.rmtree(path, ignore_errors=True)  # a folder cannot be replaced by one that holds something
+    os.replace(part, path)
 
+
+def export(work: Path, target: Path, figures: dict[str, Any]) -> None:
+    """Writes pipeline and judge as float16 safetensors to `target`, in the layout of any diffusers model folder."""
     model = Denoiser()
-    model.load_state_dict(load_file(work / "denoiser.safetensors"))
+    model.load_state_dict(load_file(work / "high.safetensors"))
     pipe = StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(work / "vae"),
         text_encoder=model.text_encoder,
@@ -357,6 +384,7 @@ def export(work: Path, target: Path) -> None:
     export_for_transformers_4(target)
     judge = load_file(work / "judge.safetensors")
     save_file({k: v.half() for k, v in judge.items()}, target / "judge.safetensors")
+    (target / "figures.json").write_text(json.dumps(figures, indent=1))
 
 
 def export_for_transformers_4(target: Path) -> None:
@@ -375,55 +403,71 @@ def export_for_transformers_4(target: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tofu_sd.demo.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="folder for renders and checkpoints")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the finished weights")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for field in fields(Recipe):
-        parser.add_argument(f"--{field.name}", type=int, default=field.default, help="default: %(default)s")
-    args = vars(parser.parse_args(argv))
-    work, out, device = args.pop("work"), args.pop("out"), torch.device(args.pop("device"))
-    recipe = replace(Recipe(), **args)
+def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> None:
+    """Runs every stage whose result `work` does not hold yet, then writes the weights to `out`.
+
+    ValueError for a folder that holds another recipe's results.
+    """
     work.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Any] = {"recipe": asdict(recipe), "device": str(device), "torch": torch.__version__}
     note = work / "figures.json"
+    figures: dict[str, Any] = {"recipe": asdict(recipe), "device": str(device), "torch": torch.__version__}
     if note.exists():
-        figures = json.loads(note.read_text()) | figures
+        before = json.loads(note.read_text())
+        for name, value in figures["recipe"].items():
+            if before["recipe"][name] != value:
+                raise ValueError(f"{work.name} holds results for {name} {before['recipe'][name]}, not {value}")
+        figures = before | figures
 
     def record(stage: str, values: dict[str, Any]) -> None:
         figures[stage] = values
-        note.write_text(json.dumps(figures, indent=1))
+        _note()
         print(stage, json.dumps(values), flush=True)
 
+    def _note() -> None:
+        _whole(note, lambda part: part.write_text(json.dumps(figures, indent=1)))
+
+    _note()
     renders = make_renders(recipe, work, device)
     judge = Judge().to(device).eval().requires_grad_(False)
     if (work / "judge.safetensors").exists():
         judge.load_state_dict(load_file(work / "judge.safetensors"))
     else:
         judge, values = train_judge(recipe, work, device, renders)
-        save_file(judge.state_dict(), work / "judge.safetensors")
         record("judge", values)
+        _whole(work / "judge.safetensors", lambda part: save_file(judge.state_dict(), part))
     if (work / "vae").exists():
         vae = AutoencoderKL.from_pretrained(work / "vae").to(device)
     else:
         vae, values = train_vae(recipe, work, device, renders, judge)
-        vae.save_pretrained(work / "vae")
         record("vae", values)
+        _whole(work / "vae", vae.save_pretrained)
     make_latents(recipe, work, device, renders, vae)
 
+    torch.manual_seed(recipe.seed)  # of the first weights
     model = Denoiser().to(device)
     for name, size, rate in (("low", recipe.size // 16, 5e-4), ("high", recipe.size // 8, 3e-4)):
         done = work / f"{name}.safetensors"
-        if done.exists():
-            model.load_state_dict(load_file(done))
-            continue
-        samples = getattr(recipe, name)
-        record(name, train_denoiser(name, model, recipe, work, device, size=size, samples=samples, rate=rate))
-        save_file(copy.deepcopy(model).cpu().state_dict(), done)
-    save_file(model.cpu().state_dict(), work / "denoiser.safetensors")
-    export(work, out)
-    (out / "figures.json").write_text(json.dumps(figures, indent=1))
+        if not done.exists():
+            samples = getattr(recipe, name)
+            record(name, train_denoiser(name, model, recipe, work, device, size=size, samples=samples, rate=rate))
+            _whole(done, lambda part: save_file(copy.deepcopy(model).cpu().state_dict(), part))
+        model.load_state_dict(load_file(done))
+    _whole(out, lambda part: export(work, part, figures))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tofu_sd.demo.train", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="folder for renders, checkpoints")
+    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the finished weights")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    for field in fields(Recipe):
+        parser.add_argument(f"--{field.name}", type=int, default=field.default, help="default: %(default)s")
+    args = vars(parser.parse_args(argv))
+    work, out, device = args.pop("work"), args.pop("out"), torch.device(args.pop("device"))
+    try:
+        train(Recipe(**args), work, out, device)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
