@@ -180,13 +180,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m eval.report", description="Draw the report of a run anew.")
     parser.add_argument("out", type=Path, help="folder that eval.run wrote")
     parser.add_argument("--markdown", action="store_true", help="print the table for a README, write nothing")
+    parser.add_argument("--rows", default="", metavar="A,B", help="of that table, say 'tofu 50%%,tome 50%%' (all)")
+    parser.add_argument("--columns", default="", metavar="A,B", help="of that table, say 'speed-up,PSNR' (all)")
     parser.add_argument("--against", metavar="ROW", help="print how each row differs from this one, say 'tome 50%%'")
     options = parser.parse_args(argv)
     try:
         if options.against is not None:
             print(markdown_against(*read(options.out), options.against), end="")
         elif options.markdown:
-            print(markdown(read(options.out)[0]), end="")
+            rows, columns = (
+                [part.strip() for part in text.split(",") if part] for text in (options.rows, options.columns)
+            )
+            print(markdown(read(options.out)[0], rows, columns), end="")
         else:
             draw(options.out)
             print(f"wrote {options.out / 'report.html'} and {options.out / 'grid.png'}", file=sys.stderr)

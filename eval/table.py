@@ -168,18 +168,35 @@ def terminal(found: dict[str, Any], console: Console) -> None:
         console.print(line, style="dim", highlight=False, markup=False)
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The table for a README, with its circumstances and the command that made it."""
-    columns, rows = table(found)
+def markdown(found: dict[str, Any], rows: Sequence[str] = (), columns: Sequence[str] = ()) -> str:
+    """The table for a README, with its circumstances and the command that made it.
+
+    rows: the labels of those to show, columns: their titles without the arrow; all where none are given.
+    """
+    all_columns, all_rows = table(found)
+    titles = [column.title.rstrip(" ↓↑") for column in all_columns]
+    chosen = [titles.index(title) for title in _known("column", columns, titles)]
+    labels = [label(row) for row, _ in all_rows]
     lines = [
-        "| method | " + " | ".join(column.title for column in columns) + " |",
-        "|---|" + "--:|" * len(columns),
+        "| method | " + " | ".join(all_columns[i].title for i in chosen) + " |",
+        "|---|" + "--:|" * len(chosen),
     ]
-    for row, cells in rows:
+    for row, cells in (all_rows[labels.index(name)] for name in _known("row", rows, labels)):
         texts = [f"{c.value} ({c.interval})" if c.interval else c.value for c in cells]
-        lines.append(f"| {label(row)} | {' | '.join(texts or ['skipped'] * len(columns))} |")
-    lines += ["", circumstances(found) + ".", *notes(found), "", f"`{found['provenance']['command']}`"]
+        lines.append(f"| {label(row)} | {' | '.join(texts[i] if texts else 'skipped' for i in chosen)} |")
+    shown = {titles[i] for i in chosen}
+    measured = [metric for metric in found["metrics"] if "skipped" in metric or metric["name"] in shown]
+    told = notes({**found, "metrics": measured if columns else found["metrics"]})
+    lines += ["", circumstances(found) + ".", *told, "", f"`{found['provenance']['command']}`"]
     return "\n".join(lines) + "\n"
+
+
+def _known(what: str, asked: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+    """What was asked for, or all; EvalError where there is no such thing."""
+    for name in asked:
+        if name not in known:
+            raise EvalError(f"this run has no {what} {name!r}{did_you_mean(name, known)}; it has {', '.join(known)}")
+    return asked or known
 
 
 def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], base: str) -> str:

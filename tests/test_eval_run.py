@@ -154,6 +154,16 @@ def test_the_markdown_table_holds_the_figures_and_where_they_come_from(finished,
     assert "`python -m eval.run " in text
 
 
+def test_a_table_can_show_some_rows_and_columns(finished, capsys):
+    out, _ = finished
+    assert report.main([str(out), "--markdown", "--rows", "tomesd 50%,tofu 50%", "--columns", "PSNR,speed-up"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| method | PSNR ↑ | speed-up |"
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| tomesd 50%", "| tofu 50%", ""]
+    assert report.main([str(out), "--markdown", "--columns", "PNSR"]) == 2
+    assert "no column 'PNSR' (did you mean 'PSNR'?)" in capsys.readouterr().err
+
+
 def test_methods_are_compared_picture_by_picture(finished, capsys):
     """PSNR of the picture i is 20 + 10 i with one method and half a dB more with the other: the spread cancels out."""
     out, found = finished

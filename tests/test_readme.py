@@ -1,12 +1,14 @@
 """The README's code runs, its commands are those CI runs, its links lead somewhere, its options exist."""
 
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import tofu_sd
+from eval import report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -26,7 +28,7 @@ def test_its_python_runs_as_it_stands(number):
 
 
 def test_ci_runs_its_test_command():
-    ci = (ROOT / ".ci" / "run").read_text().replace(" --quiet", "")
+    ci = (ROOT / ".ci" / "run").read_text().replace(" --quiet", "").replace(" --clear", "")
     tests = next(block for block in blocks("bash") if "pytest" in block)
     for command in tests.strip().split(" && "):
         assert command in ci, command
@@ -39,6 +41,18 @@ def test_its_evaluation_commands_are_understood():
     assert len(commands) >= 3
     for command in commands:
         parser().parse_args(command.split())
+
+
+PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))]
+TABLES = re.findall(r"<!-- python -m (eval\.report .*?) -->\n(.*?)<!-- end -->", "\n".join(PAGES), re.DOTALL)
+
+
+@pytest.mark.parametrize(("command", "shown"), TABLES, ids=lambda text: text.split("\n")[0])
+def test_its_tables_are_what_their_commands_print(command, shown, capsys, monkeypatch):
+    """No figure is written by hand, and none stays when the results change."""
+    monkeypatch.chdir(ROOT)
+    assert report.main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out == shown
 
 
 def test_its_links_lead_somewhere():

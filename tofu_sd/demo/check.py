@@ -7,6 +7,7 @@ shape, material and setting are all as asked, with its 95 % Wilson interval. `--
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from . import GUIDANCE, NATIVE_SIZE, judge, load
+from . import GUIDANCE, NATIVE_SIZE, WEIGHTS, judge, load
 from .scenes import CLASSES, MATERIALS, SETTINGS, SHAPES
 from .train import judge_accuracy
 
@@ -28,6 +29,12 @@ def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
     p, centre = right / n, right / n + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (centre - half) / (1 + z * z / n), min(1.0, (centre + half) / (1 + z * z / n))
+
+
+def digests() -> dict[str, str]:
+    """SHA-256 of every file of weights, so that figures can be told from those of another training."""
+    files = sorted(WEIGHTS.rglob("*.safetensors"))
+    return {path.relative_to(WEIGHTS).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def draw(pipe: Any, images: int, steps: int, guidance: float, size: int, batch: int) -> Tensor:
@@ -72,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--renders", type=int, default=960, help="fresh renders that the judge itself is judged by")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="where to write the figures as well, as JSON")
     parser.add_argument("--sheet", type=Path, help="where to write the first 96 pictures as one PNG")
     args = parser.parse_args(argv)
     for name in ("images", "steps", "batch", "renders"):
@@ -79,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
     if args.sheet and (args.sheet.suffix != ".png" or not args.sheet.parent.is_dir()):
         parser.error(f"--sheet is {str(args.sheet)!r}; it must be a .png in a folder that exists")
+    if args.out and not args.out.parent.is_dir():
+        parser.error(f"--out is {str(args.out)!r}; its folder does not exist")
 
     pipe, net = load(args.device), judge(args.device)
     pipe.set_progress_bar_config(disable=True)
@@ -96,11 +106,14 @@ def main(argv: list[str] | None = None) -> None:
         "chance": 1 / (len(SHAPES) * len(MATERIALS) * len(SETTINGS)),
         "n": args.images,
         "seeds": f"0..{args.images - 1}",
-        **{name: getattr(args, name) for name in ("steps", "guidance", "size", "device")},
+        **{name: getattr(args, name) for name in ("steps", "guidance", "size", "batch", "device")},
+        "weights": digests(),
         "torch": torch.__version__,
         "diffusers": version("diffusers"),
     }
     print(json.dumps(figures, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=1) + "\n")
     if args.sheet:
         contact_sheet(pictures[: len(CLASSES)], columns=12, side=128).save(args.sheet)
 
