@@ -1,6 +1,5 @@
 """The embedded model: it is what the README says it is, and fusing its tokens leaves its pictures recognisable."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -9,12 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 import tofu_sd
-from tofu_sd.demo import WEIGHTS
-from tofu_sd.demo.check import draw, main, wilson
+from tofu_sd.demo import GUIDANCE, WEIGHTS
+from tofu_sd.demo.check import digests, draw, main, wilson
 from tofu_sd.demo.scenes import CLASSES
 from tofu_sd.demo.train import judge_accuracy
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +43,18 @@ def test_it_stays_small_and_its_weights_are_the_documented_ones():
     files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 25 * 2**20
     page = (WEIGHTS.parent / "README.md").read_text()
-    weights = [path for path in files if path.suffix == ".safetensors"]
-    assert len(weights) == 4
-    for path in weights:
-        assert hashlib.sha256(path.read_bytes()).hexdigest() in page, path.name
+    assert len(digests()) == 4
+    for name, digest in digests().items():
+        assert f"{digest}  {name}" in page
+
+
+def test_its_figures_are_those_of_these_weights_and_good_enough():
+    """What `python -m tofu_sd.demo.check --out benchmarks/results/demo-check.json` wrote, in some minutes."""
+    figures = json.loads((ROOT / "benchmarks" / "results" / "demo-check.json").read_text())
+    assert figures["weights"] == digests()
+    assert (figures["n"], figures["steps"], figures["guidance"]) == (240, 20, GUIDANCE)
+    assert figures["as_asked"] >= 0.9
+    assert figures["judge_on_fresh_renders"] >= 0.97
 
 
 def test_transformers_4_can_read_it_too():
@@ -72,7 +80,7 @@ def judged(pictures):
 
 def test_it_draws_what_is_asked_for(pipe):
     """240 pictures are judged by `python -m tofu_sd.demo.check`; 24 of them here, of which 90 % would be 21.6."""
-    assert judged(draw(pipe, 24, steps=20, guidance=3.0, size=256, batch=8)) >= 0.8
+    assert judged(draw(pipe, 24, steps=20, guidance=GUIDANCE, size=256, batch=8)) >= 0.8
 
 
 def test_the_same_seed_draws_the_same_picture_after_another_one(pipe):
@@ -99,10 +107,19 @@ def test_weighting_fused_tokens_by_size_brings_the_picture_nearer(pipe):
 
 def test_the_check_prints_its_figures_with_their_circumstances(capsys, tmp_path):
     sheet = tmp_path / "sheet.png"
-    main(["--images", "2", "--steps", "1", "--batch", "2", "--renders", "8", "--device", "cpu", "--sheet", str(sheet)])
+    quick = ["--images", "2", "--steps", "1", "--batch", "2", "--renders", "8", "--device", "cpu"]
+    main([*quick, "--sheet", str(sheet), "--out", str(tmp_path / "figures.json")])
     figures = json.loads(capsys.readouterr().out)
+    assert figures == json.loads((tmp_path / "figures.json").read_text())
     assert {"as_asked", "interval_95", "n", "steps", "guidance", "seeds", "torch", "diffusers"} <= figures.keys()
     assert sheet.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arguments", [["--sheet", "no/such/sheet.png"], ["--sheet", "sheet"], ["--renders", "0"]])
+def test_the_check_refuses_before_it_draws(arguments, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert f"{arguments[0]} is " in capsys.readouterr().err
 
 
 def test_wilsons_interval_ends_where_the_share_is_just_possible():

@@ -113,6 +113,7 @@ def test_a_whole_training_goes_on_where_it_was_cut_and_keeps_to_its_recipe(tmp_p
     assert done == ["judge", "vae", "low", "low", "high"]
     figures = json.loads((out / "figures.json").read_text())
     assert [figures[name]["samples"] for name in ("judge", "vae", "low", "high")] == [48, 8, 24, 24]
+    assert not any(str(tmp_path) in file.read_text() for file in out.rglob("*.json"))
     monkeypatch.setattr("tofu_sd.demo.WEIGHTS", out)
     pipe = tofu_sd.demo.load()
     assert pipe.unet.dtype == torch.float32

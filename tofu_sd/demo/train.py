@@ -370,8 +370,11 @@ def export(work: Path, target: Path, figures: dict[str, Any]) -> None:
     """Writes pipeline and judge as float16 safetensors to `target`, in the layout of any diffusers model folder."""
     model = Denoiser()
     model.load_state_dict(load_file(work / "high.safetensors"))
+    trained = AutoencoderKL.from_pretrained(work / "vae")
+    vae = AutoencoderKL.from_config({k: v for k, v in trained.config.items() if k != "_name_or_path"})
+    vae.load_state_dict(trained.state_dict())  # a model that does not remember the folder it was loaded from
     pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        vae=vae,
         text_encoder=model.text_encoder,
         tokenizer=model.tokenizer,
         unet=model.unet,
