@@ -1,7 +1,7 @@
 """Files in, files out: results.json and per_image.csv, and from them and the pictures report.html, grid.png, tables.
 
 `python -m eval.report OUT` draws the report anew; with --markdown it prints the table for a README instead, with
---against METHOD each method's difference from that one.
+--against ROW each method's difference from that one, and --grid draws some of the pictures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .files import read_json, to_json, without_paths, write
 from .generate import Settings
 from .methods import FULL
 from .score import Scores
-from .table import circumstances, label, markdown, markdown_against, notes, table
+from .table import circumstances, label, markdown, markdown_against, notes, table, with_rows
 
 SCHEMA = 1
 WORST = 12  # pairs of each method in report.html
@@ -66,7 +66,7 @@ def save(out: Path, found: dict[str, Any], scores: Scores) -> None:
 def draw(out: Path) -> None:
     """report.html and grid.png from the files in `out`."""
     found, images = read(out)
-    write(out / "grid.png", _png(grid(out, found, images)))
+    write(out / "grid.png", _png(grid(out, found, images, GRID_ROWS)))
     write(out / "report.html", html(out, found, images))
 
 
@@ -126,10 +126,10 @@ def _pair(out: Path, image: dict[str, str], measured: list[dict[str, Any]]) -> d
     return {**image, "figures": figures, "pictures": [_embedded(picture) for picture in (full, own, difference)]}
 
 
-def grid(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> Image.Image:
-    """The first prompts, a row each; the full model and the methods, a column each."""
+def grid(out: Path, found: dict[str, Any], images: list[dict[str, str]], first: int) -> Image.Image:
+    """The `first` prompts, a row each; the full model and the methods, a column each."""
     rows = [row for row in found["rows"] if "skipped" not in row]
-    shown = [image for image in images if image["key"] == FULL.key][:GRID_ROWS]
+    shown = [image for image in images if image["key"] == FULL.key][:first]
     side, gap, head, caption = min(256, found["settings"]["size"]), 8, 28, 20
     width = gap + len(rows) * (side + gap)
     picture = Image.new("RGB", (width, head + len(shown) * (caption + side + gap)), "white")
@@ -177,21 +177,29 @@ def _embedded(image: Image.Image) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.report", description="Draw the report of a run anew.")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.report",
+        description="Draw the report of a run anew, or print or draw a part of it.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("out", type=Path, help="folder that eval.run wrote")
-    parser.add_argument("--markdown", action="store_true", help="print the table for a README, write nothing")
-    parser.add_argument("--rows", default="", metavar="A,B", help="of that table, say 'tofu 50%%,tome 50%%' (all)")
-    parser.add_argument("--columns", default="", metavar="A,B", help="of that table, say 'speed-up,PSNR' (all)")
-    parser.add_argument("--against", metavar="ROW", help="print how each row differs from this one, say 'tome 50%%'")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--markdown", action="store_true", help="print the table for a README, write nothing")
+    what.add_argument("--against", metavar="ROW", help="print how each row differs from this one, say 'tome 50%%'")
+    what.add_argument("--grid", type=Path, metavar="FILE", help="write the pictures of --rows side by side, as PNG")
+    parser.add_argument("--rows", type=_names, default=[], metavar="A,B", help="of the table, say 'full,tofu 50%%'")
+    parser.add_argument("--columns", type=_names, default=[], metavar="A,B", help="of the table, say 'speed-up,PSNR'")
+    parser.add_argument("--first", type=int, default=GRID_ROWS, metavar="N", help="so many prompts in the grid")
     options = parser.parse_args(argv)
     try:
+        found, images = read(options.out)
+        found = with_rows(found, options.rows)
         if options.against is not None:
-            print(markdown_against(*read(options.out), options.against), end="")
+            print(markdown_against(found, images, options.against), end="")
         elif options.markdown:
-            rows, columns = (
-                [part.strip() for part in text.split(",") if part] for text in (options.rows, options.columns)
-            )
-            print(markdown(read(options.out)[0], rows, columns), end="")
+            print(markdown(found, options.columns), end="")
+        elif options.grid:
+            write(options.grid, _png(grid(options.out, found, images, options.first)))
         else:
             draw(options.out)
             print(f"wrote {options.out / 'report.html'} and {options.out / 'grid.png'}", file=sys.stderr)
@@ -199,6 +207,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {without_paths(str(error))}", file=sys.stderr)
         return 2
     return 0
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 if __name__ == "__main__":

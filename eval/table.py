@@ -168,26 +168,31 @@ def terminal(found: dict[str, Any], console: Console) -> None:
         console.print(line, style="dim", highlight=False, markup=False)
 
 
-def markdown(found: dict[str, Any], rows: Sequence[str] = (), columns: Sequence[str] = ()) -> str:
+def with_rows(found: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """The results with these rows alone, in this order; all of them where none are named."""
+    rows = {label(row): row for row in found["rows"]}
+    return {**found, "rows": [rows[name] for name in _known("row", labels, list(rows))]}
+
+
+def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
     """The table for a README, with its circumstances and the command that made it.
 
-    rows: the labels of those to show, columns: their titles without the arrow; all where none are given.
+    columns: the titles of those to show, without the arrow; all where none are named.
     """
-    all_columns, all_rows = table(found)
+    all_columns, rows = table(found)
     titles = [column.title.rstrip(" ↓↑") for column in all_columns]
     chosen = [titles.index(title) for title in _known("column", columns, titles)]
-    labels = [label(row) for row, _ in all_rows]
     lines = [
         "| method | " + " | ".join(all_columns[i].title for i in chosen) + " |",
         "|---|" + "--:|" * len(chosen),
     ]
-    for row, cells in (all_rows[labels.index(name)] for name in _known("row", rows, labels)):
+    for row, cells in rows:
         texts = [f"{c.value} ({c.interval})" if c.interval else c.value for c in cells]
         lines.append(f"| {label(row)} | {' | '.join(texts[i] if texts else 'skipped' for i in chosen)} |")
     shown = {titles[i] for i in chosen}
-    measured = [metric for metric in found["metrics"] if "skipped" in metric or metric["name"] in shown]
-    told = notes({**found, "metrics": measured if columns else found["metrics"]})
-    lines += ["", circumstances(found) + ".", *told, "", f"`{found['provenance']['command']}`"]
+    metrics = [metric for metric in found["metrics"] if not columns or metric["name"] in shown]
+    lines += ["", circumstances(found) + ".", *notes({**found, "metrics": metrics})]
+    lines += ["", f"`{found['provenance']['command']}`"]
     return "\n".join(lines) + "\n"
 
 
