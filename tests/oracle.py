@@ -37,11 +37,13 @@ def blocks(unet: Any) -> Iterator[tuple[nn.Module, nn.Module, Reduction]]:
 
 
 @contextmanager
-def oracle(unet: Any, ratio: float = 0.5, *, proportional: bool = False, keys_only: bool = False) -> Iterator[None]:
+def oracle(
+    unet: Any, ratio: float = 0.5, *, proportional: bool = False, keys_only: bool = False, match_on: str = "hidden"
+) -> Iterator[None]:
     """Inside, the UNet runs ToFu at its highest resolution: pruned on the way down, MLERP on the way up."""
     undo: list[Any] = []
     for canvas, block, reduction in blocks(unet):
-        undo += _fuse(canvas, block, reduction, ratio, proportional, keys_only)
+        undo += _fuse(canvas, block, reduction, ratio, proportional, keys_only, match_on)
     try:
         yield
     finally:
@@ -50,14 +52,14 @@ def oracle(unet: Any, ratio: float = 0.5, *, proportional: bool = False, keys_on
 
 
 def _fuse(
-    canvas: Any, block: Any, reduction: Reduction, ratio: float, proportional: bool, keys_only: bool
+    canvas: Any, block: Any, reduction: Reduction, ratio: float, proportional: bool, keys_only: bool, match_on: str
 ) -> list[Any]:
     seen: dict[str, Any] = {}
     plain, attn = block.attn1.forward, block.attn1
     own = "forward" in vars(attn)
 
     def forward(hidden_states: Tensor, **rest: Any) -> Tensor:
-        (h, w), x = seen["size"], seen["tokens"]
+        (h, w), x = seen["size"], hidden_states if match_on == "normed" else seen["tokens"]
         fused = bipartite_soft_matching(x, partition(h, w, 2, 2, x.device), int(h * w * ratio))
         y = reduction(hidden_states, fused)
         if proportional:
