@@ -187,8 +187,8 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--markdown", action="store_true", help="print the table for a README, write nothing")
     what.add_argument("--against", metavar="ROW", help="print how each row differs from this one, say 'tome 50%%'")
     what.add_argument("--grid", type=Path, metavar="FILE", help="write the pictures of --rows side by side, as PNG")
-    parser.add_argument("--rows", type=_names, default=[], metavar="A,B", help="of the table, say 'full,tofu 50%%'")
-    parser.add_argument("--columns", type=_names, default=[], metavar="A,B", help="of the table, say 'speed-up,PSNR'")
+    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of the table, say full 'tofu 50%%'")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="TITLE", help="of the table, say speed-up PSNR")
     parser.add_argument("--first", type=int, default=GRID_ROWS, metavar="N", help="so many prompts in the grid")
     options = parser.parse_args(argv)
     try:
@@ -207,10 +207,6 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {without_paths(str(error))}", file=sys.stderr)
         return 2
     return 0
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 if __name__ == "__main__":

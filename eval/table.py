@@ -140,11 +140,12 @@ def notes(found: dict[str, Any]) -> list[str]:
 
 def _set_distances(found: dict[str, Any]) -> list[str]:
     """A Fréchet distance is biased upwards, the more the fewer pictures: to be compared at equal n only."""
+    shown = {metric["name"] for metric in found["metrics"]}
     sizes = {
         name: (figure["n"], figure["features"])
         for row in found["rows"]
         for name, figure in row.get("metrics", {}).items()
-        if "features" in figure
+        if "features" in figure and name in shown
     }
     return [
         f"{name}: from n={n} pictures in {width} dimensions. It is biased upwards and comparable at this n only; its "
