@@ -21,7 +21,7 @@ def blocks(language):
 def test_its_python_runs_as_it_stands(number):
     pipe = tofu_sd.demo.load()
     pipe.set_progress_bar_config(disable=True)
-    names = {"pipe": pipe}
+    names = {"pipe": pipe, "tofu_sd": tofu_sd}  # the first block imports it for all that follow
     exec(blocks("python")[number], names)
     assert tofu_sd.summary(names["pipe"]).fusion is not None  # each block ends with a patched pipeline
 
