@@ -22,6 +22,7 @@ from tofu_sd.policy import did_you_mean
 
 from . import EvalError
 from .files import without_paths
+from .options import choices
 from .provenance import version
 
 NAMES = ("psnr", "ms-ssim", "lpips", "fid", "judge")
@@ -122,10 +123,7 @@ def usable(metrics: Sequence[Metric], pictures: Tensor, prompts: Sequence[str]) 
 
 def check(names: str, lpips_net: str = "alex", *files: Path | None) -> list[str]:
     """The names in a list of metrics; EvalError for an unknown one or a missing file, before anything is computed."""
-    asked = list(NAMES) if names == "all" else [name.strip() for name in names.split(",")]
-    for name in asked:
-        if name not in NAMES:
-            raise EvalError(f"unknown metric {name!r}{did_you_mean(name, NAMES)}; known: all, {', '.join(NAMES)}")
+    asked = list(NAMES) if names == "all" else choices(names, NAMES, "metric")
     if lpips_net not in LPIPS_NETS:
         hint = did_you_mean(lpips_net, LPIPS_NETS)
         raise EvalError(f"unknown LPIPS net {lpips_net!r}{hint}; known: {', '.join(LPIPS_NETS)}")

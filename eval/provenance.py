@@ -100,10 +100,12 @@ def process_mib() -> int | None:
     return peak // 2**20 if sys.platform == "darwin" else peak // 2**10
 
 
-def collect(argv: list[str], device: torch.device, memory: int | None, started: str, ended: str) -> dict[str, Any]:
-    """memory: MiB the process held at most while it drew; None where it drew nothing."""
+def collect(
+    program: str, argv: list[str], device: torch.device, memory: int | None, started: str, ended: str
+) -> dict[str, Any]:
+    """program: the module run with `argv`. memory: MiB the process held at most while it drew; None if it drew none."""
     return {
-        "command": shlex.join(["python", "-m", "eval.run", *map(_portable, argv)]),
+        "command": shlex.join(["python", "-m", program, *map(_portable, argv)]),
         "commit": git_commit(),
         "device": device_name(device),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",

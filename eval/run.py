@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
 import os
 import re
 import sys
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -28,30 +27,13 @@ from torch import nn
 
 from tofu_sd import demo
 from tofu_sd.environment import check_torchvision
-from tofu_sd.policy import did_you_mean
 
 from . import EvalError, methods, metrics, prompts, provenance, report, table
 from .files import to_json, without_paths
 from .generate import Settings, claim, generate
 from .methods import FULL, SCALE, Method
+from .options import Help, Parser, add_device, at_least, finite, pick_device, pick_dtype
 from .score import describe, load, score
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-DEVICES = ("cpu", "cuda", "mps", "xpu")
-
-
-class Parser(argparse.ArgumentParser):
-    """One line of what is wrong, without the usage in front of it."""
-
-    def error(self, message: str) -> NoReturn:
-        raise EvalError(f"{message} (see --help)")
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the defaults that are values; the others are said in words."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def parser() -> Parser:
@@ -70,18 +52,17 @@ def parser() -> Parser:
     p.add_argument("--model", default="demo", help="demo, or a diffusers text-to-image model: its id or folder")
     p.add_argument("--prompts", default="demo", help="demo, imagenet1k, or a .txt or .jsonl file")
     p.add_argument("--ratio", default="0.5", metavar="R,R", help="share of tokens fused away; several give a row each")
-    p.add_argument("--steps", type=_at_least(1), default=20, help="sampling steps")
-    p.add_argument("--size", type=_at_least(8), help="pixels a side (default: the model's own)")
-    p.add_argument("--seed", type=_at_least(0, 2**62), default=0, help="seed of the first picture; the others count on")
-    p.add_argument("--batch", type=_at_least(1), default=4, help="pictures drawn at once")
-    p.add_argument("--limit", type=_at_least(1), metavar="N", help="the first N prompts only (default: all)")
+    p.add_argument("--steps", type=at_least(1), default=20, help="sampling steps")
+    p.add_argument("--size", type=at_least(8), help="pixels a side (default: the model's own)")
+    p.add_argument("--seed", type=at_least(0, 2**62), default=0, help="seed of the first picture; the others count on")
+    p.add_argument("--batch", type=at_least(1), default=4, help="pictures drawn at once")
+    p.add_argument("--limit", type=at_least(1), metavar="N", help="the first N prompts only (default: all)")
     p.add_argument(
         "--guidance",
-        type=_finite,
+        type=finite,
         help=f"classifier-free guidance (default: the pipeline's; {demo.GUIDANCE:g} for demo)",
     )
-    p.add_argument("--device", default="auto", help=f"auto, {', '.join(DEVICES)}")
-    p.add_argument("--dtype", default="auto", help=f"auto (float16 on cuda, else float32), {', '.join(DTYPES)}")
+    add_device(p)
     p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: one in runs/ named after the settings)")
     p.add_argument("--scale-row", action="store_true", help="add the full model under other seeds, for scale")
     p.add_argument("--metrics", default="all", help=f"all, or some of {','.join(metrics.NAMES)}")
@@ -172,7 +153,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     first = asked[:2]
     loaded = metrics.usable(loaded, load(out / FULL.key, first), [request.prompt for request in first])
     scores = score(out, settings, asked, chosen, loaded)
-    told = provenance.collect(list(argv), device, memory, started, _now())
+    told = provenance.collect("eval.run", list(argv), device, memory, started, _now())
     found = report.results(settings, scores, describe(loaded), told, of=len(requests))
     report.save(out, found, scores)
     return found, out
@@ -223,26 +204,6 @@ def own_size(pipe: Any) -> int:
     return side * int(pipe.vae_scale_factor)
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    if name.partition(":")[0] not in DEVICES or not re.fullmatch(r"\w+(:\d+)?", name):
-        raise EvalError(f"unknown device {name!r}{did_you_mean(name, DEVICES)}; known: auto, {', '.join(DEVICES)}")
-    device = torch.device(name)
-    if device.type != "cpu" and not getattr(torch, device.type).is_available():
-        raise EvalError(f"device {name!r} is not available here; --device cpu always is")
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        return torch.float16 if device.type == "cuda" else torch.float32
-    if name not in DTYPES:
-        raise EvalError(f"unknown dtype {name!r}{did_you_mean(name, DTYPES)}; known: auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
 def default_out(settings: Settings, limit: int | None) -> Path:
     """Other settings, another folder; the same command again goes on in the same one.
 
@@ -259,25 +220,6 @@ def _ratios(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise EvalError(f"--ratio is {text!r}; it must be a number or several with commas between") from error
-
-
-def _at_least(least: int, most: int = 2**31) -> Any:
-    def whole_number(text: str) -> int:
-        if not re.fullmatch(r"-?\d+", text) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
-        return int(text)
-
-    return whole_number
-
-
-def _finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return value
 
 
 def _now() -> str:

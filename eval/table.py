@@ -111,12 +111,11 @@ def circumstances(found: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
-def notes(found: dict[str, Any]) -> list[str]:
-    """What has to be said below the table."""
-    lines = [
-        "Against the full model's pictures under the same seeds; intervals of the metrics: 95 %. "
-        "Speed-up and s/image: median over batches, 5th to 95th percentile."
-    ]
+def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
+    """What has to be said below the table. timed: whether it shows times."""
+    lines = ["Against the full model's pictures under the same seeds; intervals of the metrics: 95 %."]
+    if timed:
+        lines[0] += " Speed-up and s/image: median over batches, 5th to 95th percentile."
     lines += ["; ".join(f"{m['name']}: {m['implementation']}" for m in found["metrics"] if "skipped" not in m) + "."]
     lines += [f"{m['name']}: skipped: {m['skipped']}" for m in found["metrics"] if "skipped" in m]
     lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
@@ -128,10 +127,10 @@ def notes(found: dict[str, Any]) -> list[str]:
     lines += [
         f"{label(row)}: no speed-up, its pictures were not made in one run with the full model's"
         for row in found["rows"]
-        if "skipped" not in row and row["speedup"] is None
+        if timed and "skipped" not in row and row["speedup"] is None
     ]
     lines += _set_distances(found)
-    if all(row.get("peak_bytes") is None for row in found["rows"]):
+    if timed and all(row.get("peak_bytes") is None for row in found["rows"]):
         used = found["provenance"]["process_mib"]
         whole = f"; drawing took the whole process {used:,} MiB" if used else ""
         lines.append(f"Memory by method: n/a off CUDA{whole}.")
@@ -192,7 +191,7 @@ def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
         lines.append(f"| {label(row)} | {' | '.join(texts[i] if texts else 'skipped' for i in chosen)} |")
     shown = {titles[i] for i in chosen}
     metrics = [metric for metric in found["metrics"] if not columns or metric["name"] in shown]
-    lines += ["", circumstances(found) + ".", *notes({**found, "metrics": metrics})]
+    lines += ["", circumstances(found) + ".", *notes({**found, "metrics": metrics}, not columns or bool(shown & {"speed-up", "s/image"}))]
     lines += ["", f"`{found['provenance']['command']}`"]
     return "\n".join(lines) + "\n"
 

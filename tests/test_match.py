@@ -5,20 +5,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tofu_sd.match import bipartite_soft_matching, partition
+from tofu_sd.kernels import reference
+from tofu_sd.match import bipartite_soft_matching, partition, windows
 
 CPU = torch.device("cpu")
 sides, cells = st.integers(1, 12), st.integers(1, 4)
 
 
-def oracle(x, src, dst, r):
-    """Alg. 1 as a loop over one sample: (set of survivors, home token of every token)."""
+def oracle(x, src, dst, r, near=lambda s, d: True):
+    """Alg. 1 as a loop over one sample: (set of survivors, home token of every token). near: who may join whom."""
     cosine = torch.nn.functional.cosine_similarity
     partner = {}
     for s in src:
-        scores = [cosine(x[s], x[d], dim=0).item() for d in dst]
-        best = max(range(len(dst)), key=lambda i: scores[i])
-        partner[s] = (scores[best], dst[best])
+        scores = {d: cosine(x[s], x[d], dim=0).item() for d in dst if near(s, d)}
+        best = max(scores, key=lambda d: scores[d])
+        partner[s] = (scores[best], best)
     leaving = sorted(src, key=lambda s: -partner[s][0])[:r]
     home = {n: n for n in range(len(x))} | {s: partner[s][1] for s in leaving}
     return set(range(len(x))) - set(leaving), [home[n] for n in range(len(x))]
@@ -36,6 +37,32 @@ def test_matching_is_what_a_loop_over_algorithm_1_finds(h, w, sx, sy, seed, shar
         survivors, home = oracle(x[b], parts.src.tolist(), parts.dst.tolist(), r)
         assert set(map.kept[b].tolist()) == survivors
         assert map.kept[b][map.home[b]].tolist() == home
+
+
+@given(sides, sides, cells, cells, st.integers(1, 5), st.none() | st.integers(0, 2**31 - 1), st.floats(0, 1))
+@settings(deadline=None, max_examples=120)
+def test_windowed_matching_is_algorithm_1_where_nobody_looks_beyond_the_own_window(h, w, sx, sy, side, draw, share):
+    parts = partition(h, w, sx, sy, CPU, None if draw is None else torch.tensor(draw))
+    r = int(share * len(parts.src))
+    x = torch.randn(2, h * w, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(h * w))
+
+    def window(n):  # rows and columns of the map that fill no cell belong to the last one
+        y, x = min(n // w // sy, max(1, h // sy) - 1), min(n % w // sx, max(1, w // sx) - 1)
+        return y // side, x // side
+
+    map = bipartite_soft_matching(x, parts, r, windows(parts, h, w, sx, sy, side))
+    for b in range(2):
+        near = lambda s, d: window(s) == window(d)  # noqa: E731
+        survivors, home = oracle(x[b], parts.src.tolist(), parts.dst.tolist(), r, near)
+        assert set(map.kept[b].tolist()) == survivors
+        assert map.kept[b][map.home[b]].tolist() == home
+
+
+def test_a_window_as_large_as_the_map_is_no_window():
+    parts = partition(9, 13, 2, 2, CPU)
+    x = torch.randn(2, 117, 7, generator=torch.Generator().manual_seed(0))
+    whole, windowed = (bipartite_soft_matching(x, parts, 50, w) for w in (None, windows(parts, 9, 13, 2, 2, 8)))
+    assert torch.equal(whole.home, windowed.home)
 
 
 @given(sides, sides, cells, cells, st.none() | st.integers(0, 2**31 - 1))
@@ -89,6 +116,39 @@ def test_half_precision_tokens_are_matched_as_the_numbers_they_are(dtype):
     half, exact = (bipartite_soft_matching(tokens, parts, 512) for tokens in (smooth, smooth.float()))
     assert torch.equal(half.kept, exact.kept)
     assert torch.equal(half.home, exact.home)
+
+
+def test_scores_in_chunks_are_the_scores_at_once(monkeypatch):
+    parts = partition(8, 9, 2, 2, CPU)
+    x = torch.randn(2, 72, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    near = windows(parts, 8, 9, 2, 2, 3)
+    whole = [bipartite_soft_matching(x, parts, 20, layout) for layout in (None, near)]
+    monkeypatch.setattr(reference, "SCRATCH", 4000)  # a few rows at a time, and a smaller last chunk
+    chunked = [bipartite_soft_matching(x, parts, 20, layout) for layout in (None, near)]
+    assert all(torch.equal(a.home, b.home) for a, b in zip(whole, chunked, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("share", [0.01, 1.0])
+def test_numbers_that_are_none_still_give_a_map(value, share):
+    """A half-precision model that overflows draws a black picture; it must not end in an index out of range."""
+    parts = partition(6, 6, 2, 2, CPU)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 36, 4, generator=g)
+    x[torch.rand(x.shape, generator=g) < share] = value
+    map = bipartite_soft_matching(x, parts, 18)
+    assert torch.equal(map.home.gather(1, map.kept), torch.arange(18).expand(2, -1))
+    assert all(len(row.unique()) == 18 for row in map.kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_does_not_coarsen_the_matching(dtype):
+    parts = partition(32, 32, 2, 2, CPU)
+    x = torch.randn(1, 1024, 16, generator=torch.Generator().manual_seed(0))
+    plain = bipartite_soft_matching(x, parts, 512)
+    with torch.autocast("cpu", dtype):
+        cast = bipartite_soft_matching(x, parts, 512)
+    assert torch.equal(plain.home, cast.home)
 
 
 def test_matching_draws_nothing_from_the_global_generator():

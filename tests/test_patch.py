@@ -39,6 +39,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "two levels": {"levels": 2},
     "normed": {"match_on": "normed"},
     "step window": {"start": 0.2, "end": 0.8},
+    "windows": {"window": 3},
+    "shared maps": {"share_level": True, "share_guidance": True, "match_every": 2, "levels": 2},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .match import Partition, partition
+from .match import Partition, Windows, partition, windows
 from .policy import TokenFusion
 
 
 class Layout(NamedTuple):
     """What a block may know of its map, in tensors alone: a compiler would take an int for a constant.
 
-    parts: sources and destinations. leaving: [r], of which the length alone counts.
+    parts: sources and destinations. leaving: [r], of which the length alone counts. windows: where a source looks for
+    destinations, None for the whole map.
     """
 
     parts: Partition
     leaving: Tensor
+    windows: Windows | None
 
 
 class Clock:
@@ -33,24 +36,32 @@ class Clock:
         self.train_steps = train_steps
         self.timestep: Tensor | None = None
         self.open = True  # whether the step lies in the window
+        self.anew = True  # whether maps of earlier calls are out of date
+        self._step = 0
+        self._last: tuple[float, weakref.ref[Tensor]] | None = None
         self._layouts: dict[tuple[int, int, torch.device], Layout] = {}
 
-    def tick(self, timestep: Any) -> None:
+    def tick(self, timestep: Any, conditioning: Tensor | None = None) -> None:
         """Notes the timestep of this call of the model: a number or a tensor, of which the first value counts.
 
+        conditioning: what the model is told to draw, the same tensor in all steps of a picture.
         ValueError for a step window and a timestep outside train_steps..0.
         """
         fusion = self.fusion
         if fusion.seed is not None:
             self.timestep = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep)
             self._layouts.clear()
-        if (fusion.start, fusion.end) != (0.0, 1.0):
-            if torch.compiler.is_compiling():
-                raise RuntimeError(
-                    "start and end need the timestep as a number, which a compiled model cannot read: compile the "
-                    "blocks alone with compile_repeated_blocks()"
-                )
-            t = float(torch.as_tensor(timestep).flatten()[0])
+        windowed = (fusion.start, fusion.end) != (0.0, 1.0)
+        if not windowed and fusion.match_every == 1:
+            return
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{'start and end need' if windowed else 'match_every needs'} the timestep as a number, which a "
+                "compiled model cannot read: compile the blocks alone with compile_repeated_blocks()"
+            )
+        t = float(torch.as_tensor(timestep).flatten()[0])
+        self._count(t, conditioning)
+        if windowed:
             if not 0 <= t <= self.train_steps:
                 raise ValueError(
                     f"timestep {t:g} is outside 0..{self.train_steps}: start and end measure progress by timestep, "
@@ -58,6 +69,17 @@ class Clock:
                 )
             progress = 1 - t / self.train_steps
             self.open = fusion.start <= progress and (progress < fusion.end or fusion.end == 1)  # many end at t = 0
+
+    def _count(self, t: float, conditioning: Tensor | None) -> None:
+        """Decides whether maps are out of date: every so many steps, and whenever this may be another picture.
+
+        Steps of one picture fall in time and show the model the same tensor of conditioning; whatever is drawn before,
+        a picture starts with maps of its own.
+        """
+        goes_on = self._last is not None and t < self._last[0] and self._last[1]() is conditioning is not None
+        self._step = self._step + 1 if goes_on else 0
+        self.anew = self._step % self.fusion.match_every == 0
+        self._last = None if conditioning is None else (t, weakref.ref(conditioning))
 
     def layout(self, h: int, w: int, device: torch.device) -> Layout | None:
         """The layout of an h × w map at this step; None where no token leaves, or outside the step window."""
@@ -70,8 +92,9 @@ class Clock:
             if len(self._layouts) > 16:
                 self._layouts.clear()
             self._layouts[key] = layout = self._lay_out(h, w, device)
-            for index in (*layout.parts, layout.leaving):  # one graph of a compiled block for every size and ratio
-                torch._dynamo.maybe_mark_dynamic(index, 0)
+            for index in (*layout.parts, layout.leaving, *(layout.windows or ())):
+                # one graph of a compiled block for every size and ratio
+                torch._dynamo.maybe_mark_dynamic(index, list(range(index.ndim)))
         return self._layouts[key]
 
     def _lay_out(self, h: int, w: int, device: torch.device) -> Layout:
@@ -79,7 +102,8 @@ class Clock:
         if fusion.seed is not None and self.timestep is not None:
             draw = self.timestep.flatten()[0].float().mul(1000).long() + fusion.seed * 1_000_003
         parts = partition(h, w, fusion.sx, fusion.sy, device, draw)
-        return Layout(parts, parts.src.new_empty(fusion.leaving(h, w)))
+        near = None if fusion.window is None else windows(parts, h, w, fusion.sx, fusion.sy, fusion.window)
+        return Layout(parts, parts.src.new_empty(fusion.leaving(h, w)), near)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "timestep": None, "_layouts": {}}
+        return {**self.__dict__, "timestep": None, "_last": None, "_layouts": {}}

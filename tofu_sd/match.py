@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels import assemble, nearest
 from .tokens import TokenMap
 
 
 class Partition(NamedTuple):
-    """Raster positions of the source tokens [S] and of the destination tokens [D], each in raster order."""
+    """Raster positions of the source tokens [S], in raster order, and of the destination tokens [D], cell by cell."""
 
     src: Tensor
     dst: Tensor
@@ -42,6 +43,44 @@ def partition(h: int, w: int, sx: int, sy: int, device: torch.device, draw: Tens
     return Partition(taken.argsort(stable=True)[: h * w - rows * cols], dst)
 
 
+class Windows(NamedTuple):
+    """The same tokens laid out by windows of the map, each with its own destinations.
+
+    src [T, S'] and dst [T, D']: raster positions, rows filled up with their first. slot [S]: where each source of the
+    partition stands in `src`, laid flat.
+    """
+
+    src: Tensor
+    dst: Tensor
+    slot: Tensor
+
+
+def windows(parts: Partition, h: int, w: int, sx: int, sy: int, side: int) -> Windows:
+    """Squares of side × side cells from the top left; smaller at the far edges, whose leftover sources they take."""
+    rows, cols = max(1, h // sy), max(1, w // sx)
+    down, across = -(-rows // side), -(-cols // side)
+    n = torch.arange(h * w, device=parts.src.device)
+    y, x = ((n // w) // sy).clamp_max(rows - 1) // side, ((n % w) // sx).clamp_max(cols - 1) // side
+    window = y * across + x  # [N]
+    # (tokens, cells) along a side of a window in the middle, where there is one, and of the last
+    heights = [(side * sy, side)] * (down > 1) + [(h - (down - 1) * side * sy, rows - (down - 1) * side)]
+    widths = [(side * sx, side)] * (across > 1) + [(w - (across - 1) * side * sx, cols - (across - 1) * side)]
+    most = max(tall * wide - a * b for tall, a in heights for wide, b in widths)
+    src, slot = _by_window(parts.src, window, down * across, most)
+    dst, _ = _by_window(parts.dst, window, down * across, min(side, rows) * min(side, cols))
+    return Windows(src, dst, slot)
+
+
+def _by_window(tokens: Tensor, window: Tensor, T: int, most: int) -> tuple[Tensor, Tensor]:
+    """The tokens [M] in rows [T, most] by their window, and where each of them stands there, laid flat: [M]."""
+    order = window[tokens].argsort(stable=True)
+    own = window[tokens][order]
+    first = torch.searchsorted(own, torch.arange(T, device=tokens.device))  # [T] where each window begins
+    slot = own * most + torch.arange(len(order), device=tokens.device) - first[own]
+    rows = tokens.new_full((T * most,), -1).index_copy(0, slot, tokens[order]).view(T, most)
+    return rows.where(rows >= 0, rows[:, :1]), torch.empty_like(slot).index_copy(0, order, slot)
+
+
 def _hash(value: Tensor) -> Tensor:
     """A well-mixed 32-bit number of each integer, held in int64: two rounds of xor-shift and multiply."""
     value = value & 0xFFFFFFFF
@@ -50,24 +89,17 @@ def _hash(value: Tensor) -> Tensor:
     return (value >> 16) ^ value
 
 
-def bipartite_soft_matching(metric: Tensor, parts: Partition, r: int) -> TokenMap:
+def bipartite_soft_matching(metric: Tensor, parts: Partition, r: int, windows: Windows | None = None) -> TokenMap:
     """The r sources most similar to any destination join the destination they are most similar to.
 
-    metric: [B, N, C], compared by cosine. r: at most S. Ties go to the earlier source, the earlier
-    destination. The map carries no gradient (which token goes where is not differentiable).
+    metric: [B, N, C], compared by cosine. r: at most S. windows: where to look for destinations, None for the whole
+    map. Ties go to the earlier source, the earlier destination. Survivors stand in raster order. The map carries no
+    gradient (which token goes where is not differentiable).
     """
     src, dst = parts
     with torch.no_grad():
-        B, N, _ = metric.shape
-        # cosines near 1 are closer together than half precision can tell; its ties would all fall at the picture's top
-        metric = metric.to(torch.promote_types(metric.dtype, torch.float32))
-        norm = torch.linalg.vector_norm(metric, dim=-1, keepdim=True)
-        unit = metric / norm.clamp_min(torch.finfo(metric.dtype).tiny)  # a zero token is like nothing, not NaN
-        scores = unit[:, src] @ unit[:, dst].mT  # [B, S, D] cosine
-        best, partner = scores.max(dim=-1)
-        order = best.argsort(dim=-1, descending=True, stable=True)
-        tokens = torch.cat((src[order], dst.expand(B, -1)), dim=1)  # [B, N]: r leaving, the staying, the destinations
-        joined = len(src) + partner.gather(1, order[:, :r])  # [B, r] the leaving ones' places among `tokens`
-        own = torch.arange(r, N, device=metric.device).expand(B, -1)  # [B, K] all others keep theirs
-        home = torch.empty_like(tokens).scatter(1, tokens, torch.cat((joined, own), dim=1) - r)
-    return TokenMap(tokens[:, r:], home)
+        if windows is None:
+            best, target = (found.flatten(1) for found in nearest(metric, src.unsqueeze(0), dst.unsqueeze(0)))  # [B, S]
+        else:
+            best, target = (found.flatten(1)[:, windows.slot] for found in nearest(metric, windows.src, windows.dst))
+        return TokenMap(*assemble(best, target, src, dst, r))

@@ -42,26 +42,54 @@ class Site:
     block: type[nn.Module]
 
 
+class Relay:
+    """Hands the map of the first site that matches to all sites after it."""
+
+    def __init__(self) -> None:
+        self.map: TokenMap | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"map": None}
+
+
 class SiteFusion:
     """What the swapped-in modules of one site share in a forward: tensors and fixed choices, so that it compiles."""
 
-    def __init__(self, fusion: TokenFusion, reduction: Reduction):
+    def __init__(self, fusion: TokenFusion, reduction: Reduction, relay: Relay | None = None):
         self.reduction = reduction
+        self.relay = relay
         self.proportional = fusion.proportional
         self.keys_only = fusion.keys_only
         self.normed = fusion.match_on == "normed"
+        self.share_guidance = fusion.share_guidance
         self.roles = fusion.layers
         self.layout: Layout | None = None
         self.map: TokenMap | None = None
 
     def observe(self, x: Tensor) -> None:
-        """Matches the tokens x [B, N, C] of the block, where the layout fits them."""
+        """Finds the map of the tokens x [B, N, C] of the block, where the layout fits them."""
         self.map = None
-        if self.layout is None:
+        if self.layout is None or x.shape[1] != len(self.layout.parts.src) + len(self.layout.parts.dst):
             return
-        parts, leaving = self.layout
-        if x.shape[1] == len(parts.src) + len(parts.dst):
-            self.map = bipartite_soft_matching(x, parts, len(leaving))
+        relay = self.relay
+        if relay is not None and relay.map is not None and relay.map.home.shape == x.shape[:2]:
+            self.map = relay.map
+            return
+        self.map = self._match(x, self.layout)
+        if relay is not None:
+            relay.map = self.map
+
+    def _match(self, x: Tensor, layout: Layout) -> TokenMap:
+        parts, leaving, windows = layout
+        if not self.share_guidance:
+            return bipartite_soft_matching(x, parts, len(leaving), windows)
+        if x.shape[0] % 2:
+            raise ValueError(
+                f"share_guidance matches one half of the batch for both, which has {x.shape[0]} samples: it needs the "
+                "negative and the positive prompt in one batch"
+            )
+        half = bipartite_soft_matching(x[x.shape[0] // 2 :], parts, len(leaving), windows)
+        return TokenMap(half.kept.repeat(2, 1), half.home.repeat(2, 1))
 
     def take(self, role: str, x: Tensor) -> TokenMap | None:
         """The map to fuse x with in the layer `role`, if any. The last layer to take it lets go of it."""
@@ -86,15 +114,19 @@ class SiteFusion:
 
 
 class _Tick:
-    """Forward pre-hook of the model: tells the clock the timestep, where that matters."""
+    """Forward pre-hook of the model: tells the clock the step, where that matters, and lets go of older maps."""
 
-    def __init__(self, clock: Clock):
+    def __init__(self, clock: Clock, relays: Sequence[Relay]):
         self.clock = clock
+        self.relays = relays
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         if timestep is not None:  # else the model itself says what it lacks
-            self.clock.tick(timestep)
+            self.clock.tick(timestep, kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None))
+        if self.clock.anew:
+            for relay in self.relays:
+                relay.map = None
 
 
 class _LayOut:
@@ -145,12 +177,17 @@ def plan(
     down_path = sum(site.path == "down" for site in sites)
     roles = {"attn", *fusion.layers} | ({"norm"} if fusion.match_on == "hidden" else set())
     clock = Clock(fusion, train_steps or 1)
-    swaps, canvases = [], dict[nn.Module, list[SiteFusion]]()
+    swaps, canvases, relays = [], dict[nn.Module, list[SiteFusion]](), dict[Any, Relay]()
     for site in chosen:
-        state = SiteFusion(fusion, fusion.reduction(site.depth, down_path))
+        relay = None
+        if fusion.share_level or fusion.match_every > 1:
+            relay = relays.setdefault(site.level if fusion.share_level else site.name, Relay())
+        state = SiteFusion(fusion, fusion.reduction(site.depth, down_path), relay)
         canvases.setdefault(site.canvas, []).append(state)
         swaps += [(part, type(part), swap(site, role), state) for role, part in site.parts.items() if role in roles]
-    hooks: list[tuple[nn.Module, _Tick | _LayOut]] = [(model, _Tick(clock))] if fusion.timed else []
+    hooks: list[tuple[nn.Module, _Tick | _LayOut]] = []
+    if fusion.timed or relays:
+        hooks.append((model, _Tick(clock, tuple(relays.values()))))
     hooks += [(canvas, _LayOut(clock, states)) for canvas, states in canvases.items()]
     return Patch(fusion, chosen, down_path, tuple(swaps), tuple(hooks))
 

@@ -49,6 +49,13 @@ class TokenFusion:
         keys_only: fuse keys and values and leave the queries whole; attention costs (1 - ratio), its output needs no
             unmerging.
         levels: how many attention resolutions are fused, from the highest that has attention downwards.
+    To match less (each is an approximation: see docs/performance.md for what it costs)
+        window: compare a source with the destinations of its square of window x window cells alone; None with all.
+        share_level: match in the first block of each resolution and use its map in all blocks of that resolution.
+        share_guidance: match the second half of the batch, the positive prompt, and use its maps for both halves; only
+            for pipelines that put the negative and the positive prompt in one batch.
+        match_every: match anew every so many steps of a picture. Steps are known by the `encoder_hidden_states`
+            that a pipeline shows its model in all of them; where they are not the same tensor, every step matches.
     To tinker with
         sx, sy: cell of the destination grid; one token a cell is a destination.
         seed: None takes each cell's top-left token, an integer draws it anew every step (the same image every time).
@@ -68,6 +75,10 @@ class TokenFusion:
     depth_split: int | None = None
     keys_only: bool = False
     levels: int = 1
+    window: int | None = None
+    share_level: bool = False
+    share_guidance: bool = False
+    match_every: int = 1
     sx: int = 2
     sy: int = 2
     seed: int | None = None
@@ -81,13 +92,15 @@ class TokenFusion:
     def __post_init__(self) -> None:
         object.__setattr__(self, "early", reduction_named(self.early))
         object.__setattr__(self, "late", reduction_named(self.late))
-        for name in ("proportional", "keys_only", "merge_attn", "merge_crossattn", "merge_mlp"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
-        for name in ("sx", "sy", "levels"):
+        for name in ("sx", "sy", "levels", "match_every"):
             value = getattr(self, name)
             if not _whole(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if self.window is not None and (not _whole(self.window) or self.window < 1):
+            raise ValueError(f"window is {self.window!r}; it must be None or a whole number of cells, at least 1")
         if not _number(self.ratio):
             raise ValueError(f"ratio is {self.ratio!r}; it must be a number from 0 to {self.max_ratio:g}")
         if not 0 <= self.ratio <= self.max_ratio:  # NaN fails both comparisons
@@ -135,6 +148,8 @@ class TokenFusion:
             parts.append(f"d{self.depth_split}")
         for letter, value, usual in (
             ("l", self.levels, default.levels),
+            ("w", self.window, None),
+            ("every", self.match_every, default.match_every),
             ("seed", self.seed, None),
         ):
             if value != usual:
@@ -143,14 +158,21 @@ class TokenFusion:
             parts.append(f"{self.sx}x{self.sy}")
         if (self.start, self.end) != (0, 1):
             parts.append(f"t{100 * self.start:g}to{100 * self.end:g}")
-        parts += [word for word, on in (("normed", self.match_on == "normed"), ("x", self.merge_crossattn),
-                                        ("mlp", self.merge_mlp), ("noattn", not self.merge_attn)) if on]  # fmt: skip
+        marks = {
+            "shared": self.share_level,
+            "cfg": self.share_guidance,
+            "normed": self.match_on == "normed",
+            "x": self.merge_crossattn,
+            "mlp": self.merge_mlp,
+            "noattn": not self.merge_attn,
+        }
+        parts += [mark for mark, on in marks.items() if on]
         return "-".join(parts) + "+p" * self.proportional
 
     @property
     def timed(self) -> bool:
         """Whether what is done depends on the timestep."""
-        return self.seed is not None or (self.start, self.end) != (0, 1)
+        return self.seed is not None or (self.start, self.end) != (0, 1) or self.match_every > 1
 
     def reduction(self, depth: int, down_path: int) -> Reduction:
         """Eq. 7: what a block at `depth` does in a model whose down path has `down_path` transformer blocks."""
@@ -167,6 +189,9 @@ class TokenFusion:
         """r: how many tokens of an h x w map leave; never more than its sources, which are few in a thin map."""
         sources = h * w - max(1, h // self.sy) * max(1, w // self.sx)
         return min(int(h * w * self.ratio), sources)
+
+
+_SWITCHES = tuple(field.name for field in fields(TokenFusion) if field.type == "bool")
 
 
 def _number(value: Any) -> bool:

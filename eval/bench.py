@@ -1,0 +1,377 @@
+"""How fast, and how much of what could be saved: `python -m eval.bench`.
+
+Models of Stable Diffusion's real sizes with random weights. All methods run in turns in one process, round after round,
+so that what else the machine does falls on all alike. `ideal` runs self-attention on the first N (1 - ratio) tokens,
+with no matching, merging or unmerging: what fusion could save at most. A method's share of it is
+(full - method) / (full - ideal).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+import tofu_sd
+
+from . import EvalError, methods, provenance, shapes
+from .files import to_json, write
+from .methods import FULL, Method
+from .options import Help, Parser, add_device, at_least, choices, pick_device, pick_dtype
+from .shapes import CASES, Call, Case
+
+SCHEMA = 1
+SCOPES = {
+    "attention": "self-attention of the highest resolution",
+    "block": "transformers of the highest resolution",
+    "unet": "UNet step",
+}
+BACKENDS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "default": nullcontext,
+    "flash": lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+    "efficient": lambda: sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION),
+    "cudnn": lambda: sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
+    "math": lambda: sdpa_kernel(SDPBackend.MATH),
+    "slicing": nullcontext,
+}
+MODES = ("no", "default", "reduce-overhead", "max-autotune")
+QUANTILES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+RESAMPLES = 2000
+SAMPLE = 0.02  # seconds a timed sample lasts at least, where the clock or the first kernel's start would show
+DEFAULT_METHODS = "tomesd,tome,tofu,tofu+p,kv:tofu"
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="python -m eval.bench",
+        description="Time, memory and the share of the ideal saving, at real sizes with random weights.",
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    p.add_argument("--case", default="sd15-512", metavar="A,B", help=", ".join(CASES))
+    p.add_argument("--scope", default="attention,unet", metavar="A,B", help="attention (of the top level), block, unet")
+    p.add_argument("--method", default=DEFAULT_METHODS, metavar="A,B", help="as in eval.run; full and ideal always run")
+    p.add_argument("--ratio", type=float, default=0.5, help="share of tokens fused away")
+    p.add_argument("--batch", type=at_least(1), default=2, help="samples of a step: two for a picture with guidance")
+    p.add_argument("--compile", default="no", metavar="A,B", help=f"modes of torch.compile: {', '.join(MODES)}")
+    p.add_argument("--backend", default="default", metavar="A,B", help=", ".join(BACKENDS))
+    p.add_argument("--rounds", type=at_least(2), default=20, help="timed samples of each row")
+    p.add_argument(
+        "--quick", action="store_true", help="attention of sd15-512 alone, within three minutes on two cores"
+    )
+    add_device(p)
+    p.add_argument("--out", type=Path, metavar="FILE", help="also write the results there, as JSON")
+    p.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else on stdout")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures; 0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        options = parser().parse_args(argv)
+        with contextlib.redirect_stdout(sys.stderr) if options.json else nullcontext():
+            found = bench(options, argv)
+    except EvalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    if options.out:
+        write(options.out, to_json(found))
+    if options.json:
+        print(to_json(found["rows"]), end="")
+    else:
+        terminal(found, Console(width=None if sys.stdout.isatty() else 120))
+    return 0
+
+
+def bench(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    """What results hold: rows, and the circumstances they were measured in."""
+    started = _now()
+    if options.quick:
+        options.case, options.scope, options.rounds = "sd15-512", "attention", 10
+    cases = [CASES[name] for name in choices(options.case, CASES, "case")]
+    scopes = choices(options.scope, SCOPES, "scope")
+    backends = choices(options.backend, BACKENDS, "backend")
+    chosen = [m for m in methods.parse(options.method, [options.ratio]) if m is not FULL]
+    device = pick_device(options.device)
+    dtype = pick_dtype(options.dtype, device)
+    setups = [
+        Setup(case, scope, backend, options.ratio, options.batch, dtype)
+        for case in cases for scope in scopes for backend in backends
+    ]  # fmt: skip
+    modes = [None if mode == "no" else mode for mode in choices(options.compile, MODES, "mode of torch.compile")]
+    rows: list[dict[str, Any]] = []
+    for setup in tqdm(setups, unit="setup"):
+        rows += measure(setup, chosen, modes, options.rounds, device)
+    told = provenance.collect("eval.bench", list(argv), device, None, started, _now())
+    settings = {"ratio": options.ratio, "batch": options.batch, "rounds": options.rounds,
+                "device": provenance.device_name(device), "dtype": str(dtype).removeprefix("torch."),
+                "torch": str(torch.__version__)}  # fmt: skip
+    return {"schema": SCHEMA, "settings": settings, "rows": rows, "provenance": told}
+
+
+def measure(
+    setup: Setup, chosen: Sequence[Method], modes: Sequence[str | None], rounds: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """The rows of one setup: full, ideal and every method, in every mode of torch.compile (None: not compiled)."""
+    model, call = setup.build(device)
+    latent = call.args[0].shape[-1]
+    preparations: list[tuple[str, str, Callable[[Any], AbstractContextManager[Any]]]] = [
+        (FULL.name, FULL.key, nullcontext),
+        ("ideal", "ideal", partial(ideal, ratio=setup.ratio, latent=latent)),
+        *((method.name, method.key, method.applied) for method in chosen),
+    ]
+    contenders: list[Contender] = []
+    with torch.no_grad(), BACKENDS[setup.backend](), contextlib.ExitStack() as patches:
+        for mode in modes:
+            for name, key, applied in preparations:
+                contender = Contender(name, key, mode)
+                contenders.append(contender)
+                twin = shapes.twin(model)
+                try:
+                    patches.enter_context(applied(twin))
+                    contender.ready(twin, call, device)
+                except Exception as error:  # whatever a peer or a compiler does not bear is a row that says so
+                    contender.skipped = " ".join(str(error).split())[:160]
+        running = [contender for contender in contenders if not contender.skipped]
+        for turn in tqdm(range(rounds), unit="round", leave=False):
+            for i in range(len(running)):  # another one begins each round
+                running[(turn + i) % len(running)].sample(device)
+    base = {(c.mode, c.method): c.seconds for c in running}
+    return [{**setup.told(device), **c.row(base)} for c in contenders]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the rows of one comparison have in common."""
+
+    case: Case
+    scope: str
+    backend: str
+    ratio: float
+    batch: int
+    dtype: torch.dtype
+
+    def build(self, device: torch.device) -> tuple[Any, Call]:
+        if self.scope == "unet":
+            model, call = shapes.unet(self.case, self.batch, device, self.dtype)
+        else:
+            alone = self.scope == "attention"
+            model, call = shapes.top_level(self.case, self.batch, device, self.dtype, attention_alone=alone)
+        if self.backend == "slicing":
+            for module in model.modules():
+                if isinstance(module, Attention):
+                    module.set_attention_slice(max(1, module.sliceable_head_dim // 2))  # "auto" of diffusers
+        return model, call
+
+    def told(self, device: torch.device) -> dict[str, Any]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {"case": self.case.name, "scope": self.scope, "ratio": self.ratio, "batch": self.batch,
+                "device": device.type, "dtype": dtype, "backend": self.backend}  # fmt: skip
+
+
+@dataclass
+class Contender:
+    """One row in the making. mode: of torch.compile, None for eager."""
+
+    method: str
+    key: str
+    mode: str | None
+    run: Callable[[], Any] = lambda: None
+    calls: int = 1  # in a timed sample
+    seconds: list[float] = field(default_factory=list)
+    scratch: int = 0
+    kernels: int | None = None
+    skipped: str = ""
+
+    def ready(self, model: Any, call: Call, device: torch.device) -> None:
+        """Compiles, warms up, and measures what does not vary."""
+        if self.mode is not None:
+            model = torch.compile(model, mode=self.mode, dynamic=False)
+        self.run = partial(model, *call.args, **call.more)
+        self.run()  # compiles; lays out what a first call lays out
+        self.scratch = peak(self.run, device)
+        self.kernels = launched(self.run, device)
+        self.sample(device)
+        self.calls = max(1, math.ceil(SAMPLE / self.seconds.pop()))
+
+    def sample(self, device: torch.device) -> None:
+        """Times one sample, from an idle device to an idle device."""
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(self.calls):
+            self.run()
+        synchronize(device)
+        self.seconds.append((time.perf_counter() - start) / self.calls)
+
+    def row(self, base: dict[tuple[str | None, str], list[float]]) -> dict[str, Any]:
+        same = {"method": self.method, "key": self.key, "compiled": self.mode is not None, "mode": self.mode}
+        if self.skipped:
+            return {**same, "skipped": self.skipped}
+        full, least = base.get((self.mode, FULL.name)), base.get((self.mode, "ideal"))
+        share = None
+        if full and least and self.method not in (FULL.name, "ideal"):
+            share = _figure(lambda f, m, i: (f - m) / (f - i), full, self.seconds, least)
+        p20, p50, p80 = torch.tensor(self.seconds).double().quantile(QUANTILES).tolist()
+        return {
+            **same,
+            "p20": p20,
+            "p50": p50,
+            "p80": p80,
+            "n": len(self.seconds),
+            "speedup": _figure(lambda f, m, i: f / m, full, self.seconds, full) if full else None,
+            "share": share,
+            "scratch_bytes": self.scratch,
+            "kernels": self.kernels,
+        }
+
+
+def _figure(formula: Callable[[Tensor, Tensor, Tensor], Tensor], *seconds: list[float]) -> dict[str, float]:
+    """A formula of three medians, with a 95 % interval from resampling the rounds, which all share."""
+    times = torch.tensor(seconds, dtype=torch.float64)  # [3, rounds]
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(times.shape[1], (RESAMPLES, times.shape[1]), generator=generator)
+    drawn = formula(*times[:, draws].quantile(0.5, dim=-1))
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"value": formula(*times.quantile(0.5, dim=-1)).item(), "low": low, "high": high}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def peak(run: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes one call holds beyond what was there before."""
+    gc.collect()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def launched(run: Callable[[], Any], device: torch.device) -> int | None:
+    """How many kernels one call launches; None where there are none."""
+    if device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        run()
+        synchronize(device)
+    return sum(e.device_type() == torch.profiler.DeviceType.CUDA for e in recorded.profiler.kineto_results.events())
+
+
+@contextmanager
+def ideal(model: Any, ratio: float, latent: int) -> Iterator[None]:
+    """Inside, the attention that would be fused runs on as many tokens as fusion leaves: the first."""
+    with tofu_sd.patched(model, ratio):
+        rows = tofu_sd.summary(model, (latent, latent)).rows
+    attentions = [(model.get_submodule(row.name).attn1, row.after) for row in rows]
+    for attention, tokens in attentions:
+        attention.__class__, attention.tokens = IdealAttention, tokens
+    yield
+
+
+class IdealAttention(Attention):  # type: ignore[misc]
+    """Self-attention on the first tokens alone; its first result stands for all by being looked at many times."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        fused = super().forward(hidden_states[:, : self.tokens], *args, **kwargs)
+        return fused[:, :1].expand_as(hidden_states)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def terminal(found: dict[str, Any], console: Console) -> None:
+    for title, rows in _setups(found):
+        drawn = Table(title=title, box=SIMPLE_HEAD)
+        drawn.add_column("method", min_width=13)
+        for column in COLUMNS:
+            drawn.add_column(column, justify="right")
+        for row in rows:
+            cells = _cells(row)
+            drawn.add_row(*cells) if len(cells) > 2 else drawn.add_row(cells[0], Text(cells[1], "dim"))
+        console.print(drawn)
+    console.print(circumstances(found), style="dim", highlight=False, markup=False)
+
+
+COLUMNS = ("ms", "speed-up", "share of the ideal saving", "scratch", "kernels")
+
+
+def _setups(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """(title, rows) of each comparison, in the order in which they ran."""
+    titled: dict[str, list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        what = SCOPES[row["scope"]]
+        compiled = f", torch.compile {row['mode']}" if row["compiled"] else ""
+        backend = "" if row["backend"] == "default" else f", {row['backend']} attention"
+        titled.setdefault(f"{row['case']} px, {what}, batch {row['batch']}{compiled}{backend}", []).append(row)
+    return list(titled.items())
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    if "skipped" in row:
+        return [row["method"], f"skipped: {row['skipped']}"]
+    share = row["share"]
+    return [
+        row["method"],
+        f"{1000 * row['p50']:.1f} ({1000 * row['p20']:.1f}–{1000 * row['p80']:.1f})",
+        f"{row['speedup']['value']:.2f}×" if row["speedup"] else "–",
+        f"{share['value']:.2f} ({share['low']:.2f}–{share['high']:.2f})" if share else "–",
+        f"{row['scratch_bytes'] / 2**20:,.0f} MiB",
+        "–" if row["kernels"] is None else str(row["kernels"]),
+    ]
+
+
+def circumstances(found: dict[str, Any]) -> str:
+    """One line without which the figures mean nothing."""
+    s, p = found["settings"], found["provenance"]
+    return (
+        f"ratio {s['ratio']:g}, {s['rounds']} rounds in turns · {s['dtype']} on {s['device']} · torch {s['torch']}, "
+        f"diffusers {p['packages'].get('diffusers', 'unknown')} · commit {p['commit'] or 'unknown'}. ms: median and "
+        "20th to 80th percentile; share: of medians, with a 95 % interval; scratch: the most memory a call holds, its "
+        "result included."
+    )
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""What the command lines of eval share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from typing import Any, NoReturn
+
+import torch
+
+from tofu_sd.policy import did_you_mean
+
+from . import EvalError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+class Parser(argparse.ArgumentParser):
+    """One line of what is wrong, without the usage in front of it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise EvalError(f"{message} (see --help)")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults that are values; the others are said in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
+
+
+def add_device(parser: Parser) -> None:
+    """--device and --dtype, for pick_device and pick_dtype."""
+    parser.add_argument("--device", default="auto", help=f"auto, {', '.join(DEVICES)}")
+    parser.add_argument("--dtype", default="auto", help=f"auto (float16 on cuda, else float32), {', '.join(DTYPES)}")
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    if name.partition(":")[0] not in DEVICES or not re.fullmatch(r"\w+(:\d+)?", name):
+        raise EvalError(f"unknown device {name!r}{did_you_mean(name, DEVICES)}; known: auto, {', '.join(DEVICES)}")
+    device = torch.device(name)
+    if device.type != "cpu" and not getattr(torch, device.type).is_available():
+        raise EvalError(f"device {name!r} is not available here; --device cpu always is")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise EvalError(f"unknown dtype {name!r}{did_you_mean(name, DTYPES)}; known: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def at_least(least: int, most: int = 2**31) -> Any:
+    """A whole number from `least` to `most`, as an argument's type."""
+
+    def whole_number(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+        return int(text)
+
+    return whole_number
+
+
+def finite(text: str) -> float:
+    """A finite number, as an argument's type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def choices(text: str, known: Any, what: str) -> list[str]:
+    """The names of a list such as "a,b", each of them known; EvalError naming the first that is not."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise EvalError(f"unknown {what} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+    return names

@@ -1,0 +1,142 @@
+"""The benchmark: its models are the real ones' top level, its ideal is one, its rows say what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+import tofu_sd
+from eval import bench, shapes
+from eval.shapes import CASES, Case
+
+CPU = torch.device("cpu")
+SMALL = {**shapes.SD15, "block_out_channels": (32,) * 4, "attention_head_dim": 2, "cross_attention_dim": 16}
+
+
+@pytest.fixture(autouse=True)
+def _small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "small-128", Case("small-128", SMALL, 128))
+
+
+@pytest.mark.parametrize("case", [case for name, case in CASES.items() if name != "small-128"], ids=lambda c: c.name)
+def test_the_top_level_is_the_real_models(case: Case) -> None:
+    """Same blocks at the same sizes, in the same order, of the same weights."""
+    with torch.device("meta"):
+        whole = UNet2DConditionModel(sample_size=case.latent, **case.shape)
+        part = shapes.TopLevel(case.shape, attention_alone=False)
+    real = tofu_sd.summary(tofu_sd.apply_patch(whole, 0.5)).rows
+    ours = tofu_sd.summary(tofu_sd.apply_patch(part, 0.5), (case.latent // part.downsample,) * 2).rows
+    assert [(r.before, r.after, r.reduction) for r in real] == [(r.before, r.after, r.reduction) for r in ours]
+    for a, b in zip(real, ours, strict=True):
+        theirs, mine = (
+            {name: weight.shape for name, weight in model.get_submodule(row.name).named_parameters()}
+            for model, row in ((whole, a), (part, b))
+        )
+        assert theirs == mine
+
+
+def test_alone_only_self_attention_is_left() -> None:
+    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, attention_alone=True)
+    names = {name.split(".")[-2] for name, _ in model.named_parameters()}
+    assert names == {"norm1", "norm2", "to_q", "to_k", "to_v", "0"}  # to_out.0; norm2 is cross-attention's and unused
+    before = call.args[0]
+    assert model(*call.args, **call.more).shape == before.shape
+
+
+def test_a_twin_shares_weights_and_nothing_else() -> None:
+    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, attention_alone=False)
+    plain = model(*call.args, **call.more)
+    twin = shapes.twin(model)
+    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    tofu_sd.apply_patch(twin, 0.5)
+    assert not torch.equal(twin(*call.args, **call.more), plain)
+    assert torch.equal(model(*call.args, **call.more), plain)
+
+
+def test_the_ideal_attends_to_the_first_tokens_alone() -> None:
+    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, attention_alone=True)
+    seen = []
+    with bench.ideal(model, 0.5, 16):
+        for block in (
+            b for stage in (*model.down_blocks, *model.up_blocks) for t in stage for b in t.transformer_blocks
+        ):
+            block.attn1.to_q.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+        model(*call.args, **call.more)
+    assert seen == [(2, 128, 32)] * 5
+
+
+def run(capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, Any]]:
+    assert bench.main(["--case", "small-128", "--device", "cpu", "--rounds", "3", "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_rows_say_what_was_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = run(capsys, "--method", "tofu,tomesd", "--scope", "attention,unet", "--out", str(tmp_path / "b.json"))
+    assert [(r["scope"], r["method"]) for r in rows] == [
+        (scope, method) for scope in ("attention", "unet") for method in ("full", "ideal", "tofu", "tomesd")
+    ]
+    for row in rows:
+        assert 0 < row["p20"] <= row["p50"] <= row["p80"]
+        assert row["n"] == 3
+        assert row["scratch_bytes"] > 0
+        assert (row["share"] is None) == (row["method"] in ("full", "ideal"))
+    full, ideal, tofu, _ = rows[:4]
+    expected = (full["p50"] - tofu["p50"]) / (full["p50"] - ideal["p50"])
+    assert tofu["share"]["value"] == pytest.approx(expected)
+    assert tofu["speedup"]["value"] == pytest.approx(full["p50"] / tofu["p50"])
+    saved = json.loads((tmp_path / "b.json").read_text())
+    assert saved["rows"] == rows
+    assert saved["provenance"]["command"].startswith("python -m eval.bench --case small-128")
+
+
+def test_what_does_not_run_is_a_row_that_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **more: Any) -> Any:
+        raise RuntimeError("no kernel for this")
+
+    monkeypatch.setattr(bench.torch, "compile", refuse)
+    rows = run(capsys, "--method", "tofu", "--scope", "attention", "--compile", "no,default")
+    assert [row.get("skipped") for row in rows] == [None] * 3 + ["no kernel for this"] * 3
+
+
+@pytest.mark.parametrize("backend", ["math", "slicing"])
+def test_backends_are_used(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both hold scores that the default never holds whole."""
+    usual, other = (
+        run(capsys, "--method", "tofu", "--scope", "attention", "--backend", b) for b in ("default", backend)
+    )
+    assert other[0]["backend"] == backend
+    assert other[0]["scratch_bytes"] > usual[0]["scratch_bytes"] + 256 * 256 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--case", "sd15-513"], "unknown case 'sd15-513' (did you mean 'sd15-512'?)"),
+        (["--scope", "unett"], "unknown scope 'unett' (did you mean 'unet'?)"),
+        (["--backend", "flush"], "unknown backend 'flush' (did you mean 'flash'?)"),
+        (["--compile", "yes"], "unknown mode of torch.compile 'yes'"),
+        (["--ratio", "0.8"], "ratio is 0.8; it must lie between 0 and 0.75"),
+        (["--rounds", "1"], "'1' is not a whole number from 2"),
+        (["--method", "tofoo"], "unknown method 'tofoo' (did you mean 'tofu'?)"),
+    ],
+)
+def test_bad_input_is_told_in_a_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(options) == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    assert told.out == ""
+
+
+def test_memory_held_for_a_moment_counts() -> None:
+    def run() -> None:
+        for _ in range(3):
+            torch.ones(2**20).add_(1)
+
+    assert 2**22 <= bench.peak(run, CPU) < 2**22 + 2**16
