@@ -191,7 +191,8 @@ def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
         lines.append(f"| {label(row)} | {' | '.join(texts[i] if texts else 'skipped' for i in chosen)} |")
     shown = {titles[i] for i in chosen}
     metrics = [metric for metric in found["metrics"] if not columns or metric["name"] in shown]
-    lines += ["", circumstances(found) + ".", *notes({**found, "metrics": metrics}, not columns or bool(shown & {"speed-up", "s/image"}))]
+    timed = not shown.isdisjoint({"speed-up", "s/image"})
+    lines += ["", circumstances(found) + ".", *notes({**found, "metrics": metrics}, timed)]
     lines += ["", f"`{found['provenance']['command']}`"]
     return "\n".join(lines) + "\n"
 
