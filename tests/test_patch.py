@@ -40,6 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "normed": {"match_on": "normed"},
     "step window": {"start": 0.2, "end": 0.8},
     "windows": {"window": 3},
+    "large maps alone": {"min_tokens": 100, "levels": 2},
     "shared maps": {"share_level": True, "share_guidance": True, "match_every": 2, "levels": 2},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -10,8 +10,9 @@ from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
+from .calibrate import break_even
 from .environment import check_torchvision
-from .patch import Site, Summary, attach, detach, patch_of, plan, summarize
+from .patch import Site, Summary, attach, detach, leave_alone, patch_of, plan, summarize
 from .policy import TokenFusion, did_you_mean
 
 Model = TypeVar("Model")
@@ -45,12 +46,16 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) 
         sites = host.find_sites(unet)
         swap = partial(host.swap, ours={part for part, *_ in before.swaps} if before else set())
         patch = plan(unet, sites, _fusion(sites, ratio, options), swap, train_steps)
-        report = summarize(type(unet).__name__, sites, patch, host.latent_size(unet))
+        attach(unet, patch)
+        if patch.fusion.min_tokens == "auto":
+            leave_alone(unet, break_even(unet))
+        report = summarize(type(unet).__name__, sites, patch_of(unet), host.latent_size(unet))
     except BaseException:  # an interrupt too must not lose the patch that was there; raised again below
+        if patch_of(unet) is not None:
+            detach(unet)
         if before is not None:
             attach(unet, before)
         raise
-    attach(unet, patch)
     logger.info(report.headline)
     return model
 

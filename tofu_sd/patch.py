@@ -28,8 +28,8 @@ class Site:
 
     name: the block's name in the model. depth: its place among all transformer blocks in execution order. path: 'down',
     'mid' or 'up'. level: 0 at the highest resolution with attention, 1 at the next. downsample: the latent's side over
-    the map's. canvas: the module that sees the map as [B, C, h, w] before the block runs. parts: the block's layers
-    by role ('norm', 'attn', 'crossattn', 'mlp'). block: the block's class.
+    the map's. width: channels of its tokens. canvas: the module that sees the map as [B, C, h, w] before the block
+    runs. parts: the block's layers by role ('norm', 'attn', 'crossattn', 'mlp'). block: the block's class.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Site:
     path: str
     level: int
     downsample: int
+    width: int
     canvas: nn.Module
     parts: dict[str, nn.Module]
     block: type[nn.Module]
@@ -132,14 +133,16 @@ class _Tick:
 class _LayOut:
     """Forward pre-hook of what sees the 4-D map: hands its sites this step's sources and destinations."""
 
-    def __init__(self, clock: Clock, sites: list[SiteFusion]):
+    def __init__(self, clock: Clock, sites: list[SiteFusion], level: int, least: int):
         self.clock = clock
         self.sites = sites
+        self.level = level
+        self.least = least  # tokens, under which the map is left alone
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         h, w = x.shape[-2:]
-        layout = self.clock.layout(h, w, x.device)
+        layout = self.clock.layout(h, w, x.device) if h * w >= self.least else None
         for site in self.sites:
             site.layout = layout
 
@@ -188,7 +191,9 @@ def plan(
     hooks: list[tuple[nn.Module, _Tick | _LayOut]] = []
     if fusion.timed or relays:
         hooks.append((model, _Tick(clock, tuple(relays.values()))))
-    hooks += [(canvas, _LayOut(clock, states)) for canvas, states in canvases.items()]
+    least = fusion.min_tokens if isinstance(fusion.min_tokens, int) else 0
+    levels = {site.canvas: site.level for site in chosen}
+    hooks += [(canvas, _LayOut(clock, states, levels[canvas], least)) for canvas, states in canvases.items()]
     return Patch(fusion, chosen, down_path, tuple(swaps), tuple(hooks))
 
 
@@ -218,9 +223,17 @@ def detach(model: nn.Module) -> None:
     delattr(model, ATTRIBUTE)
 
 
+def leave_alone(model: nn.Module, least: dict[int, int]) -> None:
+    """From now on the patch of a model fuses maps of at least so many tokens, given for each level."""
+    patch = patch_of(model)
+    for _, hook in patch.hooks if patch else ():
+        if isinstance(hook, _LayOut):
+            hook.least = least[hook.level]
+
+
 @dataclass(frozen=True)
 class Row:
-    """One fused block in a Summary."""
+    """One patched block in a Summary. least: fewer tokens than that are left alone."""
 
     name: str
     depth: int
@@ -228,6 +241,11 @@ class Row:
     before: int
     after: int
     reduction: str
+    least: int = 0
+
+    @property
+    def alone(self) -> bool:
+        return self.before < self.least
 
 
 @dataclass(frozen=True)
@@ -244,20 +262,23 @@ class Summary:
     def headline(self) -> str:
         if self.fusion is None:
             return f"{self.model}: not patched, {self.blocks} transformer blocks"
-        counts = sorted({(row.before, row.after) for row in self.rows}, reverse=True)
+        fused = [row for row in self.rows if not row.alone]
+        counts = sorted({(row.before, row.after) for row in fused}, reverse=True)
         tokens = ", ".join(f"{before} -> {after}" for before, after in counts)
-        what = "keys and values" if self.fusion.keys_only else "tokens"
+        what = f", {'keys and values' if self.fusion.keys_only else 'tokens'} {tokens}" if fused else ""
+        alone = sorted({(row.before, row.least) for row in self.rows if row.alone}, reverse=True)
+        left = "".join(f", {before} left alone (fewer than {least})" for before, least in alone)
         h, w = self.latent
         return (
-            f"{self.model}: {self.fusion.key} on {len(self.rows)} of {self.blocks} transformer blocks, "
-            f"{what} {tokens} at a {h} x {w} latent"
+            f"{self.model}: {self.fusion.key} on {len(fused)} of {self.blocks} transformer blocks"
+            f"{what}{left} at a {h} x {w} latent"
         )
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.rows), default=0)
         lines = [
             f"  {row.depth:>3}  {row.name:<{width}}  {row.size[0]:>4} x {row.size[1]:<4} "
-            f"{row.before:>6} -> {row.after:<6} {row.reduction}"
+            f"{row.before:>6} -> {row.after:<6} {'left alone' if row.alone else row.reduction}"
             for row in self.rows
         ]
         return "\n".join([self.headline, *lines])
@@ -267,8 +288,10 @@ def summarize(model: str, sites: Sequence[Site], patch: Patch | None, latent: tu
     """The Summary of a model with these sites under `patch` at a latent of this height and width."""
     rows = []
     if patch is not None:
+        least = {hook.level: hook.least for _, hook in patch.hooks if isinstance(hook, _LayOut)}
         for site in patch.sites:
             h, w = (-(-side // site.downsample) for side in latent)  # stride-2 convolutions round up
-            rows.append(Row(site.name, site.depth, (h, w), h * w, h * w - patch.fusion.leaving(h, w),
-                            patch.fusion.reduction(site.depth, patch.down_path).__name__))  # fmt: skip
+            leaving = patch.fusion.leaving(h, w) if h * w >= least[site.level] else 0
+            reduction = patch.fusion.reduction(site.depth, patch.down_path).__name__
+            rows.append(Row(site.name, site.depth, (h, w), h * w, h * w - leaving, reduction, least[site.level]))
     return Summary(model, latent, len(sites), patch.fusion if patch else None, tuple(rows))

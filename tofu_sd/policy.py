@@ -49,6 +49,8 @@ class TokenFusion:
         keys_only: fuse keys and values and leave the queries whole; attention costs (1 - ratio), its output needs no
             unmerging.
         levels: how many attention resolutions are fused, from the highest that has attention downwards.
+        min_tokens: maps of fewer tokens are left alone. "auto" measures, in about a second, from how many tokens on
+            fusing is faster on this machine; pictures then depend on the machine.
     To match less (each is an approximation: see docs/performance.md for what it costs)
         window: compare a source with the destinations of its square of window x window cells alone; None with all.
         share_level: match in the first block of each resolution and use its map in all blocks of that resolution.
@@ -75,6 +77,7 @@ class TokenFusion:
     depth_split: int | None = None
     keys_only: bool = False
     levels: int = 1
+    min_tokens: int | str = 0
     window: int | None = None
     share_level: bool = False
     share_guidance: bool = False
@@ -99,6 +102,9 @@ class TokenFusion:
             value = getattr(self, name)
             if not _whole(value) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        least = self.min_tokens
+        if least != "auto" and (isinstance(least, str) or not _whole(least) or least < 0):
+            raise ValueError(f"min_tokens is {self.min_tokens!r}; it must be 'auto' or a whole number of at least 0")
         if self.window is not None and (not _whole(self.window) or self.window < 1):
             raise ValueError(f"window is {self.window!r}; it must be None or a whole number of cells, at least 1")
         if not _number(self.ratio):
@@ -148,6 +154,7 @@ class TokenFusion:
             parts.append(f"d{self.depth_split}")
         for letter, value, usual in (
             ("l", self.levels, default.levels),
+            ("min", self.min_tokens, default.min_tokens),
             ("w", self.window, None),
             ("every", self.match_every, default.match_every),
             ("seed", self.seed, None),

@@ -76,7 +76,8 @@ def find_sites(unet: nn.Module) -> list[Site]:
     for depth, (path, downsample, canvas, name, block) in enumerate(blocks):
         parts = {"norm": block.norm1, "attn": block.attn1, "crossattn": block.attn2, "mlp": block.ff}
         parts = {role: part for role, part in parts.items() if part is not None}
-        sites.append(Site(name, depth, path, levels.index(downsample), downsample, canvas, parts, type(block)))
+        level, width = levels.index(downsample), block.attn1.query_dim
+        sites.append(Site(name, depth, path, level, downsample, width, canvas, parts, type(block)))
     return sites
 
 

@@ -1,0 +1,96 @@
+"""From how many tokens on fusing pays: measured on the model's own attention, once for each device and kind of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .clock import Clock
+from .patch import ATTRIBUTE, SiteFusion, patch_of
+from .policy import TokenFusion
+from .reduce import Reduction
+
+SIDES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
+BUDGET = 1.0  # seconds for one kind of attention; the size that exceeds it is the last
+_measured: dict[tuple[Any, ...], int] = {}
+
+
+def break_even(model: nn.Module) -> dict[int, int]:
+    """For each level that a model's patch fuses: from how many tokens on its fused self-attention is the faster one.
+
+    About a second for each kind of attention on each device, and nothing from then on. ValueError where the weights are
+    not where they will run.
+    """
+    patch = patch_of(model)
+    assert patch is not None
+    fusion = replace(patch.fusion, min_tokens=0)
+    found: dict[int, int] = {}
+    for part, _, _, state in patch.swaps:
+        site = next(site for site in patch.sites if part in site.parts.values())
+        if site.level in found or part is not site.parts["attn"]:
+            continue
+        weight = next(part.parameters())
+        if weight.device.type == "meta" or any("_hf_hook" in vars(module) for module in model.modules()):
+            raise ValueError(
+                "min_tokens is 'auto', which measures where the model runs; offloading decides that later: give a "
+                "number of tokens, or apply the patch before offloading is set up"
+            )
+        processor = type(getattr(part, "processor", None))
+        key = (_name(weight.device), weight.dtype, site.width, processor, fusion, state.reduction)
+        if key not in _measured:
+            _measured[key] = _measure(part, site.width, fusion, state.reduction)
+        found[site.level] = _measured[key]
+    return found
+
+
+def _measure(attention: nn.Module, width: int, fusion: TokenFusion, reduction: Reduction) -> int:
+    """The first of two sizes in a row at which fusing was faster; one token more than the largest tried if none was."""
+    weight = next(attention.parameters())
+    state = SiteFusion(fusion, reduction)
+    clock = Clock(replace(fusion, seed=None, start=0.0, end=1.0, match_every=1))
+    generator = torch.Generator(weight.device).manual_seed(0)
+    own, pays, tokens = getattr(attention, ATTRIBUTE), None, 0
+    setattr(attention, ATTRIBUTE, state)
+    began = time.perf_counter()
+    try:
+        with torch.no_grad():
+            for side in SIDES:
+                tokens = side * side
+                x = torch.randn(2, tokens, width, device=weight.device, dtype=weight.dtype, generator=generator)
+                layout = clock.layout(side, side, weight.device)
+                times: dict[bool, float] = {}
+                for fused in (False, True) * 3:  # in turns; the first pair warms up, the least counts
+
+                    def run(fused: bool = fused, x: Any = x, layout: Any = layout) -> None:
+                        state.layout = layout if fused else None
+                        if not state.normed:
+                            state.observe(x)
+                        attention(x)
+
+                    times[fused] = min(_seconds(run, weight.device), times.get(fused, float("inf")))
+                if times[True] < times[False] and pays is not None:
+                    return pays
+                pays = tokens if times[True] < times[False] else None
+                if time.perf_counter() - began > BUDGET:
+                    break
+    finally:
+        setattr(attention, ATTRIBUTE, own)
+    return tokens + 1 if pays is None else pays
+
+
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
+    wait = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - began
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
