@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 import tofu_sd
 
-from . import EvalError, methods, provenance, shapes
-from .files import to_json, write
+from . import EvalError, methods, provenance, report, shapes
+from .files import read_json, to_json, write
 from .methods import FULL, Method
 from .options import Help, Parser, add_device, at_least, choices, pick_device, pick_dtype
 from .shapes import CASES, Call, Case
@@ -84,6 +84,8 @@ def parser() -> Parser:
     add_device(p)
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the results there, as JSON")
     p.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else on stdout")
+    p.add_argument("--table", type=Path, metavar="FILE", help="measure nothing; print FILE's results for a page")
+    p.add_argument("--quality", type=Path, nargs="+", default=[], metavar="DIR", help="of eval.run, for --table")
     return p
 
 
@@ -92,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         options = parser().parse_args(argv)
+        if options.table:
+            print(markdown(read(options.table), quality(options.quality)), end="")
+            return 0
         with contextlib.redirect_stdout(sys.stderr) if options.json else nullcontext():
             found = bench(options, argv)
     except EvalError as error:
@@ -316,6 +321,52 @@ class IdealAttention(Attention):  # type: ignore[misc]
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
+def read(path: Path) -> dict[str, Any]:
+    """Results that were written by --out."""
+    found = read_json(path)
+    if found is None or found.get("schema") != SCHEMA:
+        raise EvalError(f"{path.name} holds no results of python -m eval.bench --out (schema {SCHEMA})")
+    return found
+
+
+def quality(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """By a method's key: its figures in folders of eval.run."""
+    by_key: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        for row in report.read(folder)[0]["rows"]:
+            by_key.setdefault(row["key"], row.get("metrics", {}))
+    return by_key
+
+
+def markdown(found: dict[str, Any], figures: dict[str, dict[str, Any]]) -> str:
+    """A table for each setup, for a page; with what each method costs in quality, where that was measured."""
+    metrics = list(
+        dict.fromkeys(name for own in figures.values() for name in own if name in QUALITY or "LPIPS" in name)
+    )
+    lines = []
+    for title, rows in _setups(found):
+        columns = [*(column for column in COLUMNS if column != "kernels" or rows[0].get("kernels")), *metrics]
+        lines += [f"**{title}**", "", f"| method | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
+        for row in rows:
+            cells = _cells(row)
+            if "skipped" in row:
+                cells += [""] * (len(columns) - 1)
+            else:
+                cells = cells[: 1 + len(columns) - len(metrics)]
+                cells += [_quality(figures.get(row["key"], {}).get(name)) for name in metrics]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    if metrics:
+        lines += ["Quality: on the embedded model, against its own full pictures (docs/results.md)."]
+    return "\n".join([*lines, circumstances(found), "", f"`{found['provenance']['command']}`"]) + "\n"
+
+
+def _quality(figure: dict[str, Any] | None) -> str:
+    if figure is None:
+        return "–"
+    return "∞" if figure["value"] is None else f"{figure['value']:.4g}"
+
+
 def terminal(found: dict[str, Any], console: Console) -> None:
     for title, rows in _setups(found):
         drawn = Table(title=title, box=SIMPLE_HEAD)
@@ -329,6 +380,7 @@ def terminal(found: dict[str, Any], console: Console) -> None:
     console.print(circumstances(found), style="dim", highlight=False, markup=False)
 
 
+QUALITY = ("PSNR", "MS-SSIM")
 COLUMNS = ("ms", "speed-up", "share of the ideal saving", "scratch", "kernels")
 
 

@@ -1,6 +1,7 @@
 """Tables in pages: `python -m eval.pages README.md docs/results.md` writes each anew from the results it names.
 
-A table stands between `<!-- python -m eval.report ARGUMENTS -->` and `<!-- end -->`; it is what that command prints.
+A table stands between `<!-- python -m eval.report ARGUMENTS -->`, or eval.bench, and `<!-- end -->`; it is what that
+command prints.
 """
 
 from __future__ import annotations
@@ -12,22 +13,23 @@ import shlex
 import sys
 from pathlib import Path
 
-from . import EvalError, report
+from . import EvalError, bench, report
 from .files import write
 
-TABLE = re.compile(r"(<!-- python -m eval\.report (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- python -m eval\.(report|bench) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(page: str) -> str:
     """The page with every table as its command prints it now. EvalError for a command that fails."""
-    return TABLE.sub(lambda found: found[1] + _printed(found[2]) + found[3], page)
+    return TABLE.sub(lambda found: found[1] + _printed(found[2], found[3]) + found[4], page)
 
 
-def _printed(arguments: str) -> str:
+def _printed(program: str, arguments: str) -> str:
+    main = {"report": report.main, "bench": bench.main}[program]
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        code = report.main(shlex.split(arguments))
+        code = main(shlex.split(arguments))
     if code:
-        raise EvalError(f"eval.report {arguments} failed")
+        raise EvalError(f"eval.{program} {arguments} failed")
     return text.getvalue()
 
 

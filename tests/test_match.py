@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.bench import peak
 from tofu_sd.kernels import reference
 from tofu_sd.match import bipartite_soft_matching, partition, windows
 
@@ -126,6 +127,13 @@ def test_scores_in_chunks_are_the_scores_at_once(monkeypatch):
     monkeypatch.setattr(reference, "SCRATCH", 4000)  # a few rows at a time, and a smaller last chunk
     chunked = [bipartite_soft_matching(x, parts, 20, layout) for layout in (None, near)]
     assert all(torch.equal(a.home, b.home) for a, b in zip(whole, chunked, strict=True))
+
+
+def test_2048_pixels_are_matched_in_64_mib():
+    """65,536 tokens of Stable Diffusion 1.5: the scores alone, if they were whole, would take 3 GiB."""
+    parts = partition(256, 256, 2, 2, CPU)
+    x = torch.randn(1, 65536, 320, generator=torch.Generator().manual_seed(0))
+    assert peak(lambda: bipartite_soft_matching(x, parts, 32768), CPU) < 64 * 2**20
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
