@@ -59,6 +59,7 @@ BACKENDS: dict[str, Callable[[], AbstractContextManager[None]]] = {
 MODES = ("no", "default", "reduce-overhead", "max-autotune")
 QUANTILES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 RESAMPLES = 2000
+OUT_OF_TIME = "not measured: --minutes were over"
 SAMPLE = 0.02  # seconds a timed sample lasts at least, where the clock or the first kernel's start would show
 DEFAULT_METHODS = "tomesd,tome,tofu,tofu+p,kv:tofu"
 
@@ -78,6 +79,7 @@ def parser() -> Parser:
     p.add_argument("--compile", default="no", metavar="A,B", help=f"modes of torch.compile: {', '.join(MODES)}")
     p.add_argument("--backend", default="default", metavar="A,B", help=", ".join(BACKENDS))
     p.add_argument("--rounds", type=at_least(2), default=20, help="timed samples of each row")
+    p.add_argument("--minutes", type=at_least(1), metavar="N", help="begin nothing new after N minutes")
     p.add_argument(
         "--quick", action="store_true", help="attention of sd15-512 alone, within three minutes on two cores"
     )
@@ -131,8 +133,13 @@ def bench(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     ]  # fmt: skip
     modes = [None if mode == "no" else mode for mode in choices(options.compile, MODES, "mode of torch.compile")]
     rows: list[dict[str, Any]] = []
+    began = time.monotonic()
     for setup in tqdm(setups, unit="setup"):
-        rows += measure(setup, chosen, modes, options.rounds, device)
+        for mode in modes:
+            if options.minutes and time.monotonic() - began > 60 * options.minutes:
+                rows.append({**setup.told(device), **Contender("all", "all", mode, skipped=OUT_OF_TIME).row({})})
+            else:
+                rows += measure(setup, chosen, mode, options.rounds, device)
     told = provenance.collect("eval.bench", list(argv), device, None, started, _now())
     settings = {"ratio": options.ratio, "batch": options.batch, "rounds": options.rounds,
                 "device": provenance.device_name(device), "dtype": str(dtype).removeprefix("torch."),
@@ -141,9 +148,9 @@ def bench(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
 
 
 def measure(
-    setup: Setup, chosen: Sequence[Method], modes: Sequence[str | None], rounds: int, device: torch.device
+    setup: Setup, chosen: Sequence[Method], mode: str | None, rounds: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """The rows of one setup: full, ideal and every method, in every mode of torch.compile (None: not compiled)."""
+    """The rows of one setup in a mode of torch.compile (None: not compiled): full, ideal and every method."""
     model, call = setup.build(device)
     latent = call.args[0].shape[-1]
     preparations: list[tuple[str, str, Callable[[Any], AbstractContextManager[Any]]]] = [
@@ -153,21 +160,20 @@ def measure(
     ]
     contenders: list[Contender] = []
     with torch.no_grad(), BACKENDS[setup.backend](), contextlib.ExitStack() as patches:
-        for mode in modes:
-            for name, key, applied in preparations:
-                contender = Contender(name, key, mode)
-                contenders.append(contender)
-                twin = shapes.twin(model)
-                try:
-                    patches.enter_context(applied(twin))
-                    contender.ready(twin, call, device)
-                except Exception as error:  # whatever a peer or a compiler does not bear is a row that says so
-                    contender.skipped = " ".join(str(error).split())[:160]
+        for name, key, applied in preparations:
+            contender = Contender(name, key, mode)
+            contenders.append(contender)
+            twin = shapes.twin(model)
+            try:
+                patches.enter_context(applied(twin))
+                contender.ready(twin, call, device)
+            except Exception as error:  # whatever a peer or a compiler does not bear is a row that says so
+                contender.skipped = " ".join(str(error).split())[:160]
         running = [contender for contender in contenders if not contender.skipped]
         for turn in tqdm(range(rounds), unit="round", leave=False):
             for i in range(len(running)):  # another one begins each round
                 running[(turn + i) % len(running)].sample(device)
-    base = {(c.mode, c.method): c.seconds for c in running}
+    base = {contender.method: contender.seconds for contender in running}
     return [{**setup.told(device), **c.row(base)} for c in contenders]
 
 
@@ -234,11 +240,11 @@ class Contender:
         synchronize(device)
         self.seconds.append((time.perf_counter() - start) / self.calls)
 
-    def row(self, base: dict[tuple[str | None, str], list[float]]) -> dict[str, Any]:
+    def row(self, base: dict[str, list[float]]) -> dict[str, Any]:
         same = {"method": self.method, "key": self.key, "compiled": self.mode is not None, "mode": self.mode}
         if self.skipped:
             return {**same, "skipped": self.skipped}
-        full, least = base.get((self.mode, FULL.name)), base.get((self.mode, "ideal"))
+        full, least = base.get(FULL.name), base.get("ideal")
         share = None
         if full and least and self.method not in (FULL.name, "ideal"):
             share = _figure(lambda f, m, i: (f - m) / (f - i), full, self.seconds, least)

@@ -105,6 +105,29 @@ def test_what_does_not_run_is_a_row_that_says_so(
     assert [row.get("skipped") for row in rows] == [None] * 3 + ["no kernel for this"] * 3
 
 
+def test_what_there_was_no_time_for_is_a_row_that_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    minutes = iter(range(0, 600, 90))
+    monkeypatch.setattr(bench.time, "monotonic", lambda: float(next(minutes)))
+    rows = run(capsys, "--method", "tofu", "--scope", "attention,block", "--minutes", "2")
+    assert [row["scope"] for row in rows if "skipped" not in row] == ["attention"] * 3
+    assert [(row["scope"], row["method"]) for row in rows if "skipped" in row] == [("block", "all")]
+
+
+def test_the_table_holds_speed_and_quality(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = run(capsys, "--method", "tofu,tome+p", "--scope", "attention", "--out", str(tmp_path / "b.json"))
+    figures = {"tofu-r50": {"PSNR": {"value": 36.65, "low": 35.6, "high": 37.61}}}
+    text = bench.markdown(bench.read(tmp_path / "b.json"), figures)
+    line = next(line for line in text.splitlines() if line.startswith("| tofu "))
+    assert f"{1000 * rows[2]['p50']:.1f} (" in line
+    assert line.endswith("| 36.65 |")
+    assert next(line for line in text.splitlines() if line.startswith("| tome+p ")).endswith("| – |")
+    assert "`python -m eval.bench --case small-128" in text
+    assert bench.main(["--table", str(tmp_path / "none.json")]) == 2
+    assert "none.json holds no results" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("backend", ["math", "slicing"])
 def test_backends_are_used(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Both hold scores that the default never holds whole."""
