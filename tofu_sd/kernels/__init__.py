@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import reference
+from . import cpu, reference
 
 _enabled = True
 
@@ -59,7 +59,10 @@ def _triton() -> ModuleType:
 )
 def nearest(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.nearest`, as an operator: a compiler would unroll its loop over chunks for one size alone."""
-    return _triton().nearest(metric, src, dst) if can_fuse(metric) else reference.nearest(metric, src, dst)
+    if can_fuse(metric):
+        return _triton().nearest(metric, src, dst)
+    on_cpu = _enabled and metric.device.type == "cpu" and metric.dtype != torch.float64 and cpu.available()
+    return (cpu if on_cpu else reference).nearest(metric, src, dst)
 
 
 @nearest.register_fake

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,11 +12,18 @@ SCRATCH = 2**24
 """Bytes of scores held at a time."""
 
 
-def nearest(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+def _matmul(x: Tensor, y: Tensor) -> Tensor:
+    return x @ y.mT
+
+
+def nearest(
+    metric: Tensor, src: Tensor, dst: Tensor, dot: Callable[[Tensor, Tensor], Tensor] = _matmul
+) -> tuple[Tensor, Tensor]:
     """For each source its largest cosine to a destination of its window, and that destination's raster position.
 
     metric: [B, N, C]. src: [T, S] and dst: [T, D], raster positions in T windows. Returns [B, T, S] in float32 at
     least, and [B, T, S] long. Ties go to the earlier destination. Numbers that are not finite count as unlike all.
+    dot: the product of [B, T, R, C] with the transpose of [B, T, D, C].
 
     The scores [B, T, S, D] are never whole: beside its results this takes the destinations' directions [B, T, D, C]
     and about SCRATCH bytes.
@@ -31,7 +40,7 @@ def nearest(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
         for start in range(0, S, rows):
             chunk = slice(start, start + rows)
             x = _window(metric, src[:, chunk], dtype)
-            score, nearest = (x @ toward.mT).max(dim=-1)  # over [B, T, rows, D]
+            score, nearest = dot(x, toward).max(dim=-1)  # over [B, T, rows, D]
             best[..., chunk] = score / _norm(x).squeeze(-1)
             target[..., chunk] = dst.expand(B, -1, -1).gather(-1, nearest)
         return best.nan_to_num_(nan=-1, posinf=-1, neginf=-1), target
