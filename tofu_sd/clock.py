@@ -40,6 +40,7 @@ class Clock:
         self._step = 0
         self._last: tuple[float, weakref.ref[Tensor]] | None = None
         self._layouts: dict[tuple[int, int, torch.device], Layout] = {}
+        self._lengths: dict[tuple[int, torch.device], Tensor] = {}
 
     def tick(self, timestep: Any, conditioning: Tensor | None = None) -> None:
         """Notes the timestep of this call of the model: a number or a tensor, of which the first value counts.
@@ -97,13 +98,22 @@ class Clock:
                 torch._dynamo.maybe_mark_dynamic(index, list(range(index.ndim)))
         return self._layouts[key]
 
+    def length(self, n: int, device: torch.device) -> Tensor:
+        """A number as the length of a tensor [n], for a block whose graph shall not depend on it."""
+        if torch.compiler.is_compiling():
+            return torch.empty(n, device=device)
+        if (n, device) not in self._lengths:
+            self._lengths[n, device] = torch.empty(n, device=device)
+            torch._dynamo.maybe_mark_dynamic(self._lengths[n, device], 0)
+        return self._lengths[n, device]
+
     def _lay_out(self, h: int, w: int, device: torch.device) -> Layout:
         fusion, draw = self.fusion, None
         if fusion.seed is not None and self.timestep is not None:
             draw = self.timestep.flatten()[0].float().mul(1000).long() + fusion.seed * 1_000_003
         parts = partition(h, w, fusion.sx, fusion.sy, device, draw)
         near = None if fusion.window is None else windows(parts, h, w, fusion.sx, fusion.sy, fusion.window)
-        return Layout(parts, parts.src.new_empty(fusion.leaving(h, w)), near)
+        return Layout(parts, torch.empty(fusion.leaving(h, w), device=device), near)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "timestep": None, "_last": None, "_layouts": {}}
+        return {**self.__dict__, "timestep": None, "_last": None, "_layouts": {}, "_lengths": {}}

@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .clock import Clock, Layout
 from .match import bipartite_soft_matching
 from .policy import TokenFusion
-from .reduce import Reduction, unmerge
+from .reduce import Reduction, fuse, place_of, unmerge
 from .tokens import TokenMap
 
 ATTRIBUTE = "_tofu"
@@ -58,6 +59,7 @@ class SiteFusion:
 
     def __init__(self, fusion: TokenFusion, reduction: Reduction, relay: Relay | None = None):
         self.reduction = reduction
+        self.place: Tensor | None = None  # [n], whose length is the number of the reduction
         self.relay = relay
         self.proportional = fusion.proportional
         self.keys_only = fusion.keys_only
@@ -101,6 +103,13 @@ class SiteFusion:
             return None
         return map
 
+    def reduce(self, x: Tensor, map: TokenMap) -> Tensor:
+        """The site's reduction of x [B, N, C]: [B, K, C]."""
+        gradient = x.requires_grad and torch.is_grad_enabled()
+        if self.place is not None and torch.compiler.is_compiling() and not gradient:
+            return fuse(x, map.kept, map.home, len(self.place))
+        return self.reduction(x, map)
+
     def key_bias(self, x: Tensor, map: TokenMap) -> Tensor | None:
         """log(n_i) for each key as the processors' additive mask [B, 1, K], or None where attention is not weighted."""
         return map.size.log().to(x.dtype).unsqueeze(1) if self.proportional else None
@@ -108,10 +117,10 @@ class SiteFusion:
     def around(self, role: str, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """A token-wise layer run on fused tokens: unmerge(layer(reduce(x)))."""
         map = self.take(role, x)
-        return layer(x) if map is None else unmerge(layer(self.reduction(x, map)), map)
+        return layer(x) if map is None else unmerge(layer(self.reduce(x, map)), map)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": None, "map": None}
+        return {**self.__dict__, "layout": None, "map": None, "place": None}
 
 
 class _Tick:
@@ -145,6 +154,7 @@ class _LayOut:
         layout = self.clock.layout(h, w, x.device) if h * w >= self.least else None
         for site in self.sites:
             site.layout = layout
+            site.place = self.clock.length(place_of(site.reduction), x.device)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from .kernels import merge, take
@@ -43,3 +44,26 @@ def mlerp(x: Tensor, map: TokenMap) -> Tensor:
 
 
 REDUCTIONS: dict[str, Reduction] = {"prune": prune, "mean": mean, "mlerp": mlerp}
+
+_PLACES: dict[Reduction, int] = {}
+
+
+def place_of(reduction: Reduction) -> int:
+    """The number by which `fuse` knows a reduction, from 2 on: compilers take 0 and 1 for constants."""
+    return _PLACES.setdefault(reduction, len(_PLACES) + 2)
+
+
+@torch.library.custom_op(
+    "tofu_sd::fuse", mutates_args=(), schema="(Tensor x, Tensor kept, Tensor home, SymInt place) -> Tensor"
+)
+def fuse(x: Tensor, kept: Tensor, home: Tensor, place: int) -> Tensor:
+    """The reduction of that number, as an operator that is the same for all of them: one graph of a compiled block.
+
+    Without gradient.
+    """
+    return list(_PLACES)[place - 2](x, TokenMap(kept, home)).contiguous()
+
+
+@fuse.register_fake
+def _(x: Tensor, kept: Tensor, home: Tensor, place: int) -> Tensor:
+    return x.new_empty(*kept.shape, x.shape[-1])

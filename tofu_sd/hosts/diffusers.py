@@ -138,7 +138,7 @@ class FusedAttention(Attention):  # type: ignore[misc]
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         if site.keys_only or site.proportional:
             _check_processor(self.processor, site)
-        fused, bias = site.reduction(hidden_states, map), site.key_bias(hidden_states, map)
+        fused, bias = site.reduce(hidden_states, map), site.key_bias(hidden_states, map)
         if bias is not None and self.upcast_attention and isinstance(self.processor, _UPCASTING):
             bias = bias.float()
         if site.keys_only:
