@@ -317,11 +317,19 @@ def ideal(model: Any, ratio: float, latent: int) -> Iterator[None]:
 
 
 class IdealAttention(Attention):  # type: ignore[misc]
-    """Self-attention on the first tokens alone; its first result stands for all by being looked at many times."""
+    """Self-attention on the first tokens alone. Its result is dropped for one of full size that was there before.
+
+    So what comes after it, the residual, costs what it costs in the full model. A compiler would leave out attention
+    whose result nobody takes; there, the first result is looked at in place of all.
+    """
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         fused = super().forward(hidden_states[:, : self.tokens], *args, **kwargs)
-        return fused[:, :1].expand_as(hidden_states)
+        if torch.compiler.is_compiling():
+            return fused[:, :1].expand_as(hidden_states)
+        if getattr(self, "result", None) is None:
+            self.result = torch.zeros(hidden_states.shape, dtype=fused.dtype, device=fused.device)
+        return self.result
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

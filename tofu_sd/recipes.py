@@ -1,4 +1,4 @@
-"""A paper a line. `named("kv:tome+p", ratio=0.5)` reads a method as the evaluation's command line writes it."""
+"""A paper a line, and our own. `named("kv:tome+p", ratio=0.5)` reads a method as the evaluation's command line writes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ TOME = TokenFusion(early=mean, late=mean)  # Token Merging for Fast Stable Diffu
 PRUNE = TokenFusion(early=prune, late=prune)  # ToFu Table 3, PPP…: prune everywhere
 MLERP = TokenFusion(early=mlerp, late=mlerp)  # ToFu Eq. 10 everywhere
 
-RECIPES = {"tofu": TOFU, "tome": TOME, "prune": PRUNE, "mlerp": MLERP}
+TOFU_FAST = replace(TOFU, share_level=True)  # ToFu that matches once a step: docs/performance.md
+TOFU_MAX = replace(TOFU_FAST, levels=2, merge_crossattn=True, merge_mlp=True)  # all layers of two resolutions
+
+RECIPES = {"tofu": TOFU, "tofu-fast": TOFU_FAST, "tofu-max": TOFU_MAX, "tome": TOME, "prune": PRUNE, "mlerp": MLERP}
 
 
 def proportional(fusion: TokenFusion) -> TokenFusion:
