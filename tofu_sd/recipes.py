@@ -1,4 +1,4 @@
-"""A paper a line, and our own. `named("kv:tome+p", ratio=0.5)` reads a method as the evaluation's command line writes it."""
+"""A paper a line, and our own. `named("kv:tome+p", ratio=0.5)` reads a method as the command line writes it."""
 
 from __future__ import annotations
 
