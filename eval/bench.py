@@ -254,7 +254,7 @@ class Contender:
             "p20": p20,
             "p50": p50,
             "p80": p80,
-            "n": len(self.seconds),
+            "samples": self.seconds,  # in the order of the rounds, which all rows share
             "speedup": _figure(lambda f, m, i: f / m, full, self.seconds, full) if full else None,
             "share": share,
             "scratch_bytes": self.scratch,

@@ -92,6 +92,19 @@ def test_patching_and_restoring_a_compiled_model_takes_effect(regional: bool, op
     assert torch.equal(tiny.predict(model), plain)
 
 
+def test_gradients_flow_through_compiled_fusion() -> None:
+    """The operator of all reductions has no gradient; where one is wanted, the reduction itself is traced."""
+    unet, eager = (tofu_sd.apply_patch(tiny.shallow_unet(), 0.5) for _ in range(2))
+    model, _ = compiled(unet, regional=True)
+    wanted = []
+    for each in (model, eager):
+        call = tiny.inputs(eager)
+        call["sample"].requires_grad_()
+        each(**call).sample.square().sum().backward()
+        wanted.append(call["sample"].grad)
+    assert torch.equal(*wanted)
+
+
 def test_drawn_destinations_move_from_step_to_step_in_a_compiled_model() -> None:
     """A draw that dynamo had taken for a constant would give every step the first one's destinations."""
     unet, eager = (tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, seed=3) for _ in range(2))

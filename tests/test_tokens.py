@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tofu_sd.match import bipartite_soft_matching, partition
-from tofu_sd.reduce import REDUCTIONS, mean, mlerp, prune, unmerge
+from tofu_sd.reduce import REDUCTIONS, fuse, mean, mlerp, place_of, prune, unmerge
 from tofu_sd.tokens import TokenMap
 
 CPU = torch.device("cpu")
@@ -156,6 +156,21 @@ def test_gradients_are_those_of_finite_differences(name):
             up, down = (reduction(x + s * step, map) * weight for s in (1, -1))
             slope = (up.sum() - down.sum()) / 2e-2
         assert x.grad[index].item() == pytest.approx(slope.item(), abs=2e-3)
+
+
+@given(maps(), st.sampled_from([torch.float32, torch.bfloat16]))
+@settings(deadline=None, max_examples=60)
+def test_the_operator_of_all_reductions_is_each_of_them(case, dtype):
+    """Compiled code sees one operator; what it computes must be what eager code computes, for a user's own too."""
+    x, map, _ = case
+    x = x.to(dtype)
+
+    def double(x, map):
+        return 2 * prune(x, map)
+
+    for reduction in (*REDUCTIONS.values(), double):
+        assert place_of(reduction) >= 2
+        assert torch.equal(fuse(x, *map, place_of(reduction)), reduction(x, map))
 
 
 @given(maps(), st.integers(0, 40))
