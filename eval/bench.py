@@ -3,7 +3,7 @@
 Models of Stable Diffusion's real sizes with random weights. All methods run in turns in one process, round after round,
 so that what else the machine does falls on all alike. `ideal` runs self-attention on the first N (1 - ratio) tokens,
 with no matching, merging or unmerging: what fusion could save at most. A method's share of it is
-(full - method) / (full - ideal).
+(full - method) / (full - ideal). (What fuses more than the top level's self-attention can save more.)
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import tofu_sd
+from tofu_sd.calibrate import synchronize
 
 from . import EvalError, methods, provenance, report, shapes
 from .files import read_json, to_json, write
 from .methods import FULL, Method
 from .options import Help, Parser, add_device, at_least, choices, pick_device, pick_dtype
 from .shapes import CASES, Call, Case
+from .table import short
 
 SCHEMA = 1
 SCOPES = {
@@ -61,6 +63,7 @@ QUANTILES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 RESAMPLES = 2000
 OUT_OF_TIME = "not measured: --minutes were over"
 SAMPLE = 0.02  # seconds a timed sample lasts at least, where the clock or the first kernel's start would show
+DEFAULT_SCOPES = "attention,unet"
 DEFAULT_METHODS = "tomesd,tome,tofu,tofu+p,kv:tofu"
 
 
@@ -72,8 +75,10 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     p.add_argument("--case", default="sd15-512", metavar="A,B", help=", ".join(CASES))
-    p.add_argument("--scope", default="attention,unet", metavar="A,B", help="attention (of the top level), block, unet")
-    p.add_argument("--method", default=DEFAULT_METHODS, metavar="A,B", help="as in eval.run; full and ideal always run")
+    p.add_argument("--scope", metavar="A,B", help=f"{', '.join(SCOPES)} (default: {DEFAULT_SCOPES})")
+    p.add_argument(
+        "--method", metavar="A,B", help=f"as in eval.run; full and ideal always run (default: {DEFAULT_METHODS})"
+    )
     p.add_argument("--ratio", type=float, default=0.5, help="share of tokens fused away")
     p.add_argument("--batch", type=at_least(1), default=2, help="samples of a step: two for a picture with guidance")
     p.add_argument("--compile", default="no", metavar="A,B", help=f"modes of torch.compile: {', '.join(MODES)}")
@@ -86,7 +91,12 @@ def parser() -> Parser:
     add_device(p)
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the results there, as JSON")
     p.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else on stdout")
-    p.add_argument("--table", type=Path, metavar="FILE", help="measure nothing; print FILE's results for a page")
+    p.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing; print FILE's rows, of --scope and --method, for a page",
+    )
     p.add_argument("--quality", type=Path, nargs="+", default=[], metavar="DIR", help="of eval.run, for --table")
     return p
 
@@ -97,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parser().parse_args(argv)
         if options.table:
-            print(markdown(read(options.table), quality(options.quality)), end="")
+            found = part(read(options.table), options.scope, options.method)
+            print(markdown(found, quality(options.quality)), end="")
             return 0
         with contextlib.redirect_stdout(sys.stderr) if options.json else nullcontext():
             found = bench(options, argv)
@@ -122,9 +133,9 @@ def bench(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     if options.quick:
         options.case, options.scope, options.rounds = "sd15-512", "attention", 10
     cases = [CASES[name] for name in choices(options.case, CASES, "case")]
-    scopes = choices(options.scope, SCOPES, "scope")
+    scopes = choices(options.scope or DEFAULT_SCOPES, SCOPES, "scope")
     backends = choices(options.backend, BACKENDS, "backend")
-    chosen = [m for m in methods.parse(options.method, [options.ratio]) if m is not FULL]
+    chosen = [m for m in methods.parse(options.method or DEFAULT_METHODS, [options.ratio]) if m is not FULL]
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     setups = [
@@ -153,16 +164,20 @@ def measure(
     """The rows of one setup in a mode of torch.compile (None: not compiled): full, ideal and every method."""
     model, call = setup.build(device)
     latent = call.args[0].shape[-1]
-    preparations: list[tuple[str, str, Callable[[Any], AbstractContextManager[Any]]]] = [
-        (FULL.name, FULL.key, nullcontext),
-        ("ideal", "ideal", partial(ideal, ratio=setup.ratio, latent=latent)),
-        *((method.name, method.key, method.applied) for method in chosen),
+    preparations: list[tuple[str, str, Callable[[Any], AbstractContextManager[Any]], str]] = [
+        (FULL.name, FULL.key, nullcontext, ""),
+        ("ideal", "ideal", partial(ideal, ratio=setup.ratio, latent=latent), ""),
+        *((method.name, method.key, method.applied, _unfit(method, setup.scope)) for method in chosen),
     ]
     contenders: list[Contender] = []
-    with torch.no_grad(), BACKENDS[setup.backend](), contextlib.ExitStack() as patches:
-        for name, key, applied in preparations:
+    torch._dynamo.reset()  # graphs of models that are gone count against the limit, beyond which all runs eagerly
+    with torch.no_grad(), BACKENDS[setup.backend](), _graphs(len(preparations)), contextlib.ExitStack() as patches:
+        for name, key, applied, why_not in preparations:
             contender = Contender(name, key, mode)
             contenders.append(contender)
+            if why_not:
+                contender.skipped = why_not
+                continue
             twin = shapes.twin(model)
             try:
                 patches.enter_context(applied(twin))
@@ -175,6 +190,22 @@ def measure(
                 running[(turn + i) % len(running)].sample(device)
     base = {contender.method: contender.seconds for contender in running}
     return [{**setup.told(device), **c.row(base)} for c in contenders]
+
+
+def _graphs(models: int) -> AbstractContextManager[Any]:
+    """Lets torch.compile keep graphs of so many models of one class, each with a few kinds of block."""
+    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    return torch._dynamo.config.patch({name: 16 * models, "accumulated_" + name: 1024})
+
+
+def _unfit(method: Method, scope: str) -> str:
+    """Why a method cannot be measured by one step over and over, or not in this scope; nothing where it can."""
+    fusion = method.fusion
+    if fusion is not None and (fusion.timed or fusion.min_tokens == "auto"):
+        return "what it does depends on the step or the machine: measure it with eval.run"
+    if fusion is not None and scope == "attention" and set(fusion.layers) != {"attn"}:
+        return "there is self-attention alone in this scope"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -216,7 +247,7 @@ class Contender:
     run: Callable[[], Any] = lambda: None
     calls: int = 1  # in a timed sample
     seconds: list[float] = field(default_factory=list)
-    scratch: int = 0
+    scratch: int | None = None
     kernels: int | None = None
     skipped: str = ""
 
@@ -247,7 +278,9 @@ class Contender:
         full, least = base.get(FULL.name), base.get("ideal")
         share = None
         if full and least and self.method not in (FULL.name, "ideal"):
-            share = _figure(lambda f, m, i: (f - m) / (f - i), full, self.seconds, least)
+            saving = _figure(lambda f, m, i: f - i, full, self.seconds, least)
+            if saving["low"] > 0:  # else a share of it means nothing
+                share = _figure(lambda f, m, i: (f - m) / (f - i), full, self.seconds, least)
         p20, p50, p80 = torch.tensor(self.seconds).double().quantile(QUANTILES).tolist()
         return {
             **same,
@@ -272,13 +305,10 @@ def _figure(formula: Callable[[Tensor, Tensor, Tensor], Tensor], *seconds: list[
     return {"value": formula(*times.quantile(0.5, dim=-1)).item(), "low": low, "high": high}
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
-
-
-def peak(run: Callable[[], Any], device: torch.device) -> int:
-    """The most bytes one call holds beyond what was there before."""
+def peak(run: Callable[[], Any], device: torch.device) -> int | None:
+    """The most bytes one call holds beyond what was there before; None where torch does not tell."""
+    if device.type not in ("cpu", "cuda"):
+        return None
     gc.collect()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -343,20 +373,34 @@ def read(path: Path) -> dict[str, Any]:
     return found
 
 
-def quality(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """By a method's key: its figures in folders of eval.run."""
-    by_key: dict[str, dict[str, Any]] = {}
+def part(found: dict[str, Any], scopes: str | None, methods: str | None) -> dict[str, Any]:
+    """The results with the rows of these scopes and methods, and of full and ideal; all where none are named."""
+    rows = found["rows"]
+    if scopes:
+        known = choices(scopes, sorted({row["scope"] for row in rows}), "scope")
+        rows = [row for row in rows if row["scope"] in known]
+    if methods:
+        known = choices(f"full,ideal,{methods}", sorted({row["method"] for row in rows}), "method")
+        rows = [row for row in rows if row["method"] in known]
+    return {**found, "rows": rows}
+
+
+def quality(folders: Sequence[Path]) -> dict[str, dict[str, str]]:
+    """By a method's key, in folders of eval.run: its PSNR and LPIPS with their intervals."""
+    by_key: dict[str, dict[str, str]] = {}
     for folder in folders:
-        for row in report.read(folder)[0]["rows"]:
-            by_key.setdefault(row["key"], row.get("metrics", {}))
+        found = report.read(folder)[0]
+        metrics = [m for m in found["metrics"] if "skipped" not in m and m["name"].startswith(("PSNR", "LPIPS"))]
+        for row in found["rows"]:
+            figures = {f"{m['name']} {'↓' if m['lower_is_better'] else '↑'}": m for m in metrics}
+            own = {title: short(row.get("metrics", {}).get(m["name"]), m["digits"]) for title, m in figures.items()}
+            by_key.setdefault(row["key"], own)
     return by_key
 
 
-def markdown(found: dict[str, Any], figures: dict[str, dict[str, Any]]) -> str:
+def markdown(found: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
     """A table for each setup, for a page; with what each method costs in quality, where that was measured."""
-    metrics = list(
-        dict.fromkeys(name for own in figures.values() for name in own if name in QUALITY or "LPIPS" in name)
-    )
+    metrics = list(dict.fromkeys(title for own in figures.values() for title in own))
     lines = []
     for title, rows in _setups(found):
         columns = [*(column for column in COLUMNS if column != "kernels" or rows[0].get("kernels")), *metrics]
@@ -367,18 +411,13 @@ def markdown(found: dict[str, Any], figures: dict[str, dict[str, Any]]) -> str:
                 cells += [""] * (len(columns) - 1)
             else:
                 cells = cells[: 1 + len(columns) - len(metrics)]
-                cells += [_quality(figures.get(row["key"], {}).get(name)) for name in metrics]
+                cells += [figures.get(row["key"], {}).get(title, "–") for title in metrics]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
+    lines += [circumstances(found)]
     if metrics:
-        lines += ["Quality: on the embedded model, against its own full pictures (docs/results.md)."]
-    return "\n".join([*lines, circumstances(found), "", f"`{found['provenance']['command']}`"]) + "\n"
-
-
-def _quality(figure: dict[str, Any] | None) -> str:
-    if figure is None:
-        return "–"
-    return "∞" if figure["value"] is None else f"{figure['value']:.4g}"
+        lines += ["PSNR, LPIPS: of the embedded model's pictures, against the full ones (docs/results.md)."]
+    return "\n".join([*lines, "", f"`{found['provenance']['command']}`"]) + "\n"
 
 
 def terminal(found: dict[str, Any], console: Console) -> None:
@@ -394,7 +433,6 @@ def terminal(found: dict[str, Any], console: Console) -> None:
     console.print(circumstances(found), style="dim", highlight=False, markup=False)
 
 
-QUALITY = ("PSNR", "MS-SSIM")
 COLUMNS = ("ms", "speed-up", "share of the ideal saving", "scratch", "kernels")
 
 
@@ -405,20 +443,20 @@ def _setups(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
         what = SCOPES[row["scope"]]
         compiled = f", torch.compile {row['mode']}" if row["compiled"] else ""
         backend = "" if row["backend"] == "default" else f", {row['backend']} attention"
-        titled.setdefault(f"{row['case']} px, {what}, batch {row['batch']}{compiled}{backend}", []).append(row)
+        titled.setdefault(f"{row['case']}, {what}, batch {row['batch']}{compiled}{backend}", []).append(row)
     return list(titled.items())
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if "skipped" in row:
         return [row["method"], f"skipped: {row['skipped']}"]
-    share = row["share"]
+    share, gain = row["share"], None if row["method"] == FULL.name else row["speedup"]
     return [
         row["method"],
         f"{1000 * row['p50']:.1f} ({1000 * row['p20']:.1f}–{1000 * row['p80']:.1f})",
-        f"{row['speedup']['value']:.2f}×" if row["speedup"] else "–",
+        f"{gain['value']:.2f}× ({gain['low']:.2f}–{gain['high']:.2f})" if gain else "–",
         f"{share['value']:.2f} ({share['low']:.2f}–{share['high']:.2f})" if share else "–",
-        f"{row['scratch_bytes'] / 2**20:,.0f} MiB",
+        "–" if row["scratch_bytes"] is None else f"{row['scratch_bytes'] / 2**20:,.0f} MiB",
         "–" if row["kernels"] is None else str(row["kernels"]),
     ]
 
@@ -429,8 +467,8 @@ def circumstances(found: dict[str, Any]) -> str:
     return (
         f"ratio {s['ratio']:g}, {s['rounds']} rounds in turns · {s['dtype']} on {s['device']} · torch {s['torch']}, "
         f"diffusers {p['packages'].get('diffusers', 'unknown')} · commit {p['commit'] or 'unknown'}. ms: median and "
-        "20th to 80th percentile; share: of medians, with a 95 % interval; scratch: the most memory a call holds, its "
-        "result included."
+        "20th to 80th percentile; speed-up, share: of medians, with a 95 % interval; scratch: the most memory a call "
+        "holds, its result included."
     )
 
 

@@ -23,7 +23,7 @@ OTHER_SEEDS = 1_000_003  # added to every seed of the scale row; further than an
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the results.
+    """One row of the results. fusion: of this package's methods.
 
     name: as it was asked for. key: its folder. identity: all that decides its pictures beside the run's settings.
     applied: a context in which a pipeline draws by this method. missing: what to install, where it cannot be had.
@@ -34,6 +34,7 @@ class Method:
     ratio: float | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     applied: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    fusion: TokenFusion | None = None
     seed_shift: int = 0
     missing: str | None = None
 
@@ -68,7 +69,7 @@ def _one(name: str, ratio: float) -> Method:
     except (ValueError, TypeError) as error:
         raise EvalError(str(error)) from error
     identity = {"fusion": repr(fusion_fields(fusion)), "code": code()}
-    return Method(name, fusion.key, fusion.ratio, identity, partial(tofu_sd.patched, ratio=fusion))
+    return Method(name, fusion.key, fusion.ratio, identity, partial(tofu_sd.patched, ratio=fusion), fusion)
 
 
 def fusion_fields(fusion: TokenFusion) -> dict[str, Any]:
@@ -88,11 +89,19 @@ def _tomesd(ratio: float) -> Method:
 def _with_tomesd(pipe: Any, ratio: float) -> Iterator[Any]:
     import tomesd
 
-    tomesd.apply_patch(pipe, ratio=ratio, use_rand=False)  # random destinations would depend on what was drawn before
+    # random destinations would depend on what was drawn before; left to itself it does nothing on SDXL
+    tomesd.apply_patch(pipe, ratio=ratio, use_rand=False, max_downsample=_top_downsample(pipe))
     try:
         yield pipe
     finally:
         tomesd.remove_patch(pipe)
+
+
+def _top_downsample(pipe: Any) -> int:
+    """The latent's side over that of the highest resolution with attention: 1 for SD 1.x and 2.x, 2 for SDXL."""
+    config = getattr(getattr(pipe, "unet", pipe), "config", None)
+    kinds = getattr(config, "down_block_types", None) or ()
+    return 2 ** next((level for level, kind in enumerate(kinds) if "CrossAttn" in kind), 0)
 
 
 @cache

@@ -62,6 +62,12 @@ def label(row: dict[str, Any]) -> str:
     return row["method"] if row["ratio"] is None else f"{row['method']} {100 * row['ratio']:g}%"
 
 
+def short(figure: dict[str, Any] | None, digits: int) -> str:
+    """A metric's figure with its interval, in a cell of another table."""
+    cell = _figure(figure, digits, None)
+    return f"{cell.value} ({cell.interval})" if cell.interval else cell.value
+
+
 def _spread(spread: dict[str, Any] | None, digits: int, unit: str = "") -> Cell:
     if spread is None:
         return Cell("–")

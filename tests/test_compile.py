@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounter
 import tofu_sd
 from tofu_sd import TokenFusion
 from tofu_sd.recipes import named
+from tofu_sd.reduce import prune
 
 SIZES = [(16, 16), (24, 16), (16, 24), (32, 16), (8, 24), (40, 16), (20, 20), (17, 13)]
 RATIOS = [0.5, 0.25, 0.75, 0.1, 0.6]
@@ -90,6 +91,17 @@ def test_patching_and_restoring_a_compiled_model_takes_effect(regional: bool, op
         assert not torch.equal(fused, plain)
     tofu_sd.remove_patch(model)
     assert torch.equal(tiny.predict(model), plain)
+
+
+def test_a_reduction_of_ones_own_compiles_before_it_ever_ran() -> None:
+    """Compiled code knows reductions by number; a number given out while it is traced would come too late."""
+
+    def halved(x: Any, map: Any) -> Any:
+        return 0.5 * prune(x, map)
+
+    unet, eager = (tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, early=halved, late=halved) for _ in range(2))
+    model, _ = compiled(unet, regional=False)
+    assert torch.equal(tiny.predict(model), tiny.predict(eager))
 
 
 def test_gradients_flow_through_compiled_fusion() -> None:

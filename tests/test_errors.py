@@ -204,3 +204,21 @@ def test_a_layer_of_another_class_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"norm layer is a .*Other, not a plain LayerNorm"):
         tofu_sd.apply_patch(unet)
     assert not any("_tofu" in vars(module) or module._forward_pre_hooks for module in unet.modules())
+
+
+def test_an_interrupt_while_the_patch_is_put_on_leaves_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet = tiny.sd15_unet()
+    plain = tiny.predict(unet)
+    classes = [type(module) for module in unet.modules()]
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(unet.up_blocks[3].attentions[1], "register_forward_pre_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tofu_sd.apply_patch(unet, 0.5)
+    monkeypatch.undo()
+    assert [type(module) for module in unet.modules()] == classes
+    assert not any(module._forward_pre_hooks or "_tofu" in vars(module) for module in unet.modules())
+    assert torch.equal(tiny.predict(unet), plain)
+    assert not torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5)), plain)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch._dynamo.testing import CompileCounter
 
 import tofu_sd
 from eval import bench, shapes
@@ -38,6 +39,7 @@ def test_the_top_level_is_the_real_models(case: Case) -> None:
             for model, row in ((whole, a), (part, b))
         )
         assert theirs == mine
+        assert whole.get_submodule(a.name).attn1.heads == part.get_submodule(b.name).attn1.heads
 
 
 def test_alone_only_self_attention_is_left() -> None:
@@ -117,15 +119,56 @@ def test_what_there_was_no_time_for_is_a_row_that_says_so(
 
 def test_the_table_holds_speed_and_quality(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rows = run(capsys, "--method", "tofu,tome+p", "--scope", "attention", "--out", str(tmp_path / "b.json"))
-    figures = {"tofu-r50": {"PSNR": {"value": 36.65, "low": 35.6, "high": 37.61}}}
+    figures = {"tofu-r50": {"PSNR ↑": "36.65 (35.60–37.61)"}}
     text = bench.markdown(bench.read(tmp_path / "b.json"), figures)
     line = next(line for line in text.splitlines() if line.startswith("| tofu "))
     assert f"{1000 * rows[2]['p50']:.1f} (" in line
-    assert line.endswith("| 36.65 |")
+    assert line.endswith("| 36.65 (35.60–37.61) |")
     assert next(line for line in text.splitlines() if line.startswith("| tome+p ")).endswith("| – |")
     assert "`python -m eval.bench --case small-128" in text
+    assert bench.main(["--table", str(tmp_path / "b.json"), "--method", "tofu", "--scope", "attention"]) == 0
+    printed = capsys.readouterr().out
+    assert [line.split(" |")[0] for line in printed.splitlines() if line.startswith("| ")] == [
+        "| method", "| full", "| ideal", "| tofu"
+    ]  # fmt: skip
+    assert bench.main(["--table", str(tmp_path / "b.json"), "--method", "tofoo"]) == 2
+    assert "unknown method 'tofoo' (did you mean 'tofu'?)" in capsys.readouterr().err
     assert bench.main(["--table", str(tmp_path / "none.json")]) == 2
     assert "none.json holds no results" in capsys.readouterr().err
+
+
+def test_every_model_is_compiled_however_many_there_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond its limit of graphs of one class, torch.compile runs eagerly with no more than a warning."""
+    counted: list[Any] = []
+    plain = torch.compile
+
+    def counting(model: Any, **options: Any) -> Any:
+        counted.append(CompileCounter())
+        return plain(model, backend=counted[-1])
+
+    monkeypatch.setattr(bench.torch, "compile", counting)
+    names = ",".join(f"tofu@depth_split={d}" for d in range(9))
+    run(capsys, "--method", names, "--scope", "attention", "--compile", "default")
+    assert len(counted) == 11
+    assert all(counter.frame_count >= 1 for counter in counted)
+
+
+def test_what_one_step_cannot_show_is_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    names = "tofu@match_every=3,tofu@start=0.5,tofu@merge_mlp=True"
+    rows = run(capsys, "--method", names, "--scope", "attention")[2:]
+    assert ["step or the machine" in row["skipped"] for row in rows] == [True, True, False]
+    assert "self-attention alone" in rows[2]["skipped"]
+
+
+def test_a_share_of_no_saving_is_none() -> None:
+    contender = bench.Contender("tofu", "tofu-r50", None, seconds=[1.0, 1.1, 0.9, 1.0])
+    base = {"full": [1.0, 1.2, 0.8, 1.0], "ideal": [1.0, 0.9, 1.1, 1.0]}
+    row = contender.row(base)
+    assert row["share"] is None
+    assert row["speedup"]["value"] == 1
+    assert contender.row({"full": [2.0] * 4, "ideal": [0.5] * 4})["share"]["value"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("backend", ["math", "slicing"])

@@ -149,6 +149,15 @@ def test_numbers_that_are_none_still_give_a_map(value, share):
     assert all(len(row.unique()) == 18 for row in map.kept)
 
 
+def test_nobody_joins_a_destination_that_is_no_number():
+    """One broken token must not take all others with it; alike tokens have better destinations than that."""
+    parts = partition(6, 6, 2, 2, CPU)
+    x = torch.rand(1, 36, 4, generator=torch.Generator().manual_seed(0)) + 0.1  # all cosines are positive
+    x[0, parts.dst[3]] = float("nan")
+    map = bipartite_soft_matching(x, parts, 18)
+    assert (map.home[0] == map.home[0, parts.dst[3]]).sum() == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_does_not_coarsen_the_matching(dtype):
     parts = partition(32, 32, 2, 2, CPU)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tofu_sd
-from eval import EvalError, pages
+from eval import EvalError, bench, pages
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,6 +40,8 @@ def test_its_evaluation_commands_are_understood():
     assert len(commands) >= 3
     for command in commands:
         parser().parse_args(command.split())
+    for command in re.findall(r"python -m eval\.bench (.*)", "\n".join(blocks("bash"))):
+        bench.parser().parse_args(command.split())
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))])

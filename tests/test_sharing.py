@@ -73,6 +73,17 @@ def test_guidance_shares_the_positive_prompts_map(matched: list[int]) -> None:
     assert matched == [2] * 5 + [1] * 5
 
 
+def test_the_second_half_is_the_one_that_is_matched() -> None:
+    """Pipelines put the positive prompt second; its half comes out as it would alone."""
+    unet, call = tiny.sd15_unet(), tiny.inputs(tiny.sd15_unet())
+    alone = {name: value[1:] if value.ndim else value for name, value in call.items()}
+    positive = tiny.predict(tofu_sd.apply_patch(unet, 0.5), **alone)
+    both = tiny.predict(tofu_sd.apply_patch(unet, 0.5, share_guidance=True), **call)
+    torch.testing.assert_close(both[1:], positive, rtol=0, atol=1e-4)  # a batch of two is added up in another order
+    own = tiny.predict(tofu_sd.apply_patch(unet, 0.5), **call)
+    assert (both[:1] - own[:1]).abs().max() > 1e-3
+
+
 def test_guidance_cannot_share_an_odd_batch() -> None:
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, share_guidance=True)
     with pytest.raises(ValueError, match=r"share_guidance .* 3 samples"):

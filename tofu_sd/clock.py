@@ -38,7 +38,7 @@ class Clock:
         self.open = True  # whether the step lies in the window
         self.anew = True  # whether maps of earlier calls are out of date
         self._step = 0
-        self._last: tuple[float, weakref.ref[Tensor]] | None = None
+        self._last: tuple[float, weakref.ref[Tensor], bool] | None = None
         self._layouts: dict[tuple[int, int, torch.device], Layout] = {}
         self._lengths: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -74,13 +74,17 @@ class Clock:
     def _count(self, t: float, conditioning: Tensor | None) -> None:
         """Decides whether maps are out of date: every so many steps, and whenever this may be another picture.
 
-        Steps of one picture fall in time and show the model the same tensor of conditioning; whatever is drawn before,
-        a picture starts with maps of its own.
+        Steps of one picture fall in time and show the model the same tensor of conditioning. Pipelines make that tensor
+        anew for each picture, which therefore starts with maps of its own whatever was drawn before it.
         """
-        goes_on = self._last is not None and t < self._last[0] and self._last[1]() is conditioning is not None
+        mode = torch.is_inference_mode_enabled()  # whose tensors cannot be used outside it
+        goes_on = False
+        if self._last is not None and conditioning is not None:
+            before, shown, made_in = self._last
+            goes_on = t < before and shown() is conditioning and made_in == mode
         self._step = self._step + 1 if goes_on else 0
         self.anew = self._step % self.fusion.match_every == 0
-        self._last = None if conditioning is None else (t, weakref.ref(conditioning))
+        self._last = None if conditioning is None else (t, weakref.ref(conditioning), mode)
 
     def layout(self, h: int, w: int, device: torch.device) -> Layout | None:
         """The layout of an h × w map at this step; None where no token leaves, or outside the step window."""

@@ -59,7 +59,8 @@ class SiteFusion:
 
     def __init__(self, fusion: TokenFusion, reduction: Reduction, relay: Relay | None = None):
         self.reduction = reduction
-        self.place: Tensor | None = None  # [n], whose length is the number of the reduction
+        self.number = place_of(reduction)
+        self.place: Tensor | None = None  # [number], from which compiled code reads it
         self.relay = relay
         self.proportional = fusion.proportional
         self.keys_only = fusion.keys_only
@@ -122,6 +123,10 @@ class SiteFusion:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "layout": None, "map": None, "place": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.number = place_of(self.reduction)  # in this process
+
 
 class _Tick:
     """Forward pre-hook of the model: tells the clock the step, where that matters, and lets go of older maps."""
@@ -154,7 +159,7 @@ class _LayOut:
         layout = self.clock.layout(h, w, x.device) if h * w >= self.least else None
         for site in self.sites:
             site.layout = layout
-            site.place = self.clock.length(place_of(site.reduction), x.device)
+            site.place = self.clock.length(site.number, x.device)
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,7 @@ def plan(
     hooks: list[tuple[nn.Module, _Tick | _LayOut]] = []
     if fusion.timed or relays:
         hooks.append((model, _Tick(clock, tuple(relays.values()))))
-    least = fusion.min_tokens if isinstance(fusion.min_tokens, int) else 0
+    least = 0 if fusion.min_tokens == "auto" else int(fusion.min_tokens)
     levels = {site.canvas: site.level for site in chosen}
     hooks += [(canvas, _LayOut(clock, states, levels[canvas], least)) for canvas, states in canvases.items()]
     return Patch(fusion, chosen, down_path, tuple(swaps), tuple(hooks))
@@ -214,23 +219,32 @@ def patch_of(model: nn.Module) -> Patch | None:
 
 
 def attach(model: nn.Module, patch: Patch) -> None:
-    """Puts a planned patch on the model, which has none."""
-    for part, _, fused, state in patch.swaps:
-        part.__class__ = fused
-        setattr(part, ATTRIBUTE, state)
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in patch.hooks]
-    setattr(model, ATTRIBUTE, replace(patch, handles=tuple(handles)))
+    """Puts a planned patch on the model, which has none: all of it, or whatever interrupts, nothing."""
+    handles: list[RemovableHandle] = []
+    try:
+        for part, _, fused, state in patch.swaps:
+            part.__class__ = fused
+            setattr(part, ATTRIBUTE, state)
+        handles += (module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in patch.hooks)
+        setattr(model, ATTRIBUTE, replace(patch, handles=tuple(handles)))
+    except BaseException:
+        _undo(patch, handles)
+        raise
 
 
 def detach(model: nn.Module) -> None:
     """Undoes `attach`: every class, attribute and hook is what it was before."""
     patch: Patch = getattr(model, ATTRIBUTE)
-    for handle in patch.handles:
+    _undo(patch, patch.handles)
+    delattr(model, ATTRIBUTE)
+
+
+def _undo(patch: Patch, handles: Sequence[RemovableHandle]) -> None:
+    for handle in handles:
         handle.remove()
     for part, original, _, _ in patch.swaps:
-        delattr(part, ATTRIBUTE)
+        vars(part).pop(ATTRIBUTE, None)
         part.__class__ = original
-    delattr(model, ATTRIBUTE)
 
 
 def leave_alone(model: nn.Module, least: dict[int, int]) -> None:

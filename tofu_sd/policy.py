@@ -57,7 +57,9 @@ class TokenFusion:
         share_guidance: match the second half of the batch, the positive prompt, and use its maps for both halves; only
             for pipelines that put the negative and the positive prompt in one batch.
         match_every: match anew every so many steps of a picture. Steps are known by the `encoder_hidden_states`
-            that a pipeline shows its model in all of them; where they are not the same tensor, every step matches.
+            that a pipeline shows its model in all of them; where they are not the same tensor, every step matches. (A
+            loop of one's own that breaks a picture off and begins another one later in the schedule with the same
+            tensor would begin with the old map.)
     To tinker with
         sx, sy: cell of the destination grid; one token a cell is a destination.
         seed: None takes each cell's top-left token, an integer draws it anew every step (the same image every time).
@@ -105,6 +107,10 @@ class TokenFusion:
         least = self.min_tokens
         if least != "auto" and (isinstance(least, str) or not _whole(least) or least < 0):
             raise ValueError(f"min_tokens is {self.min_tokens!r}; it must be 'auto' or a whole number of at least 0")
+        if least == "auto" and not self.merge_attn:
+            raise ValueError(
+                "min_tokens is 'auto', which measures self-attention, and merge_attn is False: give a number"
+            )
         if self.window is not None and (not _whole(self.window) or self.window < 1):
             raise ValueError(f"window is {self.window!r}; it must be None or a whole number of cells, at least 1")
         if not _number(self.ratio):

@@ -45,11 +45,14 @@ def mlerp(x: Tensor, map: TokenMap) -> Tensor:
 
 REDUCTIONS: dict[str, Reduction] = {"prune": prune, "mean": mean, "mlerp": mlerp}
 
-_PLACES: dict[Reduction, int] = {}
+_PLACES: dict[Reduction, int] = {reduction: i for i, reduction in enumerate(REDUCTIONS.values(), 2)}
 
 
 def place_of(reduction: Reduction) -> int:
-    """The number by which `fuse` knows a reduction, from 2 on: compilers take 0 and 1 for constants."""
+    """The number by which `fuse` knows a reduction, from 2 on: compilers take 0 and 1 for constants.
+
+    To be asked outside of compiled code, which puts off what it changes until its graph has run.
+    """
     return _PLACES.setdefault(reduction, len(_PLACES) + 2)
 
 

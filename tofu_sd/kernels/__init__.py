@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +33,11 @@ def why_not(x: Tensor) -> str | None:
         return "reference_only() is in force"
     if x.device.type != "cuda":
         return f"the tokens are on {x.device.type}, the kernels run on cuda"
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the tokens are {str(x.dtype).removeprefix('torch.')}, the kernels take float32, float16 and bfloat16"
     if x.requires_grad and torch.is_grad_enabled():
         return "the tokens carry a gradient, which the kernels do not"
-    return None
+    return _fault(x.device, x.dtype)
 
 
 def can_fuse(x: Tensor) -> bool:
@@ -48,10 +46,37 @@ def can_fuse(x: Tensor) -> bool:
 
 
 @cache
-def _triton() -> ModuleType:
-    from . import triton
+def _fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with the kernels on a device, tried once: no compiler, too old a GPU, other results."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    x = torch.tensor([[[1.0, 0], [0, 1], [2, 0], [0, 3], [1, 1]]], device=device, dtype=dtype)
+    src, dst = torch.tensor([2, 3, 4], device=device), torch.tensor([0, 1], device=device)
 
-    return triton
+    def steps(run: Callable[[str], Callable[..., Any]]) -> list[Tensor]:
+        best, target = (found[:, 0] for found in run("nearest")(x, src[None], dst[None]))
+        kept, home = run("assemble")(best, target, src, dst, 2)
+        return [target, kept, home, run("take")(x, kept), run("merge")(x, home, 3, True)]
+
+    try:
+        with torch.no_grad():
+            ours, theirs = steps(lambda name: _launcher(name, device)), steps(lambda name: getattr(reference, name))
+            same = all(torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))
+        return None if same else "the kernels disagree with the reference here"
+    except Exception as error:  # whatever the driver or the compiler says is the reason
+        return " ".join(f"the kernels do not run here: {error}".split())[:300]
+
+
+def _launcher(name: str, device: torch.device) -> Callable[..., Any]:
+    """A kernel, launched on this device: Triton itself takes the current one."""
+
+    def launch(*args: Any) -> Any:
+        from . import triton
+
+        with torch.cuda.device(device):
+            return getattr(triton, name)(*args)
+
+    return launch
 
 
 @torch.library.custom_op(
@@ -60,7 +85,7 @@ def _triton() -> ModuleType:
 def nearest(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.nearest`, as an operator: a compiler would unroll its loop over chunks for one size alone."""
     if can_fuse(metric):
-        return _triton().nearest(metric, src, dst)
+        return _launcher("nearest", metric.device)(metric, src, dst)
     on_cpu = _enabled and metric.device.type == "cpu" and metric.dtype != torch.float64 and cpu.available()
     return (cpu if on_cpu else reference).nearest(metric, src, dst)
 
@@ -74,19 +99,21 @@ def _(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
 
 def assemble(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """`reference.assemble`."""
-    return (_triton() if _eager(best) else reference).assemble(best, target, src, dst, r)
+    return _chosen("assemble", best)(best, target, src, dst, r)
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
     """`reference.take`."""
-    return (_triton() if _eager(x) else reference).take(x, at)
+    return _chosen("take", x)(x, at)
 
 
 def merge(x: Tensor, home: Tensor, K: int, largest_norm: bool) -> Tensor:
     """`reference.merge`."""
-    return (_triton() if _eager(x) else reference).merge(x, home, K, largest_norm)
+    return _chosen("merge", x)(x, home, K, largest_norm)
 
 
-def _eager(x: Tensor) -> bool:
-    """Whether a kernel is to be launched here and now: a compiler makes its own of the reference."""
-    return not torch.compiler.is_compiling() and can_fuse(x)
+def _chosen(name: str, x: Tensor) -> Callable[..., Any]:
+    """The kernel where it can be launched here and now, else the reference, of which a compiler makes its own."""
+    if not torch.compiler.is_compiling() and can_fuse(x):
+        return _launcher(name, x.device)
+    return getattr(reference, name)

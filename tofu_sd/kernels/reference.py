@@ -33,7 +33,7 @@ def nearest(
         # cosines near 1 are closer together than half precision can tell; its ties would all fall at the picture's top
         dtype = torch.promote_types(metric.dtype, torch.float32)
         toward = _window(metric, dst, dtype)  # [B, T, D, C]
-        toward = toward / _norm(toward)
+        toward = (toward / _norm(toward)).nan_to_num_(nan=0)  # a destination that is no number is like nothing
         best = metric.new_empty((B, T, S), dtype=dtype)
         target = metric.new_empty((B, T, S), dtype=torch.long)
         rows = max(1, SCRATCH // (B * T * (C + D) * dtype.itemsize))
@@ -89,7 +89,11 @@ def merge(x: Tensor, home: Tensor, K: int, largest_norm: bool) -> Tensor:
     full = x.to(dtype)
     tokens, ends = bags(home, K)
     begins = torch.cat((ends.new_zeros(1), ends[:-1]))
-    average = F.embedding_bag(tokens, full.flatten(0, 1), begins, mode="mean").view(len(x), K, -1)
+    if x.device.type == "mps":  # which lacks bags in older torch, and adds in an order that repeats
+        total = full.new_zeros(len(x) * K, x.shape[-1]).index_add(0, _across(home, K).flatten(), full.flatten(0, 1))
+        average = (total / (ends - begins).unsqueeze(-1)).view(len(x), K, -1)
+    else:
+        average = F.embedding_bag(tokens, full.flatten(0, 1), begins, mode="mean").view(len(x), K, -1)
     if not largest_norm:
         return average.to(x.dtype)
     norm = torch.linalg.vector_norm(full, dim=-1)  # [B, N]

@@ -22,7 +22,7 @@ def nearest(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     target = torch.empty(B, T, S, dtype=torch.long, device=metric.device)
     wide = metric.dtype == torch.float32  # whose products run on fewer units, and whose tiles are twice as large
     rows, cols = (32, 64) if wide else (64, 128)
-    _nearest[(triton.cdiv(S, rows), B * T)](
+    _nearest[(B * T, triton.cdiv(S, rows))](
         metric, src, dst, best, target, N, C, T, S, D,
         ROWS=rows, COLS=min(cols, max(16, triton.next_power_of_2(D))), CHANNELS=32 if wide else 64, num_warps=4,
     )  # fmt: skip
@@ -34,9 +34,9 @@ def _nearest(
     x_ptr, src_ptr, dst_ptr, best_ptr, target_ptr, N, C, T, S, D,
     ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    sample, window = (tl.program_id(1) // T).to(tl.int64), tl.program_id(1) % T
+    sample, window = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
     x_ptr += sample * N * C
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     src = tl.load(src_ptr + window * S + row, mask=row < S, other=0)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     target = tl.zeros([ROWS], tl.int64) + tl.load(dst_ptr + window * D)
@@ -55,15 +55,18 @@ def _nearest(
             length += tl.sum(a.to(tl.float32) * a.to(tl.float32), axis=1)
             toward += tl.sum(b.to(tl.float32) * b.to(tl.float32), axis=1)
         scores = scores / tl.maximum(tl.sqrt(toward), 1.1754944e-38)[None, :]
-        scores = tl.where((col[None, :] < D) & (scores == scores), scores, float("-inf"))  # a NaN equals nothing
+        scores = tl.where(
+            scores == scores, scores, 0.0
+        )  # what is no number, and does not equal itself, is like nothing
+        scores = tl.where(col[None, :] < D, scores, float("-inf"))
         here, at = tl.max(scores, axis=1, return_indices=True, return_indices_tie_break_left=True)
         better = here > best
         found = tl.load(dst_ptr + window * D + start + at, mask=better, other=0)
         target = tl.where(better, found, target)
         best = tl.where(better, here, best)
     best = best / tl.maximum(tl.sqrt(length), 1.1754944e-38)
-    finite = (best == best) & (tl.abs(best) < float("inf"))
-    out = tl.program_id(1).to(tl.int64) * S + row
+    finite = (length < float("inf")) & (tl.abs(best) < float("inf"))  # a NaN is not less than anything
+    out = tl.program_id(0).to(tl.int64) * S + row
     tl.store(best_ptr + out, tl.where(finite, best, -1.0), mask=row < S)
     tl.store(target_ptr + out, target, mask=row < S)
 
@@ -73,12 +76,12 @@ def assemble(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> 
     (B, S), D = best.shape, len(dst)
     kept = torch.empty(B, S + D - r, dtype=torch.long, device=best.device)
     home = torch.empty(B, S + D, dtype=torch.long, device=best.device)
-    least = best.topk(r, dim=1, sorted=False).values.amin(dim=1)
+    least = best.topk(r, dim=1, sorted=False).values.amin(dim=1) if r else best.new_full((B,), float("inf"))
     before = torch.searchsorted(src, dst)  # how many sources come before each destination
     gone = torch.empty(B, S + 1, dtype=torch.int32, device=best.device)
     _assemble[(B,)](
-        best, target, least, src.contiguous(), dst.contiguous(), before, gone, kept, home, r, S, D,
-        BLOCK=1024, num_warps=8,
+        best.contiguous(), target.contiguous(), least, src.contiguous(), dst.contiguous(), before, gone, kept, home,
+        r, S, D, BLOCK=1024, num_warps=8,
     )  # fmt: skip
     return kept, home
 
