@@ -269,7 +269,7 @@ def test_the_embedded_model_is_judged_by_its_own_classifier(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--method", "tofuu"], "unknown method 'tofuu' (did you mean 'tofu'?); known: full, tofu, tome"),
+        (["--method", "tofuu"], "unknown method 'tofuu' (did you mean 'tofu'?); known: full, tofu, tofu-fast"),
         (["--method", "tofu,tomsd"], "'tomsd' (did you mean 'tomesd'?)"),
         (["--method", "tofu@level=2"], "'level' (did you mean 'levels'?)"),
         (["--method", ""], "unknown method ''"),
