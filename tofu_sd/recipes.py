@@ -14,7 +14,7 @@ TOME = TokenFusion(early=mean, late=mean)  # Token Merging for Fast Stable Diffu
 PRUNE = TokenFusion(early=prune, late=prune)  # ToFu Table 3, PPP…: prune everywhere
 MLERP = TokenFusion(early=mlerp, late=mlerp)  # ToFu Eq. 10 everywhere
 
-TOFU_FAST = replace(TOFU, share_level=True)  # ToFu that matches once a step: docs/performance.md
+TOFU_FAST = replace(TOFU, window=8)  # ToFu that looks around in squares of 16 x 16 tokens: docs/performance.md
 TOFU_MAX = replace(TOFU_FAST, levels=2, merge_crossattn=True, merge_mlp=True)  # all layers of two resolutions
 
 RECIPES = {"tofu": TOFU, "tofu-fast": TOFU_FAST, "tofu-max": TOFU_MAX, "tome": TOME, "prune": PRUNE, "mlerp": MLERP}
