@@ -1,6 +1,6 @@
 """Milliseconds of each step of fusing one 64 x 64 x 320 map of two samples, the size of Stable Diffusion 1.5 at 512 px.
 
-`python benchmarks/steps.py`; PYTHONPATH=another/checkout times that one.
+`python -m benchmarks.steps [THREADS]`; `PYTHONPATH=CHECKOUT python benchmarks/steps.py` times another checkout.
 """
 
 import sys

@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bench(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     """What results hold: rows, and the circumstances they were measured in."""
-    started = _now()
+    started = provenance.now()
     if options.quick:
         options.case, options.scope, options.rounds = "sd15-512", "attention", 10
     cases = [CASES[name] for name in choices(options.case, CASES, "case")]
@@ -151,7 +150,7 @@ def bench(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
                 rows.append({**setup.told(device), **Contender("all", "all", mode, skipped=OUT_OF_TIME).row({})})
             else:
                 rows += measure(setup, chosen, mode, options.rounds, device)
-    told = provenance.collect("eval.bench", list(argv), device, None, started, _now())
+    told = provenance.collect("eval.bench", list(argv), device, None, started, provenance.now())
     settings = {"ratio": options.ratio, "batch": options.batch, "rounds": options.rounds,
                 "device": provenance.device_name(device), "dtype": str(dtype).removeprefix("torch."),
                 "torch": str(torch.__version__)}  # fmt: skip
@@ -470,10 +469,6 @@ def circumstances(found: dict[str, Any]) -> str:
         "20th to 80th percentile; speed-up, share: of medians, with a 95 % interval; scratch: the most memory a call "
         "holds, its result included."
     )
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 if __name__ == "__main__":

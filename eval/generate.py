@@ -27,6 +27,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from tofu_sd.calibrate import synchronize
+
 from . import EvalError
 from .files import read_json, write, write_json
 from .methods import Method
@@ -152,7 +154,7 @@ def draw(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     images = pipe(
         prompt=[request.prompt for request in requests],
@@ -163,7 +165,7 @@ def draw(
         output_type="pil",
         **guidance,
     ).images
-    _synchronize(device)
+    synchronize(device)
     seconds = time.perf_counter() - start
     return images, seconds, torch.cuda.max_memory_allocated(device) - held if cuda else None
 
@@ -187,13 +189,6 @@ def _save(
             **figures,
         },
     )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 @contextmanager

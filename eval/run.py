@@ -16,7 +16,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any], Path]:
     """(results, folder) of one run. Everything that can be refused is refused before the first file is written."""
-    started = _now()
+    started = provenance.now()
     chosen = methods.parse(options.method, _ratios(options.ratio)) + [SCALE] * options.scale_row
     requests = prompts.load(options.prompts, options.seed)
     asked = requests[: options.limit]
@@ -153,7 +152,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     first = asked[:2]
     loaded = metrics.usable(loaded, load(out / FULL.key, first), [request.prompt for request in first])
     scores = score(out, settings, asked, chosen, loaded)
-    told = provenance.collect("eval.run", list(argv), device, memory, started, _now())
+    told = provenance.collect("eval.run", list(argv), device, memory, started, provenance.now())
     found = report.results(settings, scores, describe(loaded), told, of=len(requests))
     report.save(out, found, scores)
     return found, out
@@ -220,10 +219,6 @@ def _ratios(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise EvalError(f"--ratio is {text!r}; it must be a number or several with commas between") from error
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 if __name__ == "__main__":

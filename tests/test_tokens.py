@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tofu_sd.match import bipartite_soft_matching, partition
-from tofu_sd.reduce import REDUCTIONS, fuse, mean, mlerp, place_of, prune, unmerge
+from tofu_sd.reduce import REDUCTIONS, fuse, mean, mlerp, number_of, prune, unmerge
 from tofu_sd.tokens import TokenMap
 
 CPU = torch.device("cpu")
@@ -169,8 +169,8 @@ def test_the_operator_of_all_reductions_is_each_of_them(case, dtype):
         return 2 * prune(x, map)
 
     for reduction in (*REDUCTIONS.values(), double):
-        assert place_of(reduction) >= 2
-        assert torch.equal(fuse(x, *map, place_of(reduction)), reduction(x, map))
+        assert number_of(reduction) >= 2
+        assert torch.equal(fuse(x, *map, number_of(reduction)), reduction(x, map))
 
 
 @given(maps(), st.integers(0, 40))

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from .clock import Clock, Layout
 from .match import bipartite_soft_matching
 from .policy import TokenFusion
-from .reduce import Reduction, fuse, place_of, unmerge
+from .reduce import Reduction, fuse, number_of, unmerge
 from .tokens import TokenMap
 
 ATTRIBUTE = "_tofu"
@@ -59,8 +59,8 @@ class SiteFusion:
 
     def __init__(self, fusion: TokenFusion, reduction: Reduction, relay: Relay | None = None):
         self.reduction = reduction
-        self.number = place_of(reduction)
-        self.place: Tensor | None = None  # [number], from which compiled code reads it
+        self.number = number_of(reduction)
+        self.as_length: Tensor | None = None  # [number], from which compiled code reads it
         self.relay = relay
         self.proportional = fusion.proportional
         self.keys_only = fusion.keys_only
@@ -107,8 +107,8 @@ class SiteFusion:
     def reduce(self, x: Tensor, map: TokenMap) -> Tensor:
         """The site's reduction of x [B, N, C]: [B, K, C]."""
         gradient = x.requires_grad and torch.is_grad_enabled()
-        if self.place is not None and torch.compiler.is_compiling() and not gradient:
-            return fuse(x, map.kept, map.home, len(self.place))
+        if self.as_length is not None and torch.compiler.is_compiling() and not gradient:
+            return fuse(x, map.kept, map.home, len(self.as_length))
         return self.reduction(x, map)
 
     def key_bias(self, x: Tensor, map: TokenMap) -> Tensor | None:
@@ -121,11 +121,11 @@ class SiteFusion:
         return layer(x) if map is None else unmerge(layer(self.reduce(x, map)), map)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": None, "map": None, "place": None}
+        return {**self.__dict__, "layout": None, "map": None, "as_length": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.number = place_of(self.reduction)  # in this process
+        self.number = number_of(self.reduction)  # in this process
 
 
 class _Tick:
@@ -159,7 +159,7 @@ class _LayOut:
         layout = self.clock.layout(h, w, x.device) if h * w >= self.least else None
         for site in self.sites:
             site.layout = layout
-            site.place = self.clock.length(site.number, x.device)
+            site.as_length = self.clock.length(site.number, x.device)
 
 
 @dataclass(frozen=True)

@@ -45,28 +45,28 @@ def mlerp(x: Tensor, map: TokenMap) -> Tensor:
 
 REDUCTIONS: dict[str, Reduction] = {"prune": prune, "mean": mean, "mlerp": mlerp}
 
-_PLACES: dict[Reduction, int] = {reduction: i for i, reduction in enumerate(REDUCTIONS.values(), 2)}
+_NUMBERED: dict[Reduction, int] = {reduction: i for i, reduction in enumerate(REDUCTIONS.values(), 2)}
 
 
-def place_of(reduction: Reduction) -> int:
+def number_of(reduction: Reduction) -> int:
     """The number by which `fuse` knows a reduction, from 2 on: compilers take 0 and 1 for constants.
 
     To be asked outside of compiled code, which puts off what it changes until its graph has run.
     """
-    return _PLACES.setdefault(reduction, len(_PLACES) + 2)
+    return _NUMBERED.setdefault(reduction, len(_NUMBERED) + 2)
 
 
 @torch.library.custom_op(
-    "tofu_sd::fuse", mutates_args=(), schema="(Tensor x, Tensor kept, Tensor home, SymInt place) -> Tensor"
+    "tofu_sd::fuse", mutates_args=(), schema="(Tensor x, Tensor kept, Tensor home, SymInt number) -> Tensor"
 )
-def fuse(x: Tensor, kept: Tensor, home: Tensor, place: int) -> Tensor:
+def fuse(x: Tensor, kept: Tensor, home: Tensor, number: int) -> Tensor:
     """The reduction of that number, as an operator that is the same for all of them: one graph of a compiled block.
 
     Without gradient.
     """
-    return list(_PLACES)[place - 2](x, TokenMap(kept, home)).contiguous()
+    return list(_NUMBERED)[number - 2](x, TokenMap(kept, home)).contiguous()
 
 
 @fuse.register_fake
-def _(x: Tensor, kept: Tensor, home: Tensor, place: int) -> Tensor:
+def _(x: Tensor, kept: Tensor, home: Tensor, number: int) -> Tensor:
     return x.new_empty(*kept.shape, x.shape[-1])
