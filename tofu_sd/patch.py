@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from .clock import Clock, Layout
 from .match import bipartite_soft_matching
 from .policy import TokenFusion
+from .proportional import key_bias
 from .reduce import Reduction, fuse, number_of, unmerge
 from .tokens import TokenMap
 
@@ -112,8 +113,8 @@ class SiteFusion:
         return self.reduction(x, map)
 
     def key_bias(self, x: Tensor, map: TokenMap) -> Tensor | None:
-        """log(n_i) for each key as the processors' additive mask [B, 1, K], or None where attention is not weighted."""
-        return map.size.log().to(x.dtype).unsqueeze(1) if self.proportional else None
+        """log(n_i) for each key as an additive mask [B, 1, K], or None where attention is not weighted."""
+        return key_bias(map.size, x.dtype) if self.proportional else None
 
     def around(self, role: str, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """A token-wise layer run on fused tokens: unmerge(layer(reduce(x)))."""

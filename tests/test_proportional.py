@@ -1,0 +1,149 @@
+"""log(n_i) on the keys' logits: one definition, two ways to compute it, and hosts that need not know which."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor
+
+import tofu_sd
+from tofu_sd import proportional
+from tofu_sd.proportional import KeyBias, by_channel, by_mask, flash_takes, key_bias
+
+
+def heads(B: int, H: int, N: int, d: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """[B, H, N, d] as processors lay it out: heads side by side in the channels."""
+    return tiny.noise(B, N, H * d, seed=seed).to(dtype).view(B, N, H, d).transpose(1, 2)
+
+
+def attention(d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(query, key, value, merging sizes) of 2 samples, 3 heads, 33 queries and 21 keys."""
+    size = torch.randint(1, 500, (2, 21), generator=torch.Generator().manual_seed(3)).float()
+    return heads(2, 3, 33, d, dtype, 0), heads(2, 3, 21, d, dtype, 1), heads(2, 3, 21, d, dtype, 2), size
+
+
+def definition(query: Tensor, key: Tensor, value: Tensor, size: Tensor, scale: float) -> Tensor:
+    """Every key counted as many times as the tokens it stands for, in float64."""
+    odds = (query.double() @ key.double().mT * scale).exp() * size.double()[:, None, None]
+    return odds / odds.sum(-1, keepdim=True) @ value.double()
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("d", [5, 40, 64, 80])
+def test_a_channel_says_what_a_mask_says(d: int, scale: float | None) -> None:
+    query, key, value, size = attention(d, torch.float64)
+    bias = key_bias(size.double(), torch.float64).unsqueeze(1)
+    expected = definition(query, key, value, size, scale or d**-0.5)
+    torch.testing.assert_close(by_mask(query, key, value, bias, scale=scale), expected)
+    # the number is held in float32, as merging sizes are
+    torch.testing.assert_close(by_channel(query, key, value, bias, scale=scale), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("d", [40, 64, 80])
+def test_in_half_precision_the_channel_is_as_near_as_the_mask(d: int, dtype: torch.dtype) -> None:
+    """At most twice the mask's own distance (rule 10). With one channel for the number it would be several times."""
+    query, key, value, size = attention(d, dtype)
+    bias = key_bias(size, dtype).unsqueeze(1)
+    expected = definition(query, key, value, bias.squeeze(1, 2).double().exp(), d**-0.5)
+    own, masked = ((way(query, key, value, bias).double() - expected).abs().mean() for way in (by_channel, by_mask))
+    assert own <= 2 * masked
+
+
+def test_nothing_but_attention_sees_that_a_mask_is_more_than_a_tensor() -> None:
+    mask = torch.zeros(2, 1, 5).as_subclass(KeyBias)
+    assert type(mask.repeat_interleave(3, dim=0).view(2, 3, -1, 5)) is KeyBias
+    for other in (mask + 1, mask.to(torch.float64), torch.baddbmm(mask, torch.ones(2, 4, 3), torch.ones(2, 3, 5))):
+        assert type(other) is Tensor
+    query = tiny.noise(2, 3, 4, 8)
+    assert type(F.scaled_dot_product_attention(query, query, query, attn_mask=tiny.noise(2, 3, 1, 4))) is Tensor
+
+
+@pytest.mark.parametrize(
+    ("query", "options"),
+    [
+        (torch.empty(1, 1, 4, 40), {}),  # flash has no float32
+        (torch.empty(1, 1, 4, 256, dtype=torch.float16), {}),  # and no wider heads
+        (torch.empty(1, 1, 4, 40, dtype=torch.float16), {"dropout_p": 0.1}),
+        (torch.empty(1, 1, 4, 40, dtype=torch.float16), {"is_causal": True}),
+    ],
+    ids=["float32", "wide", "dropout", "causal"],
+)
+def test_what_flash_does_not_take_keeps_the_mask(
+    query: Tensor, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proportional, "FLASH_DEVICE", "cpu")
+    assert not flash_takes(query, **options)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """On the CPU as where flash is at hand; one entry for each attention that took the channel, its key tokens."""
+    calls: list[int] = []
+
+    def noted(query: Tensor, key: Tensor, *args: Any, **more: Any) -> Tensor:
+        if not torch.compiler.is_compiling():
+            calls.append(key.shape[-2])
+        return by_channel(query, key, *args, **more)
+
+    monkeypatch.setattr(proportional, "FLASH_DEVICE", "cpu")
+    monkeypatch.setattr(proportional, "flash_takes", lambda query, **more: True)
+    monkeypatch.setattr(proportional, "by_channel", noted)
+    return calls
+
+
+@pytest.mark.parametrize(("form", "projections"), [({}, "apart"), ({}, "one"), ({"keys_only": True}, "apart")], ids=str)
+def test_a_patched_unet_takes_the_channel_in_every_fused_block(
+    form: dict[str, Any], projections: str, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = tiny.sd15_unet()
+    if projections == "one":
+        unet.fuse_qkv_projections()
+    call = tiny.inputs(unet)
+    with tofu_sd.patched(unet, 0.5, proportional=True, **form):
+        ours = tiny.predict(unet, **call)
+        assert counted == [128] * 5
+        monkeypatch.setattr(proportional, "FLASH_DEVICE", "cuda")
+        masked = tiny.predict(unet, **call)
+    assert counted == [128] * 5
+    torch.testing.assert_close(ours, masked, rtol=1e-4, atol=1e-5)  # float32 sums in another order, through 5 blocks
+
+
+def test_processors_that_know_no_sdpa_see_an_ordinary_mask(counted: list[int]) -> None:
+    unet = tiny.sd15_unet()
+    call = tiny.inputs(unet)
+    with tofu_sd.patched(unet, 0.5, proportional=True):
+        unet.set_attn_processor(AttnProcessor2_0())
+        expected = tiny.predict(unet, **call)
+        assert counted
+        counted.clear()
+        for use in (lambda: unet.set_attn_processor(AttnProcessor()), lambda: unet.set_attention_slice(1)):
+            use()
+            out = tiny.predict(unet, **call)
+            assert type(out) is Tensor
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    assert not counted
+
+
+def test_the_channel_compiles(counted: list[int]) -> None:
+    unet = tiny.shallow_unet()
+    call = tiny.inputs(unet)
+    with tofu_sd.patched(unet, 0.5, proportional=True):
+        expected = tiny.predict(unet, **call)
+        compiled = torch.compile(unet, fullgraph=True, backend="eager")
+        torch.testing.assert_close(tiny.predict(compiled, **call), expected)
+
+
+def test_gradients_flow_through_the_channel() -> None:
+    query, key, value, size = (t.requires_grad_() for t in attention(8, torch.float64))
+    both = []
+    for way in (by_channel, by_mask):
+        out = way(query, key, value, size.log()[:, None, None])
+        both.append(torch.autograd.grad(out.square().sum(), (query, key, value, size)))
+    for ours, theirs in zip(*both, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # the number is held in float32

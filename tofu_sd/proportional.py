@@ -1,0 +1,90 @@
+"""Proportional attention by the fastest way a device has: log(n_i) on the logit of a key that stands for n_i tokens.
+
+A bias on the keys costs CUDA's scaled-dot-product attention its flash kernel. The same number adds to the logits as one
+more channel, log(n_i) in the keys and constant in the queries, which flash takes. On a CPU the bias is faster.
+
+Hosts pass a bias to `scaled_dot_product_attention` as a mask, and know of nothing else. So a mask that is a `KeyBias`
+takes that call over, as `torch.nn.attention.bias.CausalBias` does; to all other functions it is an ordinary mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FLASH_DEVICE = "cuda"
+FLASH_CHANNELS = 256  # of a head, at most
+EXTRA = 8  # channels more: flash takes multiples of 8
+
+
+class KeyBias(Tensor):
+    """A mask [..., K] that is the same for every query, and that `attend` adds in scaled_dot_product_attention."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is F.scaled_dot_product_attention:
+                return attend(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+        return result.as_subclass(cls) if func in _SHAPING else result
+
+
+_SHAPING = (Tensor.view, Tensor.reshape, Tensor.unsqueeze, Tensor.expand, Tensor.repeat_interleave)
+
+
+def key_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """log(n_i) of merging sizes [B, K] as an additive mask [B, 1, K], which keeps to flash where there is one."""
+    bias = size.log().to(dtype).unsqueeze(1)
+    return bias.as_subclass(KeyBias) if bias.device.type == FLASH_DEVICE else bias
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **more: Any) -> Tensor:
+    """scaled_dot_product_attention with a mask [B, H, 1, K] that is the same for every query, by the faster way."""
+    return (by_channel if flash_takes(query, **more) else by_mask)(query, key, value, attn_mask, **more)
+
+
+def flash_takes(query: Tensor, dropout_p: float = 0.0, is_causal: bool = False, **more: Any) -> bool:
+    """Whether CUDA's flash kernel takes attention of these queries [B, H, N, d], with channels added to them."""
+    if query.device.type != FLASH_DEVICE or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if query.shape[-1] + EXTRA > FLASH_CHANNELS or dropout_p or is_causal:
+        return False
+    if torch.compiler.is_compiling():  # cannot ask; right in any case, and slower where there is no flash
+        return True
+    enabled = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    return bool(enabled) and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def by_mask(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, **more: Any) -> Tensor:
+    """softmax(q kᵀ · scale + bias) v: the definition."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **more)
+
+
+def by_channel(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None = None, **more: Any
+) -> Tensor:
+    """The same as two more channels: q' = [q, c, c], k' = [k, b, rest of b], where c · b · scale is the bias.
+
+    c is a power of two, so that b is rounded and nothing else; the second channel holds what the rounding left. Values
+    are filled up to as many channels, which flash wants and which are cut off again.
+    """
+    channels = query.shape[-1]
+    scale = channels**-0.5 if scale is None else scale
+    c = 2.0 ** round(-math.log2(scale))
+    exact = bias.float().transpose(-1, -2) / (c * scale)  # [B, H, K, 1]
+    first = exact.to(key.dtype)
+    rest = (exact - first.float()).to(key.dtype)
+    weights = F.pad(torch.cat((first, rest), dim=-1).expand(*key.shape[:-1], 2), (0, EXTRA - 2))
+    constant = F.pad(query.new_full((2,), c), (0, EXTRA - 2)).expand(*query.shape[:-1], EXTRA)
+    out = F.scaled_dot_product_attention(
+        torch.cat((query, constant), dim=-1), torch.cat((key, weights), dim=-1), F.pad(value, (0, EXTRA)),
+        scale=scale, **more,
+    )  # fmt: skip
+    return out[..., :channels]
