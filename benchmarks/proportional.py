@@ -1,7 +1,7 @@
 """What log(n_i) on the keys costs in attention alone, by each way to say it and on each backend.
 
-`python -m benchmarks.proportional [--device cuda --dtype bfloat16]`. Per shape and backend: milliseconds without it,
-and as a ratio to that, with it as a mask, as two more channels (`tofu_sd.proportional`), and by FlexAttention, compiled.
+`python -m benchmarks.proportional [--device cuda --dtype bfloat16]`. Per shape and backend: milliseconds without it;
+and as ratios to that, with a mask, with two more channels (`tofu_sd.proportional`), with FlexAttention, compiled.
 """
 
 import argparse

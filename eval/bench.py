@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import math
 import os
 import sys
@@ -162,25 +163,20 @@ def measure(
 ) -> list[dict[str, Any]]:
     """The rows of one setup in a mode of torch.compile (None: not compiled): full, ideal and every method."""
     model, call = setup.build(device)
-    latent = call.args[0].shape[-1]
-    preparations: list[tuple[str, str, Callable[[Any], AbstractContextManager[Any]], str]] = [
-        (FULL.name, FULL.key, nullcontext, ""),
-        ("ideal", "ideal", partial(ideal, ratio=setup.ratio, latent=latent), ""),
-        *((method.name, method.key, method.applied, _unfit(method, setup.scope)) for method in chosen),
-    ]
+    latent = call.sample.shape[-1]
+    best = Method("ideal", "ideal", applied=partial(ideal, ratio=setup.ratio, latent=latent))
     contenders: list[Contender] = []
     torch._dynamo.reset()  # graphs of models that are gone count against the limit, beyond which all runs eagerly
-    with torch.no_grad(), BACKENDS[setup.backend](), _graphs(len(preparations)), contextlib.ExitStack() as patches:
-        for name, key, applied, why_not in preparations:
-            contender = Contender(name, key, mode)
+    with torch.no_grad(), BACKENDS[setup.backend](), _graphs(2 + len(chosen)), contextlib.ExitStack() as patches:
+        for method in (FULL, best, *chosen):
+            contender = Contender(method.name, method.key, mode, skipped=_unfit(method, setup.scope))
             contenders.append(contender)
-            if why_not:
-                contender.skipped = why_not
+            if contender.skipped:
                 continue
             twin = shapes.twin(model)
             try:
-                patches.enter_context(applied(twin))
-                contender.ready(twin, call, device)
+                patches.enter_context(method.applied(twin))
+                contender.ready(twin, call, method.cycle, device)
             except Exception as error:  # whatever a peer or a compiler does not bear is a row that says so
                 contender.skipped = " ".join(str(error).split())[:160]
         running = [contender for contender in contenders if not contender.skipped]
@@ -198,9 +194,13 @@ def _graphs(models: int) -> AbstractContextManager[Any]:
 
 
 def _unfit(method: Method, scope: str) -> str:
-    """Why a method cannot be measured by one step over and over, or not in this scope; nothing where it can."""
+    """Why a method cannot be measured by a few steps over and over, or not in this scope; nothing where it can."""
     fusion = method.fusion
-    if fusion is not None and (fusion.timed or fusion.min_tokens == "auto"):
+    if method.missing:
+        return method.missing
+    if method.whole and scope != "unet":
+        return "it acts on whole UNets"
+    if fusion is not None and ((fusion.start, fusion.end) != (0, 1) or fusion.min_tokens == "auto"):
         return "what it does depends on the step or the machine: measure it with eval.run"
     if fusion is not None and scope == "attention" and set(fusion.layers) != {"attn"}:
         return "there is self-attention alone in this scope"
@@ -244,22 +244,30 @@ class Contender:
     key: str
     mode: str | None
     run: Callable[[], Any] = lambda: None
-    calls: int = 1  # in a timed sample
+    calls: int = 1  # steps in a timed sample
     seconds: list[float] = field(default_factory=list)
     scratch: int | None = None
     kernels: int | None = None
     skipped: str = ""
 
-    def ready(self, model: Any, call: Call, device: torch.device) -> None:
-        """Compiles, warms up, and measures what does not vary."""
+    def ready(self, model: Any, call: Call, cycle: int, device: torch.device) -> None:
+        """Compiles, warms up, and measures what does not vary. cycle: steps after which the model does the same."""
         if self.mode is not None:
             model = torch.compile(model, mode=self.mode, dynamic=False)
-        self.run = partial(model, *call.args, **call.more)
-        self.run()  # compiles; lays out what a first call lays out
-        self.scratch = peak(self.run, device)
-        self.kernels = launched(self.run, device)
+        timesteps = itertools.cycle(shapes.timesteps(cycle).to(device))
+        self.run = lambda: model(call.sample, next(timesteps), **call.more)
+        self.calls = cycle
+
+        def all_of_it() -> None:
+            for _ in range(cycle):
+                self.run()
+
+        all_of_it()  # compiles; lays out what a first call lays out
+        self.scratch = peak(all_of_it, device)
+        kernels = launched(all_of_it, device)
+        self.kernels = None if kernels is None else round(kernels / cycle)
         self.sample(device)
-        self.calls = max(1, math.ceil(SAMPLE / self.seconds.pop()))
+        self.calls *= math.ceil(SAMPLE / (cycle * self.seconds.pop()))
 
     def sample(self, device: torch.device) -> None:
         """Times one sample, from an idle device to an idle device."""

@@ -59,9 +59,9 @@ CASES = {
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a denoiser as pipelines give them: (sample, timestep) by place, the others by name."""
+    """Arguments of a denoiser as pipelines give them: the sample and a timestep by place, the others by name."""
 
-    args: tuple[Tensor, Tensor]
+    sample: Tensor
     more: dict[str, Any]
 
 
@@ -155,9 +155,14 @@ def _filled(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 def _call(case: Case, batch: int, channels: int, side: int, device: torch.device, dtype: torch.dtype) -> Call:
     return Call(
-        (_draw(device, dtype, batch, channels, side, side), torch.tensor(500, device=device)),
+        _draw(device, dtype, batch, channels, side, side),
         {"encoder_hidden_states": _draw(device, dtype, batch, TOKENS, case.shape["cross_attention_dim"])},
     )
+
+
+def timesteps(n: int) -> Tensor:
+    """Timesteps of n steps one after the other."""
+    return torch.arange(500, 500 - n, -1)
 
 
 def _draw(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:

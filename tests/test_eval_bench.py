@@ -12,10 +12,12 @@ from diffusers import UNet2DConditionModel
 from torch._dynamo.testing import CompileCounter
 
 import tofu_sd
-from eval import bench, shapes
+import tofu_sd.patch
+from eval import bench, methods, shapes
 from eval.shapes import CASES, Case
 
 CPU = torch.device("cpu")
+T = torch.tensor(500)
 SMALL = {**shapes.SD15, "block_out_channels": (32,) * 4, "attention_head_dim": 2, "cross_attention_dim": 16}
 
 
@@ -46,18 +48,18 @@ def test_alone_only_self_attention_is_left() -> None:
     model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, attention_alone=True)
     names = {name.split(".")[-2] for name, _ in model.named_parameters()}
     assert names == {"norm1", "norm2", "to_q", "to_k", "to_v", "0"}  # to_out.0; norm2 is cross-attention's and unused
-    before = call.args[0]
-    assert model(*call.args, **call.more).shape == before.shape
+    before = call.sample
+    assert model(call.sample, T, **call.more).shape == before.shape
 
 
 def test_a_twin_shares_weights_and_nothing_else() -> None:
     model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, attention_alone=False)
-    plain = model(*call.args, **call.more)
+    plain = model(call.sample, T, **call.more)
     twin = shapes.twin(model)
     assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     tofu_sd.apply_patch(twin, 0.5)
-    assert not torch.equal(twin(*call.args, **call.more), plain)
-    assert torch.equal(model(*call.args, **call.more), plain)
+    assert not torch.equal(twin(call.sample, T, **call.more), plain)
+    assert torch.equal(model(call.sample, T, **call.more), plain)
 
 
 def test_the_ideal_attends_to_the_first_tokens_alone() -> None:
@@ -68,7 +70,7 @@ def test_the_ideal_attends_to_the_first_tokens_alone() -> None:
             b for stage in (*model.down_blocks, *model.up_blocks) for t in stage for b in t.transformer_blocks
         ):
             block.attn1.to_q.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
-        model(*call.args, **call.more)
+        model(call.sample, T, **call.more)
     assert seen == [(2, 128, 32)] * 5
 
 
@@ -154,11 +156,57 @@ def test_every_model_is_compiled_however_many_there_are(
     assert all(counter.frame_count >= 1 for counter in counted)
 
 
-def test_what_one_step_cannot_show_is_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    names = "tofu@match_every=3,tofu@start=0.5,tofu@merge_mlp=True"
+def test_what_a_few_steps_cannot_show_is_not_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "tofu@start=0.5,tofu@min_tokens=auto,tofu@merge_mlp=True,deepcache,tomesd"
+    monkeypatch.setattr(methods.importlib.util, "find_spec", lambda name: None if name == "tomesd" else name)
     rows = run(capsys, "--method", names, "--scope", "attention")[2:]
-    assert ["step or the machine" in row["skipped"] for row in rows] == [True, True, False]
+    assert ["step or the machine" in row["skipped"] for row in rows] == [True, True, False, False, False]
     assert "self-attention alone" in rows[2]["skipped"]
+    assert "whole UNets" in rows[3]["skipped"]
+    assert rows[4]["skipped"] == "pip install tomesd"
+
+
+def test_what_saves_over_several_steps_is_measured_over_as_many(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One step alone would show the step that costs all, or one that costs nothing."""
+    matched: list[int] = []
+    plain = tofu_sd.patch.bipartite_soft_matching
+    monkeypatch.setattr(tofu_sd.patch, "bipartite_soft_matching", lambda *args: matched.append(1) or plain(*args))
+    steps: list[int] = []
+    ran = bench.Contender.sample
+
+    def sample(self: bench.Contender, device: torch.device) -> None:
+        before = len(matched)
+        ran(self, device)
+        if self.method == "tofu@match_every=3":
+            steps.append(self.calls)
+            assert len(matched) - before == 5 * self.calls / 3
+
+    monkeypatch.setattr(bench.Contender, "sample", sample)
+    run(capsys, "--method", "tofu@match_every=3", "--scope", "attention")
+    assert steps
+    assert all(calls % 3 == 0 for calls in steps)
+
+
+def test_deepcache_runs_one_step_of_three_whole() -> None:
+    pytest.importorskip("DeepCache")
+    model, call = shapes.unet(CASES["small-128"], 2, CPU, torch.float32)
+    before = {name: {*vars(module)} for name, module in model.named_modules()}
+    count = {"deep": 0, "top": 0}
+    for name, resnet in (("deep", model.mid_block.resnets[0]), ("top", model.up_blocks[-1].resnets[-1])):
+        resnet.conv1.register_forward_pre_hook(lambda module, args, name=name: count.update({name: count[name] + 1}))
+    [method] = methods.parse("deepcache:tofu", [0.5])
+    assert (method.key, method.cycle) == ("deepcache-tofu-r50", 3)
+    with method.applied(model):
+        assert tofu_sd.summary(model).fusion is not None
+        for t in (500, 499, 498) * 2:
+            model(call.sample, torch.tensor(t), **call.more)
+    assert count == {"deep": 2, "top": 6}
+    assert tofu_sd.summary(model).fusion is None
+    assert {name: {*vars(module)} for name, module in model.named_modules()} == before
 
 
 def test_a_share_of_no_saving_is_none() -> None:
