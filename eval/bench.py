@@ -410,16 +410,16 @@ def markdown(found: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
     metrics = list(dict.fromkeys(title for own in figures.values() for title in own))
     lines = []
     for title, rows in _setups(found):
-        columns = [*(column for column in COLUMNS if column != "kernels" or rows[0].get("kernels")), *metrics]
-        lines += [f"**{title}**", "", f"| method | {' | '.join(columns)} |", "|---|" + "--:|" * len(columns)]
+        columns = _columns(rows)
+        lines += [f"**{title}**", "", f"| method | {' | '.join([*columns, *metrics])} |"]
+        lines += ["|---|" + "--:|" * (len(columns) + len(metrics))]
         for row in rows:
-            cells = _cells(row)
+            costs = [figures.get(row["key"], {}).get(metric, "–") for metric in metrics]
             if "skipped" in row:
-                cells += [""] * (len(columns) - 1)
+                cells = [f"skipped: {row['skipped']}", *[""] * (len(columns) - 1), *costs]
             else:
-                cells = cells[: 1 + len(columns) - len(metrics)]
-                cells += [figures.get(row["key"], {}).get(title, "–") for title in metrics]
-            lines.append(f"| {' | '.join(cells)} |")
+                cells = [cell(row) for cell in columns.values()] + costs
+            lines.append(f"| {row['method']} | {' | '.join(cells)} |")
         lines.append("")
     lines += [circumstances(found)]
     if metrics:
@@ -431,16 +431,16 @@ def terminal(found: dict[str, Any], console: Console) -> None:
     for title, rows in _setups(found):
         drawn = Table(title=title, box=SIMPLE_HEAD)
         drawn.add_column("method", min_width=13)
-        for column in COLUMNS:
+        columns = _columns(rows)
+        for column in columns:
             drawn.add_column(column, justify="right")
         for row in rows:
-            cells = _cells(row)
-            drawn.add_row(*cells) if len(cells) > 2 else drawn.add_row(cells[0], Text(cells[1], "dim"))
+            if "skipped" in row:
+                drawn.add_row(row["method"], Text(f"skipped: {row['skipped']}", "dim"))
+            else:
+                drawn.add_row(row["method"], *(cell(row) for cell in columns.values()))
         console.print(drawn)
     console.print(circumstances(found), style="dim", highlight=False, markup=False)
-
-
-COLUMNS = ("ms", "speed-up", "share of the ideal saving", "scratch", "kernels")
 
 
 def _setups(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
@@ -454,18 +454,32 @@ def _setups(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     return list(titled.items())
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    if "skipped" in row:
-        return [row["method"], f"skipped: {row['skipped']}"]
-    share, gain = row["share"], None if row["method"] == FULL.name else row["speedup"]
-    return [
-        row["method"],
-        f"{1000 * row['p50']:.1f} ({1000 * row['p20']:.1f}–{1000 * row['p80']:.1f})",
-        f"{gain['value']:.2f}× ({gain['low']:.2f}–{gain['high']:.2f})" if gain else "–",
-        f"{share['value']:.2f} ({share['low']:.2f}–{share['high']:.2f})" if share else "–",
-        "–" if row["scratch_bytes"] is None else f"{row['scratch_bytes'] / 2**20:,.0f} MiB",
-        "–" if row["kernels"] is None else str(row["kernels"]),
-    ]
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """What a table of these rows shows: each column's title, and its text for a row that was measured."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "ms": lambda row: f"{1000 * row['p50']:.1f} ({1000 * row['p20']:.1f}–{1000 * row['p80']:.1f})",
+        "speed-up": lambda row: _interval(None if row["method"] == FULL.name else row["speedup"], "×"),
+        "share of the ideal saving": lambda row: _interval(row["share"]),
+        "scratch": lambda row: f"{row['scratch_bytes'] / 2**20:,.0f} MiB" if row["scratch_bytes"] is not None else "–",
+    }
+    peer = next((row["samples"] for row in rows if row["method"] == PEER and "samples" in row), None)
+    if peer:
+        columns[f"rounds ahead of {PEER}"] = lambda row: "–" if row["method"] == PEER else _ahead(row["samples"], peer)
+    if any(row.get("kernels") is not None for row in rows):
+        columns["kernels"] = lambda row: str(row["kernels"])
+    return columns
+
+
+PEER = "tomesd"
+
+
+def _interval(figure: dict[str, float] | None, unit: str = "") -> str:
+    return f"{figure['value']:.2f}{unit} ({figure['low']:.2f}–{figure['high']:.2f})" if figure else "–"
+
+
+def _ahead(own: Sequence[float], peer: Sequence[float]) -> str:
+    """In how many of the rounds, which all rows share, this one was the faster."""
+    return f"{sum(a < b for a, b in zip(own, peer, strict=True))} of {len(own)}"
 
 
 def circumstances(found: dict[str, Any]) -> str:

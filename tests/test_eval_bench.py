@@ -138,6 +138,18 @@ def test_the_table_holds_speed_and_quality(capsys: pytest.CaptureFixture[str], t
     assert "none.json holds no results" in capsys.readouterr().err
 
 
+def test_rounds_are_compared_one_by_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Medians hide how often the order turns."""
+    run(capsys, "--method", "tofu,tomesd", "--scope", "attention", "--out", str(tmp_path / "b.json"))
+    found = bench.read(tmp_path / "b.json")
+    rows = {row["method"]: row for row in found["rows"]}
+    rows["tofu"]["samples"], rows["tomesd"]["samples"] = [1.0, 3.0, 1.0], [2.0, 2.0, 2.0]
+    lines = [line.split(" | ") for line in bench.markdown(found, {}).splitlines() if line.startswith("| ")]
+    at = lines[0].index("rounds ahead of tomesd |")
+    told = {line[0].strip("| "): line[at].strip("| ") for line in lines[1:]}
+    assert (told["tofu"], told["tomesd"]) == ("2 of 3", "–")
+
+
 def test_every_model_is_compiled_however_many_there_are(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
