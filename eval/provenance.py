@@ -17,8 +17,8 @@ from torch import nn
 
 from .files import without_paths
 
-PACKAGES = ("tofu-sd", "torch", "diffusers", "transformers", "accelerate", "tomesd", "lpips", "torchmetrics",
-            "pytorch-msssim", "numpy", "pillow")  # fmt: skip
+PACKAGES = ("tofu-sd", "torch", "diffusers", "transformers", "accelerate", "tomesd", "deepcache", "lpips",
+            "torchmetrics", "pytorch-msssim", "numpy", "pillow")  # fmt: skip
 
 
 def version(package: str) -> str | None:

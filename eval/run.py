@@ -24,7 +24,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from torch import nn
 
-from tofu_sd import demo
+from tofu_sd import demo, recipes
 from tofu_sd.environment import check_torchvision
 
 from . import EvalError, methods, metrics, prompts, provenance, report, table
@@ -46,7 +46,8 @@ def parser() -> Parser:
         "--method",
         default="tofu",
         metavar="A,B",
-        help="full, tofu, tome, prune, mlerp, tomesd; all but full and tomesd also as kv:NAME, NAME+p",
+        help=f"full, {', '.join(recipes.RECIPES)}, tomesd, deepcache; this package's also as kv:NAME, NAME+p and "
+        "NAME@option=value; deepcache:NAME stacks the two",
     )
     p.add_argument("--model", default="demo", help="demo, or a diffusers text-to-image model: its id or folder")
     p.add_argument("--prompts", default="demo", help="demo, imagenet1k, or a .txt or .jsonl file")
