@@ -14,10 +14,15 @@ TOME = TokenFusion(early=mean, late=mean)  # Token Merging for Fast Stable Diffu
 PRUNE = TokenFusion(early=prune, late=prune)  # ToFu Table 3, PPP…: prune everywhere
 MLERP = TokenFusion(early=mlerp, late=mlerp)  # ToFu Eq. 10 everywhere
 
-TOFU_FAST = replace(TOFU, window=8)  # ToFu that looks around in squares of 16 x 16 tokens: docs/performance.md
+# our own, by what was measured: docs/performance.md
+TOFU_FAST = replace(TOFU, window=8)  # ToFu that looks around in squares of 16 x 16 tokens
 TOFU_MAX = replace(TOFU_FAST, levels=2, merge_crossattn=True, merge_mlp=True)  # all layers of two resolutions
+FAITHFUL = replace(TOME, proportional=True, window=8)  # nearest to the full model's pictures at the cost of TOFU_FAST
 
-RECIPES = {"tofu": TOFU, "tofu-fast": TOFU_FAST, "tofu-max": TOFU_MAX, "tome": TOME, "prune": PRUNE, "mlerp": MLERP}
+RECIPES = {
+    "tofu": TOFU, "tofu-fast": TOFU_FAST, "tofu-max": TOFU_MAX, "faithful": FAITHFUL,
+    "tome": TOME, "prune": PRUNE, "mlerp": MLERP,
+}  # fmt: skip
 
 
 def proportional(fusion: TokenFusion) -> TokenFusion:
