@@ -65,12 +65,14 @@ def parser() -> Parser:
     add_device(p)
     p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: one in runs/ named after the settings)")
     p.add_argument("--scale-row", action="store_true", help="add the full model under other seeds, for scale")
-    p.add_argument("--metrics", default="all", help=f"all, or some of {','.join(metrics.NAMES)}")
+    p.add_argument("--metrics", default="standard", help=f"standard, all, or some of {','.join(metrics.NAMES)}")
     p.add_argument("--lpips-net", default="alex", help=", ".join(metrics.LPIPS_NETS))
     p.add_argument(
         "--lpips-backbone", type=Path, metavar="PATH", help="torchvision weights of that net (default: downloaded)"
     )
     p.add_argument("--inception-weights", type=Path, metavar="PATH", help="for FID (default: downloaded)")
+    p.add_argument("--clip-model", default=metrics.CLIP, metavar="MODEL", help="for clip: its id or folder")
+    p.add_argument("--dino-model", default=metrics.DINO, metavar="MODEL", help="for dino: its id or folder")
     p.add_argument("--json", action="store_true", help="print the results as JSON and nothing else on stdout")
     return p
 
@@ -108,7 +110,10 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     asked = requests[: options.limit]
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
-    metrics.check(options.metrics, options.lpips_net, options.lpips_backbone, options.inception_weights)
+    nets = metrics.Nets(
+        options.lpips_net, options.lpips_backbone, options.inception_weights, options.clip_model, options.dino_model
+    )
+    metrics.check(options.metrics, nets)
     try:
         check_torchvision()
     except ImportError as error:
@@ -140,18 +145,10 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     drawn = [FULL, *(m for m in chosen if m is not FULL and not m.missing)]
     made = generate(pipe, asked, drawn, settings, out)
     memory = provenance.process_mib() if made else None  # before the metrics' nets come
-    loaded = metrics.choose(
-        options.metrics,
-        size=size,
-        prompts=[request.prompt for request in asked],
-        device=device,
-        judge=judge,
-        lpips_net=options.lpips_net,
-        lpips_backbone=options.lpips_backbone,
-        inception=options.inception_weights,
-    )
+    wanted = [request.prompt for request in asked]
+    loaded = metrics.choose(options.metrics, nets, size=size, prompts=wanted, device=device, judge=judge)
     first = asked[:2]
-    loaded = metrics.usable(loaded, load(out / FULL.key, first), [request.prompt for request in first])
+    loaded = metrics.usable(loaded, load(out / FULL.key, first), wanted[:2])
     scores = score(out, settings, asked, chosen, loaded)
     told = provenance.collect("eval.run", list(argv), device, memory, started, provenance.now())
     found = report.results(settings, scores, describe(loaded), told, of=len(requests))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from .generate import Settings, record_of
 from .methods import FULL, Method
 from .metrics import Metric, Pairwise, SetMetric, Single, Skipped
 from .prompts import Request
-from .statistics import bootstrap, frechet, jackknife
+from .statistics import bootstrap, jackknife
 
 CHUNK = 16  # pictures in memory at once
 
@@ -36,7 +36,7 @@ def score(
     """Figures of `methods`. FULL among them is compared with itself; otherwise it has only what needs no reference."""
     records = {m.key: _records(out, settings, m, requests) for m in (FULL, *methods) if not m.missing}
     check_complete(requests, records[FULL.key], FULL.key)
-    reference_features: dict[str, Tensor] = {}
+    reference_features: dict[Callable[[Tensor], Tensor], Tensor] = {}
     rows: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
     for method in (FULL, *(m for m in methods if m is not FULL)):
@@ -50,7 +50,7 @@ def score(
         pairwise = [m for m in metrics if isinstance(m, Pairwise)] if compared else []
         sets = [m for m in metrics if isinstance(m, SetMetric)]
         values: dict[str, list[Tensor]] = {name: [] for name in [m.name for m in singles] + [m.name for m in pairwise]}
-        features: dict[str, list[Tensor]] = {m.name: [] for m in sets}
+        features: dict[Callable[[Tensor], Tensor], list[Tensor]] = {m.features: [] for m in sets}
         blank = 0
         for chunk in _chunks(requests):
             prompts = [request.prompt for request in chunk]
@@ -60,17 +60,17 @@ def score(
                 values[single.name].append(single.compute(own, prompts))
             for pair in pairwise:
                 values[pair.name].append(pair.compute(full, own))
-            for metric in sets:
-                features[metric.name].append(metric.features(own))
+            for compute, found in features.items():
+                found.append(compute(own))
         columns = {name: torch.cat(parts) for name, parts in values.items()}
         groups = [request.prompt for request in requests]
         shares = {single.name for single in singles if single.share}
         figures = {name: (share if name in shares else mean)(column, groups) for name, column in columns.items()}
         for metric in sets:
-            own = torch.cat(features[metric.name])
-            reference = reference_features.setdefault(metric.name, own)  # the full model comes first
+            own = torch.cat(features[metric.features])
+            reference = reference_features.setdefault(metric.features, own)  # the full model comes first
             if compared:
-                figures[metric.name] = distance(reference, own, groups)
+                figures[metric.name] = distance(metric, reference, own, groups)
         rows.append({
             **head, "n": len(requests), "blank": blank, "metrics": figures,
             **speed(records[FULL.key], records[method.key]),
@@ -135,12 +135,12 @@ def share(values: Tensor, groups: Sequence[str]) -> dict[str, Any]:
     return {"value": values.mean().item(), "low": low, "high": high, "n": len(values)}
 
 
-def distance(reference: Tensor, own: Tensor, groups: Sequence[str]) -> dict[str, Any]:
-    """Fréchet distance of two sets of features with its 95 % interval; `features` says how wide they are."""
+def distance(metric: SetMetric, reference: Tensor, own: Tensor, groups: Sequence[str]) -> dict[str, Any]:
+    """The distance of two sets of features with its 95 % interval; `features` says how wide they are."""
     figures: dict[str, Any] = {"value": None, "low": None, "high": None, "n": len(own), "features": own.shape[1]}
     if len(own) > 1:
-        low, high = jackknife(frechet, reference, own, groups) or (None, None)
-        figures.update(value=frechet(reference, own), low=low, high=high)
+        low, high = jackknife(metric.distance, reference, own, groups) or (None, None)
+        figures.update(value=metric.distance(reference, own), low=low, high=high)
     return figures
 
 

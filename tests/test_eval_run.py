@@ -259,7 +259,14 @@ def test_the_embedded_model_is_judged_by_its_own_classifier(tmp_path, monkeypatc
     assert job.main([*arguments, "--method", "tofu"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
     assert set(found["full"]["metrics"]) == {"classed as asked"}
-    assert set(found["tofu-r50"]["metrics"]) == {"classed as asked", "PSNR", "MS-SSIM", "PD-judge", "FD-judge"}
+    assert set(found["tofu-r50"]["metrics"]) == {
+        "classed as asked",
+        "PSNR",
+        "MS-SSIM",
+        "PD-judge",
+        "FD-judge",
+        "KD-judge",
+    }
     assert found["tofu-r50"]["metrics"]["PSNR"]["value"] > 20  # the same picture, nearly; other seeds give about 10
 
 
