@@ -8,7 +8,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def imagenet_names() -> list[str]:
 KNOWN: dict[str, Callable[[int], list[Request]]] = {"demo": demo, "imagenet1k": imagenet1k}
 
 
-def digest(requests: list[Request]) -> str:
+def digest(requests: Sequence[Request]) -> str:
     """Says whether two lists ask for the same pictures."""
     text = json.dumps([(r.id, r.prompt, r.seed) for r in requests])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -41,6 +41,10 @@ def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any
     columns = [Column("speed-up", "median over batches, full model / method in the same run; 5th to 95th percentile"),
                Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
     cells = [[_spread(row["speedup"], 2, "×"), _spread(row["seconds"], 2)] for row in rows]
+    if any(row.get("denoising") for row in rows):
+        columns.append(Column("s/image denoising", "the part of it in the UNet; median over batches"))
+        for row, line in zip(rows, cells, strict=True):
+            line.append(_spread(row.get("denoising"), 2))
     if any(row["peak_bytes"] is not None for row in rows):
         columns.append(Column("memory", "peak of a batch over the weights"))
         for row, line in zip(rows, cells, strict=True):
@@ -145,7 +149,7 @@ def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
 
 def _set_distances(found: dict[str, Any]) -> list[str]:
     """A Fréchet distance is biased upwards, the more the fewer pictures: to be compared at equal n only."""
-    shown = {metric["name"] for metric in found["metrics"]}
+    shown = {metric["name"] for metric in found["metrics"] if metric["name"].startswith(("FID", "FD"))}
     sizes = {
         name: (figure["n"], figure["features"])
         for row in found["rows"]
