@@ -233,12 +233,13 @@ def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], ba
     reference = {image["id"]: image for image in images if image["key"] == base}
     for key in (key for key in methods if key != base):
         own = [image for image in images if image["key"] == key]
-        lines.append(f"| {names[key]} | {' | '.join(_gap(own, reference, metric) for metric in metrics)} |")
+        lines.append(f"| {names[key]} | {' | '.join(gap(own, reference, metric) for metric in metrics)} |")
     lines += ["", f"Each method minus {names[base]} on the same picture: mean and its 95 % interval.", ""]
     return "\n".join([*lines, circumstances(found) + "."]) + "\n"
 
 
-def _gap(own: Sequence[dict[str, str]], reference: dict[str, dict[str, str]], metric: dict[str, Any]) -> str:
+def gap(own: Sequence[dict[str, str]], reference: dict[str, dict[str, str]], metric: dict[str, Any]) -> str:
+    """The mean of own minus reference on the same pictures, by their ids, with its 95 % interval."""
     name, digits = metric["name"], metric["digits"]
     gaps = {image["id"]: float(image[name]) - float(reference[image["id"]][name]) for image in own}
     kept = [image for image in own if math.isfinite(gaps[image["id"]])]  # equal pictures have an infinite PSNR
