@@ -27,7 +27,7 @@ from torch import nn
 from tofu_sd import demo, recipes
 from tofu_sd.environment import check_torchvision
 
-from . import EvalError, methods, metrics, prompts, provenance, report, suites, table
+from . import EvalError, methods, metrics, peers, prompts, provenance, report, suites, table
 from .files import read_json, to_json, without_paths
 from .generate import Settings, claim, generate, record_of, take_over
 from .methods import FULL, SCALE, Method
@@ -60,8 +60,8 @@ def parser() -> Parser:
         "--method",
         default="tofu",
         metavar="A,B",
-        help=f"full, {', '.join(recipes.RECIPES)}, tomesd, deepcache; this package's also as kv:NAME, NAME+p and "
-        "NAME@option=value; deepcache:NAME stacks the two",
+        help=f"full, {', '.join(recipes.RECIPES)}, also as kv:NAME, NAME+p, NAME@option=value; "
+        f"{', '.join(peers.ALONE)}, deepcache; deepcache:NAME stacks the two",
     )
     p.add_argument("--suite", metavar="NAME", help=f"options under a name: {', '.join(suites.NAMES)}; others override")
     p.add_argument("--model", default="demo", help="demo, or a diffusers text-to-image model: its id or folder")

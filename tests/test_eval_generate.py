@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny import sd15_pipe
 
-from eval import EvalError, files, generate, methods
+from eval import EvalError, files, generate, methods, peers
 from eval.methods import FULL, SCALE
 from eval.prompts import Request
 
@@ -191,7 +191,7 @@ def test_methods_are_rows_in_the_order_asked_for_each_once():
 
 
 def test_a_missing_peer_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(methods.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     (method,) = methods.parse("tomesd", [0.5])
     assert method.missing == "pip install tomesd"
 

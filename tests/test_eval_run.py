@@ -348,7 +348,7 @@ def test_a_torchvision_of_another_torch_is_explained(tiny, monkeypatch, capsys):
 
 
 def test_a_method_that_is_not_installed_is_a_row_that_says_so(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(job.methods.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(job.peers.importlib.util, "find_spec", lambda name: None)
     assert job.main([*tiny, "--method", "tofu,tomesd", "--limit", "2"]) == 0
     assert "tomesd 50%: skipped: pip install tomesd" in capsys.readouterr().out
 
