@@ -27,7 +27,7 @@ from torch import nn
 from tofu_sd import demo, recipes
 from tofu_sd.environment import check_torchvision
 
-from . import EvalError, methods, metrics, peers, prompts, provenance, report, suites, table
+from . import EvalError, flops, methods, metrics, peers, prompts, provenance, report, suites, table
 from .files import read_json, to_json, without_paths
 from .generate import Settings, claim, generate, record_of, take_over
 from .methods import FULL, SCALE, Method
@@ -82,6 +82,7 @@ def parser() -> Parser:
     p.add_argument("--reference", type=Path, metavar="DIR", help="of an earlier run, to take the full model's pictures")
     p.add_argument("--scale-row", action="store_true", help="add the full model under other seeds, for scale")
     p.add_argument("--repeats", type=at_least(1), default=1, metavar="N", help="draw each batch N times, time the best")
+    p.add_argument("--flops", action="store_true", help="count the floating-point operations of a picture too")
     stage = p.add_mutually_exclusive_group()
     stage.add_argument("--dry-run", action="store_true", help="say what would be drawn, and draw nothing")
     stage.add_argument("--generate-only", action="store_true", help="draw, and measure nothing")
@@ -169,7 +170,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         check_torchvision()
     except ImportError as error:
         raise EvalError(str(error)) from error
-    memory = None
+    memory, operations = None, dict[str, int]()
     if options.metrics_only:
         settings, out, judge = _drawn_before(options, requests, device)
     else:
@@ -195,11 +196,15 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         if options.generate_only or options.shard:
             print(f"drew {made} pictures in {out}", file=sys.stderr)
             return None, out
+        if options.flops and team.leads:
+            operations = {method.key: flops.of_picture(pipe, method, settings, asked[0]) for method in drawn}
     loaded = metrics.choose(options.metrics, nets, size=settings.size, prompts=wanted, device=device, judge=judge)
     loaded = metrics.usable(loaded, load(out / FULL.key, asked[:2]), wanted[:2])
     scores = score(out, settings, asked, chosen, loaded, team)
     if not team.leads:
         return None, out
+    for row in scores.rows:
+        row["flops"] = operations.get(row["key"])
     told = provenance.collect("eval.run", list(argv), device, memory, started, provenance.now())
     found = report.results(settings, scores, describe(loaded), told, of=len(requests))
     report.save(out, found, scores)

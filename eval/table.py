@@ -45,6 +45,10 @@ def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any
         columns.append(Column("s/image denoising", "the part of it in the UNet; median over batches"))
         for row, line in zip(rows, cells, strict=True):
             line.append(_spread(row.get("denoising"), 2))
+    if any(row.get("flops") for row in rows):
+        columns.append(Column("TFLOP/image", "of matrices and convolutions, by torch's counter"))
+        for row, line in zip(rows, cells, strict=True):
+            line.append(Cell("–" if row.get("flops") is None else f"{row['flops'] / 1e12:.3f}"))
     if any(row["peak_bytes"] is not None for row in rows):
         columns.append(Column("memory", "peak of a batch over the weights"))
         for row, line in zip(rows, cells, strict=True):

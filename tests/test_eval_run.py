@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageFont
 from tiny import sd15_pipe
 
-from eval import EvalError, compare, files, generate, methods, metrics, prompts, report, score, suites, table
+from eval import EvalError, compare, files, flops, generate, methods, metrics, prompts, report, score, suites, table
 from eval import run as job
 from tofu_sd import demo
 
@@ -500,6 +500,22 @@ def test_each_batch_is_timed_by_its_fastest(tiny, monkeypatch):
 def test_the_denoisers_share_of_the_time_is_told(finished):
     for row in finished[1]["rows"]:
         assert 0 < row["denoising"]["median"] < row["seconds"]["median"]
+
+
+def test_operations_are_counted_by_hand(pipe):
+    """What fusing saves: attention and its projections on half of the tokens of 5 blocks; what it costs: matching."""
+    settings = generate.Settings("m", "p", "own", "h", 0, 128, 1, 1.0, 1, "cpu", "float32", "a", "t", "d", "tf")
+    request = prompts.Request("0000", "a fox", 0)
+    full, tofu, tofu_windows = (
+        flops.of_picture(pipe, method, settings, request)
+        for method in (generate.FULL, *methods.parse("tofu,tofu@window=4", [0.5]))
+    )
+    N, K, C, blocks = 256, 128, 16, 5
+    attention = 4 * C * (N * N - K * K)  # q kᵀ and its product with v
+    projections = 4 * 2 * C * C * (N - K)
+    matching = 2 * C * 192 * 64
+    assert full - tofu == blocks * (attention + projections - matching)
+    assert full - tofu_windows == blocks * (attention + projections - matching // 4)  # 4 windows of 48 and 16
 
 
 # --- two runs ---------------------------------------------------------------------------------------------------------
