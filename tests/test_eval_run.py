@@ -103,6 +103,20 @@ def test_figures_travel_with_their_circumstances(finished):
     )
 
 
+def test_results_are_of_the_written_schema(finished):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = files.read_json(Path(report.__file__).parent / "results.schema.json")
+    assert schema["properties"]["schema"] == {"const": report.SCHEMA}
+    checks = jsonschema.Draft202012Validator(schema)
+    checks.validate(finished[1])
+    committed = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*/results.json"))
+    assert committed
+    for path in committed:
+        checks.validate(files.read_json(path))
+    assert not checks.is_valid({**finished[1], "settings": {**finished[1]["settings"], "n": "5"}})
+    assert not checks.is_valid({**finished[1], "more": 1})
+
+
 def test_what_cannot_be_measured_is_skipped_with_its_reason(finished):
     skipped = {m["name"]: m["skipped"] for m in finished[1]["metrics"] if "skipped" in m}
     assert skipped.keys() == {"MS-SSIM", "classed as asked"}
