@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import io
 import json
 import logging
 import sys
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from tofu_sd.calibrate import synchronize
 
 from . import EvalError
-from .files import listed, read_json, write, write_json
+from .files import listed, png, read_json, write, write_json
 from .methods import FULL, Method
 from .prompts import Request
 from .team import ALONE, Team
@@ -272,9 +271,7 @@ def _save(
     out: Path, settings: Settings, method: Method, request: Request, image: Image.Image, figures: dict[str, Any]
 ) -> None:
     """The picture first, its record after it: a record says that the picture is whole."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    content = buffer.getvalue()
+    content = png(image)
     write(out / method.key / f"{request.id}.png", content)
     write_json(
         out / method.key / f"{request.id}.json",

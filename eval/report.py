@@ -21,8 +21,9 @@ import markupsafe
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from . import EvalError, frontier, plots
-from .files import read_json, to_json, without_paths, write
+from .files import png, read_json, to_json, without_paths, write
 from .generate import Settings
+from .maps import fit
 from .methods import FULL
 from .score import Scores
 from .table import circumstances, label, markdown, markdown_against, notes, table, with_rows
@@ -31,6 +32,7 @@ SCHEMA = 1
 PAIRS, FEW_PAIRS, MANY = 10, 3, 8  # the worst and the best pairs of each method, few of many methods: a page must open
 GRID_ROWS = 6
 THUMBNAIL = 512  # pixels, at most
+THREE = 1600  # of three pictures side by side
 MAGNIFY = 4  # of the difference pictures
 
 
@@ -67,7 +69,7 @@ def save(out: Path, found: dict[str, Any], scores: Scores) -> None:
 def draw(out: Path) -> None:
     """report.html and grid.png from the files in `out`."""
     found, images = read(out)
-    write(out / "grid.png", _png(grid(out, found, images, GRID_ROWS)))
+    write(out / "grid.png", png(grid(out, found, images, GRID_ROWS)))
     write(out / "report.html", html(out, found, images))
 
 
@@ -114,7 +116,9 @@ def html(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> str:
         worst = own[:shown]
         best = own[max(len(worst), len(own) - shown) :][::-1] if metric else []
         pairs = [[_pair(out, image, measured) for image in some] for some in (worst, best)]
-        sections.append({"row": row, "of": len(own), "worst": pairs[0], "best": pairs[1]})
+        maps = out / "maps" / f"{row['key']}.png"
+        merged = _embedded(_open(maps), THREE) if maps.exists() else None
+        sections.append({"row": row, "of": len(own), "worst": pairs[0], "best": pairs[1], "maps": merged})
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     try:
@@ -153,22 +157,14 @@ def grid(out: Path, found: dict[str, Any], images: list[dict[str, str]], first: 
     picture = Image.new("RGB", (width, head + len(shown) * (caption + side + gap)), "white")
     pen, bold, small = ImageDraw.Draw(picture), ImageFont.load_default(15), ImageFont.load_default(11)
     for i, row in enumerate(rows):
-        pen.text((gap + i * (side + gap), 6), _fit(label(row), bold, side), fill="black", font=bold)
+        pen.text((gap + i * (side + gap), 6), fit(label(row), bold, side), fill="black", font=bold)
     for j, image in enumerate(shown):
         top = head + j * (caption + side + gap)
-        pen.text((gap, top + 2), _fit(image["prompt"], small, width - 2 * gap), fill="dimgray", font=small)
+        pen.text((gap, top + 2), fit(image["prompt"], small, width - 2 * gap), fill="dimgray", font=small)
         for i, row in enumerate(rows):
             tile = _open(out / row["key"] / f"{image['id']}.png").resize((side, side), Image.Resampling.LANCZOS)
             picture.paste(tile, (gap + i * (side + gap), top + caption))
     return picture
-
-
-def _fit(text: str, font: Any, width: int) -> str:
-    """The text, cut to this width in pixels."""
-    text = " ".join(text.split())
-    while len(text) > 1 and font.getlength(text) > width:
-        text = text[:-2].rstrip() + "…"
-    return text
 
 
 def _open(path: Path) -> Image.Image:
@@ -180,15 +176,9 @@ def _open(path: Path) -> Image.Image:
         raise EvalError(f"the picture {gone} is gone: python -m eval.run makes it again") from error
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _embedded(image: Image.Image) -> str:
+def _embedded(image: Image.Image, most: int = THUMBNAIL) -> str:
     """A data: address of the picture: JPEG, for the eye alone (figures come from the PNGs)."""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((most, most))
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -220,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
         elif options.frontier:
             print(frontier.markdown(found), end="")
         elif options.grid:
-            write(options.grid, _png(grid(options.out, found, images, options.first)))
+            write(options.grid, png(grid(options.out, found, images, options.first)))
         else:
             draw(options.out)
             print(f"wrote {options.out / 'report.html'} and {options.out / 'grid.png'}", file=sys.stderr)

@@ -27,7 +27,7 @@ from torch import nn
 from tofu_sd import demo, recipes
 from tofu_sd.environment import check_torchvision
 
-from . import EvalError, flops, methods, metrics, peers, prompts, provenance, report, suites, table
+from . import EvalError, flops, maps, methods, metrics, peers, prompts, provenance, report, suites, table
 from .files import read_json, to_json, without_paths
 from .generate import Settings, claim, generate, record_of, take_over
 from .methods import FULL, SCALE, Method
@@ -83,6 +83,8 @@ def parser() -> Parser:
     p.add_argument("--scale-row", action="store_true", help="add the full model under other seeds, for scale")
     p.add_argument("--repeats", type=at_least(1), default=1, metavar="N", help="draw each batch N times, time the best")
     p.add_argument("--flops", action="store_true", help="count the floating-point operations of a picture too")
+    p.add_argument("--maps", action="store_true", help="show in the report which token stood for which")
+    p.add_argument("--map-step", type=at_least(0), metavar="N", help="at this step, from 0 (default: the middle one)")
     stage = p.add_mutually_exclusive_group()
     stage.add_argument("--dry-run", action="store_true", help="say what would be drawn, and draw nothing")
     stage.add_argument("--generate-only", action="store_true", help="draw, and measure nothing")
@@ -198,6 +200,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
             return None, out
         if options.flops and team.leads:
             operations = {method.key: flops.of_picture(pipe, method, settings, asked[0]) for method in drawn}
+        if options.maps and team.leads:
+            maps.save(out, pipe, drawn, settings, asked[0], options.map_step)
     loaded = metrics.choose(options.metrics, nets, size=settings.size, prompts=wanted, device=device, judge=judge)
     loaded = metrics.usable(loaded, load(out / FULL.key, asked[:2]), wanted[:2])
     scores = score(out, settings, asked, chosen, loaded, team)

@@ -13,7 +13,21 @@ import torch
 from PIL import Image, ImageFont
 from tiny import sd15_pipe
 
-from eval import EvalError, compare, files, flops, generate, methods, metrics, prompts, report, score, suites, table
+from eval import (
+    EvalError,
+    compare,
+    files,
+    flops,
+    generate,
+    maps,
+    methods,
+    metrics,
+    prompts,
+    report,
+    score,
+    suites,
+    table,
+)
 from eval import run as job
 from tofu_sd import demo
 
@@ -532,6 +546,14 @@ def test_operations_are_counted_by_hand(pipe):
     assert full - tofu_windows == blocks * (attention + projections - matching // 4)  # 4 windows of 48 and 16
 
 
+def test_the_report_shows_who_stands_for_whom(tiny, capsys):
+    assert job.main([*tiny, "--method", "tofu,tomesd", "--maps", "--out", "out"]) == 0
+    assert [path.name for path in Path("out/maps").iterdir()] == ["tofu-r50.png"]
+    with Image.open("out/maps/tofu-r50.png") as picture:
+        assert picture.size == (3 * 64 + 2 * maps.GAP, 64 + maps.CAPTION)
+    assert Path("out/report.html").read_text().count("Which token stands for which in two blocks") == 1
+
+
 # --- two runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -649,7 +671,7 @@ def test_files_can_be_read_by_others(tmp_path):
 
 
 def test_a_caption_narrower_than_a_letter_ends():
-    assert report._fit("full", ImageFont.load_default(15), 2) == "…"
+    assert maps.fit("full", ImageFont.load_default(15), 2) == "…"
 
 
 def test_a_row_is_labelled_with_the_ratio_that_acts():
