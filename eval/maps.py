@@ -41,7 +41,7 @@ def save(
         for sighting in (blocks[0], blocks[-1]):
             colours = tofu_sd.merge_map(sighting.map, sighting.h, sighting.w)[-1]  # the positive prompt's, of two
             pixels = (255 * colours.permute(1, 2, 0).numpy()).round().astype(np.uint8)
-            tiles.append((f"{sighting.block}, step {at + 1}", Image.fromarray(pixels)))
+            tiles.append((f"step {at + 1}, {sighting.block}", Image.fromarray(pixels)))
         write(out / "maps" / f"{method.key}.png", png(_row(tiles, settings.size)))
         saved += 1
     return saved

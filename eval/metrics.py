@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -119,7 +119,10 @@ def choose(
         "dino": lambda: [dino(nets.dino, device)],
         "clip": lambda: [clip(nets.clip, device)],
         "fid": lambda: [_of_sets("FID", inception(), frechet, 3)],
-        "kid": lambda: [_of_sets("KID", inception(), kernel_distance, 6)],
+        "kid": lambda: [
+            _of_sets("KID", inception(), kernel_distance, 6),
+            *([kd_judge(judge, device)] if judge else []),
+        ],
         "judge": lambda: judged(judge, prompts, device),
     }
     if judge is None and names in ("all", "standard"):
@@ -335,18 +338,20 @@ def pd_judge(judge: Any, device: torch.device) -> Pairwise:
     return Pairwise("PD-judge", _judge_name("5 feature maps"), True, compute)
 
 
-def of_judge(judge: Any, device: torch.device) -> list[SetMetric]:
-    """Fréchet and kernel distance of the embedded model's classifier's pooled features."""
+def fd_judge(judge: Any, device: torch.device) -> SetMetric:
+    """Fréchet distance of the embedded model's classifier's pooled features."""
+    return SetMetric("FD-judge", _judge_name("pooled features, float64"), partial(_pooled, judge, device), frechet)
 
-    def features(pictures: Tensor) -> Tensor:
-        with full_precision(), torch.no_grad():
-            return judge.features(_unit(pictures, device)).cpu()
 
+def kd_judge(judge: Any, device: torch.device) -> SetMetric:
+    """Their kernel distance."""
     about = _judge_name("pooled features, float64")
-    return [
-        SetMetric("FD-judge", about, features, frechet),
-        SetMetric("KD-judge", about, features, kernel_distance, digits=6),
-    ]
+    return SetMetric("KD-judge", about, partial(_pooled, judge, device), kernel_distance, digits=6)
+
+
+def _pooled(judge: Any, device: torch.device, pictures: Tensor) -> Tensor:
+    with full_precision(), torch.no_grad():
+        return judge.features(_unit(pictures, device)).cpu()
 
 
 def accuracy(judge: Any, prompts: Collection[str], device: torch.device) -> Metric:
@@ -369,7 +374,7 @@ def judged(judge: Any, prompts: Collection[str], device: torch.device) -> list[M
     """What the embedded model's own classifier can say, where no public net fits its pictures."""
     if judge is None:
         return [Skipped("PD-judge", "it is measured in the demo model's classifier, and this is another model")]
-    return [pd_judge(judge, device), *of_judge(judge, device), accuracy(judge, prompts, device)]
+    return [pd_judge(judge, device), fd_judge(judge, device), accuracy(judge, prompts, device)]
 
 
 def _judge_name(what: str) -> str:

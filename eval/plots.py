@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .methods import FULL, SCALE
 from .table import label
@@ -58,6 +59,7 @@ def distributions(found: dict[str, Any], images: Sequence[dict[str, str]]) -> st
                 flierprops={"marker": ".", "markersize": 2.5, "markerfacecolor": "#60646c", "markeredgewidth": 0},
             )  # fmt: skip
             ax.set_title(f"{metric['name']} {'↓' if metric['lower_is_better'] else '↑'}", fontsize=9)
+            ax.xaxis.set_major_locator(MaxNLocator(4))
             ax.set_yticks(range(1, 1 + len(rows)), [label(row) for row in rows])
             bare(ax)
         axes[0].invert_yaxis()

@@ -42,7 +42,7 @@ def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any
                Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
     cells = [[_spread(row["speedup"], 2, "×"), _spread(row["seconds"], 2)] for row in rows]
     if any(row.get("denoising") for row in rows):
-        columns.append(Column("s/image denoising", "the part of it in the UNet; median over batches"))
+        columns.append(Column("denoising", "seconds of it in the UNet; median over batches"))
         for row, line in zip(rows, cells, strict=True):
             line.append(_spread(row.get("denoising"), 2))
     if any(row.get("flops") for row in rows):

@@ -399,11 +399,13 @@ class ToyJudge:
 
 
 def test_judge_metrics_are_zero_on_equal_pictures_and_named_for_what_they_are():
-    pair, of_sets = metrics.pd_judge(ToyJudge(), CPU), metrics.of_judge(ToyJudge(), CPU)[0]
+    pair, of_sets = metrics.pd_judge(ToyJudge(), CPU), metrics.fd_judge(ToyJudge(), CPU)
     assert pair.compute(pictures(), pictures()).tolist() == [0, 0]
     assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
     assert of_sets.features(pictures(3)).shape == (3, 3)
-    for metric in (pair, of_sets):
+    kernel = metrics.kd_judge(ToyJudge(), CPU)
+    assert kernel.distance(*[kernel.features(pictures(3))] * 2) == 0
+    for metric in (pair, of_sets, kernel):
         assert "judge" in metric.name
         assert "LPIPS" not in metric.name + metric.implementation
         assert "FID" not in metric.name + metric.implementation
@@ -430,7 +432,7 @@ def test_the_embedded_classifier_fits_its_metrics():
     from tofu_sd.demo.scenes import CLASSES
 
     asked = [kind.prompt for kind in CLASSES[:2]]
-    pair, of_sets, _, share = metrics.judged(Judge().eval(), asked, CPU)
+    pair, of_sets, share = metrics.judged(Judge().eval(), asked, CPU)
     assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
     assert of_sets.features(pictures()).shape == (2, 144)
     assert share.compute(pictures(), asked).shape == (2,)

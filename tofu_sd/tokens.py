@@ -40,7 +40,7 @@ class TokenMap(NamedTuple):
 
 
 def merge_map(map: TokenMap, h: int, w: int) -> Tensor:
-    """A picture of who stands for whom [B, 3, h, w], 0 to 1: a colour for each group, gray for who stands for itself."""
+    """A picture of who stands for whom [B, 3, h, w], 0 to 1: a colour for each group, gray for a token alone."""
     size = map.size.gather(1, map.home)  # [B, N] of each token's group
     hue = (map.home * 0.618034) % 1  # golden ratio: neighbours in number are far in colour
     channels = torch.stack([((hue * 6 + shift) % 6 - 3).abs() - 1 for shift in (0, 4, 2)], dim=1).clamp(0, 1)
