@@ -34,7 +34,7 @@ from .methods import FULL, Method
 from .prompts import Request
 from .team import ALONE, Team
 
-WARM_UP_STEPS = 2
+WARM_UPS, WARM_UP_STEPS = 2, 2
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ def generate(
         progress.set_description("warm-up")
         for method, size in {(m.key, len(batch)): (m, len(batch)) for batch, due in turns for m in due}.values():
             with method.applied(pipe):
-                draw(pipe, requests[:size], method, settings, steps=min(WARM_UP_STEPS, settings.steps))
+                for _ in range(WARM_UPS):  # a step is like another: two of them warm up what a picture needs
+                    draw(pipe, requests[:size], method, settings, steps=min(WARM_UP_STEPS, settings.steps))
         for batch, due in turns:
             for method in due:
                 progress.set_description(method.key, refresh=False)

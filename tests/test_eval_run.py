@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -393,6 +394,38 @@ def test_an_interrupt_says_how_to_go_on(tiny, monkeypatch, capsys):
 def test_a_folder_without_results_has_no_report(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "no results.json" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_a_line_and_the_run_goes_on_later(tiny, monkeypatch, capsys):
+    replace, room = os.replace, iter([True] * 6)
+
+    def full_disk(source, target):
+        if not next(room, False):
+            raise OSError(28, "No space left on device", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", full_disk)
+    assert job.main([*tiny, "--out", "out"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: [Errno 28] No space left on device")
+    assert told.endswith("the same command goes on from here")
+    assert not list(Path("out").rglob(".*"))  # nothing half-written is left
+    monkeypatch.setattr(files.os, "replace", replace)
+    assert job.main([*tiny, "--out", "out"]) == 0
+
+
+def test_black_pictures_are_counted_and_told(tiny, monkeypatch, capsys, pipe):
+    """As a model in half precision draws them when it has come to NaN."""
+    original = generate.draw
+
+    def blackened(*args, **options):
+        images, cost = original(*args, **options)
+        return [Image.new("RGB", image.size) if i == 0 else image for i, image in enumerate(images)], cost
+
+    monkeypatch.setattr(generate, "draw", blackened)
+    assert job.main([*tiny, "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
+    assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["blank"] == 1
+    assert "tofu 50%: 1 of 2 pictures are one flat colour" in capsys.readouterr().out
 
 
 def test_a_folder_below_a_file_is_refused(tiny, capsys):
