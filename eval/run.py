@@ -66,6 +66,7 @@ def parser() -> Parser:
     p.add_argument("--suite", metavar="NAME", help=f"options under a name: {', '.join(suites.NAMES)}; others override")
     p.add_argument("--model", default="demo", help="demo, or a diffusers text-to-image model: its id or folder")
     p.add_argument("--prompts", default="demo", help="demo, imagenet1k, or a .txt or .jsonl file")
+    p.add_argument("--per-prompt", type=at_least(1), default=1, metavar="N", help="pictures of each prompt of the list")
     p.add_argument("--ratio", default="0.5", metavar="R,R", help="share of tokens fused away; several give a row each")
     p.add_argument("--steps", type=at_least(1), default=20, help="sampling steps")
     p.add_argument("--size", type=at_least(8), help="pixels a side (default: the model's own)")
@@ -158,7 +159,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     """
     started = provenance.now()
     chosen = methods.parse(options.method, _ratios(options.ratio)) + [SCALE] * options.scale_row
-    requests = prompts.load(options.prompts, options.seed)
+    requests = prompts.several(prompts.load(options.prompts, options.seed), options.per_prompt)
     asked = requests[: options.limit]
     wanted = [request.prompt for request in asked]
     drawn = [FULL, *(m for m in chosen if m is not FULL and not m.missing)]
