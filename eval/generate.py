@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import io
 import json
 import logging
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,11 +29,12 @@ from tqdm import tqdm
 from tofu_sd.calibrate import synchronize
 
 from . import EvalError
-from .files import read_json, write, write_json
-from .methods import Method
+from .files import listed, png, read_json, write, write_json
+from .methods import FULL, Method
 from .prompts import Request
+from .team import ALONE, Team
 
-WARM_UP_STEPS = 2
+WARM_UPS, WARM_UP_STEPS = 2, 2
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def claim(out: Path, settings: Settings) -> None:
         raise EvalError(f"--out {out.name}: there is a file of that name")
     old = read_json(out / "settings.json")
     if not isinstance(old, dict):
-        if out.exists() and any(out.iterdir()):
+        # another process may be writing the settings just now: files that begin with a dot are not whole yet
+        if out.exists() and any(path.name[0] != "." for path in out.iterdir()):
             raise EvalError(f"--out {out.name}: the folder is not empty and holds no settings.json; give another")
         write_json(out / "settings.json", new)
         return
@@ -85,14 +86,53 @@ def identity(settings: Settings, method: Method) -> str:
 def record_of(out: Path, settings: Settings, method: Method, request: Request) -> dict[str, Any] | None:
     """The record of a finished picture; None where it is missing, damaged or was made otherwise."""
     record = read_json(out / method.key / f"{request.id}.json")
-    asked = {"prompt": request.prompt, "seed": request.seed + method.seed_shift, "made": identity(settings, method)}
-    if not isinstance(record, dict) or any(record.get(name) != value for name, value in asked.items()):
+    if not isinstance(record, dict) or any(
+        record.get(name) != value for name, value in _asked(settings, method, request).items()
+    ):
         return None
+    return record if _sha(out / method.key / f"{request.id}.png") == record.get("sha256") else None
+
+
+def damaged(out: Path, method: Method, request: Request) -> bool:
+    """Whether something lies where the picture should be, that is no picture with its record."""
+    picture, told = (out / method.key / f"{request.id}.{ending}" for ending in ("png", "json"))
+    if not picture.exists() and not told.exists():
+        return False
+    record = read_json(told)
+    return not isinstance(record, dict) or _sha(picture) != record.get("sha256")
+
+
+def _asked(settings: Settings, method: Method, request: Request) -> dict[str, Any]:
+    """What the record of this picture has to say."""
+    return {"prompt": request.prompt, "seed": request.seed + method.seed_shift, "made": identity(settings, method)}
+
+
+def _sha(path: Path) -> str | None:
     try:
-        content = (out / method.key / f"{request.id}.png").read_bytes()
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return None
-    return record if hashlib.sha256(content).hexdigest() == record.get("sha256") else None
+
+
+def take_over(reference: Path, out: Path, settings: Settings, requests: Sequence[Request]) -> int:
+    """Copies pictures of the full model from another run's folder: those that are what this run would draw.
+
+    That is said by their content: their record's hash of settings, prompt and seed, and the picture's own. Returns how
+    many there were.
+    """
+    taken = 0
+    for request in requests:
+        record = record_of(reference, settings, FULL, request)
+        if record is not None and record_of(out, settings, FULL, request) is None:
+            write(out / FULL.key / f"{request.id}.png", (reference / FULL.key / f"{request.id}.png").read_bytes())
+            write_json(out / FULL.key / f"{request.id}.json", record)
+            taken += 1
+    return taken
+
+
+def batches(requests: Sequence[Request], settings: Settings) -> list[Sequence[Request]]:
+    """What is drawn at once: the same for every method, and for any number of processes."""
+    return [requests[i : i + settings.batch] for i in range(0, len(requests), settings.batch)]
 
 
 def generate(
@@ -101,14 +141,21 @@ def generate(
     methods: Sequence[Method],
     settings: Settings,
     out: Path,
+    team: Team = ALONE,
+    repeats: int = 1,
 ) -> int:
-    """Makes every picture that is not there yet. Returns how many it made."""
-    batches = [requests[i : i + settings.batch] for i in range(0, len(requests), settings.batch)]
+    """Makes every picture of this process's share that is not there yet. Returns how many it made.
+
+    repeats: a batch is drawn so many times, of which the fastest counts; the pictures are the same.
+    """
     turns = [
         (batch, [m for m in methods if any(record_of(out, settings, m, request) is None for request in batch)])
-        for batch in batches
+        for batch in team.share(batches(requests, settings))
     ]
     turns = [(batch, due) for batch, due in turns if due]
+    broken = [f"{m.key}/{r.id}.png" for batch, due in turns for m in due for r in batch if damaged(out, m, r)]
+    if broken:
+        print(f"damaged, drawn again: {listed(broken)}", file=sys.stderr)
     pictures = sum(len(batch) * len(due) for batch, due in turns)
     run = uuid.uuid4().hex[:12]  # times are compared within a run only
     with (
@@ -116,7 +163,7 @@ def generate(
         tqdm(
             total=pictures,
             unit="img",
-            disable=not pictures,
+            disable=not pictures or not team.leads,
             file=sys.stderr,
             mininterval=0.1 if sys.stderr.isatty() else 15,
         ) as progress,
@@ -124,15 +171,25 @@ def generate(
         progress.set_description("warm-up")
         for method, size in {(m.key, len(batch)): (m, len(batch)) for batch, due in turns for m in due}.values():
             with method.applied(pipe):
-                draw(pipe, requests[:size], method, settings, steps=min(WARM_UP_STEPS, settings.steps))
+                for _ in range(WARM_UPS):  # a step is like another: two of them warm up what a picture needs
+                    draw(pipe, requests[:size], method, settings, steps=min(WARM_UP_STEPS, settings.steps))
         for batch, due in turns:
             for method in due:
                 progress.set_description(method.key, refresh=False)
                 with method.applied(pipe):
-                    images, seconds, peak = draw(pipe, batch, method, settings, steps=settings.steps)
+                    images, cost = draw(pipe, batch, method, settings, steps=settings.steps)
+                    for _ in range(repeats - 1):
+                        again = draw(pipe, batch, method, settings, steps=settings.steps)[1]
+                        cost = min(cost, again, key=lambda cost: cost["seconds"])
                 for request, image in zip(batch, images, strict=True):
-                    figures = {"run": run, "seconds": seconds / len(batch), "batch": len(batch), "peak_bytes": peak}
-                    figures["timed"] = request is batch[0]  # one time a batch
+                    if record_of(out, settings, method, request) is not None:
+                        continue  # saved before this batch was broken off
+                    figures = {
+                        "run": run,
+                        "batch": len(batch),
+                        "timed": request is batch[0],
+                        **cost,
+                    }  # one time a batch
                     _save(out, settings, method, request, image, figures)
                 progress.update(len(batch))
     return pictures
@@ -140,51 +197,88 @@ def generate(
 
 def draw(
     pipe: Any, requests: Sequence[Request], method: Method, settings: Settings, *, steps: int
-) -> tuple[list[Image.Image], float, int | None]:
-    """(pictures, seconds for all, bytes of peak memory over the weights or None off CUDA).
+) -> tuple[list[Image.Image], dict[str, Any]]:
+    """The pictures, and what one of them cost: seconds, seconds in the denoiser, bytes over the weights (on CUDA).
 
     Every picture has a CPU generator of its own, so that it does not depend on its neighbours in the batch.
     """
     device = torch.device(pipe.device)
     generators = [torch.Generator("cpu").manual_seed(request.seed + method.seed_shift) for request in requests]
     guidance = {} if settings.guidance is None else {"guidance_scale": settings.guidance}
-    cuda, held = device.type == "cuda", 0
+    cuda, held, reserved = device.type == "cuda", 0, 0
     if cuda:
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
+        held, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     synchronize(device)
-    start = time.perf_counter()
-    images = pipe(
-        prompt=[request.prompt for request in requests],
-        generator=generators,
-        num_inference_steps=steps,
-        height=settings.size,
-        width=settings.size,
-        output_type="pil",
-        **guidance,
-    ).images
-    synchronize(device)
-    seconds = time.perf_counter() - start
-    return images, seconds, torch.cuda.max_memory_allocated(device) - held if cuda else None
+    with denoising(pipe) as denoiser_seconds:
+        start = time.perf_counter()
+        images = pipe(
+            prompt=[request.prompt for request in requests],
+            generator=generators,
+            num_inference_steps=steps,
+            height=settings.size,
+            width=settings.size,
+            output_type="pil",
+            **guidance,
+        ).images
+        synchronize(device)
+        seconds = time.perf_counter() - start
+        denoised = denoiser_seconds()
+    return images, {
+        "seconds": seconds / len(requests),
+        "denoising": None if denoised is None else denoised / len(requests),
+        "peak_bytes": torch.cuda.max_memory_allocated(device) - held if cuda else None,
+        "reserved_bytes": torch.cuda.max_memory_reserved(device) - reserved if cuda else None,
+    }
+
+
+@contextmanager
+def denoising(pipe: Any) -> Iterator[Callable[[], float | None]]:
+    """Inside, the pipeline's denoiser is timed, without waiting for a GPU; what it gives says how many seconds it ran.
+
+    To be asked once the device is idle. None on devices that keep no times.
+    """
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    device = torch.device(pipe.device)
+    if denoiser is None or device.type not in ("cpu", "cuda"):
+        yield lambda: None
+        return
+    moments: list[Any] = []
+
+    def note(*_: Any) -> None:
+        if device.type == "cuda":
+            moments.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+            moments[-1].record()
+        else:
+            moments.append(time.perf_counter())
+
+    def seconds() -> float:
+        pairs = zip(moments[::2], moments[1::2], strict=True)
+        if device.type == "cuda":
+            return sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
+        return sum(end - begin for begin, end in pairs)
+
+    hooks = [denoiser.register_forward_pre_hook(note), denoiser.register_forward_hook(note)]
+    try:
+        yield seconds
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _save(
     out: Path, settings: Settings, method: Method, request: Request, image: Image.Image, figures: dict[str, Any]
 ) -> None:
     """The picture first, its record after it: a record says that the picture is whole."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    content = buffer.getvalue()
+    content = png(image)
     write(out / method.key / f"{request.id}.png", content)
     write_json(
         out / method.key / f"{request.id}.json",
         {
             "id": request.id,
-            "prompt": request.prompt,
-            "seed": request.seed + method.seed_shift,
-            "made": identity(settings, method),
+            **_asked(settings, method, request),
             "sha256": hashlib.sha256(content).hexdigest(),
             **figures,
         },

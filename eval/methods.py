@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import importlib.util
 import math
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import tofu_sd
 from tofu_sd import TokenFusion, recipes
 from tofu_sd.policy import did_you_mean
 
-from . import EvalError, shapes
+from . import EvalError, peers
 
 OTHER_SEEDS = 1_000_003  # added to every seed of the scale row; further than any list of prompts is long
-DEEPCACHE_STEPS = 3  # of which one runs whole; its authors' example
 
 
 @dataclass(frozen=True)
@@ -62,17 +58,19 @@ def parse(names: str, ratios: list[float]) -> list[Method]:
 def _one(name: str, ratio: float) -> Method:
     if name == "full":
         return FULL
-    if name.partition(":")[0] == "deepcache":
-        return _deepcache(name, ratio)
+    peer, colon, inner = name.partition(":")
+    if peer in peers.STACKED and (inner or not colon):
+        return _stacked(name, peer, _one(inner, ratio) if inner else FULL)
     try:
-        if name == "tomesd":
-            return _tomesd(TokenFusion(ratio=ratio).ratio)  # the same limits, told the same way
+        if name in peers.ALONE:
+            return _peer(name, TokenFusion(ratio=ratio).ratio)  # the same limits, told the same way
         fusion = recipes.named(name, ratio)
     except recipes.UnknownMethodError as error:
-        known = ["full", *recipes.RECIPES, *PEERS]
+        known = ["full", *recipes.RECIPES, *peers.ALONE, *peers.STACKED]
         raise EvalError(
             f"unknown method {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}; this package's also with "
-            "kv: before, +p behind and any @option=value at the end; deepcache: before any stacks the two"
+            f"kv: before, +p behind and any @option=value at the end; {' or '.join(f'{p}:' for p in peers.STACKED)} "
+            "before another stacks the two"
         ) from error
     except (ValueError, TypeError) as error:
         raise EvalError(str(error)) from error
@@ -81,72 +79,30 @@ def _one(name: str, ratio: float) -> Method:
     return Method(name, fusion.key, fusion.ratio, identity, applied, fusion, cycle=fusion.match_every)
 
 
-PEERS = ("tomesd", "deepcache")
+def _peer(name: str, ratio: float) -> Method:
+    peer = peers.ALONE[name]
+    key = f"{name}-r{100 * ratio:g}" if peer.takes_ratio else name
+    shown = ratio if peer.takes_ratio else None
+    if peer.missing:
+        return Method(name, key, shown, missing=peer.missing)
+    applied = partial(peer.applied, ratio=ratio) if peer.takes_ratio else peer.applied
+    return Method(name, key, shown, peer.identity, applied)
+
+
+def _stacked(name: str, peer_name: str, inner: Method) -> Method:
+    peer = peers.STACKED[peer_name]
+    key = peer_name if inner is FULL else f"{peer_name}-{inner.key}"
+    if peer.missing or inner.missing:
+        return Method(name, key, inner.ratio, missing=peer.missing or inner.missing)
+    identity = {**inner.identity, **peer.identity}
+    applied = partial(peer.applied, inner=inner.applied)
+    cycle = math.lcm(peer.cycle, inner.cycle)
+    return Method(name, key, inner.ratio, identity, applied, inner.fusion, cycle=cycle, whole=True)
 
 
 def fusion_fields(fusion: TokenFusion) -> dict[str, Any]:
     """A TokenFusion's fields, functions by their names, so that it reads the same in every process."""
     return {name: getattr(value, "__name__", value) for name, value in vars(fusion).items()}
-
-
-def _tomesd(ratio: float) -> Method:
-    key = f"tomesd-r{100 * ratio:g}"
-    if importlib.util.find_spec("tomesd") is None:
-        return Method("tomesd", key, ratio, missing="pip install tomesd")
-    version = importlib.metadata.version("tomesd")
-    return Method("tomesd", key, ratio, {"tomesd": version}, partial(_with_tomesd, ratio=ratio))
-
-
-@contextmanager
-def _with_tomesd(pipe: Any, ratio: float) -> Iterator[Any]:
-    import tomesd
-
-    # random destinations would depend on what was drawn before; left to itself it does nothing on SDXL
-    tomesd.apply_patch(pipe, ratio=ratio, use_rand=False, max_downsample=_top_downsample(pipe))
-    try:
-        yield pipe
-    finally:
-        tomesd.remove_patch(pipe)
-
-
-def _deepcache(name: str, ratio: float) -> Method:
-    """DeepCache alone, or on top of the method behind the colon."""
-    inner = _one(name.partition(":")[2], ratio) if ":" in name else FULL
-    key = "deepcache" if inner is FULL else f"deepcache-{inner.key}"
-    if inner.missing or importlib.util.find_spec("DeepCache") is None:
-        return Method(name, key, inner.ratio, missing=inner.missing or "pip install DeepCache")
-    identity = {**inner.identity, "DeepCache": importlib.metadata.version("DeepCache"), "steps": DEEPCACHE_STEPS}
-    cycle = math.lcm(DEEPCACHE_STEPS, inner.cycle)
-    applied = partial(_with_deepcache, inner=inner)
-    return Method(name, key, inner.ratio, identity, applied, inner.fusion, cycle=cycle, whole=True)
-
-
-@contextmanager
-def _with_deepcache(pipe: Any, inner: Method) -> Iterator[Any]:
-    from DeepCache import DeepCacheSDHelper
-
-    if not hasattr(pipe, "unet"):  # a UNet by itself, whose steps it counts in a pipeline's schedule
-        schedule = SimpleNamespace(timesteps=shapes.timesteps(DEEPCACHE_STEPS))
-        pipe = SimpleNamespace(unet=pipe, scheduler=schedule)
-    with ExitStack() as stack:
-        stack.enter_context(inner.applied(pipe))
-        helper = DeepCacheSDHelper(pipe)
-        helper.set_params(cache_interval=DEEPCACHE_STEPS, cache_branch_id=0)
-        untouched = [module for module in pipe.unet.modules() if "forward" not in vars(module)]
-        helper.enable()
-        try:
-            yield pipe
-        finally:
-            helper.disable()
-            for module in untouched:  # it leaves each its own `forward`, set on the instance
-                vars(module).pop("forward", None)
-
-
-def _top_downsample(pipe: Any) -> int:
-    """The latent's side over that of the highest resolution with attention: 1 for SD 1.x and 2.x, 2 for SDXL."""
-    config = getattr(getattr(pipe, "unet", pipe), "config", None)
-    kinds = getattr(config, "down_block_types", None) or ()
-    return 2 ** next((level for level, kind in enumerate(kinds) if "CrossAttn" in kind), 0)
 
 
 @cache

@@ -6,11 +6,13 @@ package or weights cannot be had becomes a `Skipped` that says why. Nets are imp
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,10 +26,15 @@ from . import EvalError
 from .files import without_paths
 from .options import choices
 from .provenance import version
+from .statistics import frechet, kernel_distance
 
-NAMES = ("psnr", "ms-ssim", "lpips", "fid", "judge")
+NAMES = ("psnr", "ssim", "ms-ssim", "lpips", "dino", "clip", "fid", "kid", "judge")
+STANDARD = ("psnr", "ssim", "ms-ssim", "lpips", "fid", "judge")
 LPIPS_NETS = ("alex", "vgg", "squeeze")
+SSIM_SMALLEST = 11  # pixels: its window
 MS_SSIM_SMALLEST = 161  # pixels: an 11-pixel window on the last of five scales
+CLIP = "openai/clip-vit-large-patch14"
+DINO = "facebook/dinov2-base"
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,15 @@ class Single:
 
 @dataclass(frozen=True)
 class SetMetric:
-    """The Fréchet distance of two sets of pictures in a feature space: features(pictures) -> [B, D]."""
+    """A distance of two sets of pictures in a feature space: features(pictures) -> [B, D], distance([N, D], [N, D]).
+
+    Metrics with the same `features` share what it computes.
+    """
 
     name: str
     implementation: str
     features: Callable[[Tensor], Tensor]
+    distance: Callable[[Tensor, Tensor], float]
     lower_is_better: bool = True
     digits: int = 4
 
@@ -77,27 +88,44 @@ Metric = Single | Pairwise | SetMetric | Skipped
 _BROKEN = (OSError, RuntimeError, KeyError, ValueError, EOFError, UnpicklingError)  # files of weights, and downloads
 
 
+@dataclass(frozen=True)
+class Nets:
+    """Where the nets come from that metrics measure with. Files of weights are None where they are downloaded."""
+
+    lpips: str = "alex"
+    lpips_backbone: Path | None = None
+    inception: Path | None = None
+    clip: str = CLIP
+    dino: str = DINO
+
+
 def choose(
     names: str,
+    nets: Nets,
     *,
     size: int,
     prompts: Collection[str],
     device: torch.device,
     judge: nn.Module | None = None,
-    lpips_net: str = "alex",
-    lpips_backbone: Path | None = None,
-    inception: Path | None = None,
 ) -> list[Metric]:
-    """The metrics of a list such as "psnr,lpips" or "all", loaded."""
-    asked = check(names, lpips_net)
+    """The metrics of a list such as "psnr,lpips", "standard" or "all", loaded."""
+    asked = check(names, nets)
+    inception = cache(lambda: _inception(nets.inception, device))  # one net for two metrics
     makers: dict[str, Callable[[], list[Metric]]] = {
         "psnr": lambda: [psnr()],
+        "ssim": lambda: [ssim(size)],
         "ms-ssim": lambda: [ms_ssim(size)],
-        "lpips": lambda: [lpips(lpips_net, lpips_backbone, device)],
-        "fid": lambda: [fid(inception, device)],
+        "lpips": lambda: [lpips(nets.lpips, nets.lpips_backbone, device)],
+        "dino": lambda: [dino(nets.dino, device)],
+        "clip": lambda: [clip(nets.clip, device)],
+        "fid": lambda: [_of_sets("FID", inception(), frechet, 3)],
+        "kid": lambda: [
+            _of_sets("KID", inception(), kernel_distance, 6),
+            *([kd_judge(judge, device)] if judge else []),
+        ],
         "judge": lambda: judged(judge, prompts, device),
     }
-    if judge is None and names == "all":
+    if judge is None and names in ("all", "standard"):
         asked.remove("judge")  # it is the demo model's own
     return [metric for name in NAMES if name in asked for metric in makers[name]()]
 
@@ -121,13 +149,14 @@ def usable(metrics: Sequence[Metric], pictures: Tensor, prompts: Sequence[str]) 
     return [tried(metric) for metric in metrics]
 
 
-def check(names: str, lpips_net: str = "alex", *files: Path | None) -> list[str]:
+def check(names: str, nets: Nets) -> list[str]:
     """The names in a list of metrics; EvalError for an unknown one or a missing file, before anything is computed."""
-    asked = list(NAMES) if names == "all" else choices(names, NAMES, "metric")
-    if lpips_net not in LPIPS_NETS:
-        hint = did_you_mean(lpips_net, LPIPS_NETS)
-        raise EvalError(f"unknown LPIPS net {lpips_net!r}{hint}; known: {', '.join(LPIPS_NETS)}")
-    for file in files:
+    groups = {"all": NAMES, "standard": STANDARD}
+    asked = list(groups[names]) if names in groups else choices(names, NAMES, "metric")
+    if nets.lpips not in LPIPS_NETS:
+        hint = did_you_mean(nets.lpips, LPIPS_NETS)
+        raise EvalError(f"unknown LPIPS net {nets.lpips!r}{hint}; known: {', '.join(LPIPS_NETS)}")
+    for file in (nets.lpips_backbone, nets.inception):
         if file is not None and not file.is_file():
             raise EvalError(f"there is no file {file.name!r} of weights in {file.parent.name or 'this folder'!r}")
     return asked
@@ -141,19 +170,31 @@ def psnr() -> Pairwise:
     return Pairwise("PSNR", "float64, peak 255, dB", False, compute, digits=2)
 
 
+def ssim(size: int) -> Metric:
+    """Structural similarity (Wang et al. 2004) by pytorch-msssim: other packages crop and pad otherwise."""
+    if size < SSIM_SMALLEST:
+        return Skipped("SSIM", f"takes pictures of at least {SSIM_SMALLEST} px, these have {size}")
+    return _structural("SSIM", "ssim")
+
+
 def ms_ssim(size: int) -> Metric:
     if size < MS_SSIM_SMALLEST:
         return Skipped("MS-SSIM", f"takes pictures of at least {MS_SSIM_SMALLEST} px, these have {size}")
+    return _structural("MS-SSIM", "ms_ssim")
+
+
+def _structural(name: str, function: str) -> Metric:
     try:
-        from pytorch_msssim import ms_ssim as compute_ms_ssim
+        import pytorch_msssim as package
     except ImportError:
-        return Skipped("MS-SSIM", "pip install pytorch-msssim")
+        return Skipped(name, "pip install pytorch-msssim")
+    measure = getattr(package, function)
 
     def compute(a: Tensor, b: Tensor) -> Tensor:
         with full_precision():
-            return compute_ms_ssim(a.float(), b.float(), data_range=255, size_average=False).double()
+            return measure(a.float(), b.float(), data_range=255, size_average=False).double()
 
-    return Pairwise("MS-SSIM", f"pytorch-msssim {version('pytorch-msssim')}, window 11, range 255", False, compute)
+    return Pairwise(name, f"pytorch-msssim {version('pytorch-msssim')}, window 11, range 255", False, compute)
 
 
 def lpips(net: str, backbone: Path | None, device: torch.device) -> Metric:
@@ -178,7 +219,7 @@ def lpips(net: str, backbone: Path | None, device: torch.device) -> Metric:
             distance = model(_unit(a, device), _unit(b, device), normalize=True)
         return distance.flatten().cpu().double()
 
-    return Pairwise(name, f"lpips {version('lpips')}, {net}", True, compute)
+    return Pairwise(name, f"lpips {version('lpips')}, {net}, weights {weights_hash(model)}", True, compute)
 
 
 def load_backbone(net: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -188,25 +229,101 @@ def load_backbone(net: nn.Module, weights: dict[str, Tensor]) -> None:
     net.load_state_dict({key: plain[key.partition(".")[2]] for key in net.state_dict()})
 
 
-def fid(weights: Path | None, device: torch.device) -> Metric:
-    """FID's features by torchmetrics (Inception of torch-fidelity, antialiased resize to 299)."""
+@dataclass(frozen=True)
+class Features:
+    """A net that pictures are compared in as sets: features(pictures) -> [B, D]."""
+
+    implementation: str
+    compute: Callable[[Tensor], Tensor]
+
+
+def _inception(weights: Path | None, device: torch.device) -> Features | str:
+    """FID's features by torchmetrics (Inception of torch-fidelity, antialiased resize to 299); why not, in words."""
     try:
         from torchmetrics.image.fid import NoTrainInceptionV3
 
         path = None if weights is None else str(weights)
         model = NoTrainInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=path)
     except ImportError as error:
-        return Skipped("FID", _missing(error, "torchmetrics[image]"))
+        return _missing(error, "torchmetrics[image]")
     except _BROKEN as error:
-        return Skipped("FID", f"no Inception weights (--inception-weights PATH): {_line(error)}")
+        return f"no Inception weights (--inception-weights PATH): {_line(error)}"
     model = model.to(device)
 
-    def features(pictures: Tensor) -> Tensor:
+    def compute(pictures: Tensor) -> Tensor:
         with full_precision(), torch.no_grad():
             return model(pictures.to(device)).cpu()
 
-    return SetMetric("FID", f"Inception 2048, torchmetrics {version('torchmetrics')}, antialias, float64", features,
-                     digits=3)  # fmt: skip
+    about = f"Inception 2048, torchmetrics {version('torchmetrics')}, antialias, weights {weights_hash(model)}"
+    return Features(about, compute)
+
+
+def _of_sets(name: str, found: Features | str, distance: Callable[[Tensor, Tensor], float], digits: int) -> Metric:
+    if isinstance(found, str):
+        return Skipped(name, found)
+    return SetMetric(name, f"{found.implementation}, float64", found.compute, distance, digits=digits)
+
+
+def clip(model_id: str, device: torch.device) -> Metric:
+    """CLIP score (Hessel et al. 2021): 100 · max(0, cosine of a picture and its prompt)."""
+    found = _transformer(model_id, device)
+    if isinstance(found, str):
+        return Skipped("CLIP score", found)
+    model, prepare = found
+
+    def compute(pictures: Tensor, prompts: Sequence[str]) -> Tensor:
+        asked = prepare(text=list(prompts), images=list(pictures), return_tensors="pt", padding=True, truncation=True)
+        with full_precision(), torch.no_grad():
+            seen = model(**asked.to(device))
+        cosine = torch.nn.functional.cosine_similarity(seen.image_embeds, seen.text_embeds)
+        return (100 * cosine.clamp_min(0)).cpu().double()
+
+    return Single("CLIP score", _transformer_name(model_id, model), False, compute)
+
+
+def dino(model_id: str, device: torch.device) -> Metric:
+    """One minus the cosine of two pictures' class tokens, as ToMA reports it."""
+    found = _transformer(model_id, device)
+    if isinstance(found, str):
+        return Skipped("DINO", found)
+    model, prepare = found
+
+    def embed(pictures: Tensor) -> Tensor:
+        shown = prepare(images=list(pictures), return_tensors="pt").to(device)
+        with full_precision(), torch.no_grad():
+            return model(**shown).last_hidden_state[:, 0].cpu().double()
+
+    def compute(a: Tensor, b: Tensor) -> Tensor:
+        return 1 - torch.nn.functional.cosine_similarity(embed(a), embed(b))
+
+    return Pairwise("DINO", _transformer_name(model_id, model), True, compute)
+
+
+def _transformer(model_id: str, device: torch.device) -> tuple[Any, Any] | str:
+    """(a model of transformers, what prepares its input) by id or folder; why not, in words."""
+    try:
+        from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+
+        model = AutoModel.from_pretrained(model_id).to(device).eval().requires_grad_(False)
+        kind = AutoProcessor if hasattr(model, "text_model") else AutoImageProcessor
+        return model, kind.from_pretrained(model_id)
+    except ImportError as error:
+        return _missing(error, "transformers")
+    except _BROKEN as error:
+        return f"no weights: {_line(error)}"
+
+
+def _transformer_name(model_id: str, model: nn.Module) -> str:
+    name = Path(model_id).name if Path(model_id).is_dir() else model_id
+    return f"transformers {version('transformers')}, {name}, weights {weights_hash(model)}"
+
+
+def weights_hash(model: nn.Module) -> str:
+    """The beginning of the SHA-256 of a net's weights: the same number, the same net."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:8]
 
 
 def pd_judge(judge: Any, device: torch.device) -> Pairwise:
@@ -223,12 +340,18 @@ def pd_judge(judge: Any, device: torch.device) -> Pairwise:
 
 def fd_judge(judge: Any, device: torch.device) -> SetMetric:
     """Fréchet distance of the embedded model's classifier's pooled features."""
+    return SetMetric("FD-judge", _judge_name("pooled features, float64"), partial(_pooled, judge, device), frechet)
 
-    def features(pictures: Tensor) -> Tensor:
-        with full_precision(), torch.no_grad():
-            return judge.features(_unit(pictures, device)).cpu()
 
-    return SetMetric("FD-judge", _judge_name("pooled features, float64"), features)
+def kd_judge(judge: Any, device: torch.device) -> SetMetric:
+    """Their kernel distance."""
+    about = _judge_name("pooled features, float64")
+    return SetMetric("KD-judge", about, partial(_pooled, judge, device), kernel_distance, digits=6)
+
+
+def _pooled(judge: Any, device: torch.device, pictures: Tensor) -> Tensor:
+    with full_precision(), torch.no_grad():
+        return judge.features(_unit(pictures, device)).cpu()
 
 
 def accuracy(judge: Any, prompts: Collection[str], device: torch.device) -> Metric:

@@ -24,8 +24,8 @@ class Parser(argparse.ArgumentParser):
         raise EvalError(f"{message} (see --help)")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the defaults that are values; the others are said in words."""
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Adds the defaults that are values; the others are said in words. Examples keep their lines."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +97,20 @@ def imagenet_names() -> list[str]:
 KNOWN: dict[str, Callable[[int], list[Request]]] = {"demo": demo, "imagenet1k": imagenet1k}
 
 
-def digest(requests: list[Request]) -> str:
+def several(requests: list[Request], per_prompt: int) -> list[Request]:
+    """Every prompt so many times; the first time as it was, so that a list asked for once begins a longer one.
+
+    Seeds count on by the length of the list, beyond those that `load` gives it.
+    """
+    again = [
+        Request(f"{request.id}_{k}", request.prompt, request.seed + k * len(requests))
+        for k in range(1, per_prompt)
+        for request in requests
+    ]
+    return _unique([*requests, *again], f"--per-prompt {per_prompt}")
+
+
+def digest(requests: Sequence[Request]) -> str:
     """Says whether two lists ask for the same pictures."""
     text = json.dumps([(r.id, r.prompt, r.seed) for r in requests])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -17,19 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import markupsafe
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from . import EvalError
-from .files import read_json, to_json, without_paths, write
+from . import EvalError, frontier, plots
+from .files import png, read_json, to_json, without_paths, write
 from .generate import Settings
+from .maps import fit
 from .methods import FULL
 from .score import Scores
 from .table import circumstances, label, markdown, markdown_against, notes, table, with_rows
 
 SCHEMA = 1
-WORST = 12  # pairs of each method in report.html
+PAIRS, FEW_PAIRS, MANY = 10, 3, 8  # the worst and the best pairs of each method, few of many methods: a page must open
 GRID_ROWS = 6
 THUMBNAIL = 512  # pixels, at most
+THREE = 1600  # of three pictures side by side
 MAGNIFY = 4  # of the difference pictures
 
 
@@ -66,7 +69,7 @@ def save(out: Path, found: dict[str, Any], scores: Scores) -> None:
 def draw(out: Path) -> None:
     """report.html and grid.png from the files in `out`."""
     found, images = read(out)
-    write(out / "grid.png", _png(grid(out, found, images, GRID_ROWS)))
+    write(out / "grid.png", png(grid(out, found, images, GRID_ROWS)))
     write(out / "report.html", html(out, found, images))
 
 
@@ -106,15 +109,34 @@ def html(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> str:
     metric = ranking(found)
     measured = [m for m in found["metrics"] if m.get("per_image")]
     sections = []
-    for row in found["rows"]:
-        if "skipped" in row or row["key"] == FULL.key:
-            continue
+    compared = [row for row in found["rows"] if "skipped" not in row and row["key"] != FULL.key]
+    shown = PAIRS if len(compared) <= MANY else FEW_PAIRS
+    for row in compared:
         own = worst_first([image for image in images if image["key"] == row["key"]], metric)
-        sections.append({"row": row, "of": len(own), "pairs": [_pair(out, image, measured) for image in own[:WORST]]})
+        worst = own[:shown]
+        best = own[max(len(worst), len(own) - shown) :][::-1] if metric else []
+        pairs = [[_pair(out, image, measured) for image in some] for some in (worst, best)]
+        maps = out / "maps" / f"{row['key']}.png"
+        merged = _embedded(_open(maps), THREE) if maps.exists() else None
+        sections.append({"row": row, "of": len(own), "worst": pairs[0], "best": pairs[1], "maps": merged})
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    try:
+        costs: str | None = frontier.svg(found)
+    except EvalError:  # too few methods for one
+        costs = None
+    drawn = [
+        {"title": title, "about": about, "svg": markupsafe.Markup(svg)}
+        for title, about, svg in (
+            ("Quality against cost", "Each point a method, with the 95 % interval of its metric; the line joins those "
+             "that no other beats in both.", costs),
+            ("Picture by picture", "How the metrics are spread over the pictures: the box holds the middle half, its "
+             "line the median, the whiskers 90 %.", plots.distributions(found, images)),
+        )
+        if svg
+    ]  # fmt: skip
     return page.get_template("report.html.j2").render(
-        found=found, columns=columns, rows=rows, sections=sections, ranked_by=metric, magnify=MAGNIFY,
+        plots=drawn, found=found, columns=columns, rows=rows, sections=sections, ranked_by=metric, magnify=MAGNIFY,
         label=label, circumstances=circumstances(found), notes=notes(found),
     )  # fmt: skip
 
@@ -135,22 +157,14 @@ def grid(out: Path, found: dict[str, Any], images: list[dict[str, str]], first: 
     picture = Image.new("RGB", (width, head + len(shown) * (caption + side + gap)), "white")
     pen, bold, small = ImageDraw.Draw(picture), ImageFont.load_default(15), ImageFont.load_default(11)
     for i, row in enumerate(rows):
-        pen.text((gap + i * (side + gap), 6), _fit(label(row), bold, side), fill="black", font=bold)
+        pen.text((gap + i * (side + gap), 6), fit(label(row), bold, side), fill="black", font=bold)
     for j, image in enumerate(shown):
         top = head + j * (caption + side + gap)
-        pen.text((gap, top + 2), _fit(image["prompt"], small, width - 2 * gap), fill="dimgray", font=small)
+        pen.text((gap, top + 2), fit(image["prompt"], small, width - 2 * gap), fill="dimgray", font=small)
         for i, row in enumerate(rows):
             tile = _open(out / row["key"] / f"{image['id']}.png").resize((side, side), Image.Resampling.LANCZOS)
             picture.paste(tile, (gap + i * (side + gap), top + caption))
     return picture
-
-
-def _fit(text: str, font: Any, width: int) -> str:
-    """The text, cut to this width in pixels."""
-    text = " ".join(text.split())
-    while len(text) > 1 and font.getlength(text) > width:
-        text = text[:-2].rstrip() + "…"
-    return text
 
 
 def _open(path: Path) -> Image.Image:
@@ -162,15 +176,9 @@ def _open(path: Path) -> Image.Image:
         raise EvalError(f"the picture {gone} is gone: python -m eval.run makes it again") from error
 
 
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _embedded(image: Image.Image) -> str:
+def _embedded(image: Image.Image, most: int = THUMBNAIL) -> str:
     """A data: address of the picture: JPEG, for the eye alone (figures come from the PNGs)."""
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((most, most))
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -186,6 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--markdown", action="store_true", help="print the table for a README, write nothing")
     what.add_argument("--against", metavar="ROW", help="print how each row differs from this one, say 'tome 50%%'")
+    what.add_argument("--frontier", action="store_true", help="print the methods that no other beats in both, and how")
     what.add_argument("--grid", type=Path, metavar="FILE", help="write the pictures of --rows side by side, as PNG")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of the table, say full 'tofu 50%%'")
     parser.add_argument("--columns", nargs="+", default=[], metavar="TITLE", help="of the table, say speed-up PSNR")
@@ -198,8 +207,10 @@ def main(argv: list[str] | None = None) -> int:
             print(markdown_against(found, images, options.against), end="")
         elif options.markdown:
             print(markdown(found, options.columns), end="")
+        elif options.frontier:
+            print(frontier.markdown(found), end="")
         elif options.grid:
-            write(options.grid, _png(grid(options.out, found, images, options.first)))
+            write(options.grid, png(grid(options.out, found, images, options.first)))
         else:
             draw(options.out)
             print(f"wrote {options.out / 'report.html'} and {options.out / 'grid.png'}", file=sys.stderr)

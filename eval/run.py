@@ -27,18 +27,32 @@ from torch import nn
 from tofu_sd import demo, recipes
 from tofu_sd.environment import check_torchvision
 
-from . import EvalError, methods, metrics, prompts, provenance, report, table
-from .files import to_json, without_paths
-from .generate import Settings, claim, generate
+from . import EvalError, flops, maps, methods, metrics, peers, prompts, provenance, report, suites, table
+from .files import read_json, to_json, without_paths
+from .generate import Settings, claim, generate, record_of, take_over
 from .methods import FULL, SCALE, Method
 from .options import Help, Parser, add_device, at_least, finite, pick_device, pick_dtype
+from .prompts import Request
 from .score import describe, load, score
+from .team import Team, assemble
+
+EXAMPLES = """examples:
+  python -m eval.run --method tofu,tome
+      ToFu and ToMe on the embedded model, 96 pictures, minutes on two cores
+  python -m eval.run --method tofu,kv:tome+p,tofu@window=8 --ratio 0.5,0.75 --scale-row
+      more methods, each at two ratios, and how far other seeds are, for scale
+  python -m eval.run --suite paper --model stable-diffusion-v1-5/stable-diffusion-v1-5
+      ToFu's Table 5; --limit 20 to try it first, --dry-run to see what it would draw
+  accelerate launch --num_processes 4 -m eval.run --suite paper
+      the same on four GPUs; --shard 1/4 to --shard 4/4 where a scheduler starts them, then once without
+"""
 
 
 def parser() -> Parser:
     p = Parser(
         prog="python -m eval.run",
         description="What token fusion costs and saves, against the full model under the same seeds.",
+        epilog=EXAMPLES,
         formatter_class=Help,
         allow_abbrev=False,
     )
@@ -46,11 +60,13 @@ def parser() -> Parser:
         "--method",
         default="tofu",
         metavar="A,B",
-        help=f"full, {', '.join(recipes.RECIPES)}, tomesd, deepcache; this package's also as kv:NAME, NAME+p and "
-        "NAME@option=value; deepcache:NAME stacks the two",
+        help=f"full, {', '.join(recipes.RECIPES)}, also as kv:NAME, NAME+p, NAME@option=value; "
+        f"{', '.join(peers.ALONE)}, deepcache; deepcache:NAME stacks the two",
     )
+    p.add_argument("--suite", metavar="NAME", help=f"options under a name: {', '.join(suites.NAMES)}; others override")
     p.add_argument("--model", default="demo", help="demo, or a diffusers text-to-image model: its id or folder")
     p.add_argument("--prompts", default="demo", help="demo, imagenet1k, or a .txt or .jsonl file")
+    p.add_argument("--per-prompt", type=at_least(1), default=1, metavar="N", help="pictures of each prompt of the list")
     p.add_argument("--ratio", default="0.5", metavar="R,R", help="share of tokens fused away; several give a row each")
     p.add_argument("--steps", type=at_least(1), default=20, help="sampling steps")
     p.add_argument("--size", type=at_least(8), help="pixels a side (default: the model's own)")
@@ -64,22 +80,56 @@ def parser() -> Parser:
     )
     add_device(p)
     p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: one in runs/ named after the settings)")
+    p.add_argument("--reference", type=Path, metavar="DIR", help="of an earlier run, to take the full model's pictures")
     p.add_argument("--scale-row", action="store_true", help="add the full model under other seeds, for scale")
-    p.add_argument("--metrics", default="all", help=f"all, or some of {','.join(metrics.NAMES)}")
+    p.add_argument("--repeats", type=at_least(1), default=1, metavar="N", help="draw each batch N times, time the best")
+    p.add_argument("--flops", action="store_true", help="count the floating-point operations of a picture too")
+    p.add_argument("--maps", action="store_true", help="show in the report which token stood for which")
+    p.add_argument("--map-step", type=at_least(0), metavar="N", help="at this step, from 0 (default: the middle one)")
+    stage = p.add_mutually_exclusive_group()
+    stage.add_argument("--dry-run", action="store_true", help="say what would be drawn, and draw nothing")
+    stage.add_argument("--generate-only", action="store_true", help="draw, and measure nothing")
+    stage.add_argument("--metrics-only", action="store_true", help="draw nothing, measure what is in --out")
+    stage.add_argument("--shard", type=shard, metavar="I/N", help="draw the I-th of N parts, and measure nothing")
+    p.add_argument("--metrics", default="standard", help=f"standard, all, or some of {','.join(metrics.NAMES)}")
     p.add_argument("--lpips-net", default="alex", help=", ".join(metrics.LPIPS_NETS))
     p.add_argument(
         "--lpips-backbone", type=Path, metavar="PATH", help="torchvision weights of that net (default: downloaded)"
     )
     p.add_argument("--inception-weights", type=Path, metavar="PATH", help="for FID (default: downloaded)")
+    p.add_argument("--clip-model", default=metrics.CLIP, metavar="MODEL", help="for clip: its id or folder")
+    p.add_argument("--dino-model", default=metrics.DINO, metavar="MODEL", help="for dino: its id or folder")
+    p.add_argument("--strict", action="store_true", help="exit with 1 if a method or a metric was skipped")
     p.add_argument("--json", action="store_true", help="print the results as JSON and nothing else on stdout")
     return p
 
 
+def shard(text: str) -> tuple[int, int]:
+    """'2/4' as (2, 4)."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part such as 1/4")
+    return int(found[1]), int(found[2])
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options typed, before those of a suite, before the defaults."""
+    p = parser()
+    options = p.parse_args(argv)
+    if options.suite is not None:
+        p.set_defaults(**{name: value for name, value in suites.load(options.suite).items() if name != "about"})
+        options = p.parse_args(argv)
+    return options
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the job; 0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
+    """Runs the job. 0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted.
+
+    1 under --strict if something was skipped.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        options = parser().parse_args(argv)
+        options = parse(argv)
         # whatever a library prints must not end up between the results
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
             found, out = run(options, argv)
@@ -92,33 +142,87 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, torch.cuda.OutOfMemoryError) as error:
         print(f"error: {without_paths(str(error))}; the same command goes on from here", file=sys.stderr)
         return 2
+    if found is None:
+        return 0
     if options.json:
         print(to_json(found), end="")
     else:
         table.terminal(found, Console(width=None if sys.stdout.isatty() else 120))
     print(f"report: {out / 'report.html'}", file=sys.stderr)
-    return 0
+    return int(options.strict and any("skipped" in part for part in (*found["rows"], *found["metrics"])))
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any], Path]:
-    """(results, folder) of one run. Everything that can be refused is refused before the first file is written."""
+def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any] | None, Path]:
+    """(results, folder) of one run; no results where nothing was to be measured, or another process measures.
+
+    Everything that can be refused is refused before the first file is written.
+    """
     started = provenance.now()
     chosen = methods.parse(options.method, _ratios(options.ratio)) + [SCALE] * options.scale_row
-    requests = prompts.load(options.prompts, options.seed)
+    requests = prompts.several(prompts.load(options.prompts, options.seed), options.per_prompt)
     asked = requests[: options.limit]
-    device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
-    metrics.check(options.metrics, options.lpips_net, options.lpips_backbone, options.inception_weights)
+    wanted = [request.prompt for request in asked]
+    drawn = [FULL, *(m for m in chosen if m is not FULL and not m.missing)]
+    nets = metrics.Nets(
+        options.lpips_net, options.lpips_backbone, options.inception_weights, options.clip_model, options.dino_model
+    )
+    metrics.check(options.metrics, nets)
+    team = assemble(cpu=options.device == "cpu")
+    device = team.device or pick_device(options.device)
     try:
         check_torchvision()
     except ImportError as error:
         raise EvalError(str(error)) from error
-    pipe, judge = load_model(options.model, device, dtype)
-    try_out(pipe, chosen)
+    memory, operations = None, dict[str, int]()
+    if options.metrics_only:
+        settings, out, judge = _drawn_before(options, requests, device)
+    else:
+        dtype = pick_dtype(options.dtype, device)
+        pipe, judge = load_model(options.model, device, dtype)
+        try_out(pipe, chosen)
+        settings = _settings(options, pipe, requests, device, dtype)
+        out = options.out or default_out(settings, options.limit)
+        if options.dry_run:
+            _tell(out, settings, drawn, asked)
+            return None, out
+        if options.reference and not (options.reference / FULL.key).is_dir():
+            raise EvalError(f"--reference {options.reference.name}: there is no folder {FULL.key!r} in it")
+        claim(out, settings)
+        if options.reference and team.leads:
+            taken = take_over(options.reference, out, settings, asked)
+            print(f"{taken} of {len(asked)} pictures of the full model are {options.reference.name}'s", file=sys.stderr)
+        team.wait()
+        part = Team(options.shard[0] - 1, options.shard[1]) if options.shard else team
+        made = generate(pipe, asked, drawn, settings, out, part, options.repeats)
+        memory = provenance.process_mib() if made else None  # before the metrics' nets come
+        team.wait()
+        if options.generate_only or options.shard:
+            print(f"drew {made} pictures in {out}", file=sys.stderr)
+            return None, out
+        if options.flops and team.leads:
+            operations = {method.key: flops.of_picture(pipe, method, settings, asked[0]) for method in drawn}
+        if options.maps and team.leads:
+            maps.save(out, pipe, drawn, settings, asked[0], options.map_step)
+    loaded = metrics.choose(options.metrics, nets, size=settings.size, prompts=wanted, device=device, judge=judge)
+    loaded = metrics.usable(loaded, load(out / FULL.key, asked[:2]), wanted[:2])
+    scores = score(out, settings, asked, chosen, loaded, team)
+    if not team.leads:
+        return None, out
+    for row in scores.rows:
+        row["flops"] = operations.get(row["key"])
+    told = provenance.collect("eval.run", list(argv), device, memory, started, provenance.now())
+    found = report.results(settings, scores, describe(loaded), told, of=len(requests))
+    report.save(out, found, scores)
+    return found, out
+
+
+def _settings(
+    options: argparse.Namespace, pipe: Any, requests: Sequence[Request], device: torch.device, dtype: torch.dtype
+) -> Settings:
     size = options.size or own_size(pipe)
     if size % 8:
         raise EvalError(f"--size is {size}; it must be a multiple of 8")
-    settings = Settings(
+    return Settings(
         model=Path(options.model).name if Path(options.model).is_dir() else options.model,
         pipeline=provenance.pipeline_name(pipe),
         prompts=Path(options.prompts).name,
@@ -135,28 +239,37 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         diffusers=provenance.version("diffusers") or "unknown",
         transformers=provenance.version("transformers") or "unknown",
     )
-    out = options.out or default_out(settings, options.limit)
-    claim(out, settings)
-    drawn = [FULL, *(m for m in chosen if m is not FULL and not m.missing)]
-    made = generate(pipe, asked, drawn, settings, out)
-    memory = provenance.process_mib() if made else None  # before the metrics' nets come
-    loaded = metrics.choose(
-        options.metrics,
-        size=size,
-        prompts=[request.prompt for request in asked],
-        device=device,
-        judge=judge,
-        lpips_net=options.lpips_net,
-        lpips_backbone=options.lpips_backbone,
-        inception=options.inception_weights,
+
+
+def _drawn_before(
+    options: argparse.Namespace, requests: Sequence[Request], device: torch.device
+) -> tuple[Settings, Path, nn.Module | None]:
+    """(settings, folder, judge) of pictures that are there already, for which no pipeline is needed."""
+    if options.out is None:
+        raise EvalError("--metrics-only measures the pictures of a folder: give it by --out")
+    told = read_json(options.out / "settings.json")
+    try:
+        settings = Settings(**told) if isinstance(told, dict) else None
+    except TypeError:
+        settings = None
+    if settings is None:
+        raise EvalError(f"--out {options.out.name}: there is no settings.json of eval.run in it")
+    if settings.prompts_hash != prompts.digest(requests):
+        raise EvalError(
+            f"--out {options.out.name}: its pictures were drawn for the prompts {settings.prompts!r} and seeds from "
+            f"{settings.seed}, which are not those of --prompts and --seed"
+        )
+    return settings, options.out, demo.judge(device=device) if settings.model == "demo" else None
+
+
+def _tell(out: Path, settings: Settings, drawn: Sequence[Method], asked: Sequence[Request]) -> None:
+    """What a run would draw."""
+    print(
+        f"{settings.model}, {settings.size} px, {settings.steps} steps, {settings.dtype} on {settings.device} -> {out}"
     )
-    first = asked[:2]
-    loaded = metrics.usable(loaded, load(out / FULL.key, first), [request.prompt for request in first])
-    scores = score(out, settings, asked, chosen, loaded)
-    told = provenance.collect("eval.run", list(argv), device, memory, started, provenance.now())
-    found = report.results(settings, scores, describe(loaded), told, of=len(requests))
-    report.save(out, found, scores)
-    return found, out
+    for method in drawn:
+        there = sum(record_of(out, settings, method, request) is not None for request in asked)
+        print(f"  {method.key}: {len(asked)} pictures, {there} of them drawn before")
 
 
 def load_model(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:

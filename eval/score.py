@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from PIL import Image
 from torch import Tensor
 
 from . import EvalError
+from .files import listed
 from .generate import Settings, record_of
 from .methods import FULL, Method
 from .metrics import Metric, Pairwise, SetMetric, Single, Skipped
 from .prompts import Request
-from .statistics import bootstrap, frechet, jackknife
+from .statistics import bootstrap, jackknife
+from .team import ALONE, Team
 
 CHUNK = 16  # pictures in memory at once
 
@@ -30,13 +32,35 @@ class Scores:
     images: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Part:
+    """What the metrics say of a few pictures: a value for each of them by name, features of each net, blank ones."""
+
+    columns: dict[str, Tensor]
+    features: list[Tensor]
+    blank: int
+
+
 def score(
-    out: Path, settings: Settings, requests: Sequence[Request], methods: Sequence[Method], metrics: Sequence[Metric]
+    out: Path,
+    settings: Settings,
+    requests: Sequence[Request],
+    methods: Sequence[Method],
+    metrics: Sequence[Metric],
+    team: Team = ALONE,
 ) -> Scores:
-    """Figures of `methods`. FULL among them is compared with itself; otherwise it has only what needs no reference."""
+    """Figures of `methods`. FULL among them is compared with itself; otherwise it has only what needs no reference.
+
+    Every process of a team looks at its share of the pictures, and the first of them draws the figures from all; the
+    others get empty Scores.
+    """
     records = {m.key: _records(out, settings, m, requests) for m in (FULL, *methods) if not m.missing}
-    check_complete(requests, records[FULL.key], FULL.key)
-    reference_features: dict[str, Tensor] = {}
+    for key, found in records.items():
+        check_complete(requests, found, key)
+    groups = [request.prompt for request in requests]
+    shares = {m.name for m in metrics if isinstance(m, Single) and m.share}
+    nets = list(dict.fromkeys(m.features for m in metrics if isinstance(m, SetMetric)))
+    reference: list[Tensor] = []
     rows: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
     for method in (FULL, *(m for m in methods if m is not FULL)):
@@ -44,35 +68,22 @@ def score(
         if method.missing:
             rows.append({**head, "skipped": method.missing})
             continue
-        check_complete(requests, records[method.key], method.key)
         compared = method is not FULL or FULL in methods
-        singles = [m for m in metrics if isinstance(m, Single)]
-        pairwise = [m for m in metrics if isinstance(m, Pairwise)] if compared else []
-        sets = [m for m in metrics if isinstance(m, SetMetric)]
-        values: dict[str, list[Tensor]] = {name: [] for name in [m.name for m in singles] + [m.name for m in pairwise]}
-        features: dict[str, list[Tensor]] = {m.name: [] for m in sets}
-        blank = 0
-        for chunk in _chunks(requests):
-            prompts = [request.prompt for request in chunk]
-            full, own = load(out / FULL.key, chunk), load(out / method.key, chunk)
-            blank += int((own.amax((1, 2, 3)) == own.amin((1, 2, 3))).sum())
-            for single in singles:
-                values[single.name].append(single.compute(own, prompts))
-            for pair in pairwise:
-                values[pair.name].append(pair.compute(full, own))
-            for metric in sets:
-                features[metric.name].append(metric.features(own))
-        columns = {name: torch.cat(parts) for name, parts in values.items()}
-        groups = [request.prompt for request in requests]
-        shares = {single.name for single in singles if single.share}
+        chunks = list(enumerate(_chunks(requests)))
+        own = [(i, _measure(out, chunk, method, metrics, nets, compared)) for i, chunk in team.share(chunks)]
+        parts = [part for _, part in sorted((p for ps in team.gather(own) for p in ps), key=lambda p: p[0])]
+        if not team.leads:
+            continue
+        columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
+        features = [torch.cat([part.features[i] for part in parts]) for i in range(len(nets))]
+        reference = reference or features  # the full model comes first
         figures = {name: (share if name in shares else mean)(column, groups) for name, column in columns.items()}
-        for metric in sets:
-            own = torch.cat(features[metric.name])
-            reference = reference_features.setdefault(metric.name, own)  # the full model comes first
-            if compared:
-                figures[metric.name] = distance(reference, own, groups)
+        for metric in metrics:
+            if isinstance(metric, SetMetric) and compared:
+                i = nets.index(metric.features)
+                figures[metric.name] = distance(metric, reference[i], features[i], groups)
         rows.append({
-            **head, "n": len(requests), "blank": blank, "metrics": figures,
+            **head, "n": len(requests), "blank": sum(part.blank for part in parts), "metrics": figures,
             **speed(records[FULL.key], records[method.key]),
         })  # fmt: skip
         images += [
@@ -83,7 +94,24 @@ def score(
             }
             for i, request in enumerate(requests)
         ]  # fmt: skip
-    return Scores(rows, images)
+    return Scores(rows if team.leads else [], images)
+
+
+def _measure(
+    out: Path,
+    requests: Sequence[Request],
+    method: Method,
+    metrics: Sequence[Metric],
+    nets: Sequence[Callable[[Tensor], Tensor]],
+    compared: bool,
+) -> Part:
+    prompts = [request.prompt for request in requests]
+    full, own = load(out / FULL.key, requests), load(out / method.key, requests)
+    columns = {m.name: m.compute(own, prompts) for m in metrics if isinstance(m, Single)}
+    if compared:
+        columns |= {m.name: m.compute(full, own) for m in metrics if isinstance(m, Pairwise)}
+    blank = int((own.amax((1, 2, 3)) == own.amin((1, 2, 3))).sum())
+    return Part(columns, [net(own) for net in nets], blank)
 
 
 def describe(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
@@ -101,10 +129,8 @@ def check_complete(requests: Sequence[Request], records: Collection[str], name: 
     """Raises, naming the pictures that are not there to be paired. A pair has one id, not one place in two lists."""
     missing = [request.id for request in requests if request.id not in records]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-        raise EvalError(
-            f"{name} lacks {', '.join(f'{id}.png' for id in missing[:5])}{more}: the same command makes them again"
-        )
+        names = listed([f"{id}.png" for id in missing])
+        raise EvalError(f"{name} lacks {names}: the same command makes them again")
 
 
 def load(folder: Path, requests: Sequence[Request]) -> Tensor:
@@ -135,12 +161,12 @@ def share(values: Tensor, groups: Sequence[str]) -> dict[str, Any]:
     return {"value": values.mean().item(), "low": low, "high": high, "n": len(values)}
 
 
-def distance(reference: Tensor, own: Tensor, groups: Sequence[str]) -> dict[str, Any]:
-    """Fréchet distance of two sets of features with its 95 % interval; `features` says how wide they are."""
+def distance(metric: SetMetric, reference: Tensor, own: Tensor, groups: Sequence[str]) -> dict[str, Any]:
+    """The distance of two sets of features with its 95 % interval; `features` says how wide they are."""
     figures: dict[str, Any] = {"value": None, "low": None, "high": None, "n": len(own), "features": own.shape[1]}
     if len(own) > 1:
-        low, high = jackknife(frechet, reference, own, groups) or (None, None)
-        figures.update(value=frechet(reference, own), low=low, high=high)
+        low, high = jackknife(metric.distance, reference, own, groups) or (None, None)
+        figures.update(value=metric.distance(reference, own), low=low, high=high)
     return figures
 
 
@@ -149,11 +175,17 @@ def speed(full: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     largest = max(record["batch"] for record in own.values())  # a last batch of fewer costs more a picture
     timed = [id for id, record in own.items() if record["timed"] and record["batch"] == largest]
     together = [id for id in timed if full[id]["run"] == own[id]["run"]]
-    peaks = [record["peak_bytes"] for record in own.values() if record["peak_bytes"] is not None]
+    denoising = [own[id]["denoising"] for id in timed if own[id].get("denoising") is not None]
+
+    def most(name: str) -> int | None:
+        return max((record[name] for record in own.values() if record.get(name) is not None), default=None)
+
     return {
         "seconds": spread([own[id]["seconds"] for id in timed]),
+        "denoising": spread(denoising),
         "speedup": spread([full[id]["seconds"] / own[id]["seconds"] for id in together]),
-        "peak_bytes": max(peaks, default=None),
+        "peak_bytes": most("peak_bytes"),
+        "reserved_bytes": most("reserved_bytes"),
     }
 
 

@@ -41,6 +41,14 @@ def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any
     columns = [Column("speed-up", "median over batches, full model / method in the same run; 5th to 95th percentile"),
                Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
     cells = [[_spread(row["speedup"], 2, "×"), _spread(row["seconds"], 2)] for row in rows]
+    if any(row.get("denoising") for row in rows):
+        columns.append(Column("denoising", "seconds of it in the UNet; median over batches"))
+        for row, line in zip(rows, cells, strict=True):
+            line.append(_spread(row.get("denoising"), 2))
+    if any(row.get("flops") for row in rows):
+        columns.append(Column("TFLOP/image", "of matrices and convolutions, by torch's counter"))
+        for row, line in zip(rows, cells, strict=True):
+            line.append(Cell("–" if row.get("flops") is None else f"{row['flops'] / 1e12:.3f}"))
     if any(row["peak_bytes"] is not None for row in rows):
         columns.append(Column("memory", "peak of a batch over the weights"))
         for row, line in zip(rows, cells, strict=True):
@@ -145,7 +153,7 @@ def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
 
 def _set_distances(found: dict[str, Any]) -> list[str]:
     """A Fréchet distance is biased upwards, the more the fewer pictures: to be compared at equal n only."""
-    shown = {metric["name"] for metric in found["metrics"]}
+    shown = {metric["name"] for metric in found["metrics"] if metric["name"].startswith(("FID", "FD"))}
     sizes = {
         name: (figure["n"], figure["features"])
         for row in found["rows"]
@@ -229,12 +237,13 @@ def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], ba
     reference = {image["id"]: image for image in images if image["key"] == base}
     for key in (key for key in methods if key != base):
         own = [image for image in images if image["key"] == key]
-        lines.append(f"| {names[key]} | {' | '.join(_gap(own, reference, metric) for metric in metrics)} |")
+        lines.append(f"| {names[key]} | {' | '.join(gap(own, reference, metric) for metric in metrics)} |")
     lines += ["", f"Each method minus {names[base]} on the same picture: mean and its 95 % interval.", ""]
     return "\n".join([*lines, circumstances(found) + "."]) + "\n"
 
 
-def _gap(own: Sequence[dict[str, str]], reference: dict[str, dict[str, str]], metric: dict[str, Any]) -> str:
+def gap(own: Sequence[dict[str, str]], reference: dict[str, dict[str, str]], metric: dict[str, Any]) -> str:
+    """The mean of own minus reference on the same pictures, by their ids, with its 95 % interval."""
     name, digits = metric["name"], metric["digits"]
     gaps = {image["id"]: float(image[name]) - float(reference[image["id"]][name]) for image in own}
     kept = [image for image in own if math.isfinite(gaps[image["id"]])]  # equal pictures have an infinite PSNR

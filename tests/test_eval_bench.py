@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import tofu_sd
 import tofu_sd.patch
-from eval import bench, methods, shapes
+from eval import bench, methods, peers, shapes
 from eval.shapes import CASES, Case
 
 CPU = torch.device("cpu")
@@ -172,7 +172,7 @@ def test_what_a_few_steps_cannot_show_is_not_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = "tofu@start=0.5,tofu@min_tokens=auto,tofu@merge_mlp=True,deepcache,tomesd"
-    monkeypatch.setattr(methods.importlib.util, "find_spec", lambda name: None if name == "tomesd" else name)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "tomesd" else name)
     rows = run(capsys, "--method", names, "--scope", "attention")[2:]
     assert ["step or the machine" in row["skipped"] for row in rows] == [True, True, False, False, False]
     assert "self-attention alone" in rows[2]["skipped"]

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny import sd15_pipe
 
-from eval import EvalError, files, generate, methods
+from eval import EvalError, files, generate, methods, peers
 from eval.methods import FULL, SCALE
 from eval.prompts import Request
 
@@ -73,7 +73,7 @@ def test_only_the_damaged_batch_is_made_again_and_alike(pipe, tmp_path, calls, d
     damage(tmp_path / TOFU.key)
     calls.clear()
     assert run(pipe, tmp_path) == 1
-    assert [prompts for prompts, _ in calls[1:]] == [("an old oak",)]  # after the warm-up
+    assert [prompts for prompts, _ in calls[generate.WARM_UPS :]] == [("an old oak",)]
     assert (pixels(tmp_path, TOFU.key) == before).all()
 
 
@@ -107,8 +107,8 @@ def test_the_methods_take_turns_on_each_batch(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "draw", noting)
     run(pipe, tmp_path)
     turns = [("full", 2), (TOFU.key, 2), ("full", 1), (TOFU.key, 1)]
-    assert sorted(order[:4]) == sorted(turns)  # a warm-up of each method at each batch size
-    assert order[4:] == turns
+    assert sorted(order[:8]) == sorted(2 * turns)  # two warm-ups of each method at each batch size
+    assert order[8:] == turns
 
 
 def test_a_picture_does_not_depend_on_its_batch(pipe, tmp_path):
@@ -134,7 +134,7 @@ def test_a_method_that_has_changed_is_drawn_again(pipe, tmp_path, calls):
     calls.clear()
     changed = replace(TOFU, identity={**TOFU.identity, "code": "other"})
     assert run(pipe, tmp_path, (FULL, changed)) == 3
-    assert len(calls) == 4  # two warm-ups, two batches; the full model's pictures stay
+    assert len(calls) == 2 * generate.WARM_UPS + 2  # for two sizes of batch; the full model's pictures stay
 
 
 def test_the_pipeline_and_the_global_generator_stay_as_they_were(pipe, tmp_path):
@@ -191,7 +191,7 @@ def test_methods_are_rows_in_the_order_asked_for_each_once():
 
 
 def test_a_missing_peer_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(methods.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     (method,) = methods.parse("tomesd", [0.5])
     assert method.missing == "pip install tomesd"
 

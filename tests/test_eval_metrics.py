@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
@@ -26,6 +28,11 @@ def have(module):
 def pictures(n=2, size=64, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (n, 3, size, size), generator=generator, dtype=torch.uint8)
+
+
+def fid(weights):
+    [metric] = metrics.choose("fid", metrics.Nets(inception=weights), size=64, prompts=[], device=CPU)
+    return metric
 
 
 def features(n, d, seed=0):
@@ -66,6 +73,35 @@ def test_ms_ssim_agrees_with_torchmetrics():
     )
     # the two pad odd sizes and combine channels differently: 9e-4 was the largest difference on photographs
     assert torch.allclose(metrics.ms_ssim(192).compute(a, b), expected.double(), atol=2e-3)
+
+
+def test_ssim_agrees_with_its_formula_on_flat_pictures():
+    """Without structure, only the luminance term is left: (2ab + c) / (a² + b² + c), c = (0.01 · 255)²."""
+    pytest.importorskip("pytorch_msssim")
+    a, b = (torch.full((1, 3, 16, 16), level, dtype=torch.uint8) for level in (100, 150))
+    c = (0.01 * 255) ** 2
+    expected = (2 * 100 * 150 + c) / (100**2 + 150**2 + c)
+    # float32 leaves a variance of flat pictures that is not quite 0
+    assert metrics.ssim(16).compute(a, b).item() == pytest.approx(expected, rel=1e-4)
+    assert metrics.ssim(16).compute(a, a).item() == pytest.approx(1, abs=1e-6)
+    assert "11" in metrics.ssim(10).reason
+
+
+def test_every_pairwise_metric_rises_with_noise_and_knows_no_order():
+    pytest.importorskip("pytorch_msssim")
+    a = nn.functional.avg_pool2d(pictures(3, size=176).float(), 9, 1, 4).byte()
+    noise = features(a.numel(), 1).view(a.shape)
+    steps = [(a.float() + sigma * noise).clamp(0, 255).byte() for sigma in (5, 15, 45)]
+    measures = [metrics.psnr(), metrics.ssim(176), metrics.ms_ssim(176), metrics.pd_judge(ToyJudge(), CPU)]
+    if WEIGHTS.exists() and importlib.util.find_spec("lpips") and importlib.util.find_spec("torchvision"):
+        measures.append(metrics.lpips("squeeze", WEIGHTS, CPU))
+    for measure in measures:
+        far = torch.stack([measure.compute(a, b) for b in steps])
+        far = far if measure.lower_is_better else -far
+        assert (far.diff(dim=0) > 0).all(), measure.name
+        alone = torch.cat([measure.compute(x, y) for x, y in zip(a.split(1), steps[0].split(1), strict=True)])
+        together = measure.compute(a.flip(0), steps[0].flip(0)).flip(0)
+        assert torch.allclose(alone, together, rtol=1e-5, atol=1e-6), measure.name
 
 
 def test_ms_ssim_skips_pictures_that_are_too_small_and_says_so():
@@ -115,7 +151,7 @@ def test_a_broken_file_of_weights_costs_its_metric_alone(tmp_path, content):
     have("lpips")
     have("torchmetrics")
     (tmp_path / "w.pth").write_bytes(content)
-    for metric in (metrics.lpips("squeeze", tmp_path / "w.pth", CPU), metrics.fid(tmp_path / "w.pth", CPU)):
+    for metric in (metrics.lpips("squeeze", tmp_path / "w.pth", CPU), fid(tmp_path / "w.pth")):
         assert isinstance(metric, metrics.Skipped), metric
         assert "weights" in metric.reason
 
@@ -132,9 +168,9 @@ def test_a_metric_that_cannot_measure_these_pictures_is_skipped_and_the_others_g
 
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(EvalError, match=r"'lpip'.*did you mean 'lpips'"):
-        metrics.check("psnr,lpip")
+        metrics.check("psnr,lpip", metrics.Nets())
     with pytest.raises(EvalError, match=r"'alexnet'.*did you mean 'alex'"):
-        metrics.check("all", "alexnet")
+        metrics.check("all", metrics.Nets(lpips="alexnet"))
 
 
 # --- sets -----------------------------------------------------------------------------------------------------------
@@ -182,15 +218,124 @@ def test_frechet_agrees_with_torchmetrics():
     assert statistics.frechet(x.flatten(1), y.flatten(1)) == pytest.approx(theirs.compute().item(), rel=1e-4)
 
 
+def test_frechet_agrees_with_torch_fidelity():
+    fidelity = have("torch_fidelity.metric_fid")
+    x, y = features(200, 32), features(200, 32, 1) * 1.2 + 0.1
+    told = fidelity.fid_statistics_to_metric(*map(fidelity.fid_features_to_statistics, (x, y)), False)
+    assert statistics.frechet(x, y) == pytest.approx(told["frechet_inception_distance"], rel=1e-6)
+
+
 def test_inceptions_features_have_a_row_for_each_picture(monkeypatch, tmp_path):
     """With random weights, as the real ones cannot be had everywhere; what is tested is how the net is called."""
     have("torchmetrics.image.fid")
     net = have("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
     monkeypatch.setattr(net, "load_state_dict", lambda *_: None)
     torch.save({}, tmp_path / "w.pth")
-    metric = metrics.fid(tmp_path / "w.pth", CPU)
+    metric = fid(tmp_path / "w.pth")
     assert isinstance(metric, metrics.SetMetric), metric
     assert (metric.name, metric.features(pictures(3)).shape) == ("FID", (3, 2048))
+
+
+def test_the_kernel_distance_by_its_formula():
+    """KID's U-statistic, term by term."""
+    x, y = features(5, 3).double(), features(5, 3, 1).double()
+
+    def k(a, b):
+        return (float(a @ b) / 3 + 1) ** 3
+
+    terms = [
+        k(x[i], x[j]) + k(y[i], y[j]) - k(x[i], y[j]) - k(y[i], x[j]) for i in range(5) for j in range(5) if i != j
+    ]
+    assert statistics.kernel_distance(x, y) == pytest.approx(sum(terms) / 20, rel=1e-12)
+
+
+def test_the_kernel_distance_of_equal_sets_is_zero_and_grows():
+    """The estimator for independent sets gives -0.0003 for equal ones: it takes pairs for luck."""
+    x = features(600, 8)  # more than one block of rows
+    assert statistics.kernel_distance(x, x) == 0
+    far = [statistics.kernel_distance(x, x + shift) for shift in (0.1, 0.3, 1.0)]
+    assert 0 < far[0] < far[1] < far[2]
+    order = torch.randperm(600, generator=torch.Generator().manual_seed(0))
+    assert statistics.kernel_distance(x[order], x[order] + 0.3) == pytest.approx(far[1], rel=1e-9)
+
+
+def test_two_distances_in_one_net_read_the_pictures_once(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(metrics, "_inception", lambda *_: loaded.append(1) or metrics.Features("net", lambda p: p))
+    fid, kid = metrics.choose("fid,kid", metrics.Nets(), size=64, prompts=[], device=CPU)
+    assert loaded == [1]
+    assert fid.features is kid.features
+    assert fid.distance is not kid.distance
+
+
+# --- nets of transformers ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clip_folder(tmp_path):
+    """A tiny CLIP with random weights, saved as the real ones are; torchmetrics looks for 'openai' in its name."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    words, folder = tiny.tokenizer(), tmp_path / "openai-tiny"
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": len(words), "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+    config = transformers.CLIPConfig(
+        text_config={**shape, **text}, vision_config={**shape, "image_size": 32, "patch_size": 8}, projection_dim=8
+    )
+    transformers.CLIPModel(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    crop = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    save_processor("CLIPImageProcessor", crop, folder)
+    return folder
+
+
+def save_processor(name, settings, folder):
+    try:
+        getattr(have("transformers"), name)(**settings).save_pretrained(folder)
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"transformers' image processors want torchvision: {error}")
+
+
+def test_the_clip_score_is_what_clip_says_of_a_picture_and_its_prompt(clip_folder):
+    """Its logits are the cosines by a learnt scale. (torchmetrics 1.9's CLIPScore does not run on transformers 5.)"""
+    transformers = pytest.importorskip("transformers")
+    metric = metrics.clip(str(clip_folder), CPU)
+    assert isinstance(metric, metrics.Single), metric
+    shown, asked = pictures(3), ["a red fox", "a blue house", "a very long prompt " * 40]
+    model = transformers.CLIPModel.from_pretrained(clip_folder)
+    prepare = transformers.CLIPProcessor.from_pretrained(clip_folder)
+    with torch.no_grad():
+        said = model(**prepare(text=asked, images=list(shown), return_tensors="pt", padding=True, truncation=True))
+    expected = 100 * said.logits_per_image.diagonal() / model.logit_scale.exp()
+    assert torch.allclose(metric.compute(shown, asked), expected.clamp_min(0).double(), atol=1e-4)
+    assert metric.implementation.startswith(f"transformers {transformers.__version__}, {clip_folder.name}, weights ")
+
+
+def test_dino_distance_is_zero_on_equal_pictures_alone(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    torch.manual_seed(0)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path)
+    crop = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    save_processor("BitImageProcessor", crop, tmp_path)
+    metric = metrics.dino(str(tmp_path), CPU)
+    assert isinstance(metric, metrics.Pairwise), metric
+    assert metric.compute(pictures(), pictures()).abs().max() < 1e-6
+    assert (metric.compute(pictures(), pictures(seed=1)) > 1e-4).all()
+
+
+@pytest.mark.parametrize("make", [metrics.clip, metrics.dino])
+def test_a_net_that_cannot_be_had_is_skipped(make, tmp_path):
+    skipped = make(str(tmp_path / "nowhere"), CPU)
+    assert isinstance(skipped, metrics.Skipped)
+    assert skipped.reason.startswith("no weights")
+
+
+def test_a_nets_hash_is_its_weights():
+    a, b = nn.Linear(2, 2), nn.Linear(2, 2)
+    assert metrics.weights_hash(a) != metrics.weights_hash(b)
+    b.load_state_dict(a.state_dict())
+    assert metrics.weights_hash(a) == metrics.weights_hash(b)
 
 
 # --- intervals --------------------------------------------------------------------------------------------------------
@@ -258,7 +403,9 @@ def test_judge_metrics_are_zero_on_equal_pictures_and_named_for_what_they_are():
     assert pair.compute(pictures(), pictures()).tolist() == [0, 0]
     assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
     assert of_sets.features(pictures(3)).shape == (3, 3)
-    for metric in (pair, of_sets):
+    kernel = metrics.kd_judge(ToyJudge(), CPU)
+    assert kernel.distance(*[kernel.features(pictures(3))] * 2) == 0
+    for metric in (pair, of_sets, kernel):
         assert "judge" in metric.name
         assert "LPIPS" not in metric.name + metric.implementation
         assert "FID" not in metric.name + metric.implementation

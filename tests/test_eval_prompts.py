@@ -117,3 +117,16 @@ def test_an_unknown_list_is_answered_with_the_nearest():
 
 def test_a_digest_tells_lists_apart():
     assert prompts.digest(prompts.load("demo", 0)) != prompts.digest(prompts.load("demo", 1))
+
+
+def test_more_of_each_prompt_begin_with_one_of_each():
+    one = prompts.load("demo", 7)
+    three = prompts.several(one, 3)
+    assert three[: len(one)] == one == prompts.several(one, 1)
+    assert len({(r.id) for r in three}) == len({r.seed for r in three}) == 3 * len(one)
+    assert [r.prompt for r in three[len(one) :]] == 2 * [r.prompt for r in one]
+
+
+def test_more_of_each_prompt_need_names_of_their_own():
+    with pytest.raises(EvalError, match="two prompts have the id 'a_1'"):
+        prompts.several([prompts.Request("a", "x", 0), prompts.Request("a_1", "y", 1)], 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -13,7 +14,21 @@ import torch
 from PIL import Image, ImageFont
 from tiny import sd15_pipe
 
-from eval import EvalError, files, generate, methods, prompts, report, score, table
+from eval import (
+    EvalError,
+    compare,
+    files,
+    flops,
+    generate,
+    maps,
+    methods,
+    metrics,
+    prompts,
+    report,
+    score,
+    suites,
+    table,
+)
 from eval import run as job
 from tofu_sd import demo
 
@@ -101,6 +116,20 @@ def test_figures_travel_with_their_circumstances(finished):
         <= tofu["metrics"]["PD-judge"]["value"]
         <= tofu["metrics"]["PD-judge"]["high"]
     )
+
+
+def test_results_are_of_the_written_schema(finished):
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = files.read_json(Path(report.__file__).parent / "results.schema.json")
+    assert schema["properties"]["schema"] == {"const": report.SCHEMA}
+    checks = jsonschema.Draft202012Validator(schema)
+    checks.validate(finished[1])
+    committed = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*/results.json"))
+    assert committed
+    for path in committed:
+        checks.validate(files.read_json(path))
+    assert not checks.is_valid({**finished[1], "settings": {**finished[1]["settings"], "n": "5"}})
+    assert not checks.is_valid({**finished[1], "more": 1})
 
 
 def test_what_cannot_be_measured_is_skipped_with_its_reason(finished):
@@ -259,7 +288,14 @@ def test_the_embedded_model_is_judged_by_its_own_classifier(tmp_path, monkeypatc
     assert job.main([*arguments, "--method", "tofu"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
     assert set(found["full"]["metrics"]) == {"classed as asked"}
-    assert set(found["tofu-r50"]["metrics"]) == {"classed as asked", "PSNR", "MS-SSIM", "PD-judge", "FD-judge"}
+    assert set(found["tofu-r50"]["metrics"]) == {
+        "classed as asked",
+        "PSNR",
+        "MS-SSIM",
+        "PD-judge",
+        "FD-judge",
+        "KD-judge",
+    }
     assert found["tofu-r50"]["metrics"]["PSNR"]["value"] > 20  # the same picture, nearly; other seeds give about 10
 
 
@@ -341,7 +377,7 @@ def test_a_torchvision_of_another_torch_is_explained(tiny, monkeypatch, capsys):
 
 
 def test_a_method_that_is_not_installed_is_a_row_that_says_so(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(job.methods.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(job.peers.importlib.util, "find_spec", lambda name: None)
     assert job.main([*tiny, "--method", "tofu,tomesd", "--limit", "2"]) == 0
     assert "tomesd 50%: skipped: pip install tomesd" in capsys.readouterr().out
 
@@ -358,6 +394,38 @@ def test_an_interrupt_says_how_to_go_on(tiny, monkeypatch, capsys):
 def test_a_folder_without_results_has_no_report(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "no results.json" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_a_line_and_the_run_goes_on_later(tiny, monkeypatch, capsys):
+    replace, room = os.replace, iter([True] * 6)
+
+    def full_disk(source, target):
+        if not next(room, False):
+            raise OSError(28, "No space left on device", str(source))
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", full_disk)
+    assert job.main([*tiny, "--out", "out"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: [Errno 28] No space left on device")
+    assert told.endswith("the same command goes on from here")
+    assert not list(Path("out").rglob(".*"))  # nothing half-written is left
+    monkeypatch.setattr(files.os, "replace", replace)
+    assert job.main([*tiny, "--out", "out"]) == 0
+
+
+def test_black_pictures_are_counted_and_told(tiny, monkeypatch, capsys, pipe):
+    """As a model in half precision draws them when it has come to NaN."""
+    original = generate.draw
+
+    def blackened(*args, **options):
+        images, cost = original(*args, **options)
+        return [Image.new("RGB", image.size) if i == 0 else image for i, image in enumerate(images)], cost
+
+    monkeypatch.setattr(generate, "draw", blackened)
+    assert job.main([*tiny, "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
+    assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["blank"] == 1
+    assert "tofu 50%: 1 of 2 pictures are one flat colour" in capsys.readouterr().out
 
 
 def test_a_folder_below_a_file_is_refused(tiny, capsys):
@@ -388,6 +456,184 @@ def test_a_quick_try_does_not_replace_a_long_run(tiny):
     long, short = sorted(Path("runs").iterdir(), key=lambda folder: "first" in folder.name)
     assert files.read_json(long / "results.json")["settings"]["n"] == len(PROMPTS)
     assert files.read_json(short / "results.json")["settings"]["n"] == 1
+
+
+# --- stages -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_tells_and_writes_nothing(tiny, capsys):
+    assert job.main([*tiny, "--method", "tofu", "--dry-run", "--out", "out"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "  full: 5 pictures, 0 of them drawn before",
+        "  tofu-r50: 5 pictures, 0 of them drawn before",
+    ]
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_drawing_and_measuring_can_be_parted(tiny, monkeypatch, capsys):
+    assert job.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
+    assert not Path("out/results.json").exists()
+    monkeypatch.setattr(job, "load_model", lambda *_: pytest.fail("measuring needs no model"))
+    own = [a for a in tiny if a not in ("psnr,ms-ssim,judge",)]
+    own[own.index("--metrics") + 1 : own.index("--metrics") + 1] = ["psnr"]
+    assert job.main([*own, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
+    assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["metrics"]["PSNR"]["n"] == len(PROMPTS)
+    capsys.readouterr()
+    assert job.main([*own, "--method", "prune", "--metrics-only", "--out", "out"]) == 2
+    assert "prune-r50 lacks 0000.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--metrics-only"], "give it by --out"),
+        (["--metrics-only", "--out", "nowhere"], "there is no settings.json"),
+        (["--metrics-only", "--out", "out", "--seed", "1"], "are not those of --prompts and --seed"),
+        (["--shard", "3/2"], "'3/2' is not a part such as 1/4"),
+        (["--shard", "1/2", "--generate-only"], "not allowed with argument"),
+        (["--suite", "papper"], "unknown suite 'papper' (did you mean 'paper'?); known: depth, modes, paper"),
+        (["--reference", "nowhere"], "--reference nowhere: there is no folder 'full' in it"),
+    ],
+)
+def test_stages_that_cannot_be_are_told(tiny, capsys, arguments, said):
+    if "out" in arguments:
+        assert job.main([*tiny, "--generate-only", "--limit", "1", "--out", "out"]) == 0
+        capsys.readouterr()
+    assert job.main([*tiny, *arguments]) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_full_models_pictures_can_be_another_runs(tiny, capsys):
+    """Told by what they are, not by where they lie: other settings take none."""
+    assert job.main([*tiny, "--method", "tofu", "--out", "first"]) == 0
+    assert job.main([*tiny, "--method", "prune", "--reference", "first", "--out", "second"]) == 0
+    assert "5 of 5 pictures of the full model are first's" in capsys.readouterr().err
+    for id in ("0000", "0004"):
+        for end in ("png", "json"):
+            a, b = (Path(out) / "full" / f"{id}.{end}" for out in ("first", "second"))
+            assert a.read_bytes() == b.read_bytes()
+    found = rows(files.read_json(Path("second/results.json")))
+    assert found["prune-r50"]["speedup"] is None  # drawn at another time
+    assert job.main([*tiny, "--steps", "2", "--reference", "first", "--out", "third"]) == 0
+    assert "0 of 5 pictures" in capsys.readouterr().err
+
+
+def test_damaged_pictures_are_named_and_drawn_again(tiny, capsys):
+    assert job.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
+    (Path("out") / "tofu-r50" / "0003.png").write_bytes(b"")
+    capsys.readouterr()
+    assert job.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
+    assert "damaged, drawn again: tofu-r50/0003.png" in capsys.readouterr().err
+
+
+def test_strict_says_by_its_code_that_something_was_skipped(tiny):
+    assert job.main([*tiny, "--strict", "--metrics", "psnr"]) == 0
+    assert job.main([*tiny, "--strict", "--metrics", "psnr,ms-ssim"]) == 1  # 64 px are too few
+
+
+@pytest.mark.parametrize("name", suites.NAMES)
+def test_suites_are_options_that_what_is_typed_overrides(name):
+    options = job.parse(["--suite", name, "--steps", "3"])
+    told = suites.load(name)
+    assert options.steps == 3
+    assert options.method == told["method"]
+    methods.parse(options.method, [0.5])
+    unknown = told.keys() - vars(job.parse([])).keys() - {"about"}
+    assert not unknown
+    metrics.check(options.metrics, metrics.Nets())
+    assert len({m.key for m in methods.parse(options.method, [0.5])}) == options.method.count(",") + 1
+
+
+def test_each_batch_is_timed_by_its_fastest(tiny, monkeypatch):
+    seconds = iter([9.0, 9.0] + [3.0, 1.0, 2.0] * 12)
+    original = generate.draw
+
+    def timed(*args, **options):
+        images, cost = original(*args, **options)
+        return images, {**cost, "seconds": next(seconds)}
+
+    monkeypatch.setattr(generate, "draw", timed)
+    assert job.main([*tiny, "--limit", "2", "--repeats", "3", "--out", "out"]) == 0
+    for row in files.read_json(Path("out/results.json"))["rows"]:
+        assert row["seconds"]["median"] == 1.0
+
+
+def test_the_denoisers_share_of_the_time_is_told(finished):
+    for row in finished[1]["rows"]:
+        assert 0 < row["denoising"]["median"] < row["seconds"]["median"]
+
+
+def test_operations_are_counted_by_hand(pipe):
+    """What fusing saves: attention and its projections on half of the tokens of 5 blocks; what it costs: matching."""
+    settings = generate.Settings("m", "p", "own", "h", 0, 128, 1, 1.0, 1, "cpu", "float32", "a", "t", "d", "tf")
+    request = prompts.Request("0000", "a fox", 0)
+    full, tofu, tofu_windows = (
+        flops.of_picture(pipe, method, settings, request)
+        for method in (generate.FULL, *methods.parse("tofu,tofu@window=4", [0.5]))
+    )
+    N, K, C, blocks = 256, 128, 16, 5
+    attention = 4 * C * (N * N - K * K)  # q kᵀ and its product with v
+    projections = 4 * 2 * C * C * (N - K)
+    matching = 2 * C * 192 * 64
+    assert full - tofu == blocks * (attention + projections - matching)
+    assert full - tofu_windows == blocks * (attention + projections - matching // 4)  # 4 windows of 48 and 16
+
+
+def test_the_report_shows_who_stands_for_whom(tiny, capsys):
+    assert job.main([*tiny, "--method", "tofu,tomesd", "--maps", "--out", "out"]) == 0
+    assert [path.name for path in Path("out/maps").iterdir()] == ["tofu-r50.png"]
+    with Image.open("out/maps/tofu-r50.png") as picture:
+        assert picture.size == (3 * 64 + 2 * maps.GAP, 64 + maps.CAPTION)
+    assert Path("out/report.html").read_text().count("Which token stands for which in two blocks") == 1
+
+
+# --- two runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_two_runs_side_by_side(tiny, capsys):
+    assert job.main([*tiny, "--method", "tofu,prune", "--out", "a"]) == 0
+    assert job.main([*tiny, "--method", "tofu", "--out", "b"]) == 0
+    capsys.readouterr()
+    assert compare.main(["a", "b", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["differ"] == {}
+    psnr = next(row for row in told["rows"] if row["figure"] == "PSNR")
+    assert psnr["method"] == "tofu 50%"
+    assert psnr["a"] == psnr["b"]
+    assert psnr["b - a"].startswith("+0.00 (")  # the same pictures
+    assert {row["method"] for row in told["rows"]} == {"tofu 50%"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--steps", "2"], "a and b cannot be compared: steps is 1 in one, 2 in the other"),
+        (["--limit", "3"], "a and b cannot be compared: n is 5 in one, 3 in the other"),
+        (["--method", "prune"], "a and b have no method in common"),
+    ],
+)
+def test_runs_that_were_not_drawn_alike_are_not_compared(tiny, capsys, change, said):
+    assert job.main([*tiny, "--method", "tofu", "--out", "a"]) == 0
+    assert job.main([*tiny, "--method", "tofu", "--out", "b", *change]) == 0
+    assert compare.main(["a", "b"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_two_runs_differ_in_is_told_and_costs_the_times_alone(tiny, capsys):
+    for out in ("a", "b"):
+        assert job.main([*tiny, "--method", "tofu", "--out", out]) == 0
+    found = files.read_json(Path("b/results.json"))
+    found["settings"]["torch"] = "9.9"
+    files.write_json(Path("b/results.json"), found)
+    capsys.readouterr()
+    assert compare.main(["a", "b"]) == 0
+    printed = capsys.readouterr().out
+    assert f"torch: {torch.__version__} in a, 9.9 in b" in printed
+    assert "n/a (other circumstances)" in printed
+    found["metrics"][0]["implementation"] = "by hand"
+    files.write_json(Path("b/results.json"), found)
+    assert compare.main(["a", "b"]) == 2
+    assert "PSNR is measured by float64, peak 255, dB in one, by by hand in the other" in capsys.readouterr().err
 
 
 # --- small laws -------------------------------------------------------------------------------------------------------
@@ -458,7 +704,7 @@ def test_files_can_be_read_by_others(tmp_path):
 
 
 def test_a_caption_narrower_than_a_letter_ends():
-    assert report._fit("full", ImageFont.load_default(15), 2) == "…"
+    assert maps.fit("full", ImageFont.load_default(15), 2) == "…"
 
 
 def test_a_row_is_labelled_with_the_ratio_that_acts():

@@ -415,3 +415,30 @@ def test_proportional_attention_over_equal_tokens_is_full_attention() -> None:
         fused[weighted] = attn.attn1(x)
     torch.testing.assert_close(fused[True], plain, rtol=0, atol=1e-5)  # float32 rounding of 64 terms
     assert (fused[False] - plain).abs().max() > 1e-3
+
+
+def test_maps_can_be_watched_and_change_nothing() -> None:
+    unet = tiny.sd15_unet()
+    with pytest.raises(ValueError, match="UNet2DConditionModel is not patched"), tofu_sd.watch(unet):
+        pass
+    tofu_sd.apply_patch(unet, 0.5, levels=2)
+    before = [{*vars(module)} for module in unet.modules()]
+    plain = tiny.predict(unet, 16, 12)
+    with tofu_sd.watch(unet) as seen:
+        assert torch.equal(tiny.predict(unet, 16, 12), plain)
+        tiny.predict(unet, 8, 8, batch=1)
+    rows = tofu_sd.summary(unet, (16, 12)).rows
+    assert [(s.block, s.call, s.h, s.w) for s in seen[:10]] == [(r.name, 0, *r.size) for r in rows]
+    assert [s.map.kept.shape for s in seen[:10]] == [(2, r.after) for r in rows]
+    assert [(s.call, s.map.home.shape[0]) for s in seen[10:]] == [(1, 1)] * 10
+    tiny.predict(unet)
+    assert len(seen) == 20
+    assert [{*vars(module)} for module in unet.modules()] == before
+
+
+def test_shared_maps_are_watched_in_every_block() -> None:
+    unet = tiny.sd15_unet()
+    with tofu_sd.patched(unet, 0.5, share_level=True), tofu_sd.watch(unet) as seen:
+        tiny.predict(unet)
+    assert len(seen) == 5
+    assert all(torch.equal(s.map.home, seen[0].map.home) for s in seen)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tofu_sd.match import bipartite_soft_matching, partition
 from tofu_sd.reduce import REDUCTIONS, fuse, mean, mlerp, number_of, prune, unmerge
-from tofu_sd.tokens import TokenMap
+from tofu_sd.tokens import TokenMap, merge_map
 
 CPU = torch.device("cpu")
 
@@ -197,3 +197,15 @@ def test_fused_attention_over_identical_tokens_is_full_attention_once_weighted_b
     plain = unmerge(attention(fused, fused, fused), map)
     assert torch.allclose(weighted, full, atol=1e-6)  # one float32 softmax apart
     assert (plain - full).abs().max() > 1e-2
+
+
+def test_a_merge_map_shows_the_groups_and_who_is_alone() -> None:
+    home = torch.tensor([[0, 0, 1, 2, 2, 2]])
+    picture = merge_map(TokenMap(torch.tensor([[0, 2, 3]]), home), 2, 3)
+    assert picture.shape == (1, 3, 2, 3)
+    assert 0 <= picture.min() <= picture.max() <= 1
+    colours = picture[0].flatten(1).T
+    assert torch.equal(colours[0], colours[1])
+    assert torch.equal(colours[3], colours[5])
+    assert not torch.equal(colours[0], colours[3])
+    assert colours[2].unique().numel() == 1  # gray

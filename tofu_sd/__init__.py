@@ -5,8 +5,20 @@ tofu_sd.apply_patch(pipe, ratio=0.5)
 """
 
 from . import demo, recipes
-from .api import apply_patch, patched, remove_patch, summary
+from .api import apply_patch, patched, remove_patch, summary, watch
 from .policy import TokenFusion
+from .tokens import merge_map
 
-__all__ = ["TokenFusion", "__version__", "apply_patch", "demo", "patched", "recipes", "remove_patch", "summary"]
+__all__ = [
+    "TokenFusion",
+    "__version__",
+    "apply_patch",
+    "demo",
+    "merge_map",
+    "patched",
+    "recipes",
+    "remove_patch",
+    "summary",
+    "watch",
+]
 __version__ = "0.1.0"

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from .calibrate import break_even
 from .environment import check_torchvision
-from .patch import Site, Summary, attach, detach, leave_alone, patch_of, plan, summarize
+from .patch import Sighting, Site, Summary, attach, detach, leave_alone, patch_of, plan, summarize, watching
 from .policy import TokenFusion, did_you_mean
 
 Model = TypeVar("Model")
@@ -84,6 +84,21 @@ def patched(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) -> I
         remove_patch(unet)
         if before is not None:
             attach(unet, before)
+
+
+@contextmanager
+def watch(model: Any) -> Iterator[list[Sighting]]:
+    """`with watch(pipe) as seen: pipe(...)` keeps every map: which token stood for which, by block and step.
+
+    `seen[i].map` of `.block` at `.call` of the model, over `.h` x `.w` tokens; `merge_map` draws it. ValueError for a
+    model without a patch. Compiled blocks show none.
+    """
+    unet, _ = _host().unwrap(model)
+    patch = patch_of(unet)
+    if patch is None:
+        raise ValueError(f"{type(unet).__name__} is not patched: there are no maps to watch; apply_patch comes first")
+    with watching(unet, patch) as seen:
+        yield seen
 
 
 def summary(model: Any, latent: tuple[int, int] | None = None) -> Summary:

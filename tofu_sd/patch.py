@@ -6,8 +6,10 @@ its `SiteFusion` under the attribute `_tofu`. `detach` swaps it back and removes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +72,7 @@ class SiteFusion:
         self.roles = fusion.layers
         self.layout: Layout | None = None
         self.map: TokenMap | None = None
+        self.watcher: Callable[[TokenMap], None] | None = None  # is shown every map, but by compiled code
 
     def observe(self, x: Tensor) -> None:
         """Finds the map of the tokens x [B, N, C] of the block, where the layout fits them."""
@@ -79,10 +82,12 @@ class SiteFusion:
         relay = self.relay
         if relay is not None and relay.map is not None and relay.map.home.shape == x.shape[:2]:
             self.map = relay.map
-            return
-        self.map = self._match(x, self.layout)
-        if relay is not None:
-            relay.map = self.map
+        else:
+            self.map = self._match(x, self.layout)
+            if relay is not None:
+                relay.map = self.map
+        if self.watcher is not None and not torch.compiler.is_compiling():
+            self.watcher(self.map)
 
     def _match(self, x: Tensor, layout: Layout) -> TokenMap:
         parts, leaving, windows = layout
@@ -122,7 +127,7 @@ class SiteFusion:
         return layer(x) if map is None else unmerge(layer(self.reduce(x, map)), map)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": None, "map": None, "as_length": None}
+        return {**self.__dict__, "layout": None, "map": None, "as_length": None, "watcher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -254,6 +259,50 @@ def leave_alone(model: nn.Module, least: dict[int, int]) -> None:
     for _, hook in patch.hooks if patch else ():
         if isinstance(hook, _LayOut):
             hook.least = least[hook.level]
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """A map as a block made it. call: of the model, from 0. h, w: of the tokens; the map's tensors are on the CPU."""
+
+    block: str
+    call: int
+    h: int
+    w: int
+    map: TokenMap
+
+
+@contextmanager
+def watching(model: nn.Module, patch: Patch) -> Iterator[list[Sighting]]:
+    """Inside, every map that the patch of a model makes is added to what this gives."""
+    seen: list[Sighting] = []
+    calls = [-1]
+    sizes: dict[nn.Module, tuple[int, int]] = {}
+
+    def begin(*_: Any) -> None:
+        calls[0] += 1
+
+    def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sizes[module] = tuple((args[0] if args else kwargs["hidden_states"]).shape[-2:])
+
+    def watch(site: Site, map: TokenMap) -> None:
+        seen.append(Sighting(site.name, calls[0], *sizes[site.canvas], TokenMap(map.kept.cpu(), map.home.cpu())))
+
+    states = {
+        site.name: next(state for part, _, _, state in patch.swaps if part in site.parts.values())
+        for site in patch.sites
+    }
+    handles = [model.register_forward_pre_hook(begin)]
+    handles += [c.register_forward_pre_hook(measure, with_kwargs=True) for c in {site.canvas for site in patch.sites}]
+    for site in patch.sites:
+        states[site.name].watcher = partial(watch, site)
+    try:
+        yield seen
+    finally:
+        for state in states.values():
+            state.watcher = None
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

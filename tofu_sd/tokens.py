@@ -37,3 +37,13 @@ class TokenMap(NamedTuple):
     def then(self, later: TokenMap) -> TokenMap:
         """This map followed by a map of its K survivors, as one map of the N tokens."""
         return TokenMap(self.kept.gather(1, later.kept), later.home.gather(1, self.home))
+
+
+def merge_map(map: TokenMap, h: int, w: int) -> Tensor:
+    """A picture of who stands for whom [B, 3, h, w], 0 to 1: a colour for each group, gray for a token alone."""
+    size = map.size.gather(1, map.home)  # [B, N] of each token's group
+    hue = (map.home * 0.618034) % 1  # golden ratio: neighbours in number are far in colour
+    channels = torch.stack([((hue * 6 + shift) % 6 - 3).abs() - 1 for shift in (0, 4, 2)], dim=1).clamp(0, 1)
+    colours = 0.25 + 0.75 * channels
+    alone = (size == 1).unsqueeze(1)
+    return colours.masked_fill(alone, 0.15).view(-1, 3, h, w)

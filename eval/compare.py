@@ -1,0 +1,130 @@
+"""`python -m eval.compare A B`: two runs side by side, each against its own full model.
+
+What decides what is drawn has to be the same in both (the model, prompts, seeds, size, steps, guidance, how many); what
+may tell two machines or versions apart is named instead. Times are compared on one machine alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from . import EvalError, report
+from .files import to_json, without_paths
+from .methods import FULL
+from .options import Help, Parser
+from .table import gap, label, short
+
+SAME = ("model", "pipeline", "prompts", "prompts_hash", "seed", "size", "steps", "guidance", "n")
+TIMED = ("device", "dtype", "attention", "batch", "torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """told: what differs in the circumstances. rows: for each method of both runs and each metric, both and the gap."""
+
+    told: dict[str, tuple[Any, Any]]
+    rows: list[dict[str, str]]
+
+
+def compare(a: Path, b: Path) -> Comparison:
+    """EvalError where the two were not drawn alike, naming what differs."""
+    (first, first_images), (second, second_images) = report.read(a), report.read(b)
+    for name in SAME:
+        ours, theirs = first["settings"][name], second["settings"][name]
+        if ours != theirs:
+            raise EvalError(
+                f"{a.name} and {b.name} cannot be compared: {name} is {ours!r} in one, {theirs!r} in the other"
+            )
+    told = {
+        name: (first["settings"][name], second["settings"][name])
+        for name in TIMED
+        if first["settings"][name] != second["settings"][name]
+    }
+    told |= {
+        name: (mine, its)
+        for name in sorted(first["provenance"]["packages"].keys() | second["provenance"]["packages"].keys())
+        if name not in TIMED
+        and (mine := first["provenance"]["packages"].get(name)) != (its := second["provenance"]["packages"].get(name))
+    }
+    measured = {m["name"]: m for m in first["metrics"] if "skipped" not in m}
+    shared = [measured[m["name"]] for m in second["metrics"] if m["name"] in measured and "skipped" not in m]
+    for metric in second["metrics"]:
+        mine = measured.get(metric["name"], {}).get("implementation")
+        if "skipped" not in metric and mine is not None and mine != metric["implementation"]:
+            raise EvalError(
+                f"{a.name} and {b.name} cannot be compared: {metric['name']} is measured by {mine} in one, by "
+                f"{metric['implementation']} in the other; measure one of them again with --metrics-only"
+            )
+    others = {row["key"]: row for row in second["rows"] if "skipped" not in row}
+    rows = []
+    for row in first["rows"]:
+        if "skipped" in row or row["key"] == FULL.key or row["key"] not in others:
+            continue
+        other = others[row["key"]]
+        rows.append({"method": label(row), "figure": "s/image", **_times(row, other, told)})
+        mine = [image for image in first_images if image["key"] == row["key"]]
+        theirs = {image["id"]: image for image in second_images if image["key"] == row["key"]}
+        for metric in shared:
+            rows.append({
+                "method": label(row), "figure": metric["name"],
+                "a": short(row["metrics"].get(metric["name"]), metric["digits"]),
+                "b": short(other["metrics"].get(metric["name"]), metric["digits"]),
+                "b - a": gap(list(theirs.values()), {image["id"]: image for image in mine}, metric)
+                if metric["per_image"] else "–",
+            })  # fmt: skip
+    if not rows:
+        raise EvalError(f"{a.name} and {b.name} have no method in common")
+    return Comparison(told, rows)
+
+
+def _times(a: dict[str, Any], b: dict[str, Any], told: dict[str, Any]) -> dict[str, str]:
+    if told.keys() & set(TIMED):
+        return {"a": f"{a['seconds']['median']:.2f}", "b": "n/a (other circumstances)", "b - a": "–"}
+    x, y = a["seconds"]["median"], b["seconds"]["median"]
+    return {"a": f"{x:.2f}", "b": f"{y:.2f}", "b - a": f"{y - x:+.2f}"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m eval.compare", description="Two runs of eval.run side by side.", formatter_class=Help
+    )
+    parser.add_argument("a", type=Path, help="folder of a run")
+    parser.add_argument("b", type=Path, help="folder of another")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    try:
+        options = parser.parse_args(argv)
+        found = compare(options.a, options.b)
+    except (EvalError, OSError) as error:
+        print(f"error: {without_paths(str(error))}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(to_json({"differ": found.told, "rows": found.rows}), end="")
+        return 0
+    drawn = Table(title=f"{options.a.name} and {options.b.name}", box=SIMPLE_HEAD)
+    for title in ("method", "figure", "a", "b", "b - a"):
+        drawn.add_column(title, justify="left" if title in ("method", "figure") else "right")
+    last = ""
+    for row in found.rows:
+        drawn.add_row(row["method"] if row["method"] != last else "", *(row[t] for t in ("figure", "a", "b", "b - a")))
+        last = row["method"]
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(drawn)
+    for name, (mine, its) in found.told.items():
+        console.print(f"{name}: {mine} in a, {its} in b", style="dim", highlight=False, markup=False)
+    console.print(
+        "a, b: against the full model of the same run; b - a: on the same pictures, with a 95 % interval.",
+        style="dim", highlight=False,
+    )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Which token stood for which while a picture was drawn: OUT/maps/<method's key>.png, for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+import tofu_sd
+
+from .files import png, write
+from .generate import Settings, draw, quiet_patches
+from .methods import Method
+from .prompts import Request
+
+CAPTION, GAP = 20, 8  # pixels
+
+
+def save(
+    out: Path, pipe: Any, methods: Sequence[Method], settings: Settings, request: Request, step: int | None = None
+) -> int:
+    """Draws one picture by each of this package's methods, with the maps of its first and last fused block at a step.
+
+    step: from 0; the middle one by default. Returns how many methods had maps.
+    """
+    saved = 0
+    for method in methods:
+        if method.fusion is None:
+            continue
+        with quiet_patches(), method.applied(pipe), tofu_sd.watch(pipe) as seen:
+            [picture], _ = draw(pipe, [request], method, settings, steps=settings.steps)
+        calls = sorted({sighting.call for sighting in seen})
+        if not calls:  # a step window in which nothing is fused, or maps too small
+            continue
+        at = calls[min(len(calls) - 1, settings.steps // 2 if step is None else step)]
+        blocks = [sighting for sighting in seen if sighting.call == at]
+        tiles = [(request.prompt, picture)]
+        for sighting in (blocks[0], blocks[-1]):
+            colours = tofu_sd.merge_map(sighting.map, sighting.h, sighting.w)[-1]  # the positive prompt's, of two
+            pixels = (255 * colours.permute(1, 2, 0).numpy()).round().astype(np.uint8)
+            tiles.append((f"step {at + 1}, {sighting.block}", Image.fromarray(pixels)))
+        write(out / "maps" / f"{method.key}.png", png(_row(tiles, settings.size)))
+        saved += 1
+    return saved
+
+
+def _row(tiles: Sequence[tuple[str, Image.Image]], side: int) -> Image.Image:
+    row = Image.new("RGB", (len(tiles) * (side + GAP) - GAP, CAPTION + side), "white")
+    pen, font = ImageDraw.Draw(row), ImageFont.load_default(11)
+    for i, (caption, tile) in enumerate(tiles):
+        pen.text((i * (side + GAP), 3), fit(caption, font, side), fill="dimgray", font=font)
+        row.paste(tile.resize((side, side), Image.Resampling.NEAREST), (i * (side + GAP), CAPTION))
+    return row
+
+
+def fit(text: str, font: Any, width: int) -> str:
+    """The text, cut to this width in pixels."""
+    text = " ".join(text.split())
+    while len(text) > 1 and font.getlength(text) > width:
+        text = text[:-2].rstrip() + "…"
+    return text

@@ -1,0 +1,145 @@
+"""What others do to make the same pictures cheaper, to be measured in the same run.
+
+tomesd and DeepCache are their authors' packages. Of ToDo and HyperTile the idea alone is here, in a few lines of ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+import tofu_sd
+
+from . import shapes
+
+DEEPCACHE_STEPS = 3  # of which one runs whole; its authors' example
+
+
+@dataclass(frozen=True)
+class Peer:
+    """applied: a context in which a pipeline or UNet draws by it; called with the ratio too, where it takes one.
+
+    package: (the module, its name on PyPI), None for what is written here. cycle: steps after which it does the same.
+    """
+
+    applied: Callable[..., AbstractContextManager[Any]]
+    package: tuple[str, str] | None = None
+    takes_ratio: bool = False
+    cycle: int = 1
+
+    @property
+    def missing(self) -> str | None:
+        """How to get it where it is not there."""
+        if self.package is None or importlib.util.find_spec(self.package[0]) is not None:
+            return None
+        return f"pip install {self.package[1]}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its pictures."""
+        if self.package is None:
+            return {"code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}
+        return {self.package[0]: importlib.metadata.version(self.package[1]), "cycle": self.cycle}
+
+
+@contextmanager
+def _tomesd(pipe: Any, ratio: float) -> Iterator[Any]:
+    import tomesd
+
+    # random destinations would depend on what was drawn before; left to itself it does nothing on SDXL
+    tomesd.apply_patch(pipe, ratio=ratio, use_rand=False, max_downsample=_top_downsample(pipe))
+    try:
+        yield pipe
+    finally:
+        tomesd.remove_patch(pipe)
+
+
+def _top_downsample(pipe: Any) -> int:
+    """The latent's side over that of the highest resolution with attention: 1 for SD 1.x and 2.x, 2 for SDXL."""
+    config = getattr(getattr(pipe, "unet", pipe), "config", None)
+    kinds = getattr(config, "down_block_types", None) or ()
+    return 2 ** next((level for level, kind in enumerate(kinds) if "CrossAttn" in kind), 0)
+
+
+@contextmanager
+def _deepcache(pipe: Any, inner: Callable[[Any], AbstractContextManager[Any]]) -> Iterator[Any]:
+    from DeepCache import DeepCacheSDHelper
+
+    if not hasattr(pipe, "unet"):  # a UNet by itself, whose steps it counts in a pipeline's schedule
+        schedule = SimpleNamespace(timesteps=shapes.timesteps(DEEPCACHE_STEPS))
+        pipe = SimpleNamespace(unet=pipe, scheduler=schedule)
+    with ExitStack() as stack:
+        stack.enter_context(inner(pipe))
+        helper = DeepCacheSDHelper(pipe)
+        helper.set_params(cache_interval=DEEPCACHE_STEPS, cache_branch_id=0)
+        untouched = [module for module in pipe.unet.modules() if "forward" not in vars(module)]
+        helper.enable()
+        try:
+            yield pipe
+        finally:
+            helper.disable()
+            for module in untouched:  # it leaves each its own `forward`, set on the instance
+                vars(module).pop("forward", None)
+
+
+def map_of(tokens: Tensor) -> Tensor:
+    """Tokens [B, N, C] of a square map as [B, side, side, C]: pictures are square here."""
+    side = math.isqrt(tokens.shape[1])
+    return tokens.view(tokens.shape[0], side, side, -1)
+
+
+class DownsampledKeys(Attention):  # type: ignore[misc]
+    """Queries attend to every other token of every other row: ToDo (Smith et al., 2024), nearest neighbour, by 2."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        keys = map_of(hidden_states)[:, ::2, ::2].flatten(1, 2)
+        return super().forward(hidden_states, encoder_hidden_states=keys)
+
+
+class TiledAttention(Attention):  # type: ignore[misc]
+    """Each quarter of the map attends to itself alone, as in HyperTile (tfernd, 2023), 2 x 2 tiles."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        square = map_of(hidden_states)
+        B, side, _, C = square.shape
+        if side % 2:
+            return super().forward(hidden_states)
+        tiles = square.view(B, 2, side // 2, 2, side // 2, C).transpose(2, 3).reshape(4 * B, -1, C)
+        out = super().forward(tiles).view(B, 2, 2, side // 2, side // 2, -1)
+        return out.transpose(2, 3).reshape(B, side * side, -1)
+
+
+@contextmanager
+def _instead(pipe: Any, attention: type[Attention]) -> Iterator[Any]:
+    """Another class for the self-attention of the highest resolution that has attention."""
+    unet = getattr(pipe, "unet", pipe)
+    with tofu_sd.patched(unet, 0.5):
+        rows = tofu_sd.summary(unet).rows
+    own = [(unet.get_submodule(row.name).attn1, type(unet.get_submodule(row.name).attn1)) for row in rows]
+    for module, _ in own:
+        module.__class__ = attention
+    try:
+        yield pipe
+    finally:
+        for module, kind in own:
+            module.__class__ = kind
+
+
+ALONE: dict[str, Peer] = {
+    "tomesd": Peer(_tomesd, ("tomesd", "tomesd"), takes_ratio=True),
+    "todo": Peer(partial(_instead, attention=DownsampledKeys)),
+    "hypertile": Peer(partial(_instead, attention=TiledAttention)),
+}
+STACKED: dict[str, Peer] = {"deepcache": Peer(_deepcache, ("DeepCache", "deepcache"), cycle=DEEPCACHE_STEPS)}

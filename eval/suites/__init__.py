@@ -1,0 +1,25 @@
+"""Settings of eval.run under a name: what others should be able to repeat, written down once, a JSON file each.
+
+`about` says what it is and where it comes from; the rest are options of the command, which what is typed overrides.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tofu_sd.policy import did_you_mean
+
+from .. import EvalError
+from ..files import read_json
+
+NAMES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.json")))
+
+
+def load(name: str) -> dict[str, Any]:
+    """The options of a suite, by their names in the parser. EvalError for an unknown one."""
+    if name not in NAMES:
+        raise EvalError(f"unknown suite {name!r}{did_you_mean(name, NAMES)}; known: {', '.join(NAMES)}")
+    found = read_json(Path(__file__).parent / f"{name}.json")
+    assert isinstance(found, dict)
+    return found

@@ -1,0 +1,81 @@
+"""Grids of methods, and which of them are worth it: `python -m eval.sweep`.
+
+Every reduction in every form at every ratio, with every option, and the peers, as one run of eval.run; its report then
+draws quality against time and operations. What is not said here is said to eval.run, whose options all hold.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from tofu_sd import recipes
+
+from . import EvalError, peers, run
+from .options import Help, Parser, choices
+
+FORMS = {"plain": "{}", "p": "{}+p", "kv": "kv:{}", "kv+p": "kv:{}+p"}
+REDUCTIONS = ("tofu", "tome", "prune", "mlerp")
+
+EXAMPLES = """examples:
+  python -m eval.sweep
+      prune, mean, MLERP and the hybrid, with log n or not, of all or of keys and values, at three ratios, and all peers
+  python -m eval.sweep --reduction tofu,tome --form plain,p --ratio 0.5 --with window=8 --with match_every=3
+      two of them, each also in windows, each also matched every third step
+  python -m eval.sweep --model MODEL --prompts imagenet1k --limit 200 --dry-run
+      what that would draw with a model of one's own
+"""
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="python -m eval.sweep",
+        description="Quality against time over a grid of methods. All options of eval.run but --method hold too.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    p.add_argument("--reduction", default=",".join(REDUCTIONS), metavar="A,B", help=", ".join(recipes.RECIPES))
+    p.add_argument("--form", default=",".join(FORMS), metavar="A,B", help=f"{', '.join(FORMS)}")
+    p.add_argument("--ratio", default="0.25,0.5,0.75", metavar="R,R", help="share of tokens fused away")
+    p.add_argument(
+        "--with", dest="options", action="append", default=[], metavar="OPTION=VALUE", help="each again with this"
+    )
+    p.add_argument(
+        "--peer", default=",".join(PEERS), metavar="A,B", help=f"{', '.join(PEERS)}, deepcache:METHOD, or none"
+    )
+    return p
+
+
+PEERS = (*peers.ALONE, *peers.STACKED)
+
+
+def grid(reductions: str, forms: str, options: Sequence[str], peers: str) -> str:
+    """The methods of a grid as eval.run takes them."""
+    names = [
+        FORMS[form].format(reduction) + (f"@{option}" if option else "")
+        for reduction in choices(reductions, recipes.RECIPES, "reduction")
+        for form in choices(forms, FORMS, "form")
+        for option in ("", *options)
+    ]
+    return ",".join(names + ([] if peers == "none" else peers.split(",")))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the grid; the codes are eval.run's."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        asked, rest = parser().parse_known_args(argv)
+        if any(option.partition("=")[0] in ("--method", "--suite") for option in rest):
+            raise EvalError("the grid names the methods: --reduction, --form, --with and --peer")
+        methods = grid(asked.reduction, asked.form, asked.options, asked.peer)
+    except EvalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return run.main(["--method", methods, "--ratio", asked.ratio, "--flops", *rest])
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

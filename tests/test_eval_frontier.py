@@ -1,0 +1,124 @@
+"""The frontier holds what no other beats; a sweep is a run of the whole grid."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import sd15_pipe
+
+from eval import EvalError, files, frontier, report, sweep
+from eval import run as job
+from eval.frontier import Point
+
+FIGURE = st.floats(0, 1, allow_nan=False).map(lambda x: round(x, 1))  # coarse, so that some are equal
+
+
+def beats(a: Point, b: Point, sign: int) -> bool:
+    """At least as good in both, better in one."""
+    return (
+        a.cost <= b.cost and sign * a.value <= sign * b.value and (a.cost < b.cost or sign * a.value < sign * b.value)
+    )
+
+
+@given(st.lists(st.tuples(FIGURE, FIGURE), min_size=1, max_size=12), st.booleans())
+def test_a_point_is_left_out_exactly_if_another_beats_it(figures: list[tuple[float, float]], lower: bool) -> None:
+    drawn = [Point({"i": i}, cost, value, value, value) for i, (cost, value) in enumerate(figures)]
+    sign = 1 if lower else -1
+    kept = {(p.cost, p.value) for p in frontier.frontier(drawn, lower)}
+    assert kept == {(p.cost, p.value) for p in drawn if not any(beats(other, p, sign) for other in drawn)}
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "form"),
+    [
+        ("tofu", "tofu", "fused"),
+        ("tofu@window=8", "tofu", "fused"),
+        ("tome+p@window=8", "tome", "with log n (+p)"),
+        ("kv:tome", "tome", "keys and values (kv:)"),
+        ("kv:tome+p", "tome", "both"),
+        ("deepcache:kv:tome+p", "deepcache:tome", "both"),
+        ("tomesd", "tomesd", "fused"),
+    ],
+)
+def test_a_point_looks_like_its_method(name: str, family: str, form: str) -> None:
+    assert frontier.form({"method": name}) == form
+    assert frontier.family({"method": name}) == family
+
+
+def test_how_to_ask_for_a_method() -> None:
+    row = {"method": "kv:tome+p@window=8", "ratio": 0.75}
+    assert frontier.how(row) == (
+        "`apply_patch(pipe, 0.75, proportional=True, early='mean', late='mean', keys_only=True, window=8)`"
+    )
+    assert frontier.how({"method": "tofu", "ratio": 0.5}) == "`apply_patch(pipe, 0.5)`"
+    assert frontier.how({"method": "deepcache", "ratio": None}) == "–"
+
+
+def test_a_grid_is_every_combination() -> None:
+    assert sweep.grid("tofu,tome", "plain,kv+p", ["window=8"], "tomesd,todo").split(",") == [
+        "tofu", "tofu@window=8", "kv:tofu+p", "kv:tofu+p@window=8",
+        "tome", "tome@window=8", "kv:tome+p", "kv:tome+p@window=8", "tomesd", "todo",
+    ]  # fmt: skip
+    assert sweep.grid("tofu", "plain", [], "none") == "tofu"
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "own.txt").write_text("\n".join(["a fox", "a bee", "an oak", "a kite", "a pond"]))
+    pipe = sd15_pipe()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "load_model", lambda *_: (pipe, None))
+        grid = ["--reduction", "tofu,prune", "--form", "plain,p", "--ratio", "0.25,0.5", "--peer", "todo"]
+        own = ["--model", "tiny", "--prompts", str(folder / "own.txt"), "--steps", "1", "--size", "64"]
+        assert sweep.main([*grid, *own, "--metrics", "psnr,ssim", "--out", str(folder / "out")]) == 0
+    return folder / "out"
+
+
+def test_a_sweep_is_a_run_with_operations_and_a_plot(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = files.read_json(swept / "results.json")["rows"]
+    assert [row["method"] for row in rows[1:]] == [*["tofu"] * 2, *["tofu+p"] * 2, *["prune"] * 2, *["prune+p"] * 2,
+                                                  "todo"]  # fmt: skip
+    assert all(0 < row["flops"] < rows[0]["flops"] for row in rows[1:])
+    page = (swept / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
+    assert report.main([str(swept), "--frontier"]) == 0
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    costs = [float(line.split(" | ")[1]) for line in table[1:]]
+    assert costs == sorted(costs)
+    assert all(cost < 1 for cost in costs)
+
+
+def test_a_plot_is_the_same_every_time(swept: Path) -> None:
+    found, _ = report.read(swept)
+    assert frontier.svg(found) == frontier.svg(found)
+
+
+def test_one_method_has_no_frontier(swept: Path) -> None:
+    found, _ = report.read(swept)
+    with pytest.raises(EvalError, match="two methods"):
+        frontier.svg({**found, "rows": found["rows"][:2]})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--reduction", "tofoo"], "unknown reduction 'tofoo' (did you mean 'tofu'?)"),
+        (["--form", "q"], "unknown form 'q'"),
+        (["--method", "tofu"], "the grid names the methods"),
+        (["--with", "windows=8", "--peer", "none"], "unknown option 'windows' (did you mean 'window'?)"),
+        (["--peer", "tomsd"], "unknown method 'tomsd' (did you mean 'tomesd'?)"),
+        (["--stepps", "3"], "unrecognized arguments: --stepps"),
+    ],
+)
+def test_bad_input_is_a_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep.main(arguments) == 2
+    told: Any = capsys.readouterr()
+    assert said in told.err
+    assert told.out == ""

@@ -1,0 +1,74 @@
+"""The peers do what they are known for, and leave nothing behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eval import methods, peers
+
+NAMES = [*peers.ALONE, *peers.STACKED, "deepcache:tofu"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_peer_changes_the_output_and_is_gone_afterwards(name: str) -> None:
+    unet = tiny.sd15_unet()
+    before = [(type(module), {*vars(module)}) for module in unet.modules()]
+    call = {**tiny.inputs(unet, t=500)}
+    plain = tiny.predict(unet, **call)
+    [method] = methods.parse(name, [0.5])
+    with method.applied(unet):
+        outs = [unet(call["sample"], torch.tensor(t), call["encoder_hidden_states"]).sample for t in (500, 499)]
+    assert any(not torch.equal(out, plain) for out in outs)
+    assert torch.equal(tiny.predict(unet, **call), plain)
+    if name != "tomesd":  # which leaves attributes of its own behind
+        assert [(type(module), {*vars(module)}) for module in unet.modules()] == before
+
+
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, torch.Size]]:
+    """Shapes of the queries and keys of every attention."""
+    seen: list[tuple[torch.Size, torch.Size]] = []
+    plain = F.scaled_dot_product_attention
+
+    def noted(query: Tensor, key: Tensor, *args: Any, **more: Any) -> Tensor:
+        seen.append((query.shape, key.shape))
+        return plain(query, key, *args, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    return seen
+
+
+@pytest.mark.parametrize(("name", "batch", "queries", "keys"), [("todo", 2, 256, 64), ("hypertile", 8, 64, 64)])
+def test_what_the_highest_resolution_attends_to(
+    name: str, batch: int, queries: int, keys: int, attended: list[tuple[torch.Size, torch.Size]]
+) -> None:
+    unet = tiny.sd15_unet()
+    [method] = methods.parse(name, [0.5])
+    with method.applied(unet):
+        tiny.predict(unet)
+    shapes = [(q[0], q[2], k[2]) for q, k in attended]
+    assert shapes.count((batch, queries, keys)) == 5
+    assert (2, 256, 256) not in shapes
+
+
+def test_tiles_hold_neighbours() -> None:
+    """With values that are a token's own tile, attention inside a tile gives that tile everywhere."""
+    attention = peers.TiledAttention(4, heads=1, dim_head=4, bias=False, out_bias=False)
+    for layer in (attention.to_v, attention.to_out[0]):
+        layer.weight.data = torch.eye(4)
+    row, column = torch.meshgrid(torch.arange(6) // 3, torch.arange(6) // 3, indexing="ij")
+    tile = F.one_hot(2 * row + column, 4).float().view(1, 36, 4)
+    assert torch.allclose(attention(tile), tile, atol=1e-6)
+
+
+def test_every_other_token_of_every_other_row_is_a_key() -> None:
+    tokens = torch.arange(16.0).view(1, 16, 1)
+    assert peers.map_of(tokens)[:, ::2, ::2].flatten().tolist() == [0, 2, 8, 10]
+    with pytest.raises(RuntimeError, match="invalid for input"):
+        peers.map_of(torch.zeros(1, 15, 1))

@@ -1,0 +1,125 @@
+"""Several processes, and processes that die: the files and figures of one that ran through."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import sd15_pipe
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPTS = ["a red fox", "a bee", "an old oak", "a kite", "a pond", "a boat", "a hill"]
+METHODS = ["full-other-seeds", "full", "tofu-r50"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline as any model comes, and its prompts."""
+    folder = tmp_path_factory.mktemp("processes")
+    sd15_pipe().save_pretrained(folder / "model")
+    (folder / "own.txt").write_text("\n".join(PROMPTS))
+    return folder
+
+
+def command(folder: Path, out: str, *more: str, launcher: tuple[str, ...] = ("-m",)) -> subprocess.Popen[str]:
+    options = ["--model", str(folder / "model"), "--prompts", str(folder / "own.txt"), "--steps", "2", "--size", "176"]
+    options += ["--batch", "2", "--metrics", "psnr,ms-ssim", "--scale-row", "--method", "tofu,full", "--device", "cpu"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, "eval.run", *options, "--out", str(folder / out), *more],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+# its name for "several processes on one machine", which the --device cpu of the job makes CPU ones
+LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m")
+
+
+def ran(process: subprocess.Popen[str]) -> tuple[str, str]:
+    printed, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    return printed, told
+
+
+def content(folder: Path, out: str) -> dict[str, bytes]:
+    return {str(path.relative_to(folder / out)): path.read_bytes() for path in (folder / out).glob("*/*.png")}
+
+
+def figures(folder: Path, out: str) -> list[dict[str, object]]:
+    rows = json.loads((folder / out / "results.json").read_text())["rows"]
+    return [{name: row[name] for name in ("method", "key", "n", "blank", "metrics")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> str:
+    ran(command(folder, "alone"))
+    assert len(content(folder, "alone")) == len(METHODS) * len(PROMPTS)
+    return "alone"
+
+
+def drawn(folder: Path, out: str) -> dict[Path, int]:
+    """Finished pictures and when they were written."""
+    records = (folder / out).glob("*/*.json")
+    return {path: path.with_suffix(".png").stat().st_mtime_ns for path in records}
+
+
+def kill_once(process: subprocess.Popen[str], folder: Path, out: str, pictures: int) -> dict[Path, int]:
+    """Kills the process and its children when so many pictures are finished; which those are."""
+    while len(drawn(folder, out)) < pictures:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return drawn(folder, out)
+
+
+@pytest.mark.parametrize("pictures", [1, 9])
+def test_killed_and_started_again_nothing_is_lost_or_drawn_twice(folder: Path, alone: str, pictures: int) -> None:
+    out = f"killed-{pictures}"
+    before = kill_once(command(folder, out), folder, out, pictures)
+    assert not (folder / out / "results.json").exists()
+    ran(command(folder, out))
+    after = drawn(folder, out)
+    assert {path: after[path] for path in before} == before
+    assert content(folder, out) == content(folder, alone)
+    assert figures(folder, out) == figures(folder, alone)
+
+
+def test_two_processes_are_one(folder: Path, alone: str) -> None:
+    printed, told = ran(command(folder, "two", "--json", launcher=LAUNCH))
+    assert content(folder, "two") == content(folder, alone)
+    assert figures(folder, "two") == figures(folder, alone)
+    assert json.loads(printed)["rows"][0]["method"] == "full"  # one of them prints
+    runs = {json.loads(path.read_text())["run"] for path in (folder / "two").glob("*/*.json")}
+    assert len(runs) == 2, told
+
+
+def test_two_processes_killed_half_way_go_on(folder: Path, alone: str) -> None:
+    before = kill_once(command(folder, "half", launcher=LAUNCH), folder, "half", 5)
+    ran(command(folder, "half", launcher=LAUNCH))
+    after = drawn(folder, "half")
+    assert {path: after[path] for path in before} == before
+    assert content(folder, "half") == content(folder, alone)
+    assert figures(folder, "half") == figures(folder, alone)
+
+
+def test_shards_make_a_run(folder: Path, alone: str) -> None:
+    shards = [command(folder, "shards", "--shard", f"{i}/3") for i in (1, 2, 3)]  # at once, as a scheduler would
+    for shard in shards:
+        ran(shard)
+    assert not (folder / "shards" / "results.json").exists()
+    before = drawn(folder, "shards")
+    ran(command(folder, "shards"))
+    assert drawn(folder, "shards") == before
+    assert content(folder, "shards") == content(folder, alone)
+    assert figures(folder, "shards") == figures(folder, alone)
