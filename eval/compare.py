@@ -86,10 +86,12 @@ def compare(a: Path, b: Path) -> Comparison:
 
 
 def _times(a: dict[str, Any], b: dict[str, Any], told: dict[str, Any]) -> dict[str, str]:
+    x, y = (row["seconds"] and row["seconds"]["median"] for row in (a, b))
+    first = "–" if x is None else f"{x:.2f}"
     if told.keys() & set(TIMED):
-        return {"a": f"{a['seconds']['median']:.2f}", "b": "n/a (other circumstances)", "b - a": "–"}
-    x, y = a["seconds"]["median"], b["seconds"]["median"]
-    return {"a": f"{x:.2f}", "b": f"{y:.2f}", "b - a": f"{y - x:+.2f}"}
+        return {"a": first, "b": "n/a (other circumstances)", "b - a": "–"}
+    gap = "–" if x is None or y is None else f"{y - x:+.2f}"
+    return {"a": first, "b": "–" if y is None else f"{y:.2f}", "b - a": gap}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .generate import Settings, draw, quiet_patches
+from .files import read_json, write_json
+from .generate import Settings, draw, identity
 from .methods import Method
+from .options import quiet_patches
 from .prompts import Request
+
+NAME = "flops.json"
+
+
+def count(out: Path, pipe: Any, methods: Sequence[Method], settings: Settings, request: Request) -> None:
+    """Counts for each method that has not been counted: OUT/<method's key>/flops.json."""
+    for method in methods:
+        if counted(out, settings, method) is None:
+            flops = of_picture(pipe, method, settings, request)
+            write_json(out / method.key / NAME, {"made": identity(settings, method), "flops": flops})
+
+
+def counted(out: Path, settings: Settings, method: Method) -> int | None:
+    """What `count` found for this very method."""
+    told = read_json(out / method.key / NAME)
+    return told["flops"] if isinstance(told, dict) and told.get("made") == identity(settings, method) else None
 
 
 def of_picture(pipe: Any, method: Method, settings: Settings, request: Request) -> int:

@@ -88,9 +88,16 @@ def family(row: dict[str, Any]) -> str:
 
 
 def form(row: dict[str, Any]) -> str:
-    weighted = "+p" in row["method"].partition("@")[0]
-    of_keys = row["method"].partition("@")[0].removeprefix("deepcache:").startswith("kv:")
-    return list(FORMS)[2 * of_keys + weighted]
+    fusion = _fusion(row)
+    return list(FORMS)[2 * fusion.keys_only + fusion.proportional if fusion else 0]
+
+
+def _fusion(row: dict[str, Any]) -> TokenFusion | None:
+    """What a row's method fuses; None for a peer."""
+    try:
+        return recipes.named(str(row["method"]).removeprefix("deepcache:"), row["ratio"] or 0)
+    except ValueError:
+        return None
 
 
 def svg(found: dict[str, Any]) -> str:
@@ -139,6 +146,8 @@ def _panel(ax: Axes, drawn: Sequence[Point], metric: dict[str, Any], cost: Cost,
 
 def markdown(found: dict[str, Any]) -> str:
     """The methods that no other beats in operations and the perceptual metric, and how to ask for each."""
+    if not metrics_shown(found):
+        raise EvalError("a frontier takes LPIPS, MS-SSIM or PSNR, which this run has not measured")
     metric = metrics_shown(found)[0]
     cost = next((c for c in (FLOPS, TIME) if len(points(found, c, metric)) > 1), None)
     if cost is None:
@@ -157,9 +166,8 @@ def markdown(found: dict[str, Any]) -> str:
 
 def how(row: dict[str, Any]) -> str:
     """The call that fuses as a row's method does; nothing for a peer."""
-    try:
-        fusion = recipes.named(row["method"], row["ratio"] or 0)
-    except ValueError:
+    fusion = _fusion(row)
+    if fusion is None or row["method"].startswith("deepcache"):
         return "–"
     usual = TokenFusion(fusion.ratio)
     changed = {n: v for n, v in vars(fusion).items() if v != getattr(usual, n)}

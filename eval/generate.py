@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import logging
 import sys
 import time
 import uuid
@@ -31,6 +30,7 @@ from tofu_sd.calibrate import synchronize
 from . import EvalError
 from .files import listed, png, read_json, write, write_json
 from .methods import FULL, Method
+from .options import quiet_patches
 from .prompts import Request
 from .team import ALONE, Team
 
@@ -63,10 +63,10 @@ def claim(out: Path, settings: Settings) -> None:
     new = asdict(settings)
     if out.exists() and not out.is_dir():
         raise EvalError(f"--out {out.name}: there is a file of that name")
-    old = read_json(out / "settings.json")
+    others = out.exists() and any(path.name[0] != "." for path in out.iterdir())  # dots: what is not whole yet
+    old = read_json(out / "settings.json")  # after the look: another process may write them between the two
     if not isinstance(old, dict):
-        # another process may be writing the settings just now: files that begin with a dot are not whole yet
-        if out.exists() and any(path.name[0] != "." for path in out.iterdir()):
+        if others:
             raise EvalError(f"--out {out.name}: the folder is not empty and holds no settings.json; give another")
         write_json(out / "settings.json", new)
         return
@@ -118,16 +118,16 @@ def take_over(reference: Path, out: Path, settings: Settings, requests: Sequence
     """Copies pictures of the full model from another run's folder: those that are what this run would draw.
 
     That is said by their content: their record's hash of settings, prompt and seed, and the picture's own. Returns how
-    many there were.
+    many are the other's, taken now or before.
     """
-    taken = 0
+    theirs = 0
     for request in requests:
-        record = record_of(reference, settings, FULL, request)
-        if record is not None and record_of(out, settings, FULL, request) is None:
+        record, own = (record_of(folder, settings, FULL, request) for folder in (reference, out))
+        if record is not None and own is None:
             write(out / FULL.key / f"{request.id}.png", (reference / FULL.key / f"{request.id}.png").read_bytes())
             write_json(out / FULL.key / f"{request.id}.json", record)
-            taken += 1
-    return taken
+        theirs += record is not None and own in (None, record)
+    return theirs
 
 
 def batches(requests: Sequence[Request], settings: Settings) -> list[Sequence[Request]]:
@@ -181,16 +181,12 @@ def generate(
                     for _ in range(repeats - 1):
                         again = draw(pipe, batch, method, settings, steps=settings.steps)[1]
                         cost = min(cost, again, key=lambda cost: cost["seconds"])
+                lacking = [r for r in batch if record_of(out, settings, method, r) is None]  # others were saved before
                 for request, image in zip(batch, images, strict=True):
-                    if record_of(out, settings, method, request) is not None:
-                        continue  # saved before this batch was broken off
-                    figures = {
-                        "run": run,
-                        "batch": len(batch),
-                        "timed": request is batch[0],
-                        **cost,
-                    }  # one time a batch
-                    _save(out, settings, method, request, image, figures)
+                    if request in lacking:
+                        timed = request is lacking[0]  # one time a batch
+                        figures = {"run": run, "batch": len(batch), "timed": timed, **cost}
+                        _save(out, settings, method, request, image, figures)
                 progress.update(len(batch))
     return pictures
 
@@ -249,8 +245,9 @@ def denoising(pipe: Any) -> Iterator[Callable[[], float | None]]:
 
     def note(*_: Any) -> None:
         if device.type == "cuda":
-            moments.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
-            moments[-1].record()
+            with torch.cuda.device(device):  # it need not be the current one
+                moments.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+                moments[-1].record(torch.cuda.current_stream(device))
         else:
             moments.append(time.perf_counter())
 
@@ -283,15 +280,3 @@ def _save(
             **figures,
         },
     )
-
-
-@contextmanager
-def quiet_patches() -> Iterator[None]:
-    """tofu_sd reports each patch it applies; here that is once a batch."""
-    logger = logging.getLogger("tofu_sd")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -11,40 +11,46 @@ from PIL import Image, ImageDraw, ImageFont
 
 import tofu_sd
 
-from .files import png, write
-from .generate import Settings, draw, quiet_patches
+from .files import png, read_json, write, write_json
+from .generate import Settings, draw, identity
 from .methods import Method
+from .options import quiet_patches
 from .prompts import Request
 
+FOLDER = "maps"
 CAPTION, GAP = 20, 8  # pixels
 
 
 def save(
     out: Path, pipe: Any, methods: Sequence[Method], settings: Settings, request: Request, step: int | None = None
-) -> int:
+) -> None:
     """Draws one picture by each of this package's methods, with the maps of its first and last fused block at a step.
 
-    step: from 0; the middle one by default. Returns how many methods had maps.
+    step: from 1, the middle one by default; where a method fuses nothing in it, the nearest step in which it does.
     """
-    saved = 0
     for method in methods:
         if method.fusion is None:
             continue
         with quiet_patches(), method.applied(pipe), tofu_sd.watch(pipe) as seen:
             [picture], _ = draw(pipe, [request], method, settings, steps=settings.steps)
-        calls = sorted({sighting.call for sighting in seen})
-        if not calls:  # a step window in which nothing is fused, or maps too small
+        if not seen:  # a step window in which nothing is fused, or maps too small
             continue
-        at = calls[min(len(calls) - 1, settings.steps // 2 if step is None else step)]
+        asked = settings.steps // 2 if step is None else step - 1
+        at = min({sighting.call for sighting in seen}, key=lambda call: abs(call - asked))
         blocks = [sighting for sighting in seen if sighting.call == at]
         tiles = [(request.prompt, picture)]
         for sighting in (blocks[0], blocks[-1]):
             colours = tofu_sd.merge_map(sighting.map, sighting.h, sighting.w)[-1]  # the positive prompt's, of two
             pixels = (255 * colours.permute(1, 2, 0).numpy()).round().astype(np.uint8)
             tiles.append((f"step {at + 1}, {sighting.block}", Image.fromarray(pixels)))
-        write(out / "maps" / f"{method.key}.png", png(_row(tiles, settings.size)))
-        saved += 1
-    return saved
+        write(out / FOLDER / f"{method.key}.png", png(_row(tiles, settings.size)))
+        write_json(out / FOLDER / f"{method.key}.json", {"made": identity(settings, method)})
+
+
+def saved(out: Path, settings: Settings, method: Method) -> bool:
+    """Whether `save` drew the maps of this very method."""
+    told = read_json(out / FOLDER / f"{method.key}.json")
+    return isinstance(told, dict) and told.get("made") == identity(settings, method)
 
 
 def _row(tiles: Sequence[tuple[str, Image.Image]], side: int) -> Image.Image:

@@ -18,6 +18,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tofu_sd.policy import did_you_mean
@@ -85,7 +86,15 @@ class Skipped:
 
 Metric = Single | Pairwise | SetMetric | Skipped
 
-_BROKEN = (OSError, RuntimeError, KeyError, ValueError, EOFError, UnpicklingError)  # files of weights, and downloads
+_BROKEN = (
+    OSError,
+    RuntimeError,
+    KeyError,
+    ValueError,
+    EOFError,
+    UnpicklingError,
+    SafetensorError,
+)  # files of weights, and downloads
 
 
 @dataclass(frozen=True)
@@ -142,7 +151,7 @@ def usable(metrics: Sequence[Metric], pictures: Tensor, prompts: Sequence[str]) 
                     metric.compute(pictures, prompts)
                 case SetMetric():
                     metric.features(pictures)
-        except (RuntimeError, ValueError, IndexError, AssertionError) as error:  # what nets say of a wrong size
+        except Exception as error:  # nets say in many ways that a size is wrong, or that they are of another kind
             return Skipped(metric.name, _line(error))
         return metric
 
@@ -261,11 +270,12 @@ def _inception(weights: Path | None, device: torch.device) -> Features | str:
 def _of_sets(name: str, found: Features | str, distance: Callable[[Tensor, Tensor], float], digits: int) -> Metric:
     if isinstance(found, str):
         return Skipped(name, found)
-    return SetMetric(name, f"{found.implementation}, float64", found.compute, distance, digits=digits)
+    how = "U-statistic of pairs, float64" if distance is kernel_distance else "float64"
+    return SetMetric(name, f"{found.implementation}, {how}", found.compute, distance, digits=digits)
 
 
 def clip(model_id: str, device: torch.device) -> Metric:
-    """CLIP score (Hessel et al. 2021): 100 · max(0, cosine of a picture and its prompt)."""
+    """CLIP score (Hessel et al. 2021, at torchmetrics' scale): 100 · max(0, cosine of a picture and its prompt)."""
     found = _transformer(model_id, device)
     if isinstance(found, str):
         return Skipped("CLIP score", found)
@@ -345,7 +355,7 @@ def fd_judge(judge: Any, device: torch.device) -> SetMetric:
 
 def kd_judge(judge: Any, device: torch.device) -> SetMetric:
     """Their kernel distance."""
-    about = _judge_name("pooled features, float64")
+    about = _judge_name("pooled features, U-statistic of pairs, float64")
     return SetMetric("KD-judge", about, partial(_pooled, judge, device), kernel_distance, digits=6)
 
 

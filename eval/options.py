@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -86,3 +89,15 @@ def choices(text: str, known: Any, what: str) -> list[str]:
         if name not in known:
             raise EvalError(f"unknown {what} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
     return names
+
+
+@contextmanager
+def quiet_patches() -> Iterator[None]:
+    """tofu_sd reports each patch it applies; here that is once a batch."""
+    logger = logging.getLogger("tofu_sd")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -10,7 +10,7 @@ import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,8 +23,10 @@ from torch import Tensor
 import tofu_sd
 
 from . import shapes
+from .options import quiet_patches
 
 DEEPCACHE_STEPS = 3  # of which one runs whole; its authors' example
+MOST_STEPS = 500  # of a schedule, where there is none: as many as `shapes.timesteps` has
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,8 @@ class Peer:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides its pictures."""
-        if self.package is None:
-            return {"code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}
-        return {self.package[0]: importlib.metadata.version(self.package[1]), "cycle": self.cycle}
+        code = {"code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}
+        return code if self.package is None else {**code, self.package[0]: importlib.metadata.version(self.package[1])}
 
 
 @contextmanager
@@ -78,18 +79,19 @@ def _deepcache(pipe: Any, inner: Callable[[Any], AbstractContextManager[Any]]) -
     from DeepCache import DeepCacheSDHelper
 
     if not hasattr(pipe, "unet"):  # a UNet by itself, whose steps it counts in a pipeline's schedule
-        schedule = SimpleNamespace(timesteps=shapes.timesteps(DEEPCACHE_STEPS))
+        schedule = SimpleNamespace(timesteps=shapes.timesteps(MOST_STEPS))
         pipe = SimpleNamespace(unet=pipe, scheduler=schedule)
     with ExitStack() as stack:
         stack.enter_context(inner(pipe))
         helper = DeepCacheSDHelper(pipe)
         helper.set_params(cache_interval=DEEPCACHE_STEPS, cache_branch_id=0)
         untouched = [module for module in pipe.unet.modules() if "forward" not in vars(module)]
-        helper.enable()
         try:
+            helper.enable()
             yield pipe
         finally:
-            helper.disable()
+            with suppress(KeyError):  # of what it had not come to when it failed
+                helper.disable()
             for module in untouched:  # it leaves each its own `forward`, set on the instance
                 vars(module).pop("forward", None)
 
@@ -125,7 +127,7 @@ class TiledAttention(Attention):  # type: ignore[misc]
 def _instead(pipe: Any, attention: type[Attention]) -> Iterator[Any]:
     """Another class for the self-attention of the highest resolution that has attention."""
     unet = getattr(pipe, "unet", pipe)
-    with tofu_sd.patched(unet, 0.5):
+    with quiet_patches(), tofu_sd.patched(unet, 0.5):  # to know the places
         rows = tofu_sd.summary(unet).rows
     own = [(unet.get_submodule(row.name).attn1, type(unet.get_submodule(row.name).attn1)) for row in rows]
     for module, _ in own:

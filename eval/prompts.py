@@ -97,13 +97,13 @@ def imagenet_names() -> list[str]:
 KNOWN: dict[str, Callable[[int], list[Request]]] = {"demo": demo, "imagenet1k": imagenet1k}
 
 
-def several(requests: list[Request], per_prompt: int) -> list[Request]:
-    """Every prompt so many times; the first time as it was, so that a list asked for once begins a longer one.
+def several(requests: list[Request], per_prompt: int, of: int) -> list[Request]:
+    """Every request so many times; the first time as it was, so that a list asked for once begins a longer one.
 
-    Seeds count on by the length of the list, beyond those that `load` gives it.
+    Seeds count on by `of`, the length of the whole list, beyond those that `load` gives it.
     """
     again = [
-        Request(f"{request.id}_{k}", request.prompt, request.seed + k * len(requests))
+        Request(f"{request.id}_{k}", request.prompt, request.seed + k * of)
         for k in range(1, per_prompt)
         for request in requests
     ]

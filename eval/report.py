@@ -23,7 +23,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 from . import EvalError, frontier, plots
 from .files import png, read_json, to_json, without_paths, write
 from .generate import Settings
-from .maps import fit
+from .maps import FOLDER, fit
 from .methods import FULL
 from .score import Scores
 from .table import circumstances, label, markdown, markdown_against, notes, table, with_rows
@@ -116,8 +116,7 @@ def html(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> str:
         worst = own[:shown]
         best = own[max(len(worst), len(own) - shown) :][::-1] if metric else []
         pairs = [[_pair(out, image, measured) for image in some] for some in (worst, best)]
-        maps = out / "maps" / f"{row['key']}.png"
-        merged = _embedded(_open(maps), THREE) if maps.exists() else None
+        merged = _embedded(_open(out / FOLDER / f"{row['key']}.png"), THREE) if row.get("maps") else None
         sections.append({"row": row, "of": len(own), "worst": pairs[0], "best": pairs[1], "maps": merged})
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -202,13 +201,13 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         found, images = read(options.out)
-        found = with_rows(found, options.rows)
+        whole, found = found, with_rows(found, options.rows)
         if options.against is not None:
             print(markdown_against(found, images, options.against), end="")
         elif options.markdown:
             print(markdown(found, options.columns), end="")
         elif options.frontier:
-            print(frontier.markdown(found), end="")
+            print(frontier.markdown(whole), end="")
         elif options.grid:
             write(options.grid, png(grid(options.out, found, images, options.first)))
         else:

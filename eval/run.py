@@ -33,7 +33,7 @@ from .generate import Settings, claim, generate, record_of, take_over
 from .methods import FULL, SCALE, Method
 from .options import Help, Parser, add_device, at_least, finite, pick_device, pick_dtype
 from .prompts import Request
-from .score import describe, load, score
+from .score import check_complete, describe, load, records, score
 from .team import Team, assemble
 
 EXAMPLES = """examples:
@@ -72,7 +72,7 @@ def parser() -> Parser:
     p.add_argument("--size", type=at_least(8), help="pixels a side (default: the model's own)")
     p.add_argument("--seed", type=at_least(0, 2**62), default=0, help="seed of the first picture; the others count on")
     p.add_argument("--batch", type=at_least(1), default=4, help="pictures drawn at once")
-    p.add_argument("--limit", type=at_least(1), metavar="N", help="the first N prompts only (default: all)")
+    p.add_argument("--limit", type=at_least(1), metavar="N", help="the first N of the list only (default: all)")
     p.add_argument(
         "--guidance",
         type=finite,
@@ -85,7 +85,7 @@ def parser() -> Parser:
     p.add_argument("--repeats", type=at_least(1), default=1, metavar="N", help="draw each batch N times, time the best")
     p.add_argument("--flops", action="store_true", help="count the floating-point operations of a picture too")
     p.add_argument("--maps", action="store_true", help="show in the report which token stood for which")
-    p.add_argument("--map-step", type=at_least(0), metavar="N", help="at this step, from 0 (default: the middle one)")
+    p.add_argument("--map-step", type=at_least(1), metavar="N", help="at this step, from 1 (default: the middle one)")
     stage = p.add_mutually_exclusive_group()
     stage.add_argument("--dry-run", action="store_true", help="say what would be drawn, and draw nothing")
     stage.add_argument("--generate-only", action="store_true", help="draw, and measure nothing")
@@ -96,7 +96,7 @@ def parser() -> Parser:
     p.add_argument(
         "--lpips-backbone", type=Path, metavar="PATH", help="torchvision weights of that net (default: downloaded)"
     )
-    p.add_argument("--inception-weights", type=Path, metavar="PATH", help="for FID (default: downloaded)")
+    p.add_argument("--inception-weights", type=Path, metavar="PATH", help="for FID and KID (default: downloaded)")
     p.add_argument("--clip-model", default=metrics.CLIP, metavar="MODEL", help="for clip: its id or folder")
     p.add_argument("--dino-model", default=metrics.DINO, metavar="MODEL", help="for dino: its id or folder")
     p.add_argument("--strict", action="store_true", help="exit with 1 if a method or a metric was skipped")
@@ -159,8 +159,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     """
     started = provenance.now()
     chosen = methods.parse(options.method, _ratios(options.ratio)) + [SCALE] * options.scale_row
-    requests = prompts.several(prompts.load(options.prompts, options.seed), options.per_prompt)
-    asked = requests[: options.limit]
+    requests = prompts.load(options.prompts, options.seed)
+    asked = prompts.several(requests[: options.limit], options.per_prompt, len(requests))
     wanted = [request.prompt for request in asked]
     drawn = [FULL, *(m for m in chosen if m is not FULL and not m.missing)]
     nets = metrics.Nets(
@@ -168,12 +168,16 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     )
     metrics.check(options.metrics, nets)
     team = assemble(cpu=options.device == "cpu")
-    device = team.device or pick_device(options.device)
+    if team.size > 1 and options.shard:
+        raise EvalError("--shard is for processes that know nothing of each other; these share the work as it is")
+    if team.size > 1 and ":" in options.device:
+        raise EvalError(f"--device is {options.device!r}; each of {team.size} processes takes a device of its own")
+    device = pick_device(options.device) if team.device is None else team.device
     try:
         check_torchvision()
     except ImportError as error:
         raise EvalError(str(error)) from error
-    memory, operations = None, dict[str, int]()
+    memory = None
     if options.metrics_only:
         settings, out, judge = _drawn_before(options, requests, device)
     else:
@@ -189,29 +193,34 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
             raise EvalError(f"--reference {options.reference.name}: there is no folder {FULL.key!r} in it")
         claim(out, settings)
         if options.reference and team.leads:
-            taken = take_over(options.reference, out, settings, asked)
-            print(f"{taken} of {len(asked)} pictures of the full model are {options.reference.name}'s", file=sys.stderr)
+            there = take_over(options.reference, out, settings, asked)
+            print(f"{there} of {len(asked)} pictures of the full model are {options.reference.name}'s", file=sys.stderr)
         team.wait()
         part = Team(options.shard[0] - 1, options.shard[1]) if options.shard else team
         made = generate(pipe, asked, drawn, settings, out, part, options.repeats)
         memory = provenance.process_mib() if made else None  # before the metrics' nets come
         team.wait()
+        if options.flops and part.leads:
+            flops.count(out, pipe, drawn, settings, asked[0])
+        if options.maps and part.leads:
+            maps.save(out, pipe, drawn, settings, asked[0], options.map_step)
         if options.generate_only or options.shard:
             print(f"drew {made} pictures in {out}", file=sys.stderr)
             return None, out
-        if options.flops and team.leads:
-            operations = {method.key: flops.of_picture(pipe, method, settings, asked[0]) for method in drawn}
-        if options.maps and team.leads:
-            maps.save(out, pipe, drawn, settings, asked[0], options.map_step)
+    for method in drawn:
+        check_complete(asked, records(out, settings, method, asked), method.key)
     loaded = metrics.choose(options.metrics, nets, size=settings.size, prompts=wanted, device=device, judge=judge)
     loaded = metrics.usable(loaded, load(out / FULL.key, asked[:2]), wanted[:2])
     scores = score(out, settings, asked, chosen, loaded, team)
     if not team.leads:
         return None, out
+    by_key = {method.key: method for method in drawn}
     for row in scores.rows:
-        row["flops"] = operations.get(row["key"])
+        if row["key"] in by_key:
+            row["flops"] = flops.counted(out, settings, by_key[row["key"]])
+            row["maps"] = maps.saved(out, settings, by_key[row["key"]])
     told = provenance.collect("eval.run", list(argv), device, memory, started, provenance.now())
-    found = report.results(settings, scores, describe(loaded), told, of=len(requests))
+    found = report.results(settings, scores, describe(loaded), told, of=len(requests) * options.per_prompt)
     report.save(out, found, scores)
     return found, out
 

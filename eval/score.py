@@ -54,8 +54,8 @@ def score(
     Every process of a team looks at its share of the pictures, and the first of them draws the figures from all; the
     others get empty Scores.
     """
-    records = {m.key: _records(out, settings, m, requests) for m in (FULL, *methods) if not m.missing}
-    for key, found in records.items():
+    there = {m.key: records(out, settings, m, requests) for m in (FULL, *methods) if not m.missing}
+    for key, found in there.items():
         check_complete(requests, found, key)
     groups = [request.prompt for request in requests]
     shares = {m.name for m in metrics if isinstance(m, Single) and m.share}
@@ -84,12 +84,12 @@ def score(
                 figures[metric.name] = distance(metric, reference[i], features[i], groups)
         rows.append({
             **head, "n": len(requests), "blank": sum(part.blank for part in parts), "metrics": figures,
-            **speed(records[FULL.key], records[method.key]),
+            **speed(there[FULL.key], there[method.key]),
         })  # fmt: skip
         images += [
             {
                 "method": method.name, "key": method.key, "id": request.id, "prompt": request.prompt,
-                "seed": request.seed + method.seed_shift, "seconds": records[method.key][request.id]["seconds"],
+                "seed": request.seed + method.seed_shift, "seconds": there[method.key][request.id]["seconds"],
                 **{name: column[i].item() for name, column in columns.items()},
             }
             for i, request in enumerate(requests)
@@ -130,7 +130,7 @@ def check_complete(requests: Sequence[Request], records: Collection[str], name: 
     missing = [request.id for request in requests if request.id not in records]
     if missing:
         names = listed([f"{id}.png" for id in missing])
-        raise EvalError(f"{name} lacks {names}: the same command makes them again")
+        raise EvalError(f"{name} lacks {names}: the same command draws them (without --metrics-only)")
 
 
 def load(folder: Path, requests: Sequence[Request]) -> Tensor:
@@ -197,7 +197,8 @@ def spread(values: Sequence[float]) -> dict[str, Any] | None:
     return {"median": middle, "p5": low, "p95": high, "n": len(values)}
 
 
-def _records(out: Path, settings: Settings, method: Method, requests: Sequence[Request]) -> dict[str, dict[str, Any]]:
+def records(out: Path, settings: Settings, method: Method, requests: Sequence[Request]) -> dict[str, dict[str, Any]]:
+    """Of a method's pictures that are there, by their ids."""
     found = {request.id: record_of(out, settings, method, request) for request in requests}
     return {id: record for id, record in found.items() if record is not None}
 

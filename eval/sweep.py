@@ -31,7 +31,7 @@ EXAMPLES = """examples:
 def parser() -> Parser:
     p = Parser(
         prog="python -m eval.sweep",
-        description="Quality against time over a grid of methods. All options of eval.run but --method hold too.",
+        description="Quality against time over a grid of methods. eval.run's options hold, but --method and --suite.",
         epilog=EXAMPLES,
         formatter_class=Help,
         allow_abbrev=False,

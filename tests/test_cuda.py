@@ -40,7 +40,7 @@ def test_a_unet_fuses_and_repeats(dtype: torch.dtype, options: dict[str, Any]) -
     with tofu_sd.patched(unet, 0.5, **options):
         fused = tiny.predict(unet, **call)
         assert torch.equal(tiny.predict(unet, **call), fused)
-        if "proportional" in options:  # by a channel where the oracle has a mask
+        if "proportional" in options and dtype != torch.float32:  # by channels where the oracle has a mask
             torch.testing.assert_close(fused, expected, rtol=0.05, atol=0.05)
         elif "seed" not in options:
             assert torch.equal(fused, expected)

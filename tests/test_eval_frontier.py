@@ -43,10 +43,12 @@ def test_a_point_is_left_out_exactly_if_another_beats_it(figures: list[tuple[flo
         ("kv:tome+p", "tome", "both"),
         ("deepcache:kv:tome+p", "deepcache:tome", "both"),
         ("tomesd", "tomesd", "fused"),
+        ("faithful", "faithful", "with log n (+p)"),
+        ("tofu@keys_only=True", "tofu", "keys and values (kv:)"),
     ],
 )
 def test_a_point_looks_like_its_method(name: str, family: str, form: str) -> None:
-    assert frontier.form({"method": name}) == form
+    assert frontier.form({"method": name, "ratio": 0.5}) == form
     assert frontier.family({"method": name}) == family
 
 
@@ -98,6 +100,19 @@ def test_a_sweep_is_a_run_with_operations_and_a_plot(swept: Path, capsys: pytest
 def test_a_plot_is_the_same_every_time(swept: Path) -> None:
     found, _ = report.read(swept)
     assert frontier.svg(found) == frontier.svg(found)
+
+
+def test_a_frontier_of_some_rows_is_the_whole_ones(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(swept), "--frontier"]) == 0
+    whole = capsys.readouterr().out
+    assert report.main([str(swept), "--frontier", "--rows", "tofu 25%"]) == 0
+    assert capsys.readouterr().out == whole
+
+
+def test_a_frontier_takes_a_metric(swept: Path) -> None:
+    found, _ = report.read(swept)
+    with pytest.raises(EvalError, match="LPIPS, MS-SSIM or PSNR"):
+        frontier.markdown({**found, "metrics": []})
 
 
 def test_one_method_has_no_frontier(swept: Path) -> None:

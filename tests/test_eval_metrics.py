@@ -324,6 +324,18 @@ def test_dino_distance_is_zero_on_equal_pictures_alone(tmp_path):
     assert (metric.compute(pictures(), pictures(seed=1)) > 1e-4).all()
 
 
+def test_a_net_of_another_kind_is_skipped(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path)
+    save_processor("BitImageProcessor", {"size": {"shortest_edge": 28}}, tmp_path)
+    found = metrics.usable([metrics.clip(str(tmp_path), CPU), metrics.psnr()], pictures(), ["a", "b"])
+    assert isinstance(found[0], metrics.Skipped)
+    assert found[1].name == "PSNR"
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    assert isinstance(metrics.dino(str(tmp_path), CPU), metrics.Skipped)
+
+
 @pytest.mark.parametrize("make", [metrics.clip, metrics.dino])
 def test_a_net_that_cannot_be_had_is_skipped(make, tmp_path):
     skipped = make(str(tmp_path / "nowhere"), CPU)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval import methods, peers
+from eval import methods, peers, shapes
 
 NAMES = [*peers.ALONE, *peers.STACKED, "deepcache:tofu"]
 
@@ -28,6 +28,36 @@ def test_a_peer_changes_the_output_and_is_gone_afterwards(name: str) -> None:
     assert torch.equal(tiny.predict(unet, **call), plain)
     if name != "tomesd":  # which leaves attributes of its own behind
         assert [(type(module), {*vars(module)}) for module in unet.modules()] == before
+
+
+def test_deepcache_keeps_step_with_what_it_is_stacked_on() -> None:
+    unet = tiny.sd15_unet()
+    [method] = methods.parse("deepcache:tofu@match_every=2", [0.5])
+    assert method.cycle == 6
+    call = tiny.inputs(unet)
+    with method.applied(unet):
+        for t in shapes.timesteps(method.cycle):
+            unet(call["sample"], t, call["encoder_hidden_states"])
+
+
+def test_a_peer_that_fails_on_its_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from DeepCache import DeepCacheSDHelper
+
+    unet = tiny.sd15_unet()
+    before = [{*vars(module)} for module in unet.modules()]
+    wrap, calls = DeepCacheSDHelper.wrap_block_forward, []
+
+    def failing(self: Any, *args: Any, **more: Any) -> None:
+        calls.append(1)
+        if len(calls) == 7:
+            raise RuntimeError("on the way")
+        wrap(self, *args, **more)
+
+    monkeypatch.setattr(DeepCacheSDHelper, "wrap_block_forward", failing)
+    [method] = methods.parse("deepcache", [0.5])
+    with pytest.raises(RuntimeError, match="on the way"), method.applied(unet):
+        pass
+    assert [{*vars(module)} for module in unet.modules()] == before
 
 
 @pytest.fixture

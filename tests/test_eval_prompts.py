@@ -121,12 +121,14 @@ def test_a_digest_tells_lists_apart():
 
 def test_more_of_each_prompt_begin_with_one_of_each():
     one = prompts.load("demo", 7)
-    three = prompts.several(one, 3)
-    assert three[: len(one)] == one == prompts.several(one, 1)
+    three = prompts.several(one, 3, len(one))
+    assert three[: len(one)] == one == prompts.several(one, 1, len(one))
     assert len({(r.id) for r in three}) == len({r.seed for r in three}) == 3 * len(one)
     assert [r.prompt for r in three[len(one) :]] == 2 * [r.prompt for r in one]
+    few = prompts.several(one[:4], 3, len(one))
+    assert set(few) < set(three)  # a limited list draws pictures of the whole one
 
 
 def test_more_of_each_prompt_need_names_of_their_own():
     with pytest.raises(EvalError, match="two prompts have the id 'a_1'"):
-        prompts.several([prompts.Request("a", "x", 0), prompts.Request("a_1", "y", 1)], 2)
+        prompts.several([prompts.Request("a", "x", 0), prompts.Request("a_1", "y", 1)], 2, 2)

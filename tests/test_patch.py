@@ -436,6 +436,15 @@ def test_maps_can_be_watched_and_change_nothing() -> None:
     assert [{*vars(module)} for module in unet.modules()] == before
 
 
+def test_two_can_watch() -> None:
+    unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
+    with tofu_sd.watch(unet) as outer:
+        with tofu_sd.watch(unet) as inner:
+            tiny.predict(unet)
+        tiny.predict(unet)
+    assert (len(outer), len(inner)) == (10, 5)
+
+
 def test_shared_maps_are_watched_in_every_block() -> None:
     unet = tiny.sd15_unet()
     with tofu_sd.patched(unet, 0.5, share_level=True), tofu_sd.watch(unet) as seen:

@@ -117,9 +117,9 @@ class SiteFusion:
             return fuse(x, map.kept, map.home, len(self.as_length))
         return self.reduction(x, map)
 
-    def key_bias(self, x: Tensor, map: TokenMap) -> Tensor | None:
+    def key_bias(self, x: Tensor, map: TokenMap, sdpa: bool) -> Tensor | None:
         """log(n_i) for each key as an additive mask [B, 1, K], or None where attention is not weighted."""
-        return key_bias(map.size, x.dtype) if self.proportional else None
+        return key_bias(map.size, x.dtype, sdpa) if self.proportional else None
 
     def around(self, role: str, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """A token-wise layer run on fused tokens: unmerge(layer(reduce(x)))."""
@@ -286,6 +286,9 @@ def watching(model: nn.Module, patch: Patch) -> Iterator[list[Sighting]]:
         sizes[module] = tuple((args[0] if args else kwargs["hidden_states"]).shape[-2:])
 
     def watch(site: Site, map: TokenMap) -> None:
+        outer = before[site.name]
+        if outer is not None:
+            outer(map)
         seen.append(Sighting(site.name, calls[0], *sizes[site.canvas], TokenMap(map.kept.cpu(), map.home.cpu())))
 
     states = {
@@ -294,13 +297,14 @@ def watching(model: nn.Module, patch: Patch) -> Iterator[list[Sighting]]:
     }
     handles = [model.register_forward_pre_hook(begin)]
     handles += [c.register_forward_pre_hook(measure, with_kwargs=True) for c in {site.canvas for site in patch.sites}]
+    before = {name: state.watcher for name, state in states.items()}
     for site in patch.sites:
         states[site.name].watcher = partial(watch, site)
     try:
         yield seen
     finally:
-        for state in states.values():
-            state.watcher = None
+        for name, state in states.items():
+            state.watcher = before[name]
         for handle in handles:
             handle.remove()
 

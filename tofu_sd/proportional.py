@@ -4,7 +4,7 @@ A bias on the keys costs CUDA's scaled-dot-product attention its flash kernel. T
 more channel, log(n_i) in the keys and constant in the queries, which flash takes. On a CPU the bias is faster.
 
 Hosts pass a bias to `scaled_dot_product_attention` as a mask, and know of nothing else. So a mask that is a `KeyBias`
-takes that call over, as `torch.nn.attention.bias.CausalBias` does; to all other functions it is an ordinary mask.
+takes that call over, as `torch.nn.attention.bias.CausalBias` does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FLASH_DEVICE = "cuda"
+FLASH_DEVICE, FLASH_TYPES = "cuda", (torch.float16, torch.bfloat16)
 FLASH_CHANNELS = 256  # of a head, at most
 EXTRA = 8  # channels more: flash takes multiples of 8
 
@@ -39,10 +39,16 @@ class KeyBias(Tensor):
 _SHAPING = (Tensor.view, Tensor.reshape, Tensor.unsqueeze, Tensor.expand, Tensor.repeat_interleave)
 
 
-def key_bias(size: Tensor, dtype: torch.dtype) -> Tensor:
-    """log(n_i) of merging sizes [B, K] as an additive mask [B, 1, K], which keeps to flash where there is one."""
-    bias = size.log().to(dtype).unsqueeze(1)
-    return bias.as_subclass(KeyBias) if bias.device.type == FLASH_DEVICE else bias
+def key_bias(size: Tensor, dtype: torch.dtype, sdpa: bool) -> Tensor:
+    """log(n_i) of merging sizes [B, K] as an additive mask [B, 1, K] for attention of tokens of type `dtype`.
+
+    sdpa: whether it will be scaled_dot_product_attention that takes it. Then, where there is flash, it is a KeyBias in
+    float32, of which `by_channel` loses little.
+    """
+    bias = size.log().unsqueeze(1)
+    if sdpa and bias.device.type == FLASH_DEVICE and dtype in FLASH_TYPES:
+        return bias.as_subclass(KeyBias)
+    return bias.to(dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **more: Any) -> Tensor:
@@ -52,7 +58,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **more:
 
 def flash_takes(query: Tensor, dropout_p: float = 0.0, is_causal: bool = False, **more: Any) -> bool:
     """Whether CUDA's flash kernel takes attention of these queries [B, H, N, d], with channels added to them."""
-    if query.device.type != FLASH_DEVICE or query.dtype not in (torch.float16, torch.bfloat16):
+    if query.device.type != FLASH_DEVICE or query.dtype not in FLASH_TYPES:
         return False
     if query.shape[-1] + EXTRA > FLASH_CHANNELS or dropout_p or is_causal:
         return False
@@ -64,7 +70,7 @@ def flash_takes(query: Tensor, dropout_p: float = 0.0, is_causal: bool = False, 
 
 def by_mask(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, **more: Any) -> Tensor:
     """softmax(q kᵀ · scale + bias) v: the definition."""
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **more)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype), **more)
 
 
 def by_channel(
@@ -72,8 +78,9 @@ def by_channel(
 ) -> Tensor:
     """The same as two more channels: q' = [q, c, c], k' = [k, b, rest of b], where c · b · scale is the bias.
 
-    c is a power of two, so that b is rounded and nothing else; the second channel holds what the rounding left. Values
-    are filled up to as many channels, which flash wants and which are cut off again.
+    c is a power of two, so that b is rounded and nothing else; the second channel holds what the rounding left, so that
+    in half precision this is nearer to the definition than a mask. Values are filled up to as many channels, as flash
+    wants it, and cut again.
     """
     channels = query.shape[-1]
     scale = channels**-0.5 if scale is None else scale

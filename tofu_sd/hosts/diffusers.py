@@ -12,6 +12,7 @@ from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import (
     Attention,
     AttnProcessor,
+    AttnProcessor2_0,
     FusedAttnProcessor2_0,
     SlicedAttnProcessor,
 )
@@ -140,7 +141,8 @@ class FusedAttention(Attention):  # type: ignore[misc]
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         if site.keys_only or site.proportional:
             _check_processor(self.processor, site)
-        fused, bias = site.reduce(hidden_states, map), site.key_bias(hidden_states, map)
+        fused = site.reduce(hidden_states, map)
+        bias = site.key_bias(hidden_states, map, sdpa=type(self.processor) in _SDPA)
         if bias is not None and self.upcast_attention and isinstance(self.processor, _UPCASTING):
             bias = bias.float()
         if site.keys_only:
@@ -148,6 +150,7 @@ class FusedAttention(Attention):  # type: ignore[misc]
         return unmerge(super().forward(fused, attention_mask=bias, **kwargs), map)
 
 
+_SDPA = (AttnProcessor2_0, FusedAttnProcessor2_0)  # others look closely at their mask (xformers), or add it themselves
 _UPCASTING = (AttnProcessor, SlicedAttnProcessor)  # they add the bias to scores in float32 under upcast_attention
 
 
