@@ -137,6 +137,9 @@ def _panel(ax: Axes, drawn: Sequence[Point], metric: dict[str, Any], cost: Cost,
     for i, point in enumerate(front[:MOST_LABELS]):
         place = (6, 4) if i % 2 else (6, -10)  # neighbours' names out of each other's way
         ax.annotate(label(point.row), (point.cost, point.value), place, textcoords="offset points", fontsize=7)
+    least, most = min(1.0, *(p.cost for p in drawn)), max(1.0, *(p.cost for p in drawn))  # the full model's own is 1
+    margin = 0.05 * (most - least)
+    ax.set_xlim(least - margin, most + margin)
     ax.set_xlabel(cost.title)
     ax.set_ylabel(f"{metric['name']} {'↓' if metric['lower_is_better'] else '↑'}")
     if all(p.value > 0 for p in drawn) and metric["lower_is_better"]:
