@@ -83,10 +83,9 @@ def kill_once(process: subprocess.Popen[str], folder: Path, out: str, pictures: 
     return drawn(folder, out)
 
 
-@pytest.mark.parametrize("pictures", [1, 9])
-def test_killed_and_started_again_nothing_is_lost_or_drawn_twice(folder: Path, alone: str, pictures: int) -> None:
-    out = f"killed-{pictures}"
-    before = kill_once(command(folder, out), folder, out, pictures)
+def test_killed_and_started_again_nothing_is_lost_or_drawn_twice(folder: Path, alone: str) -> None:
+    out = "killed"
+    before = kill_once(command(folder, out), folder, out, 5)  # in the midst of a batch of two
     assert not (folder / out / "results.json").exists()
     ran(command(folder, out))
     after = drawn(folder, out)
@@ -114,7 +113,7 @@ def test_two_processes_killed_half_way_go_on(folder: Path, alone: str) -> None:
 
 
 def test_shards_make_a_run(folder: Path, alone: str) -> None:
-    shards = [command(folder, "shards", "--shard", f"{i}/3") for i in (1, 2, 3)]  # at once, as a scheduler would
+    shards = [command(folder, "shards", "--shard", f"{i}/2") for i in (1, 2)]  # at once, as a scheduler would
     for shard in shards:
         ran(shard)
     assert not (folder / "shards" / "results.json").exists()
