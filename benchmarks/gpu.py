@@ -1,4 +1,4 @@
-"""All figures that wait for a GPU, in one command of at most about nine minutes: `python -m benchmarks.gpu`.
+"""All figures that wait for a GPU, in one command meant to end within nine minutes: `python -m benchmarks.gpu`.
 
 Writes benchmarks/results/bench-cuda.json, for the tables of docs/performance.md, and proportional-cuda.md.
 """

@@ -34,13 +34,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-import tofu_sd
 from tofu_sd.calibrate import synchronize
 
 from . import EvalError, methods, provenance, report, shapes
 from .files import read_json, to_json, write
 from .methods import FULL, Method
 from .options import Help, Parser, add_device, at_least, choices, pick_device, pick_dtype
+from .peers import fused_attentions
 from .shapes import CASES, Call, Case
 from .table import short
 
@@ -345,10 +345,7 @@ def launched(run: Callable[[], Any], device: torch.device) -> int | None:
 @contextmanager
 def ideal(model: Any, ratio: float, latent: int) -> Iterator[None]:
     """Inside, the attention that would be fused runs on as many tokens as fusion leaves: the first."""
-    with tofu_sd.patched(model, ratio):
-        rows = tofu_sd.summary(model, (latent, latent)).rows
-    attentions = [(model.get_submodule(row.name).attn1, row.after) for row in rows]
-    for attention, tokens in attentions:
+    for attention, tokens in fused_attentions(model, ratio, (latent, latent)):
         attention.__class__, attention.tokens = IdealAttention, tokens
     yield
 

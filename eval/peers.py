@@ -123,13 +123,17 @@ class TiledAttention(Attention):  # type: ignore[misc]
         return out.transpose(2, 3).reshape(B, side * side, -1)
 
 
+def fused_attentions(unet: Any, ratio: float = 0.5, latent: tuple[int, int] | None = None) -> list[tuple[Any, int]]:
+    """(self-attention, tokens that fusion leaves) of each block of the highest resolution that has attention."""
+    with quiet_patches(), tofu_sd.patched(unet, ratio):
+        rows = tofu_sd.summary(unet, latent).rows
+    return [(unet.get_submodule(row.name).attn1, row.after) for row in rows]
+
+
 @contextmanager
 def _instead(pipe: Any, attention: type[Attention]) -> Iterator[Any]:
     """Another class for the self-attention of the highest resolution that has attention."""
-    unet = getattr(pipe, "unet", pipe)
-    with quiet_patches(), tofu_sd.patched(unet, 0.5):  # to know the places
-        rows = tofu_sd.summary(unet).rows
-    own = [(unet.get_submodule(row.name).attn1, type(unet.get_submodule(row.name).attn1)) for row in rows]
+    own = [(module, type(module)) for module, _ in fused_attentions(getattr(pipe, "unet", pipe))]
     for module, _ in own:
         module.__class__ = attention
     try:

@@ -172,7 +172,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         raise EvalError("--shard is for processes that know nothing of each other; these share the work as it is")
     if team.size > 1 and ":" in options.device:
         raise EvalError(f"--device is {options.device!r}; each of {team.size} processes takes a device of its own")
-    device = pick_device(options.device) if team.device is None else team.device
+    device = pick_device(options.device)  # in a team too: what is misspelt is told
+    device = team.device or device
     try:
         check_torchvision()
     except ImportError as error:
@@ -180,6 +181,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     memory = None
     if options.metrics_only:
         settings, out, judge = _drawn_before(options, requests, device)
+        for method in drawn:  # the other way round they have just been drawn
+            check_complete(asked, records(out, settings, method, asked), method.key)
     else:
         dtype = pick_dtype(options.dtype, device)
         pipe, judge = load_model(options.model, device, dtype)
@@ -207,8 +210,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         if options.generate_only or options.shard:
             print(f"drew {made} pictures in {out}", file=sys.stderr)
             return None, out
-    for method in drawn:
-        check_complete(asked, records(out, settings, method, asked), method.key)
     loaded = metrics.choose(options.metrics, nets, size=settings.size, prompts=wanted, device=device, judge=judge)
     loaded = metrics.usable(loaded, load(out / FULL.key, asked[:2]), wanted[:2])
     scores = score(out, settings, asked, chosen, loaded, team)
@@ -256,6 +257,8 @@ def _drawn_before(
     """(settings, folder, judge) of pictures that are there already, for which no pipeline is needed."""
     if options.out is None:
         raise EvalError("--metrics-only measures the pictures of a folder: give it by --out")
+    if options.reference or options.repeats > 1:
+        raise EvalError("--metrics-only draws nothing, for which --reference and --repeats are")
     told = read_json(options.out / "settings.json")
     try:
         settings = Settings(**told) if isinstance(told, dict) else None

@@ -36,7 +36,7 @@ class Team:
     def wait(self) -> None:
         """Until all have come this far."""
         if self.size > 1:
-            _state(False).wait_for_everyone()
+            torch.distributed.barrier()
 
     def gather(self, value: T) -> list[T]:
         """What each process has, by rank, in every process."""
@@ -54,11 +54,7 @@ def assemble(cpu: bool) -> Team:
     """The team that this process was launched in; one of its own without a launcher. cpu: leave the GPUs alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return ALONE
-    state = _state(cpu)
-    return Team(state.process_index, state.num_processes, None if cpu else state.device)
-
-
-def _state(cpu: bool) -> Any:
     from accelerate import PartialState
 
-    return PartialState(cpu=cpu, timeout=PATIENCE)
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    return Team(state.process_index, state.num_processes, None if cpu else state.device)

@@ -482,6 +482,7 @@ def test_drawing_and_measuring_can_be_parted(tiny, monkeypatch, capsys):
         (["--metrics-only"], "give it by --out"),
         (["--metrics-only", "--out", "nowhere"], "there is no settings.json"),
         (["--metrics-only", "--out", "out", "--seed", "1"], "are not those of --prompts and --seed"),
+        (["--metrics-only", "--out", "out", "--repeats", "2"], "--metrics-only draws nothing"),
         (["--shard", "3/2"], "'3/2' is not a part such as 1/4"),
         (["--shard", "1/2", "--generate-only"], "not allowed with argument"),
         (["--suite", "papper"], "unknown suite 'papper' (did you mean 'paper'?); known: depth, modes, paper"),
@@ -626,12 +627,15 @@ def test_settings_that_another_process_has_just_written_are_no_strangers(tmp_pat
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(Path, "iterdir", late)
     generate.claim(tmp_path / "out", settings)
+    assert files.read_json(tmp_path / "out" / "settings.json") == vars(settings)
 
 
 def test_a_team_takes_no_shards_and_no_single_device(tiny, monkeypatch, capsys):
     monkeypatch.setattr(job, "assemble", lambda cpu: job.Team(0, 2))
     assert job.main([*tiny, "--shard", "1/2"]) == 2
     assert "--shard is for processes that know nothing of each other" in capsys.readouterr().err
+    assert job.main([*tiny, "--device", "cudo"]) == 2
+    assert "did you mean 'cuda'" in capsys.readouterr().err
     assert job.main([*tiny, "--device", "cuda:1"]) == 2
     assert "each of 2 processes takes a device of its own" in capsys.readouterr().err
 
