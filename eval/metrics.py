@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -350,18 +350,22 @@ def pd_judge(judge: Any, device: torch.device) -> Pairwise:
 
 def fd_judge(judge: Any, device: torch.device) -> SetMetric:
     """Fréchet distance of the embedded model's classifier's pooled features."""
-    return SetMetric("FD-judge", _judge_name("pooled features, float64"), partial(_pooled, judge, device), frechet)
+    return SetMetric("FD-judge", _judge_name("pooled features, float64"), _pooled(judge, device), frechet)
 
 
 def kd_judge(judge: Any, device: torch.device) -> SetMetric:
     """Their kernel distance."""
     about = _judge_name("pooled features, U-statistic of pairs, float64")
-    return SetMetric("KD-judge", about, partial(_pooled, judge, device), kernel_distance, digits=6)
+    return SetMetric("KD-judge", about, _pooled(judge, device), kernel_distance, digits=6)
 
 
-def _pooled(judge: Any, device: torch.device, pictures: Tensor) -> Tensor:
-    with full_precision(), torch.no_grad():
-        return judge.features(_unit(pictures, device)).cpu()
+@cache  # one function for one judge, so that both distances read the pictures once
+def _pooled(judge: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
+    def features(pictures: Tensor) -> Tensor:
+        with full_precision(), torch.no_grad():
+            return judge.features(_unit(pictures, device)).cpu()
+
+    return features
 
 
 def accuracy(judge: Any, prompts: Collection[str], device: torch.device) -> Metric:

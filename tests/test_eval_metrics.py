@@ -266,6 +266,8 @@ def test_two_distances_in_one_net_read_the_pictures_once(monkeypatch):
     assert loaded == [1]
     assert fid.features is kid.features
     assert fid.distance is not kid.distance
+    judge = ToyJudge()
+    assert metrics.fd_judge(judge, CPU).features is metrics.kd_judge(judge, CPU).features
 
 
 # --- nets of transformers ---------------------------------------------------------------------------------------------

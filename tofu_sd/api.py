@@ -90,8 +90,8 @@ def patched(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) -> I
 def watch(model: Any) -> Iterator[list[Sighting]]:
     """`with watch(pipe) as seen: pipe(...)` keeps every map: which token stood for which, by block and step.
 
-    `seen[i].map` of `.block` at `.call` of the model, over `.h` x `.w` tokens; `merge_map` draws it. ValueError for a
-    model without a patch. Compiled blocks show none.
+    `seen[i].map`, a TokenMap (kept [B, K], home [B, N], on the CPU), is that of `.block` at `.call` of the model, over
+    `.h` x `.w` = N tokens; `merge_map` draws it. ValueError for a model without a patch. Compiled blocks show none.
     """
     unet, _ = _host().unwrap(model)
     patch = patch_of(unet)
