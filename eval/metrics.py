@@ -62,15 +62,23 @@ class Single:
 
 
 @dataclass(frozen=True)
+class Features:
+    """A space that sets of pictures are compared in: compute(pictures) -> [B, D]."""
+
+    implementation: str
+    compute: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class SetMetric:
-    """A distance of two sets of pictures in a feature space: features(pictures) -> [B, D], distance([N, D], [N, D]).
+    """A distance of two sets of pictures by their features: distance([N, D], [N, D]).
 
     Metrics with the same `features` share what it computes.
     """
 
     name: str
     implementation: str
-    features: Callable[[Tensor], Tensor]
+    features: Features
     distance: Callable[[Tensor, Tensor], float]
     lower_is_better: bool = True
     digits: int = 4
@@ -150,7 +158,7 @@ def usable(metrics: Sequence[Metric], pictures: Tensor, prompts: Sequence[str]) 
                 case Single():
                     metric.compute(pictures, prompts)
                 case SetMetric():
-                    metric.features(pictures)
+                    metric.features.compute(pictures)
         except Exception as error:  # nets say in many ways that a size is wrong, or that they are of another kind
             return Skipped(metric.name, _line(error))
         return metric
@@ -238,14 +246,6 @@ def load_backbone(net: nn.Module, weights: dict[str, Tensor]) -> None:
     net.load_state_dict({key: plain[key.partition(".")[2]] for key in net.state_dict()})
 
 
-@dataclass(frozen=True)
-class Features:
-    """A net that pictures are compared in as sets: features(pictures) -> [B, D]."""
-
-    implementation: str
-    compute: Callable[[Tensor], Tensor]
-
-
 def _inception(weights: Path | None, device: torch.device) -> Features | str:
     """FID's features by torchmetrics (Inception of torch-fidelity, antialiased resize to 299); why not, in words."""
     try:
@@ -271,7 +271,7 @@ def _of_sets(name: str, found: Features | str, distance: Callable[[Tensor, Tenso
     if isinstance(found, str):
         return Skipped(name, found)
     how = "U-statistic of pairs, float64" if distance is kernel_distance else "float64"
-    return SetMetric(name, f"{found.implementation}, {how}", found.compute, distance, digits=digits)
+    return SetMetric(name, f"{found.implementation}, {how}", found, distance, digits=digits)
 
 
 def clip(model_id: str, device: torch.device) -> Metric:
@@ -345,27 +345,29 @@ def pd_judge(judge: Any, device: torch.device) -> Pairwise:
         with full_precision(), torch.no_grad():
             return perceptual_distance(judge, _unit(a, device), _unit(b, device)).cpu().double()
 
-    return Pairwise("PD-judge", _judge_name("5 feature maps"), True, compute)
+    return Pairwise("PD-judge", f"{_judge_name(judge)}, 5 feature maps", True, compute)
 
 
 def fd_judge(judge: Any, device: torch.device) -> SetMetric:
     """Fréchet distance of the embedded model's classifier's pooled features."""
-    return SetMetric("FD-judge", _judge_name("pooled features, float64"), _pooled(judge, device), frechet)
+    pooled = _pooled(judge, device)
+    return SetMetric("FD-judge", f"{pooled.implementation}, float64", pooled, frechet)
 
 
 def kd_judge(judge: Any, device: torch.device) -> SetMetric:
     """Their kernel distance."""
-    about = _judge_name("pooled features, U-statistic of pairs, float64")
-    return SetMetric("KD-judge", about, _pooled(judge, device), kernel_distance, digits=6)
+    pooled = _pooled(judge, device)
+    about = f"{pooled.implementation}, U-statistic of pairs, float64"
+    return SetMetric("KD-judge", about, pooled, kernel_distance, digits=6)
 
 
-@cache  # one function for one judge, so that both distances read the pictures once
-def _pooled(judge: Any, device: torch.device) -> Callable[[Tensor], Tensor]:
-    def features(pictures: Tensor) -> Tensor:
+@cache  # one for one judge, so that both distances read the pictures once
+def _pooled(judge: Any, device: torch.device) -> Features:
+    def compute(pictures: Tensor) -> Tensor:
         with full_precision(), torch.no_grad():
             return judge.features(_unit(pictures, device)).cpu()
 
-    return features
+    return Features(f"{_judge_name(judge)}, pooled features", compute)
 
 
 def accuracy(judge: Any, prompts: Collection[str], device: torch.device) -> Metric:
@@ -381,7 +383,7 @@ def accuracy(judge: Any, prompts: Collection[str], device: torch.device) -> Metr
             seen = judge.classify(_unit(pictures, device)).cpu()
         return (seen == torch.tensor([labels[prompt] for prompt in prompts])).all(1).double()
 
-    return Single(name, _judge_name("share"), False, compute, share=True)
+    return Single(name, f"{_judge_name(judge)}, share", False, compute, share=True)
 
 
 def judged(judge: Any, prompts: Collection[str], device: torch.device) -> list[Metric]:
@@ -391,8 +393,8 @@ def judged(judge: Any, prompts: Collection[str], device: torch.device) -> list[M
     return [pd_judge(judge, device), fd_judge(judge, device), accuracy(judge, prompts, device)]
 
 
-def _judge_name(what: str) -> str:
-    return f"the demo model's classifier (tofu-sd {version('tofu-sd') or 'from source'}), {what}"
+def _judge_name(judge: nn.Module) -> str:
+    return f"the demo model's classifier, weights {weights_hash(judge)}"
 
 
 def _unit(pictures: Tensor, device: torch.device) -> Tensor:

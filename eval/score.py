@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from torch import Tensor
 from . import EvalError
 from .files import listed
 from .generate import Settings, record_of
+from .measured import recall
 from .methods import FULL, Method
-from .metrics import Metric, Pairwise, SetMetric, Single, Skipped
+from .metrics import Features, Metric, Pairwise, SetMetric, Single, Skipped
 from .prompts import Request
 from .statistics import bootstrap, jackknife
 from .team import ALONE, Team
@@ -34,10 +36,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class Part:
-    """What the metrics say of a few pictures: a value for each of them by name, features of each net, blank ones."""
+    """What the metrics say of a few pictures: a value for each by the metric's name, features by their kind."""
 
     columns: dict[str, Tensor]
-    features: list[Tensor]
+    features: dict[Features, Tensor]
     blank: int
 
 
@@ -59,8 +61,7 @@ def score(
         check_complete(requests, found, key)
     groups = [request.prompt for request in requests]
     shares = {m.name for m in metrics if isinstance(m, Single) and m.share}
-    nets = list(dict.fromkeys(m.features for m in metrics if isinstance(m, SetMetric)))
-    reference: list[Tensor] = []
+    reference: dict[Features, Tensor] = {}
     rows: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
     for method in (FULL, *(m for m in methods if m is not FULL)):
@@ -70,18 +71,18 @@ def score(
             continue
         compared = method is not FULL or FULL in methods
         chunks = list(enumerate(_chunks(requests)))
-        own = [(i, _measure(out, chunk, method, metrics, nets, compared)) for i, chunk in team.share(chunks)]
+        own = [(i, _measure(out, chunk, method, there, metrics, compared)) for i, chunk in team.share(chunks)]
         parts = [part for _, part in sorted((p for ps in team.gather(own) for p in ps), key=lambda p: p[0])]
         if not team.leads:
             continue
         columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
-        features = [torch.cat([part.features[i] for part in parts]) for i in range(len(nets))]
+        features = {kind: torch.cat([part.features[kind] for part in parts]) for kind in parts[0].features}
         reference = reference or features  # the full model comes first
         figures = {name: (share if name in shares else mean)(column, groups) for name, column in columns.items()}
         for metric in metrics:
             if isinstance(metric, SetMetric) and compared:
-                i = nets.index(metric.features)
-                figures[metric.name] = distance(metric, reference[i], features[i], groups)
+                kind = metric.features
+                figures[metric.name] = distance(metric, reference[kind], features[kind], groups)
         rows.append({
             **head, "n": len(requests), "blank": sum(part.blank for part in parts), "metrics": figures,
             **speed(there[FULL.key], there[method.key]),
@@ -101,17 +102,30 @@ def _measure(
     out: Path,
     requests: Sequence[Request],
     method: Method,
+    there: dict[str, dict[str, dict[str, Any]]],
     metrics: Sequence[Metric],
-    nets: Sequence[Callable[[Tensor], Tensor]],
     compared: bool,
 ) -> Part:
     prompts = [request.prompt for request in requests]
-    full, own = load(out / FULL.key, requests), load(out / method.key, requests)
-    columns = {m.name: m.compute(own, prompts) for m in metrics if isinstance(m, Single)}
-    if compared:
-        columns |= {m.name: m.compute(full, own) for m in metrics if isinstance(m, Pairwise)}
-    blank = int((own.amax((1, 2, 3)) == own.amin((1, 2, 3))).sum())
-    return Part(columns, [net(own) for net in nets], blank)
+    full, own = (cache(partial(load, out / key, requests)) for key in (FULL.key, method.key))  # read if need be
+    judging = [m for m in metrics if isinstance(m, Single) or (compared and isinstance(m, Pairwise))]
+    kinds = dict.fromkeys(m.features for m in metrics if isinstance(m, SetMetric))
+
+    def values(metric: Single | Pairwise) -> Tensor:
+        return metric.compute(own(), prompts) if isinstance(metric, Single) else metric.compute(full(), own())
+
+    wanted: dict[str, Callable[[], Tensor]] = {
+        "blank": lambda: own().amax((1, 2, 3)) == own().amin((1, 2, 3)),
+        **{f"{m.name}: {m.implementation}": partial(values, m) for m in judging},
+        **{kind.implementation: partial(lambda kind: kind.compute(own()), kind) for kind in kinds},
+    }
+    content = [there[key][request.id]["sha256"] for key in (FULL.key, method.key) for request in requests]
+    found = recall(out, [*content, *prompts], wanted)
+    return Part(
+        {m.name: found[f"{m.name}: {m.implementation}"] for m in judging},
+        {kind: found[kind.implementation] for kind in kinds},
+        int(found["blank"].sum()),
+    )
 
 
 def describe(metrics: Sequence[Metric]) -> list[dict[str, Any]]:

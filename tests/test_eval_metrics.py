@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch import nn
 
-from eval import EvalError, metrics, statistics
+from eval import EvalError, measured, metrics, statistics
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights" / "squeeze.backbone.pth"
 CPU = torch.device("cpu")
@@ -233,7 +233,7 @@ def test_inceptions_features_have_a_row_for_each_picture(monkeypatch, tmp_path):
     torch.save({}, tmp_path / "w.pth")
     metric = fid(tmp_path / "w.pth")
     assert isinstance(metric, metrics.SetMetric), metric
-    assert (metric.name, metric.features(pictures(3)).shape) == ("FID", (3, 2048))
+    assert (metric.name, metric.features.compute(pictures(3)).shape) == ("FID", (3, 2048))
 
 
 def test_the_kernel_distance_by_its_formula():
@@ -397,7 +397,7 @@ def test_jackknife_of_too_few_pairs_is_none():
 # --- the embedded model's classifier ----------------------------------------------------------------------------------
 
 
-class ToyJudge:
+class ToyJudge(nn.Module):
     """Sees in a picture the class whose index is the first pixel's red level."""
 
     def maps(self, pictures):
@@ -416,9 +416,9 @@ def test_judge_metrics_are_zero_on_equal_pictures_and_named_for_what_they_are():
     pair, of_sets = metrics.pd_judge(ToyJudge(), CPU), metrics.fd_judge(ToyJudge(), CPU)
     assert pair.compute(pictures(), pictures()).tolist() == [0, 0]
     assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
-    assert of_sets.features(pictures(3)).shape == (3, 3)
+    assert of_sets.features.compute(pictures(3)).shape == (3, 3)
     kernel = metrics.kd_judge(ToyJudge(), CPU)
-    assert kernel.distance(*[kernel.features(pictures(3))] * 2) == 0
+    assert kernel.distance(*[kernel.features.compute(pictures(3))] * 2) == 0
     for metric in (pair, of_sets, kernel):
         assert "judge" in metric.name
         assert "LPIPS" not in metric.name + metric.implementation
@@ -448,7 +448,7 @@ def test_the_embedded_classifier_fits_its_metrics():
     asked = [kind.prompt for kind in CLASSES[:2]]
     pair, of_sets, share = metrics.judged(Judge().eval(), asked, CPU)
     assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
-    assert of_sets.features(pictures()).shape == (2, 144)
+    assert of_sets.features.compute(pictures()).shape == (2, 144)
     assert share.compute(pictures(), asked).shape == (2,)
 
 
@@ -462,3 +462,33 @@ def test_numbers_are_computed_in_full_precision_under_autocast():
     plain = metrics.ms_ssim(176).compute(a, b)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(metrics.ms_ssim(176).compute(a, b), plain)
+
+
+# --- measured once ----------------------------------------------------------------------------------------------------
+
+
+def test_what_was_measured_is_not_measured_again_until_something_it_depends_on_changes(tmp_path, monkeypatch):
+    computed = []
+
+    def figure(name, value):
+        return lambda: computed.append(name) or torch.tensor([value])
+
+    def recall(content, **values):
+        return {k: v.item() for k, v in measured.recall(
+            tmp_path, content, {name: figure(name, value) for name, value in values.items()}).items()}  # fmt: skip
+
+    assert recall(["a", "b"], psnr=1.0) == {"psnr": 1}
+    assert recall(["a", "b"], psnr=9.0) == {"psnr": 1}
+    assert recall(["a", "b"], psnr=9.0, lpips=2.0) == {"psnr": 1, "lpips": 2}
+    assert recall(["b", "a"], psnr=3.0) == {"psnr": 3}  # other pictures, or the same the other way round
+    assert computed == ["psnr", "lpips", "psnr"]
+    monkeypatch.setattr(measured, "_circumstances", lambda: ["another torch"])
+    assert recall(["a", "b"], psnr=4.0) == {"psnr": 4}
+
+
+def test_figures_that_were_damaged_are_measured_again(tmp_path):
+    measured.recall(tmp_path, ["a"], {"psnr": lambda: torch.tensor([1.0])})
+    [file] = (tmp_path / measured.FOLDER).iterdir()
+    file.write_bytes(file.read_bytes()[:-3])
+    assert measured.recall(tmp_path, ["a"], {"psnr": lambda: torch.tensor([2.0])})["psnr"].item() == 2
+    assert measured.recall(tmp_path, ["a"], {"psnr": lambda: torch.tensor([3.0])})["psnr"].item() == 2

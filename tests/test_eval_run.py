@@ -707,6 +707,17 @@ def test_pictures_that_are_gone_are_named(tiny):
             score.score(Path("out"), settings, requests, methods.parse("tofu", [0.5]), [])
 
 
+def test_a_run_measured_again_reads_no_picture_and_says_the_same(tiny, monkeypatch):
+    assert job.main([*tiny, "--out", "out"]) == 0
+    found = Path("out/results.json").read_text()
+    read = []
+    monkeypatch.setattr(score, "load", lambda *what: read.append(what))
+    assert job.main([*tiny, "--out", "out"]) == 0
+    again = Path("out/results.json").read_text()
+    assert json.loads(again)["rows"] == json.loads(found)["rows"]
+    assert read == []
+
+
 def test_all_of_five_is_not_certainty():
     """A bootstrap of ones is 1 to 1; Wilson's interval knows how few they are."""
     figure = score.share(torch.ones(5), list("abcde"))

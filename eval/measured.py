@@ -1,0 +1,46 @@
+"""What was measured of a picture is not measured again: OUT/measured holds it, by the content of the pictures.
+
+A run that is stopped while it measures, one more method, or one more metric, costs only what is new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from . import metrics
+from .files import write
+
+FOLDER = "measured"
+
+
+def recall(out: Path, content: Sequence[str], wanted: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+    """`wanted` by name, each as it was found of pictures of this very content, or computed and kept.
+
+    content: all that the figures depend on beside their names, which tell metric, implementation and weights.
+    """
+    name = hashlib.sha256(json.dumps([_circumstances(), *content]).encode()).hexdigest()[:24]
+    path = out / FOLDER / f"{name}.safetensors"
+    try:
+        found = load(path.read_bytes())
+    except (OSError, SafetensorError):  # not there, or not whole
+        found = {}
+    new = {key: compute() for key, compute in wanted.items() if key not in found}
+    if new:
+        found |= {key: value.contiguous() for key, value in new.items()}
+        write(path, save(found))
+    return {key: found[key] for key in wanted}
+
+
+@cache
+def _circumstances() -> list[str]:
+    """Changes with this package's metrics and with torch; in float32 or better devices agree to all digits shown."""
+    return [hashlib.sha256(Path(metrics.__file__).read_bytes()).hexdigest(), str(torch.__version__)]
