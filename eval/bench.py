@@ -151,7 +151,7 @@ def bench(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
                 rows.append({**setup.told(device), **Contender("all", "all", mode, skipped=OUT_OF_TIME).row({})})
             else:
                 rows += measure(setup, chosen, mode, options.rounds, device)
-    told = provenance.collect("eval.bench", list(argv), device, None, started, provenance.now())
+    told = provenance.collect("eval.bench", list(argv), device, None, started)
     settings = {"ratio": options.ratio, "batch": options.batch, "rounds": options.rounds,
                 "device": provenance.device_name(device), "dtype": str(dtype).removeprefix("torch."),
                 "torch": str(torch.__version__)}  # fmt: skip

@@ -173,6 +173,7 @@ def generate(
             with method.applied(pipe):
                 for _ in range(WARM_UPS):  # a step is like another: two of them warm up what a picture needs
                     draw(pipe, requests[:size], method, settings, steps=min(WARM_UP_STEPS, settings.steps))
+        progress.unpause()  # what is left is reckoned from here
         for batch, due in turns:
             for method in due:
                 progress.set_description(method.key, refresh=False)
@@ -194,7 +195,7 @@ def generate(
 def draw(
     pipe: Any, requests: Sequence[Request], method: Method, settings: Settings, *, steps: int
 ) -> tuple[list[Image.Image], dict[str, Any]]:
-    """The pictures, and what one of them cost: seconds, seconds in the denoiser, bytes over the weights (on CUDA).
+    """The pictures, and what one cost: seconds, those in the denoiser, and on CUDA bytes beyond those held before.
 
     Every picture has a CPU generator of its own, so that it does not depend on its neighbours in the batch.
     """
@@ -227,6 +228,7 @@ def draw(
         "denoising": None if denoised is None else denoised / len(requests),
         "peak_bytes": torch.cuda.max_memory_allocated(device) - held if cuda else None,
         "reserved_bytes": torch.cuda.max_memory_reserved(device) - reserved if cuda else None,
+        "held_bytes": held if cuda else None,
     }
 
 

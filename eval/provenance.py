@@ -101,22 +101,37 @@ def process_mib() -> int | None:
     return peak // 2**20 if sys.platform == "darwin" else peak // 2**10
 
 
+def runtime(device: torch.device) -> dict[str, str]:
+    """What a device's kernels depend on beside torch. (torch's own report of a machine would tell too much of it.)"""
+    if device.type == "cpu":
+        return {"instructions": torch.backends.cpu.get_cpu_capability()}
+    if device.type != "cuda":
+        return {}
+    from torch.utils import collect_env
+
+    try:
+        driver = collect_env.get_nvidia_driver_version(collect_env.run)  # type: ignore[no-untyped-call]
+    except OSError:
+        driver = None
+    told = {"driver": driver, "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
+    return {name: str(value) for name, value in told.items() if value}
+
+
 def now() -> str:
     """The moment, to the second, in UTC (ISO 8601)."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def collect(
-    program: str, argv: list[str], device: torch.device, memory: int | None, started: str, ended: str
-) -> dict[str, Any]:
+def collect(program: str, argv: list[str], device: torch.device, memory: int | None, started: str) -> dict[str, Any]:
     """program: the module run with `argv`. memory: MiB the process held at most while it drew; None if it drew none."""
     return {
         "command": shlex.join(["python", "-m", program, *map(_portable, argv)]),
         "commit": git_commit(),
         "device": device_name(device),
+        "runtime": runtime(device),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "packages": {name: found for name in PACKAGES if (found := version(name)) is not None},
         "process_mib": memory,
         "started": started,
-        "ended": ended,
+        "ended": now(),
     }

@@ -13,15 +13,13 @@ import json
 import os
 import re
 import sys
-import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors import SafetensorError
 from torch import nn
 
 from tofu_sd import demo, recipes
@@ -29,11 +27,12 @@ from tofu_sd.environment import check_torchvision
 
 from . import EvalError, flops, maps, methods, metrics, peers, prompts, provenance, report, suites, table
 from .files import read_json, to_json, without_paths
-from .generate import Settings, claim, generate, record_of, take_over
+from .generate import Settings, claim, generate, take_over
 from .methods import FULL, SCALE, Method
+from .model import load_model, own_size, try_out
 from .options import Help, Parser, add_device, at_least, finite, pick_device, pick_dtype
 from .prompts import Request
-from .score import check_complete, describe, load, records, score
+from .score import Scores, check_complete, describe, load, records, score
 from .team import Team, assemble
 
 EXAMPLES = """examples:
@@ -139,8 +138,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (OSError, torch.cuda.OutOfMemoryError) as error:
+    except OSError as error:
         print(f"error: {without_paths(str(error))}; the same command goes on from here", file=sys.stderr)
+        return 2
+    except torch.cuda.OutOfMemoryError as error:
+        first = without_paths(str(error)).partition("\n")[0]
+        print(
+            f"error: {first} A smaller --batch takes less; it changes the last bits, so it begins a folder of its own",
+            file=sys.stderr,
+        )
         return 2
     if found is None:
         return 0
@@ -152,17 +158,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(options.strict and any("skipped" in part for part in (*found["rows"], *found["metrics"])))
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is asked for, as far as it can be told without the model.
+
+    chosen: the methods. requests: the whole list of prompts; asked: what of it is drawn, as often as it is.
+    """
+
+    options: argparse.Namespace
+    chosen: list[Method]
+    requests: list[Request]
+    asked: list[Request]
+    nets: metrics.Nets
+    team: Team
+    device: torch.device
+
+    @property
+    def drawn(self) -> list[Method]:
+        """Those that take pictures: the full model always."""
+        return [FULL, *(m for m in self.chosen if m is not FULL and not m.missing)]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures to be measured. judge: the classifier that goes with the model. memory: MiB that drawing took."""
+
+    settings: Settings
+    out: Path
+    judge: nn.Module | None
+    memory: int | None = None
+
+
 def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any] | None, Path]:
     """(results, folder) of one run; no results where nothing was to be measured, or another process measures.
 
     Everything that can be refused is refused before the first file is written.
     """
     started = provenance.now()
+    job = plan(options)
+    drawn = drawn_before(job) if options.metrics_only else draw(job)
+    if options.dry_run or options.generate_only or options.shard:
+        return None, drawn.out
+    measured = measure(job, drawn)
+    if measured is None:
+        return None, drawn.out
+    scores, told = measured
+    circumstances = provenance.collect("eval.run", list(argv), job.device, drawn.memory, started)
+    of = len(job.requests) * options.per_prompt
+    found = report.results(drawn.settings, scores, told, circumstances, of=of)
+    report.save(drawn.out, found, scores)
+    return found, drawn.out
+
+
+def plan(options: argparse.Namespace) -> Job:
+    """EvalError for what cannot be, whatever the model is."""
     chosen = methods.parse(options.method, _ratios(options.ratio)) + [SCALE] * options.scale_row
     requests = prompts.load(options.prompts, options.seed)
     asked = prompts.several(requests[: options.limit], options.per_prompt, len(requests))
-    wanted = [request.prompt for request in asked]
-    drawn = [FULL, *(m for m in chosen if m is not FULL and not m.missing)]
     nets = metrics.Nets(
         options.lpips_net, options.lpips_backbone, options.inception_weights, options.clip_model, options.dino_model
     )
@@ -173,57 +225,84 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     if team.size > 1 and ":" in options.device:
         raise EvalError(f"--device is {options.device!r}; each of {team.size} processes takes a device of its own")
     device = pick_device(options.device)  # in a team too: what is misspelt is told
-    device = team.device or device
     try:
         check_torchvision()
     except ImportError as error:
         raise EvalError(str(error)) from error
-    memory = None
-    if options.metrics_only:
-        settings, out, judge = _drawn_before(options, requests, device)
-        for method in drawn:  # the other way round they have just been drawn
-            check_complete(asked, records(out, settings, method, asked), method.key)
-    else:
-        dtype = pick_dtype(options.dtype, device)
-        pipe, judge = load_model(options.model, device, dtype)
-        try_out(pipe, chosen)
-        settings = _settings(options, pipe, requests, device, dtype)
-        out = options.out or default_out(settings, options.limit)
-        if options.dry_run:
-            _tell(out, settings, drawn, asked)
-            return None, out
-        if options.reference and not (options.reference / FULL.key).is_dir():
-            raise EvalError(f"--reference {options.reference.name}: there is no folder {FULL.key!r} in it")
-        claim(out, settings)
-        if options.reference and team.leads:
-            there = take_over(options.reference, out, settings, asked)
-            print(f"{there} of {len(asked)} pictures of the full model are {options.reference.name}'s", file=sys.stderr)
-        team.wait()
-        part = Team(options.shard[0] - 1, options.shard[1]) if options.shard else team
-        made = generate(pipe, asked, drawn, settings, out, part, options.repeats)
-        memory = provenance.process_mib() if made else None  # before the metrics' nets come
-        team.wait()
-        if options.flops and part.leads:
-            flops.count(out, pipe, drawn, settings, asked[0])
-        if options.maps and part.leads:
-            maps.save(out, pipe, drawn, settings, asked[0], options.map_step)
-        if options.generate_only or options.shard:
-            print(f"drew {made} pictures in {out}", file=sys.stderr)
-            return None, out
-    loaded = metrics.choose(options.metrics, nets, size=settings.size, prompts=wanted, device=device, judge=judge)
-    loaded = metrics.usable(loaded, load(out / FULL.key, asked[:2]), wanted[:2])
-    scores = score(out, settings, asked, chosen, loaded, team)
-    if not team.leads:
-        return None, out
-    by_key = {method.key: method for method in drawn}
+    return Job(options, chosen, requests, asked, nets, team, team.device or device)
+
+
+def draw(job: Job) -> Drawn:
+    """Every picture there is not yet, of this process's share; under --dry-run, what there would be to draw."""
+    options, team = job.options, job.team
+    dtype = pick_dtype(options.dtype, job.device)
+    pipe, judge = load_model(options.model, job.device, dtype)
+    try_out(pipe, job.chosen)
+    settings = _settings(options, pipe, job.requests, job.device, dtype)
+    out = options.out or default_out(settings, options.limit)
+    if options.dry_run:
+        _tell(out, settings, job)
+        return Drawn(settings, out, judge)
+    if options.reference and not (options.reference / FULL.key).is_dir():
+        raise EvalError(f"--reference {options.reference.name}: there is no folder {FULL.key!r} in it")
+    claim(out, settings)
+    if options.reference and team.leads:
+        there = take_over(options.reference, out, settings, job.asked)
+        print(f"{there} of {len(job.asked)} pictures of the full model are {options.reference.name}'s", file=sys.stderr)
+    team.wait()
+    part = Team(options.shard[0] - 1, options.shard[1]) if options.shard else team
+    made = generate(pipe, job.asked, job.drawn, settings, out, part, options.repeats)
+    memory = provenance.process_mib() if made else None  # before the metrics' nets come
+    team.wait()
+    if options.flops and part.leads:
+        flops.count(out, pipe, job.drawn, settings, job.asked[0])
+    if options.maps and part.leads:
+        maps.save(out, pipe, job.drawn, settings, job.asked[0], options.map_step)
+    if options.generate_only or options.shard:
+        print(f"drew {made} pictures in {out}", file=sys.stderr)
+    return Drawn(settings, out, judge, memory)
+
+
+def drawn_before(job: Job) -> Drawn:
+    """Pictures that are all there already, for which no pipeline is needed."""
+    options = job.options
+    if options.out is None:
+        raise EvalError("--metrics-only measures the pictures of a folder: give it by --out")
+    if options.reference or options.repeats > 1:
+        raise EvalError("--metrics-only draws nothing, for which --reference and --repeats are")
+    told = read_json(options.out / "settings.json")
+    try:
+        settings = Settings(**told) if isinstance(told, dict) else None
+    except TypeError:
+        settings = None
+    if settings is None:
+        raise EvalError(f"--out {options.out.name}: there is no settings.json of eval.run in it")
+    if settings.prompts_hash != prompts.digest(job.requests):
+        raise EvalError(
+            f"--out {options.out.name}: its pictures were drawn for the prompts {settings.prompts!r} and seeds from "
+            f"{settings.seed}, which are not those of --prompts and --seed"
+        )
+    for method in job.drawn:
+        check_complete(job.asked, records(options.out, settings, method, job.asked), method.key)
+    return Drawn(settings, options.out, demo.judge(device=job.device) if settings.model == "demo" else None)
+
+
+def measure(job: Job, drawn: Drawn) -> tuple[Scores, list[dict[str, Any]]] | None:
+    """(figures, the metrics as results.json lists them); None in all processes of a team but the first."""
+    settings, out, wanted = drawn.settings, drawn.out, [request.prompt for request in job.asked]
+    loaded = metrics.choose(
+        job.options.metrics, job.nets, size=settings.size, prompts=wanted, device=job.device, judge=drawn.judge
+    )
+    loaded = metrics.usable(loaded, load(out / FULL.key, job.asked[:2]), wanted[:2])
+    scores = score(out, settings, job.asked, job.chosen, loaded, job.team)
+    if not job.team.leads:
+        return None
+    by_key = {method.key: method for method in job.drawn}
     for row in scores.rows:
         if row["key"] in by_key:
             row["flops"] = flops.counted(out, settings, by_key[row["key"]])
             row["maps"] = maps.saved(out, settings, by_key[row["key"]])
-    told = provenance.collect("eval.run", list(argv), device, memory, started, provenance.now())
-    found = report.results(settings, scores, describe(loaded), told, of=len(requests) * options.per_prompt)
-    report.save(out, found, scores)
-    return found, out
+    return scores, describe(loaded)
 
 
 def _settings(
@@ -251,82 +330,14 @@ def _settings(
     )
 
 
-def _drawn_before(
-    options: argparse.Namespace, requests: Sequence[Request], device: torch.device
-) -> tuple[Settings, Path, nn.Module | None]:
-    """(settings, folder, judge) of pictures that are there already, for which no pipeline is needed."""
-    if options.out is None:
-        raise EvalError("--metrics-only measures the pictures of a folder: give it by --out")
-    if options.reference or options.repeats > 1:
-        raise EvalError("--metrics-only draws nothing, for which --reference and --repeats are")
-    told = read_json(options.out / "settings.json")
-    try:
-        settings = Settings(**told) if isinstance(told, dict) else None
-    except TypeError:
-        settings = None
-    if settings is None:
-        raise EvalError(f"--out {options.out.name}: there is no settings.json of eval.run in it")
-    if settings.prompts_hash != prompts.digest(requests):
-        raise EvalError(
-            f"--out {options.out.name}: its pictures were drawn for the prompts {settings.prompts!r} and seeds from "
-            f"{settings.seed}, which are not those of --prompts and --seed"
-        )
-    return settings, options.out, demo.judge(device=device) if settings.model == "demo" else None
-
-
-def _tell(out: Path, settings: Settings, drawn: Sequence[Method], asked: Sequence[Request]) -> None:
+def _tell(out: Path, settings: Settings, job: Job) -> None:
     """What a run would draw."""
     print(
         f"{settings.model}, {settings.size} px, {settings.steps} steps, {settings.dtype} on {settings.device} -> {out}"
     )
-    for method in drawn:
-        there = sum(record_of(out, settings, method, request) is not None for request in asked)
-        print(f"  {method.key}: {len(asked)} pictures, {there} of them drawn before")
-
-
-def load_model(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:
-    """(pipeline on the device, the classifier that judges its pictures or None)."""
-    try:
-        if model == "demo":
-            pipe, judge = demo.load(device=device, dtype=dtype), demo.judge(device=device)
-        else:
-            from diffusers import AutoPipelineForText2Image
-
-            # a checker that blackens pictures would compare black with black
-            with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore", FutureWarning
-                )  # of the newer name of torch_dtype, which older ones lack
-                pipe = AutoPipelineForText2Image.from_pretrained(
-                    model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
-                ).to(device)
-            judge = None
-    except (OSError, ValueError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise EvalError(f"cannot load the model {model!r}: {without_paths(reason)[:300]}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, judge
-
-
-def try_out(pipe: Any, chosen: Sequence[Method]) -> None:
-    """Applies each method once, so that one that does not fit the model is told of before hours of drawing."""
-    for method in chosen:
-        if method.missing:
-            continue
-        try:
-            with method.applied(pipe):
-                pass
-        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-            raise EvalError(f"method {method.name!r} does not fit this model: {error}") from error
-
-
-def own_size(pipe: Any) -> int:
-    """Pixels a side of the pictures a pipeline was trained for."""
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    side = getattr(getattr(denoiser, "config", None), "sample_size", None)
-    if not isinstance(side, int):
-        raise EvalError(f"the model names no square size of its own (sample_size is {side}); give --size")
-    return side * int(pipe.vae_scale_factor)
+    for method in job.drawn:
+        there = len(records(out, settings, method, job.asked))
+        print(f"  {method.key}: {len(job.asked)} pictures, {there} of them drawn before")
 
 
 def default_out(settings: Settings, limit: int | None) -> Path:

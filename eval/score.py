@@ -200,6 +200,7 @@ def speed(full: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         "speedup": spread([full[id]["seconds"] / own[id]["seconds"] for id in together]),
         "peak_bytes": most("peak_bytes"),
         "reserved_bytes": most("reserved_bytes"),
+        "held_bytes": most("held_bytes"),
     }
 
 

@@ -43,7 +43,10 @@ def parser() -> Parser:
         "--with", dest="options", action="append", default=[], metavar="OPTION=VALUE", help="each again with this"
     )
     p.add_argument(
-        "--peer", default=",".join(PEERS), metavar="A,B", help=f"{', '.join(PEERS)}, deepcache:METHOD, or none"
+        "--also",
+        default=",".join(PEERS),
+        metavar="A,B",
+        help="methods beside the grid, as eval.run takes them, or none",
     )
     return p
 
@@ -51,7 +54,7 @@ def parser() -> Parser:
 PEERS = (*peers.ALONE, *peers.STACKED)
 
 
-def grid(reductions: str, forms: str, options: Sequence[str], peers: str) -> str:
+def grid(reductions: str, forms: str, options: Sequence[str], also: str) -> str:
     """The methods of a grid as eval.run takes them."""
     names = [
         FORMS[form].format(reduction) + (f"@{option}" if option else "")
@@ -59,7 +62,7 @@ def grid(reductions: str, forms: str, options: Sequence[str], peers: str) -> str
         for form in choices(forms, FORMS, "form")
         for option in ("", *options)
     ]
-    return ",".join(names + ([] if peers == "none" else peers.split(",")))
+    return ",".join(names + ([] if also == "none" else also.split(",")))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,8 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         asked, rest = parser().parse_known_args(argv)
         if any(option.partition("=")[0] in ("--method", "--suite") for option in rest):
-            raise EvalError("the grid names the methods: --reduction, --form, --with and --peer")
-        methods = grid(asked.reduction, asked.form, asked.options, asked.peer)
+            raise EvalError("the grid names the methods: --reduction, --form, --with and --also")
+        methods = grid(asked.reduction, asked.form, asked.options, asked.also)
     except EvalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -148,23 +148,35 @@ def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
         used = found["provenance"]["process_mib"]
         whole = f"; drawing took the whole process {used:,} MiB" if used else ""
         lines.append(f"Memory by method: n/a off CUDA{whole}.")
+    elif timed and (held := max(row.get("held_bytes") or 0 for row in found["rows"])):
+        lines.append(f"Memory: the most of any batch, beyond the {held / 2**20:,.0f} MiB that the model itself holds.")
     return lines
 
 
+FEW_FOR_KID = 1000
+
+
 def _set_distances(found: dict[str, Any]) -> list[str]:
-    """A Fréchet distance is biased upwards, the more the fewer pictures: to be compared at equal n only."""
-    shown = {metric["name"] for metric in found["metrics"] if metric["name"].startswith(("FID", "FD"))}
+    """A Fréchet distance is biased upwards, the more the fewer pictures; a kernel distance is not, but scatters."""
     sizes = {
         name: (figure["n"], figure["features"])
         for row in found["rows"]
         for name, figure in row.get("metrics", {}).items()
-        if "features" in figure and name in shown
+        if "features" in figure
     }
-    return [
+    lines = [
         f"{name}: from n={n} pictures in {width} dimensions. It is biased upwards and comparable at this n only; its "
         "interval is its spread at this n, not where it would come to with more pictures."
         for name, (n, width) in sizes.items()
+        if name.startswith(("FID", "FD"))
     ]
+    lines += [
+        f"{name}: from n={n} pictures; under {FEW_FOR_KID:,} its interval is a rough one."
+        for name, (n, _) in sizes.items()
+        if name.startswith(("KID", "KD")) and n < FEW_FOR_KID
+    ]
+    shown = {metric["name"] for metric in found["metrics"]}
+    return [line for line in lines if line.partition(":")[0] in shown]
 
 
 def terminal(found: dict[str, Any], console: Console) -> None:

@@ -76,7 +76,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pipe = sd15_pipe()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "load_model", lambda *_: (pipe, None))
-        grid = ["--reduction", "tofu,prune", "--form", "plain,p", "--ratio", "0.25,0.5", "--peer", "todo"]
+        grid = ["--reduction", "tofu,prune", "--form", "plain,p", "--ratio", "0.25,0.5", "--also", "todo"]
         own = ["--model", "tiny", "--prompts", str(folder / "own.txt"), "--steps", "1", "--size", "64"]
         assert sweep.main([*grid, *own, "--metrics", "psnr,ssim", "--out", str(folder / "out")]) == 0
     return folder / "out"
@@ -127,8 +127,8 @@ def test_one_method_has_no_frontier(swept: Path) -> None:
         (["--reduction", "tofoo"], "unknown reduction 'tofoo' (did you mean 'tofu'?)"),
         (["--form", "q"], "unknown form 'q'"),
         (["--method", "tofu"], "the grid names the methods"),
-        (["--with", "windows=8", "--peer", "none"], "unknown option 'windows' (did you mean 'window'?)"),
-        (["--peer", "tomsd"], "unknown method 'tomsd' (did you mean 'tomesd'?)"),
+        (["--with", "windows=8", "--also", "none"], "unknown option 'windows' (did you mean 'window'?)"),
+        (["--also", "tomsd"], "unknown method 'tomsd' (did you mean 'tomesd'?)"),
         (["--stepps", "3"], "unrecognized arguments: --stepps"),
     ],
 )

@@ -105,7 +105,7 @@ def test_figures_travel_with_their_circumstances(finished):
     _, found = finished
     assert {"model", "steps", "size", "guidance", "seed", "batch", "device", "dtype", "torch", "diffusers", "n", "of",
             "prompts_hash", "pipeline"} <= set(found["settings"])  # fmt: skip
-    assert {"command", "commit", "packages", "started", "ended"} <= set(found["provenance"])
+    assert {"command", "commit", "packages", "started", "ended", "runtime"} <= set(found["provenance"])
     for metric in found["metrics"]:
         assert metric.get("implementation") or metric.get("skipped")
     tofu = rows(found)["tofu-r50"]
@@ -638,6 +638,34 @@ def test_a_team_takes_no_shards_and_no_single_device(tiny, monkeypatch, capsys):
     assert "did you mean 'cuda'" in capsys.readouterr().err
     assert job.main([*tiny, "--device", "cuda:1"]) == 2
     assert "each of 2 processes takes a device of its own" in capsys.readouterr().err
+
+
+def test_too_little_memory_on_the_device_says_what_takes_less(tiny, monkeypatch, capsys):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has 8 GiB.")
+
+    monkeypatch.setattr(job, "generate", full)
+    assert job.main([*tiny, "--out", "out"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: CUDA out of memory. Tried to allocate 20 GiB. A smaller --batch takes less; it changes the last bits, "
+        "so it begins a folder of its own"
+    )
+
+
+def test_notes_say_what_few_pictures_and_a_device_leave_open(finished):
+    found = json.loads(json.dumps(finished[1]))
+    told = "\n".join(table.notes(found))
+    assert f"FD-judge: from n={len(PROMPTS)} pictures in 3 dimensions. It is biased upwards" in told
+    assert "n/a off CUDA" in told
+    row = found["rows"][1]
+    row |= {"peak_bytes": 3 * 2**20, "held_bytes": 5 * 2**20}
+    row["metrics"]["KID"] = {**row["metrics"]["FD-judge"], "n": 999}
+    found["metrics"].append({**next(m for m in found["metrics"] if m["name"] == "FD-judge"), "name": "KID"})
+    told = "\n".join(table.notes(found))
+    assert "KID: from n=999 pictures; under 1,000" in told
+    assert "beyond the 5 MiB that the model itself holds" in told
+    row["metrics"]["KID"]["n"] = 1000
+    assert "KID: from" not in "\n".join(table.notes(found))
 
 
 # --- two runs ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,63 @@
+"""The model whose pictures are compared: loaded by name, and tried with every method before hours of drawing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from tofu_sd import demo
+
+from . import EvalError
+from .files import without_paths
+from .methods import Method
+from .options import quiet_patches
+
+
+def load_model(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, nn.Module | None]:
+    """(pipeline on the device, the classifier that judges its pictures or None)."""
+    try:
+        if model == "demo":
+            pipe, judge = demo.load(device=device, dtype=dtype), demo.judge(device=device)
+        else:
+            from diffusers import AutoPipelineForText2Image
+
+            # a checker that blackens pictures would compare black with black
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore", FutureWarning
+                )  # of the newer name of torch_dtype, which older ones lack
+                pipe = AutoPipelineForText2Image.from_pretrained(
+                    model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
+                ).to(device)
+            judge = None
+    except (OSError, ValueError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise EvalError(f"cannot load the model {model!r}: {without_paths(reason)[:300]}") from error
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, judge
+
+
+def try_out(pipe: Any, chosen: Sequence[Method]) -> None:
+    """Applies each method once, so that one that does not fit the model is told of before hours of drawing."""
+    for method in chosen:
+        if method.missing:
+            continue
+        try:
+            with quiet_patches(), method.applied(pipe):
+                pass
+        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+            raise EvalError(f"method {method.name!r} does not fit this model: {error}") from error
+
+
+def own_size(pipe: Any) -> int:
+    """Pixels a side of the pictures a pipeline was trained for."""
+    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    side = getattr(getattr(denoiser, "config", None), "sample_size", None)
+    if not isinstance(side, int):
+        raise EvalError(f"the model names no square size of its own (sample_size is {side}); give --size")
+    return side * int(pipe.vae_scale_factor)
