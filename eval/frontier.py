@@ -21,7 +21,8 @@ from .table import circumstances, label, short
 
 FORMS = {"fused": "o", "with log n (+p)": "^", "keys and values (kv:)": "s", "both": "D"}
 COLOURS = ("#3358d4", "#d6409f", "#30a46c", "#f76b15", "#8e4ec6", "#12a594", "#978365", "#60646c")
-MOST_LABELS = 8
+PEERS = "XP*vpdh<>"  # a mark for each, in ink
+INK = "#1c2024"
 
 
 @dataclass(frozen=True)
@@ -100,66 +101,140 @@ def _fusion(row: dict[str, Any]) -> TokenFusion | None:
         return None
 
 
+@dataclass(frozen=True)
+class Looks:
+    """How the methods of a run are drawn: families of this package's by colour, others by their mark."""
+
+    colours: dict[str, str]
+    marks: dict[str, str]
+
+    @classmethod
+    def of(cls, rows: Sequence[dict[str, Any]]) -> Looks:
+        own = list(dict.fromkeys(family(row) for row in rows if not is_peer(row)))
+        others = list(dict.fromkeys(family(row) for row in rows if is_peer(row)))
+        return cls(
+            {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(own)},
+            {name: PEERS[i % len(PEERS)] for i, name in enumerate(others)},
+        )
+
+    def marker(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Larger, the more is fused."""
+        size = 4 + 4 * (0.5 if row["ratio"] is None else row["ratio"])
+        if is_peer(row):
+            return {"color": INK, "marker": self.marks[family(row)], "markersize": size}
+        return {"color": self.colours[family(row)], "marker": FORMS[form(row)], "markersize": size}
+
+    def key(self, rows: Sequence[dict[str, Any]]) -> list[Line2D]:
+        plain: dict[str, Any] = {"linestyle": "", "markersize": 6}
+        forms = {form(row) for row in rows if not is_peer(row)}
+        lines = [Line2D([], [], color=colour, marker="o", label=name, **plain) for name, colour in self.colours.items()]
+        lines += [
+            Line2D([], [], color="gray", marker=mark, label=name, **plain)
+            for name, mark in FORMS.items() if name in forms and len(forms) > 1
+        ]  # fmt: skip
+        return lines + [
+            Line2D([], [], color=INK, marker=mark, label=name, **plain) for name, mark in self.marks.items()
+        ]
+
+
+def is_peer(row: dict[str, Any]) -> bool:
+    """Whether a method is not this package's alone."""
+    return _fusion(row) is None or str(row["method"]).startswith("deepcache:")
+
+
 def svg(found: dict[str, Any]) -> str:
-    """Panels of each cost and metric that the run has. EvalError of fewer than two methods."""
+    """Panels of each cost and metric that the run has. EvalError of fewer than two methods.
+
+    The methods that no other beats in both are joined, and numbered as the list below the panels names them.
+    """
     shown = metrics_shown(found)
     costs = [cost for cost in (TIME, FLOPS) if any(len(points(found, cost, m)) > 1 for m in shown)]
     if not costs:
         raise EvalError("a frontier takes two methods with their times or operations, and a metric")
-    families = list(dict.fromkeys(family(p.row) for c in costs for m in shown for p in points(found, c, m)))
-    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(families)}
+    panels = {(i, j): points(found, cost, metric) for i, metric in enumerate(shown) for j, cost in enumerate(costs)}
+    rows = list({p.row["key"]: p.row for drawn in panels.values() for p in drawn}.values())
+    fronts = {at: frontier(drawn, shown[at[0]]["lower_is_better"]) for at, drawn in panels.items()}
+    best = {p.row["key"]: p for front in fronts.values() for p in front}.values()
+    number = {p.row["key"]: i for i, p in enumerate(sorted(best, key=lambda p: p.cost), start=1)}
+    looks = Looks.of(rows)
     with plots.style():
-        figure = Figure(figsize=(2 + 4.2 * len(costs), 3.6 * len(shown)), layout="constrained")
-        axes = figure.subplots(len(shown), len(costs), squeeze=False)
-        for i, metric in enumerate(shown):
-            for j, cost in enumerate(costs):
-                _panel(axes[i][j], points(found, cost, metric), metric, cost, colour)
-        key = [Line2D([], [], color=colour[name], marker="o", linestyle="", label=name) for name in families]
-        forms = {form(p.row) for c in costs for m in shown for p in points(found, c, m)}
-        key += [
-            Line2D([], [], color="gray", marker=mark, linestyle="", label=name)
-            for name, mark in FORMS.items() if name in forms and len(forms) > 1
-        ]  # fmt: skip
-        key += [Line2D([], [], color="gray", linewidth=1, label="no other is better in both")]
-        figure.legend(handles=key, loc="outside lower center", ncols=2 + 2 * len(costs), frameon=False)
+        # matplotlib leaves no room for two legends, so the list of numbers is a panel of its own
+        figure = Figure(
+            figsize=(1.2 + 5.2 * len(costs), 3.9 * len(shown) + 0.17 * len(number) + 0.4), layout="constrained"
+        )
+        heights = [3.9] * len(shown) + [0.17 * len(number)]
+        axes = figure.subplots(len(shown) + 1, len(costs), squeeze=False, height_ratios=heights)
+        for (i, j), drawn in panels.items():
+            _panel(axes[i][j], drawn, fronts[i, j], shown[i], costs[j], looks, number)
+        for ax in axes[-1]:
+            ax.axis("off")
+        names = [f"{number[p.row['key']]}  {label(p.row)}" for p in sorted(best, key=lambda p: p.cost)]
+        axes[-1][0].text(0, 1, "\n".join(names), va="top", fontsize=8, linespacing=1.4)
+        key = [*looks.key(rows), Line2D([], [], color="gray", linewidth=1, label="no other is better in both")]
+        axes[-1][-1].legend(
+            handles=key, loc="upper right" if len(costs) == 1 else "upper left", ncols=3, frameon=False, fontsize=8
+        )
         return plots.svg(figure)
 
 
-def _panel(ax: Axes, drawn: Sequence[Point], metric: dict[str, Any], cost: Cost, colour: dict[str, str]) -> None:
-    front = frontier(drawn, metric["lower_is_better"])
-    ax.step([p.cost for p in front], [p.value for p in front], where="post", color="gray", linewidth=1, zorder=1)
+def _panel(
+    ax: Axes,
+    drawn: Sequence[Point],
+    front: Sequence[Point],
+    metric: dict[str, Any],
+    cost: Cost,
+    looks: Looks,
+    number: dict[str, int],
+) -> None:
+    # likenesses crowd below 1: how far they are from it tells them apart
+    likeness = "SSIM" in metric["name"] and all(p.high < 1 for p in drawn)
+    falling = likeness or metric["lower_is_better"]
+
+    def at(value: float) -> float:
+        return 1 - value if likeness else value
+
+    ax.step([p.cost for p in front], [at(p.value) for p in front], where="post", color="gray", linewidth=1, zorder=1)
     for point in drawn:
-        ends = [[point.value - point.low], [point.high - point.value]]
+        ends = [[point.value - point.low], [point.high - point.value]][:: -1 if likeness else 1]
+        best = point in front
         ax.errorbar(
-            point.cost, point.value, yerr=ends, color=colour[family(point.row)], marker=FORMS[form(point.row)],
-            markersize=5, linewidth=0.8, alpha=1 if point in front else 0.45,
+            point.cost, at(point.value), yerr=ends, linewidth=0.8, alpha=1 if best else 0.4, zorder=3 if best else 2,
+            **looks.marker(point.row),
         )  # fmt: skip
-    for i, point in enumerate(front[:MOST_LABELS]):
-        place = (6, 4) if i % 2 else (6, -10)  # neighbours' names out of each other's way
-        ax.annotate(label(point.row), (point.cost, point.value), place, textcoords="offset points", fontsize=7)
+        if best:
+            place = (point.cost, at(point.value)), (-5, -5)
+            ax.annotate(str(number[point.row["key"]]), *place, textcoords="offset points", ha="right", va="top",
+                        fontsize=8, zorder=4)  # fmt: skip
     least, most = min(1.0, *(p.cost for p in drawn)), max(1.0, *(p.cost for p in drawn))  # the full model's own is 1
     margin = 0.05 * (most - least)
     ax.set_xlim(least - margin, most + margin)
     ax.set_xlabel(cost.title)
-    ax.set_ylabel(f"{metric['name']} {'↓' if metric['lower_is_better'] else '↑'}")
-    if all(p.value > 0 for p in drawn) and metric["lower_is_better"]:
+    ax.set_ylabel(f"{'1 - ' if likeness else ''}{metric['name']} {'↓' if falling else '↑'}")
+    if falling and all(at(p.value) > 0 for p in drawn):
         ax.set_yscale("log")
     plots.bare(ax)
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The methods that no other beats in operations and the perceptual metric, and how to ask for each."""
+def best(found: dict[str, Any]) -> tuple[Cost, dict[str, Any], list[Point]]:
+    """(a cost, a metric, the methods that no other beats in both): operations, which do not depend on the machine,
+    before time, and the perceptual metric. EvalError where the run has too little for it."""
     if not metrics_shown(found):
         raise EvalError("a frontier takes LPIPS, MS-SSIM or PSNR, which this run has not measured")
     metric = metrics_shown(found)[0]
     cost = next((c for c in (FLOPS, TIME) if len(points(found, c, metric)) > 1), None)
     if cost is None:
         raise EvalError("a frontier takes two methods with their times or operations")
+    return cost, metric, frontier(points(found, cost, metric), metric["lower_is_better"])
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The methods of `best`, and how to ask for each."""
+    cost, _, front = best(found)
     shown = [m for m in found["metrics"] if "skipped" not in m and (m in metrics_shown(found) or m["name"] == "PSNR")]
     titles = [f"{m['name']} {'↓' if m['lower_is_better'] else '↑'}" for m in shown]
     lines = [f"| method | {cost.title} | speed-up | {' | '.join(titles)} | how |"]
     lines += ["|---|--:|--:|" + "--:|" * len(shown) + "---|"]
-    for point in frontier(points(found, cost, metric), metric["lower_is_better"]):
+    for point in front:
         gain = point.row["speedup"]
         cells = [f"{point.cost:.3f}", f"{gain['median']:.2f}×" if gain else "–"]
         cells += [short(point.row["metrics"].get(m["name"]), m["digits"]) for m in shown]

@@ -122,8 +122,9 @@ def html(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> str:
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     try:
         costs: str | None = frontier.svg(found)
+        cost, by, front = frontier.best(found)
     except EvalError:  # too few methods for one
-        costs = None
+        costs, front = None, []
     drawn = [
         {"title": title, "about": about, "svg": markupsafe.Markup(svg)}
         for title, about, svg in (
@@ -136,7 +137,8 @@ def html(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> str:
     ]  # fmt: skip
     return page.get_template("report.html.j2").render(
         plots=drawn, found=found, columns=columns, rows=rows, sections=sections, ranked_by=metric, magnify=MAGNIFY,
-        label=label, circumstances=circumstances(found), notes=notes(found),
+        label=label, circumstances=circumstances(found), notes=notes(found), many=MANY,
+        front={point.row["key"] for point in front}, front_of=f"{cost.title} and {by['name']}" if front else "",
     )  # fmt: skip
 
 

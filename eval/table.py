@@ -182,7 +182,7 @@ def _set_distances(found: dict[str, Any]) -> list[str]:
 def terminal(found: dict[str, Any], console: Console) -> None:
     columns, rows = table(found)
     drawn = RichTable(title=f"{found['settings']['model']}: methods against the full model", box=SIMPLE_HEAD)
-    drawn.add_column("method", min_width=13)
+    drawn.add_column("method", min_width=13, overflow="fold")
     for column in columns:
         drawn.add_column(column.title, justify="right")
     for row, cells in rows:

@@ -97,6 +97,27 @@ def test_a_sweep_is_a_run_with_operations_and_a_plot(swept: Path, capsys: pytest
     assert all(cost < 1 for cost in costs)
 
 
+def test_a_report_of_many_methods_begins_with_the_frontier_and_marks_who_is_on_it(swept: Path) -> None:
+    page = (swept / "report.html").read_text()
+    assert page.index("Quality against cost") < page.index("<table")
+    marked = re.findall(r'<a href="#([\w+-]+)">[^<]*</a> <span class="front">', page)
+    _, _, front = frontier.best(report.read(swept)[0])
+    assert 0 < len(marked) < 9
+    assert set(marked) == {point.row["key"] for point in front}
+
+
+def test_every_peer_has_a_mark_of_its_own_and_every_family_a_colour() -> None:
+    methods = ["tofu", "kv:tofu+p", "tome", "tomesd", "todo", "deepcache", "deepcache:tofu", "deepcache:tome"]
+    rows = [{"method": method, "ratio": 0.5} for method in methods]
+    looks = frontier.Looks.of(rows)
+    assert list(looks.colours) == ["tofu", "tome"]
+    assert list(looks.marks) == ["tomesd", "todo", "deepcache", "deepcache:tofu", "deepcache:tome"]
+    assert len(set(looks.marks.values())) == 5
+    assert not set(looks.marks.values()) & set(frontier.FORMS.values())
+    drawn = {repr(looks.marker(row)) for row in rows}
+    assert len(drawn) == len(rows)
+
+
 def test_a_plot_is_the_same_every_time(swept: Path) -> None:
     found, _ = report.read(swept)
     assert frontier.svg(found) == frontier.svg(found)
