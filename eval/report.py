@@ -196,6 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--markdown", action="store_true", help="print the table for a README, write nothing")
     what.add_argument("--against", metavar="ROW", help="print how each row differs from this one, say 'tome 50%%'")
     what.add_argument("--frontier", action="store_true", help="print the methods that no other beats in both, and how")
+    what.add_argument("--plot", type=Path, metavar="FILE", help="write quality against cost as a drawing, as SVG")
     what.add_argument("--grid", type=Path, metavar="FILE", help="write the pictures of --rows side by side, as PNG")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of the table, say full 'tofu 50%%'")
     parser.add_argument("--columns", nargs="+", default=[], metavar="TITLE", help="of the table, say speed-up PSNR")
@@ -210,6 +211,8 @@ def main(argv: list[str] | None = None) -> int:
             print(markdown(found, options.columns), end="")
         elif options.frontier:
             print(frontier.markdown(whole), end="")
+        elif options.plot:
+            write(options.plot, frontier.svg(found))
         elif options.grid:
             write(options.grid, png(grid(options.out, found, images, options.first)))
         else:

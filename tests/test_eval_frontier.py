@@ -118,9 +118,10 @@ def test_every_peer_has_a_mark_of_its_own_and_every_family_a_colour() -> None:
     assert len(drawn) == len(rows)
 
 
-def test_a_plot_is_the_same_every_time(swept: Path) -> None:
+def test_a_plot_is_the_same_every_time_and_a_file_if_asked_for(swept: Path, tmp_path: Path) -> None:
     found, _ = report.read(swept)
-    assert frontier.svg(found) == frontier.svg(found)
+    assert report.main([str(swept), "--plot", str(tmp_path / "plot.svg")]) == 0
+    assert (tmp_path / "plot.svg").read_text() == frontier.svg(found)
 
 
 def test_a_frontier_of_some_rows_is_the_whole_ones(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
