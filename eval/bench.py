@@ -129,7 +129,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bench(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     """What results hold: rows, and the circumstances they were measured in."""
-    started = provenance.now()
     if options.quick:
         options.case, options.scope, options.rounds = "sd15-512", "attention", 10
     cases = [CASES[name] for name in choices(options.case, CASES, "case")]
@@ -144,6 +143,7 @@ def bench(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     ]  # fmt: skip
     modes = [None if mode == "no" else mode for mode in choices(options.compile, MODES, "mode of torch.compile")]
     rows: list[dict[str, Any]] = []
+    told = provenance.begin("eval.bench", argv, device)
     began = time.monotonic()
     for setup in tqdm(setups, unit="setup"):
         for mode in modes:
@@ -151,7 +151,7 @@ def bench(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
                 rows.append({**setup.told(device), **Contender("all", "all", mode, skipped=OUT_OF_TIME).row({})})
             else:
                 rows += measure(setup, chosen, mode, options.rounds, device)
-    told = provenance.collect("eval.bench", list(argv), device, None, started)
+    told |= {"process_mib": None, "ended": provenance.now()}
     settings = {"ratio": options.ratio, "batch": options.batch, "rounds": options.rounds,
                 "device": provenance.device_name(device), "dtype": str(dtype).removeprefix("torch."),
                 "torch": str(torch.__version__)}  # fmt: skip

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import EvalError, report
-from .files import to_json, without_paths
+from .files import listed, to_json, without_paths
 from .methods import FULL
 from .options import Help, Parser
 from .table import gap, label, short
@@ -48,6 +48,12 @@ def compare(a: Path, b: Path) -> Comparison:
         for name in TIMED
         if first["settings"][name] != second["settings"][name]
     }
+    runtimes = [run["provenance"].get("runtime", {}) for run in (first, second)]
+    told |= {
+        name: (mine, its)
+        for name in sorted(runtimes[0].keys() | runtimes[1].keys())
+        if (mine := runtimes[0].get(name)) != (its := runtimes[1].get(name))
+    }
     told |= {
         name: (mine, its)
         for name in sorted(first["provenance"]["packages"].keys() | second["provenance"]["packages"].keys())
@@ -63,21 +69,29 @@ def compare(a: Path, b: Path) -> Comparison:
                 f"{a.name} and {b.name} cannot be compared: {metric['name']} is measured by {mine} in one, by "
                 f"{metric['implementation']} in the other; measure one of them again with --metrics-only"
             )
+    alike = not told.keys() & {*TIMED, *runtimes[0], *runtimes[1]}
     others = {row["key"]: row for row in second["rows"] if "skipped" not in row}
     rows = []
     for row in first["rows"]:
         if "skipped" in row or row["key"] == FULL.key or row["key"] not in others:
             continue
         other = others[row["key"]]
-        rows.append({"method": label(row), "figure": "s/image", **_times(row, other, told)})
-        mine = [image for image in first_images if image["key"] == row["key"]]
-        theirs = {image["id"]: image for image in second_images if image["key"] == row["key"]}
+        rows.append({"method": label(row), "figure": "s/image", **_times(row, other, alike)})
+        mine, theirs = (
+            {image["id"]: image for image in images if image["key"] == row["key"]}
+            for images in (first_images, second_images)
+        )
+        for one, other_one, where in ((mine, theirs, b), (theirs, mine, a)):
+            if missing := sorted(one.keys() - other_one.keys()):
+                raise EvalError(
+                    f"{a.name} and {b.name} cannot be compared: {where.name} has no picture {listed(missing)}"
+                )
         for metric in shared:
             rows.append({
                 "method": label(row), "figure": metric["name"],
                 "a": short(row["metrics"].get(metric["name"]), metric["digits"]),
                 "b": short(other["metrics"].get(metric["name"]), metric["digits"]),
-                "b - a": gap(list(theirs.values()), {image["id"]: image for image in mine}, metric)
+                "b - a": gap(list(theirs.values()), mine, metric)
                 if metric["per_image"] else "–",
             })  # fmt: skip
     if not rows:
@@ -85,10 +99,10 @@ def compare(a: Path, b: Path) -> Comparison:
     return Comparison(told, rows)
 
 
-def _times(a: dict[str, Any], b: dict[str, Any], told: dict[str, Any]) -> dict[str, str]:
+def _times(a: dict[str, Any], b: dict[str, Any], alike: bool) -> dict[str, str]:
     x, y = (row["seconds"] and row["seconds"]["median"] for row in (a, b))
     first = "–" if x is None else f"{x:.2f}"
-    if told.keys() & set(TIMED):
+    if not alike:
         return {"a": first, "b": "n/a (other circumstances)", "b - a": "–"}
     gap = "–" if x is None or y is None else f"{y - x:+.2f}"
     return {"a": first, "b": "–" if y is None else f"{y:.2f}", "b - a": gap}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -48,6 +49,14 @@ ABSOLUTE = re.compile(r"(?<![\w.:/<])(?:/|~/|[A-Za-z]:\\)(?:[^\s'\"<>:,;/\\]+[/\
 def without_paths(text: str) -> str:
     """The text with absolute paths cut down to their last part: results travel, machines do not."""
     return ABSOLUTE.sub(r"\1", text)
+
+
+def digest(*paths: Path) -> str:
+    """Changes with any of these files."""
+    sha = hashlib.sha256()
+    for path in paths:
+        sha.update(path.name.encode() + path.read_bytes())
+    return sha.hexdigest()[:16]
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

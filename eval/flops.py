@@ -9,27 +9,32 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from .files import read_json, write_json
+from .files import digest, read_json, write_json
 from .generate import Settings, draw, identity
 from .methods import Method
-from .options import quiet_patches
+from .options import quiet_patches, working
 from .prompts import Request
 
-NAME = "flops.json"
+FOLDER = "flops"
 
 
 def count(out: Path, pipe: Any, methods: Sequence[Method], settings: Settings, request: Request) -> None:
-    """Counts for each method that has not been counted: OUT/<method's key>/flops.json."""
-    for method in methods:
-        if counted(out, settings, method) is None:
-            flops = of_picture(pipe, method, settings, request)
-            write_json(out / method.key / NAME, {"made": identity(settings, method), "flops": flops})
+    """Counts for each method that has not been counted: OUT/flops/<method's key>.json."""
+    due = [method for method in methods if counted(out, settings, method) is None]
+    for method in working(due, "operations"):
+        flops = of_picture(pipe, method, settings, request)
+        write_json(out / FOLDER / f"{method.key}.json", {**_made(settings, method), "flops": flops})
 
 
 def counted(out: Path, settings: Settings, method: Method) -> int | None:
     """What `count` found for this very method."""
-    told = read_json(out / method.key / NAME)
-    return told["flops"] if isinstance(told, dict) and told.get("made") == identity(settings, method) else None
+    told = read_json(out / FOLDER / f"{method.key}.json")
+    made = _made(settings, method)
+    return told["flops"] if isinstance(told, dict) and made.items() <= told.items() else None
+
+
+def _made(settings: Settings, method: Method) -> dict[str, str]:
+    return {"made": identity(settings, method), "counted": digest(Path(__file__))}
 
 
 def of_picture(pipe: Any, method: Method, settings: Settings, request: Request) -> int:

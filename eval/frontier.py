@@ -71,14 +71,21 @@ def frontier(drawn: Sequence[Point], lower_is_better: bool) -> list[Point]:
     sign = 1 if lower_is_better else -1
     kept: list[Point] = []
     for point in sorted(drawn, key=lambda p: (p.cost, sign * p.value)):
-        if not kept or sign * point.value < sign * kept[-1].value:
+        last = kept[-1] if kept else None
+        equal = last is not None and (point.cost, point.value) == (last.cost, last.value)
+        if last is None or equal or sign * point.value < sign * last.value:
             kept.append(point)
     return kept
 
 
 def metrics_shown(found: dict[str, Any]) -> list[dict[str, Any]]:
     """The perceptual one there is, and structural similarity."""
-    there = {m["name"]: m for m in found["metrics"] if "skipped" not in m}
+    compared = [row["metrics"] for row in found["rows"] if "metrics" in row and row["key"] not in (FULL.key, SCALE.key)]
+    there = {
+        m["name"]: m
+        for m in found["metrics"]
+        if any((figures.get(m["name"]) or {}).get("value") is not None for figures in compared)
+    }
     perceptual = next((name for name in there if name.startswith("LPIPS")), "PD-judge")
     return [there[name] for name in (perceptual, "MS-SSIM", "PSNR") if name in there][:2]
 
@@ -205,7 +212,7 @@ def _panel(
             place = (point.cost, at(point.value)), (-5, -5)
             ax.annotate(str(number[point.row["key"]]), *place, textcoords="offset points", ha="right", va="top",
                         fontsize=8, zorder=4)  # fmt: skip
-    least, most = min(1.0, *(p.cost for p in drawn)), max(1.0, *(p.cost for p in drawn))  # the full model's own is 1
+    least, most = min([1.0, *(p.cost for p in drawn)]), max([1.0, *(p.cost for p in drawn)])  # the full model's is 1
     margin = 0.05 * (most - least)
     ax.set_xlim(least - margin, most + margin)
     ax.set_xlabel(cost.title)

@@ -2,6 +2,7 @@
 
     OUT/settings.json           what holds for every picture in the folder
     OUT/<method's key>/<id>.png the picture, and beside it <id>.json, its record
+    OUT/runs/<id>.json          the command and circumstances of each run that drew some of them
 
 The batches are fixed by the list of requests, and the methods take turns on each: what one method's pictures met on
 the machine, the others' met too.
@@ -15,7 +16,8 @@ import json
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +37,8 @@ from .prompts import Request
 from .team import ALONE, Team
 
 WARM_UPS, WARM_UP_STEPS = 2, 2
+DRAWING = 1  # to be raised when `draw` draws otherwise than before
+RUNS = "runs"  # the folder of what is told of each run that drew pictures
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def claim(out: Path, settings: Settings) -> None:
     if out.exists() and not out.is_dir():
         raise EvalError(f"--out {out.name}: there is a file of that name")
     others = out.exists() and any(path.name[0] != "." for path in out.iterdir())  # dots: what is not whole yet
+    settings_of(out)  # refuses what cannot be read
     old = read_json(out / "settings.json")  # after the look: another process may write them between the two
     if not isinstance(old, dict):
         if others:
@@ -78,9 +83,21 @@ def claim(out: Path, settings: Settings) -> None:
             )
 
 
+def settings_of(out: Path) -> Settings | None:
+    """Those of the pictures in a folder; None where none are told."""
+    told = read_json(out / "settings.json")
+    if told is None and (out / "settings.json").exists():
+        raise EvalError(f"--out {out.name}: its settings.json cannot be read; put it right or give another folder")
+    try:
+        return Settings(**told) if isinstance(told, dict) else None
+    except TypeError:
+        return None
+
+
 def identity(settings: Settings, method: Method) -> str:
     """A hash of everything but the request that decides a picture."""
-    return hashlib.sha256(json.dumps([asdict(settings), method.identity], sort_keys=True).encode()).hexdigest()[:16]
+    told = json.dumps([DRAWING, asdict(settings), method.identity], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def record_of(out: Path, settings: Settings, method: Method, request: Request) -> dict[str, Any] | None:
@@ -100,6 +117,13 @@ def damaged(out: Path, method: Method, request: Request) -> bool:
         return False
     record = read_json(told)
     return not isinstance(record, dict) or _sha(picture) != record.get("sha256")
+
+
+def runs(out: Path, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is told of the runs that drew the pictures of these records, the first run first, with how many of them."""
+    counts = Counter(record["run"] for record in records)
+    found = [{**(read_json(out / RUNS / f"{run}.json") or {}), "run": run, "pictures": n} for run, n in counts.items()]
+    return sorted(found, key=lambda run: str(run.get("started", "")))
 
 
 def _asked(settings: Settings, method: Method, request: Request) -> dict[str, Any]:
@@ -126,6 +150,9 @@ def take_over(reference: Path, out: Path, settings: Settings, requests: Sequence
         if record is not None and own is None:
             write(out / FULL.key / f"{request.id}.png", (reference / FULL.key / f"{request.id}.png").read_bytes())
             write_json(out / FULL.key / f"{request.id}.json", record)
+            told = read_json(reference / RUNS / f"{record['run']}.json")
+            if told is not None:
+                write_json(out / RUNS / f"{record['run']}.json", told)
         theirs += record is not None and own in (None, record)
     return theirs
 
@@ -143,10 +170,12 @@ def generate(
     out: Path,
     team: Team = ALONE,
     repeats: int = 1,
+    told: dict[str, Any] | None = None,
 ) -> int:
     """Makes every picture of this process's share that is not there yet. Returns how many it made.
 
-    repeats: a batch is drawn so many times, of which the fastest counts; the pictures are the same.
+    repeats: a batch is drawn so many times, of which the fastest counts; the pictures are the same. told: of this run
+    and its circumstances, to be kept beside its pictures.
     """
     turns = [
         (batch, [m for m in methods if any(record_of(out, settings, m, request) is None for request in batch)])
@@ -156,8 +185,10 @@ def generate(
     broken = [f"{m.key}/{r.id}.png" for batch, due in turns for m in due for r in batch if damaged(out, m, r)]
     if broken:
         print(f"damaged, drawn again: {listed(broken)}", file=sys.stderr)
-    pictures = sum(len(batch) * len(due) for batch, due in turns)
+    pictures, made = sum(len(batch) * len(due) for batch, due in turns), 0
     run = uuid.uuid4().hex[:12]  # times are compared within a run only
+    if pictures and told is not None:
+        write_json(out / RUNS / f"{run}.json", told)
     with (
         quiet_patches(),
         tqdm(
@@ -188,8 +219,9 @@ def generate(
                         timed = request is lacking[0]  # one time a batch
                         figures = {"run": run, "batch": len(batch), "timed": timed, **cost}
                         _save(out, settings, method, request, image, figures)
+                        made += 1
                 progress.update(len(batch))
-    return pictures
+    return made
 
 
 def draw(

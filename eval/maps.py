@@ -11,10 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 import tofu_sd
 
-from .files import png, read_json, write, write_json
+from .files import digest, png, read_json, write, write_json
 from .generate import Settings, draw, identity
 from .methods import Method
-from .options import quiet_patches
+from .options import quiet_patches, working
 from .prompts import Request
 
 FOLDER = "maps"
@@ -28,9 +28,9 @@ def save(
 
     step: from 1, the middle one by default; where a method fuses nothing in it, the nearest step in which it does.
     """
-    for method in methods:
-        if method.fusion is None:
-            continue
+    there = {m.key: read_json(out / FOLDER / f"{m.key}.json") for m in methods}
+    due = [m for m in methods if m.fusion is not None and there[m.key] != {**_made(settings, m), "step": step}]
+    for method in working(due, "maps"):
         with quiet_patches(), method.applied(pipe), tofu_sd.watch(pipe) as seen:
             [picture], _ = draw(pipe, [request], method, settings, steps=settings.steps)
         if not seen:  # a step window in which nothing is fused, or maps too small
@@ -44,13 +44,17 @@ def save(
             pixels = (255 * colours.permute(1, 2, 0).numpy()).round().astype(np.uint8)
             tiles.append((f"step {at + 1}, {sighting.block}", Image.fromarray(pixels)))
         write(out / FOLDER / f"{method.key}.png", png(_row(tiles, settings.size)))
-        write_json(out / FOLDER / f"{method.key}.json", {"made": identity(settings, method)})
+        write_json(out / FOLDER / f"{method.key}.json", {**_made(settings, method), "step": step})
 
 
 def saved(out: Path, settings: Settings, method: Method) -> bool:
-    """Whether `save` drew the maps of this very method."""
+    """Whether `save` drew the maps of this very method, at whichever step."""
     told = read_json(out / FOLDER / f"{method.key}.json")
-    return isinstance(told, dict) and told.get("made") == identity(settings, method)
+    return isinstance(told, dict) and _made(settings, method).items() <= told.items()
+
+
+def _made(settings: Settings, method: Method) -> dict[str, Any]:
+    return {"made": identity(settings, method), "mapped": digest(Path(__file__))}
 
 
 def _row(tiles: Sequence[tuple[str, Image.Image]], side: int) -> Image.Image:

@@ -86,7 +86,8 @@ def _peer(name: str, ratio: float) -> Method:
     if peer.missing:
         return Method(name, key, shown, missing=peer.missing)
     applied = partial(peer.applied, ratio=ratio) if peer.takes_ratio else peer.applied
-    return Method(name, key, shown, peer.identity, applied)
+    own = {"code": code()} if peer.package is None else {}  # they find their blocks by this package
+    return Method(name, key, shown, {**own, **peer.identity}, applied)
 
 
 def _stacked(name: str, peer_name: str, inner: Method) -> Method:

@@ -26,7 +26,7 @@ from tofu_sd.policy import did_you_mean
 from . import EvalError
 from .files import without_paths
 from .options import choices
-from .provenance import version
+from .provenance import version, weights_hash
 from .statistics import frechet, kernel_distance
 
 NAMES = ("psnr", "ssim", "ms-ssim", "lpips", "dino", "clip", "fid", "kid", "judge")
@@ -288,7 +288,7 @@ def clip(model_id: str, device: torch.device) -> Metric:
         cosine = torch.nn.functional.cosine_similarity(seen.image_embeds, seen.text_embeds)
         return (100 * cosine.clamp_min(0)).cpu().double()
 
-    return Single("CLIP score", _transformer_name(model_id, model), False, compute)
+    return Single("CLIP score", _transformer_name(model_id, model, prepare), False, compute)
 
 
 def dino(model_id: str, device: torch.device) -> Metric:
@@ -306,7 +306,7 @@ def dino(model_id: str, device: torch.device) -> Metric:
     def compute(a: Tensor, b: Tensor) -> Tensor:
         return 1 - torch.nn.functional.cosine_similarity(embed(a), embed(b))
 
-    return Pairwise("DINO", _transformer_name(model_id, model), True, compute)
+    return Pairwise("DINO", _transformer_name(model_id, model, prepare), True, compute)
 
 
 def _transformer(model_id: str, device: torch.device) -> tuple[Any, Any] | str:
@@ -314,7 +314,11 @@ def _transformer(model_id: str, device: torch.device) -> tuple[Any, Any] | str:
     try:
         from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
-        model = AutoModel.from_pretrained(model_id).to(device).eval().requires_grad_(False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of the newer name of torch_dtype, which older ones lack
+            # not the type it was saved in, which newer ones would take
+            model = AutoModel.from_pretrained(model_id, torch_dtype=torch.float32)
+        model = model.to(device).eval().requires_grad_(False)
         kind = AutoProcessor if hasattr(model, "text_model") else AutoImageProcessor
         return model, kind.from_pretrained(model_id)
     except ImportError as error:
@@ -323,17 +327,11 @@ def _transformer(model_id: str, device: torch.device) -> tuple[Any, Any] | str:
         return f"no weights: {_line(error)}"
 
 
-def _transformer_name(model_id: str, model: nn.Module) -> str:
+def _transformer_name(model_id: str, model: nn.Module, prepare: Any) -> str:
     name = Path(model_id).name if Path(model_id).is_dir() else model_id
-    return f"transformers {version('transformers')}, {name}, weights {weights_hash(model)}"
-
-
-def weights_hash(model: nn.Module) -> str:
-    """The beginning of the SHA-256 of a net's weights: the same number, the same net."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        sha.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()[:8]
+    seen = str(sorted(getattr(prepare, "image_processor", prepare).to_dict().items()))
+    preparation = hashlib.sha256(seen.encode()).hexdigest()[:8]
+    return f"transformers {version('transformers')}, {name}, weights {weights_hash(model)}, input {preparation}"
 
 
 def pd_judge(judge: Any, device: torch.device) -> Pairwise:
@@ -395,6 +393,11 @@ def judged(judge: Any, prompts: Collection[str], device: torch.device) -> list[M
 
 def _judge_name(judge: nn.Module) -> str:
     return f"the demo model's classifier, weights {weights_hash(judge)}"
+
+
+def blank(pictures: Tensor) -> Tensor:
+    """Which of the pictures [B, 3, H, W] are one flat colour: black, as where a model gave NaN, or any other."""
+    return pictures.amax((1, 2, 3)) == pictures.amin((1, 2, 3))
 
 
 def _unit(pictures: Tensor, device: torch.device) -> Tensor:

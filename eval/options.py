@@ -6,16 +6,20 @@ import argparse
 import logging
 import math
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from tofu_sd.policy import did_you_mean
 
 from . import EvalError
+from .files import without_paths
 
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
@@ -89,6 +93,25 @@ def choices(text: str, known: Any, what: str) -> list[str]:
         if name not in known:
             raise EvalError(f"unknown {what} {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
     return names
+
+
+def working(work: Sequence[T], what: str, quiet: bool = False) -> Iterable[T]:
+    """Each of `work`, with a bar on stderr; in a file, a line of it every while."""
+    often = 0.1 if sys.stderr.isatty() else 15
+    bar: Iterable[T] = tqdm(work, what, disable=quiet or not work, file=sys.stderr, mininterval=often)
+    return bar
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """EvalError with the advice where what runs inside finds no memory, on any device."""
+    try:
+        yield
+    except RuntimeError as error:  # on CUDA one of its own kind, elsewhere told by its words alone
+        told = str(error)
+        if not any(sign in told for sign in ("out of memory", "allocate memory", "not enough memory")):
+            raise
+        raise EvalError(f"{without_paths(told).splitlines()[0].rstrip('.')}: {advice}") from error
 
 
 @contextmanager

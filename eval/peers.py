@@ -5,7 +5,6 @@ tomesd and DeepCache are their authors' packages. Of ToDo and HyperTile the idea
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import math
@@ -23,6 +22,7 @@ from torch import Tensor
 import tofu_sd
 
 from . import shapes
+from .files import digest
 from .options import quiet_patches
 
 DEEPCACHE_STEPS = 3  # of which one runs whole; its authors' example
@@ -51,7 +51,7 @@ class Peer:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides its pictures."""
-        code = {"code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}
+        code = {"peers": digest(Path(__file__))}
         return code if self.package is None else {**code, self.package[0]: importlib.metadata.version(self.package[1])}
 
 

@@ -137,9 +137,9 @@ def _from_json(line: str, i: int, seed0: int, where: str) -> Request:
 def _unique(requests: list[Request], source: str) -> list[Request]:
     seen: set[str] = set()
     for request in requests:
-        if request.id in seen:
+        if request.id.casefold() in seen:  # some disks take A and a for one name
             raise EvalError(f"{source}: two prompts have the id {request.id!r}")
-        seen.add(request.id)
+        seen.add(request.id.casefold())
     return requests
 
 

@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path, PurePath
 from typing import Any
@@ -49,7 +50,10 @@ def _cpu_name() -> str:
 
 
 def pipeline_name(pipe: Any) -> str:
-    """The pipeline's and its scheduler's class and a hash that changes with any of their settings or weights."""
+    """The pipeline's and its scheduler's class and a hash that changes with any setting, weight or word of theirs.
+
+    A model's revision is not asked for: what it is made of says more.
+    """
     sha = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         config = getattr(part, "config", None)
@@ -57,9 +61,19 @@ def pipeline_name(pipe: Any) -> str:
         told = sorted((key, str(value)) for key, value in settings.items() if key[0] != "_")
         sha.update(f"{name} {type(part).__name__} {told}".encode())
         if isinstance(part, nn.Module):
-            for key, tensor in part.state_dict().items():  # the first few values of each tensor tell any training
-                sha.update(f"{key} {tuple(tensor.shape)} {tensor.flatten()[:64].float().tolist()}".encode())
+            sha.update(weights_hash(part).encode())
+        elif hasattr(part, "get_vocab"):
+            sha.update(str(sorted(part.get_vocab().items())).encode())
     return f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {sha.hexdigest()[:12]}"
+
+
+def weights_hash(model: nn.Module) -> str:
+    """The beginning of the SHA-256 of a net's weights: the same number, the same net."""
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()[:8]
 
 
 def attention_name(pipe: Any) -> str:
@@ -122,8 +136,8 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def collect(program: str, argv: list[str], device: torch.device, memory: int | None, started: str) -> dict[str, Any]:
-    """program: the module run with `argv`. memory: MiB the process held at most while it drew; None if it drew none."""
+def begin(program: str, argv: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """What is to be told of a run that begins now. program: the module run with `argv`."""
     return {
         "command": shlex.join(["python", "-m", program, *map(_portable, argv)]),
         "commit": git_commit(),
@@ -131,7 +145,5 @@ def collect(program: str, argv: list[str], device: torch.device, memory: int | N
         "runtime": runtime(device),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "packages": {name: found for name in PACKAGES if (found := version(name)) is not None},
-        "process_mib": memory,
-        "started": started,
-        "ended": now(),
+        "started": now(),
     }

@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import csv
+import hashlib
 import io
 import sys
 from collections.abc import Sequence
@@ -25,13 +25,15 @@ from .files import png, read_json, to_json, without_paths, write
 from .generate import Settings
 from .maps import FOLDER, fit
 from .methods import FULL
+from .options import Help, Parser, at_least
 from .score import Scores
 from .table import circumstances, label, markdown, markdown_against, notes, table, with_rows
 
 SCHEMA = 1
-PAIRS, FEW_PAIRS, MANY = 10, 3, 8  # the worst and the best pairs of each method, few of many methods: a page must open
+RESULTS, PER_IMAGE = "results.json", "per_image.csv"
+PAIRS = 10  # the worst and the best of each method
 GRID_ROWS = 6
-THUMBNAIL = 512  # pixels, at most
+THUMBNAIL, SMALL, MANY = 512, 160, 8  # pixels, at most; small ones for more methods than so many: a page must open
 THREE = 1600  # of three pictures side by side
 MAGNIFY = 4  # of the difference pictures
 
@@ -53,17 +55,23 @@ def results(
     }
 
 
-def save(out: Path, found: dict[str, Any], scores: Scores) -> None:
-    """Writes the figures, then everything that is drawn from them."""
-    write(out / "results.json", to_json(found))
+def save(out: Path, found: dict[str, Any], scores: Scores) -> dict[str, Any]:
+    """Writes the figures, then everything that is drawn from them; returns what results.json holds.
+
+    It goes last and names the table's hash: of a run that is killed between the two neither passes for whole.
+    """
     names = [metric["name"] for metric in found["metrics"] if metric.get("per_image")]
     table = io.StringIO()
     fields = ["method", "key", "id", "prompt", "seed", "seconds", *names]
     writer = csv.DictWriter(table, fields, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(scores.images)
-    write(out / "per_image.csv", table.getvalue())
+    content = table.getvalue().encode()
+    found = {**found, "per_image_sha256": hashlib.sha256(content).hexdigest()}
+    write(out / PER_IMAGE, content)
+    write(out / RESULTS, to_json(found))
     draw(out)
+    return found
 
 
 def draw(out: Path) -> None:
@@ -74,16 +82,23 @@ def draw(out: Path) -> None:
 
 
 def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    found = read_json(out / "results.json")
+    """(results.json, the rows of per_image.csv). EvalError where they are not there, or not of one run."""
+    found, again = read_json(out / RESULTS), "the same command of eval.run writes it again"
     if found is None:
-        raise EvalError(f"{out.name} holds no results.json: python -m eval.run --out {out.name} writes one")
-    if found.get("schema") != SCHEMA:
-        raise EvalError(f"{out.name}/results.json has schema {found.get('schema')}, this program reads {SCHEMA}")
+        raise EvalError(f"{out.name} holds no {RESULTS}: python -m eval.run --out {out.name} writes one")
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != SCHEMA:
+        raise EvalError(f"{out.name}/{RESULTS} has schema {schema}, this program reads {SCHEMA}")
+    for name in ("settings", "metrics", "rows", "provenance"):
+        if name not in found:
+            raise EvalError(f"{out.name}/{RESULTS} has no {name!r}: {again}")
     try:
-        with (out / "per_image.csv").open(encoding="utf-8", newline="") as file:
-            return found, list(csv.DictReader(file))
+        content = (out / PER_IMAGE).read_bytes()
     except FileNotFoundError as error:
-        raise EvalError(f"{out.name} has lost its per_image.csv: python -m eval.run writes it again") from error
+        raise EvalError(f"{out.name} has lost its {PER_IMAGE}: {again}") from error
+    if hashlib.sha256(content).hexdigest() != found.get("per_image_sha256", hashlib.sha256(content).hexdigest()):
+        raise EvalError(f"{out.name}: {RESULTS} and {PER_IMAGE} are of two runs: {again}")
+    return found, list(csv.DictReader(io.StringIO(content.decode(), newline="")))
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -110,12 +125,12 @@ def html(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> str:
     measured = [m for m in found["metrics"] if m.get("per_image")]
     sections = []
     compared = [row for row in found["rows"] if "skipped" not in row and row["key"] != FULL.key]
-    shown = PAIRS if len(compared) <= MANY else FEW_PAIRS
+    side = THUMBNAIL if len(compared) <= MANY else SMALL
     for row in compared:
         own = worst_first([image for image in images if image["key"] == row["key"]], metric)
-        worst = own[:shown]
-        best = own[max(len(worst), len(own) - shown) :][::-1] if metric else []
-        pairs = [[_pair(out, image, measured) for image in some] for some in (worst, best)]
+        worst = own[:PAIRS]
+        best = own[max(len(worst), len(own) - PAIRS) :][::-1] if metric else []
+        pairs = [[_pair(out, image, measured, side) for image in some] for some in (worst, best)]
         merged = _embedded(_open(out / FOLDER / f"{row['key']}.png"), THREE) if row.get("maps") else None
         sections.append({"row": row, "of": len(own), "worst": pairs[0], "best": pairs[1], "maps": merged})
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -142,11 +157,11 @@ def html(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> str:
     )  # fmt: skip
 
 
-def _pair(out: Path, image: dict[str, str], measured: list[dict[str, Any]]) -> dict[str, Any]:
+def _pair(out: Path, image: dict[str, str], measured: list[dict[str, Any]], side: int) -> dict[str, Any]:
     full, own = (_open(out / key / f"{image['id']}.png") for key in (FULL.key, image["key"]))
     difference = ImageChops.difference(full, own).point(lambda level: min(255, MAGNIFY * level))
     figures = {m["name"]: f"{float(image[m['name']]):.{m['digits']}f}" for m in measured if image[m["name"]]}
-    return {**image, "figures": figures, "pictures": [_embedded(picture) for picture in (full, own, difference)]}
+    return {**image, "figures": figures, "pictures": [_embedded(picture, side) for picture in (full, own, difference)]}
 
 
 def grid(out: Path, found: dict[str, Any], images: list[dict[str, str]], first: int) -> Image.Image:
@@ -177,7 +192,7 @@ def _open(path: Path) -> Image.Image:
         raise EvalError(f"the picture {gone} is gone: python -m eval.run makes it again") from error
 
 
-def _embedded(image: Image.Image, most: int = THUMBNAIL) -> str:
+def _embedded(image: Image.Image, most: int) -> str:
     """A data: address of the picture: JPEG, for the eye alone (figures come from the PNGs)."""
     image.thumbnail((most, most))
     buffer = io.BytesIO()
@@ -185,11 +200,16 @@ def _embedded(image: Image.Image, most: int = THUMBNAIL) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+TAKES = {  # what of --rows, --columns and --first the parts of a report take
+    "markdown": ("rows", "columns"), "against": ("rows",), "frontier": (), "plot": ("rows",), "grid": ("rows", "first"),
+}  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m eval.report",
         description="Draw the report of a run anew, or print or draw a part of it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     parser.add_argument("out", type=Path, help="folder that eval.run wrote")
     what = parser.add_mutually_exclusive_group()
@@ -200,21 +220,25 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument("--grid", type=Path, metavar="FILE", help="write the pictures of --rows side by side, as PNG")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of the table, say full 'tofu 50%%'")
     parser.add_argument("--columns", nargs="+", default=[], metavar="TITLE", help="of the table, say speed-up PSNR")
-    parser.add_argument("--first", type=int, default=GRID_ROWS, metavar="N", help="so many prompts in the grid")
-    options = parser.parse_args(argv)
+    parser.add_argument("--first", type=at_least(1), metavar="N", help=f"so many prompts in the grid ({GRID_ROWS})")
     try:
+        options = parser.parse_args(argv)
+        part = next((name for name in TAKES if getattr(options, name)), "")
+        for name in ("rows", "columns", "first"):
+            if getattr(options, name) and name not in TAKES.get(part, ()):
+                raise EvalError(f"--{name} says nothing of {f'--{part}' if part else 'the whole report'}")
         found, images = read(options.out)
-        whole, found = found, with_rows(found, options.rows)
+        found = with_rows(found, options.rows)
         if options.against is not None:
             print(markdown_against(found, images, options.against), end="")
         elif options.markdown:
             print(markdown(found, options.columns), end="")
         elif options.frontier:
-            print(frontier.markdown(whole), end="")
+            print(frontier.markdown(found), end="")
         elif options.plot:
             write(options.plot, frontier.svg(found))
         elif options.grid:
-            write(options.grid, png(grid(options.out, found, images, options.first)))
+            write(options.grid, png(grid(options.out, found, images, options.first or GRID_ROWS)))
         else:
             draw(options.out)
             print(f"wrote {options.out / 'report.html'} and {options.out / 'grid.png'}", file=sys.stderr)

@@ -26,11 +26,11 @@ from tofu_sd import demo, recipes
 from tofu_sd.environment import check_torchvision
 
 from . import EvalError, flops, maps, methods, metrics, peers, prompts, provenance, report, suites, table
-from .files import read_json, to_json, without_paths
-from .generate import Settings, claim, generate, take_over
+from .files import listed, to_json, without_paths
+from .generate import Settings, claim, generate, runs, settings_of, take_over
 from .methods import FULL, SCALE, Method
 from .model import load_model, own_size, try_out
-from .options import Help, Parser, add_device, at_least, finite, pick_device, pick_dtype
+from .options import Help, Parser, add_device, at_least, enough_memory, finite, pick_device, pick_dtype
 from .prompts import Request
 from .score import Scores, check_complete, describe, load, records, score
 from .team import Team, assemble
@@ -80,7 +80,9 @@ def parser() -> Parser:
     add_device(p)
     p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: one in runs/ named after the settings)")
     p.add_argument("--reference", type=Path, metavar="DIR", help="of an earlier run, to take the full model's pictures")
-    p.add_argument("--scale-row", action="store_true", help="add the full model under other seeds, for scale")
+    p.add_argument(
+        "--scale-row", action=argparse.BooleanOptionalAction, help="add the full model under other seeds, for scale"
+    )
     p.add_argument("--repeats", type=at_least(1), default=1, metavar="N", help="draw each batch N times, time the best")
     p.add_argument("--flops", action="store_true", help="count the floating-point operations of a picture too")
     p.add_argument("--maps", action="store_true", help="show in the report which token stood for which")
@@ -112,12 +114,17 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options typed, before those of a suite, before the defaults."""
+    """The options typed, before those of a suite, before the defaults. `said` names those of the first two."""
     p = parser()
     options = p.parse_args(argv)
+    of_suite = {}
     if options.suite is not None:
-        p.set_defaults(**{name: value for name, value in suites.load(options.suite).items() if name != "about"})
+        of_suite = {name: value for name, value in suites.load(options.suite).items() if name != "about"}
+        p.set_defaults(**of_suite)
         options = p.parse_args(argv)
+    unsaid = object()  # argparse leaves an attribute alone that is there and not typed
+    typed = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(options), unsaid))))
+    options.said = {name for name, value in typed.items() if value is not unsaid} | of_suite.keys()
     return options
 
 
@@ -131,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parse(argv)
         # whatever a library prints must not end up between the results
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-            found, out = run(options, argv)
+            outcome = run(options, argv)
     except EvalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -141,21 +148,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {without_paths(str(error))}; the same command goes on from here", file=sys.stderr)
         return 2
-    except torch.cuda.OutOfMemoryError as error:
-        first = without_paths(str(error)).partition("\n")[0]
-        print(
-            f"error: {first} A smaller --batch takes less; it changes the last bits, so it begins a folder of its own",
-            file=sys.stderr,
-        )
-        return 2
-    if found is None:
-        return 0
-    if options.json:
-        print(to_json(found), end="")
-    else:
-        table.terminal(found, Console(width=None if sys.stdout.isatty() else 120))
-    print(f"report: {out / 'report.html'}", file=sys.stderr)
-    return int(options.strict and any("skipped" in part for part in (*found["rows"], *found["metrics"])))
+    if options.json and (outcome.found or outcome.planned):
+        print(to_json(outcome.found or outcome.planned), end="")
+    elif outcome.found:
+        table.terminal(outcome.found, Console(width=None if sys.stdout.isatty() else 120))
+    elif outcome.planned:
+        print("\n".join(table.planned(outcome.planned)))
+    if outcome.found:
+        print(f"report: {outcome.out / 'report.html'}", file=sys.stderr)
+    return int(options.strict and outcome.skipped)
 
 
 @dataclass(frozen=True)
@@ -189,30 +190,43 @@ class Drawn:
     memory: int | None = None
 
 
-def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any] | None, Path]:
-    """(results, folder) of one run; no results where nothing was to be measured, or another process measures.
+@dataclass(frozen=True)
+class Outcome:
+    """found: the results, where this process measured. planned: what would be drawn, under --dry-run.
 
-    Everything that can be refused is refused before the first file is written.
+    skipped: whether a method or a metric was.
     """
-    started = provenance.now()
+
+    out: Path
+    found: dict[str, Any] | None = None
+    planned: dict[str, Any] | None = None
+    skipped: bool = False
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> Outcome:
+    """One run. Everything that can be refused is refused before the first file is written."""
     job = plan(options)
-    drawn = drawn_before(job) if options.metrics_only else draw(job)
-    if options.dry_run or options.generate_only or options.shard:
-        return None, drawn.out
+    told = provenance.begin("eval.run", argv, job.device)
+    without = any(method.missing for method in job.chosen)
+    if options.dry_run:
+        planned = dry(job)
+        return Outcome(Path(planned["out"]), planned=planned, skipped=without)
+    drawn = drawn_before(job) if options.metrics_only else draw(job, told)
+    if options.generate_only or options.shard:
+        return Outcome(drawn.out, skipped=without)
     measured = measure(job, drawn)
     if measured is None:
-        return None, drawn.out
-    scores, told = measured
-    circumstances = provenance.collect("eval.run", list(argv), job.device, drawn.memory, started)
+        return Outcome(drawn.out)
+    scores, described = measured
+    told |= {"process_mib": drawn.memory, "ended": provenance.now(), "drawn": runs(drawn.out, scores.records)}
     of = len(job.requests) * options.per_prompt
-    found = report.results(drawn.settings, scores, told, circumstances, of=of)
-    report.save(drawn.out, found, scores)
-    return found, drawn.out
+    found = report.save(drawn.out, report.results(drawn.settings, scores, described, told, of=of), scores)
+    return Outcome(drawn.out, found, skipped=without or any("skipped" in metric for metric in described))
 
 
 def plan(options: argparse.Namespace) -> Job:
-    """EvalError for what cannot be, whatever the model is."""
-    chosen = methods.parse(options.method, _ratios(options.ratio)) + [SCALE] * options.scale_row
+    """EvalError for what cannot be, whatever the model is. What will be skipped is told before hours of drawing."""
+    chosen = methods.parse(options.method, _ratios(options.ratio)) + [SCALE] * bool(options.scale_row)
     requests = prompts.load(options.prompts, options.seed)
     asked = prompts.several(requests[: options.limit], options.per_prompt, len(requests))
     nets = metrics.Nets(
@@ -224,6 +238,11 @@ def plan(options: argparse.Namespace) -> Job:
         raise EvalError("--shard is for processes that know nothing of each other; these share the work as it is")
     if team.size > 1 and ":" in options.device:
         raise EvalError(f"--device is {options.device!r}; each of {team.size} processes takes a device of its own")
+    if options.map_step is not None and not options.maps:
+        raise EvalError(f"--map-step is {options.map_step}; it takes --maps")
+    for method in chosen if team.leads else ():
+        if method.missing:
+            print(f"{method.key} is skipped: {method.missing}", file=sys.stderr)
     device = pick_device(options.device)  # in a team too: what is misspelt is told
     try:
         check_torchvision()
@@ -232,17 +251,30 @@ def plan(options: argparse.Namespace) -> Job:
     return Job(options, chosen, requests, asked, nets, team, team.device or device)
 
 
-def draw(job: Job) -> Drawn:
-    """Every picture there is not yet, of this process's share; under --dry-run, what there would be to draw."""
-    options, team = job.options, job.team
-    dtype = pick_dtype(options.dtype, job.device)
-    pipe, judge = load_model(options.model, job.device, dtype)
+def dry(job: Job) -> dict[str, Any]:
+    """What there would be to draw, and what of it is there."""
+    _, _, settings, out = ready(job)
+    pictures = {m.key: len(records(out, settings, m, job.asked)) for m in job.drawn}
+    return {
+        "out": str(out),
+        "settings": asdict(settings),
+        "methods": [{"key": key, "pictures": len(job.asked), "there": there} for key, there in pictures.items()],
+    }
+
+
+def ready(job: Job) -> tuple[Any, nn.Module | None, Settings, Path]:
+    """(pipeline, its judge, settings, folder) of pictures to be drawn."""
+    dtype = pick_dtype(job.options.dtype, job.device)
+    pipe, judge = load_model(job.options.model, job.device, dtype)
     try_out(pipe, job.chosen)
-    settings = _settings(options, pipe, job.requests, job.device, dtype)
-    out = options.out or default_out(settings, options.limit)
-    if options.dry_run:
-        _tell(out, settings, job)
-        return Drawn(settings, out, judge)
+    settings = _settings(job.options, pipe, job.requests, job.device, dtype)
+    return pipe, judge, settings, job.options.out or default_out(settings, job.options.limit)
+
+
+def draw(job: Job, told: dict[str, Any]) -> Drawn:
+    """Every picture there is not yet, of this process's share. told: of this run."""
+    options, team = job.options, job.team
+    pipe, judge, settings, out = ready(job)
     if options.reference and not (options.reference / FULL.key).is_dir():
         raise EvalError(f"--reference {options.reference.name}: there is no folder {FULL.key!r} in it")
     claim(out, settings)
@@ -251,13 +283,14 @@ def draw(job: Job) -> Drawn:
         print(f"{there} of {len(job.asked)} pictures of the full model are {options.reference.name}'s", file=sys.stderr)
     team.wait()
     part = Team(options.shard[0] - 1, options.shard[1]) if options.shard else team
-    made = generate(pipe, job.asked, job.drawn, settings, out, part, options.repeats)
-    memory = provenance.process_mib() if made else None  # before the metrics' nets come
-    team.wait()
-    if options.flops and part.leads:
-        flops.count(out, pipe, job.drawn, settings, job.asked[0])
-    if options.maps and part.leads:
-        maps.save(out, pipe, job.drawn, settings, job.asked[0], options.map_step)
+    with enough_memory("a smaller --batch takes less; it changes the last bits, so it begins a folder of its own"):
+        made = generate(pipe, job.asked, job.drawn, settings, out, part, options.repeats, told)
+        memory = provenance.process_mib() if made else None  # before the metrics' nets come
+        team.wait()
+        if options.flops and part.leads:
+            flops.count(out, pipe, job.drawn, settings, job.asked[0])
+        if options.maps and part.leads:
+            maps.save(out, pipe, job.drawn, settings, job.asked[0], options.map_step)
     if options.generate_only or options.shard:
         print(f"drew {made} pictures in {out}", file=sys.stderr)
     return Drawn(settings, out, judge, memory)
@@ -268,22 +301,28 @@ def drawn_before(job: Job) -> Drawn:
     options = job.options
     if options.out is None:
         raise EvalError("--metrics-only measures the pictures of a folder: give it by --out")
-    if options.reference or options.repeats > 1:
-        raise EvalError("--metrics-only draws nothing, for which --reference and --repeats are")
-    told = read_json(options.out / "settings.json")
-    try:
-        settings = Settings(**told) if isinstance(told, dict) else None
-    except TypeError:
-        settings = None
+    for name in ("reference", "repeats", "flops", "maps"):
+        if name in options.said:
+            raise EvalError(f"--metrics-only draws nothing, for which --{name} is")
+    settings = settings_of(options.out)
     if settings is None:
         raise EvalError(f"--out {options.out.name}: there is no settings.json of eval.run in it")
+    asked = {name: getattr(options, name) for name in ("model", "size", "steps", "guidance", "batch", "dtype")}
+    for name, value in {**asked, "model": _model_name(options.model)}.items():
+        if name in options.said and value not in (getattr(settings, name), "auto"):
+            raise EvalError(f"--{name} is {value}; {options.out.name}'s were drawn with {getattr(settings, name)}")
     if settings.prompts_hash != prompts.digest(job.requests):
         raise EvalError(
             f"--out {options.out.name}: its pictures were drawn for the prompts {settings.prompts!r} and seeds from "
             f"{settings.seed}, which are not those of --prompts and --seed"
         )
     for method in job.drawn:
-        check_complete(job.asked, records(options.out, settings, method, job.asked), method.key)
+        found = records(options.out, settings, method, job.asked)
+        other = [r.id for r in job.asked if r.id not in found and (options.out / method.key / f"{r.id}.png").exists()]
+        if other:
+            names = listed([f"{id}.png" for id in other])
+            raise EvalError(f"{method.key}: {names} were drawn by other code; without --metrics-only they are anew")
+        check_complete(job.asked, found, method.key)
     return Drawn(settings, options.out, demo.judge(device=job.device) if settings.model == "demo" else None)
 
 
@@ -293,8 +332,9 @@ def measure(job: Job, drawn: Drawn) -> tuple[Scores, list[dict[str, Any]]] | Non
     loaded = metrics.choose(
         job.options.metrics, job.nets, size=settings.size, prompts=wanted, device=job.device, judge=drawn.judge
     )
-    loaded = metrics.usable(loaded, load(out / FULL.key, job.asked[:2]), wanted[:2])
-    scores = score(out, settings, job.asked, job.chosen, loaded, job.team)
+    with enough_memory("--metrics-only --device cpu measures without the accelerator"):
+        loaded = metrics.usable(loaded, load(out / FULL.key, job.asked[:2]), wanted[:2])
+        scores = score(out, settings, job.asked, job.chosen, loaded, job.team)
     if not job.team.leads:
         return None
     by_key = {method.key: method for method in job.drawn}
@@ -312,7 +352,7 @@ def _settings(
     if size % 8:
         raise EvalError(f"--size is {size}; it must be a multiple of 8")
     return Settings(
-        model=Path(options.model).name if Path(options.model).is_dir() else options.model,
+        model=_model_name(options.model),
         pipeline=provenance.pipeline_name(pipe),
         prompts=Path(options.prompts).name,
         prompts_hash=prompts.digest(requests),
@@ -330,14 +370,8 @@ def _settings(
     )
 
 
-def _tell(out: Path, settings: Settings, job: Job) -> None:
-    """What a run would draw."""
-    print(
-        f"{settings.model}, {settings.size} px, {settings.steps} steps, {settings.dtype} on {settings.device} -> {out}"
-    )
-    for method in job.drawn:
-        there = len(records(out, settings, method, job.asked))
-        print(f"  {method.key}: {len(job.asked)} pictures, {there} of them drawn before")
+def _model_name(model: str) -> str:
+    return Path(model).name if Path(model).is_dir() else model
 
 
 def default_out(settings: Settings, limit: int | None) -> Path:

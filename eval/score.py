@@ -18,9 +18,10 @@ from .files import listed
 from .generate import Settings, record_of
 from .measured import recall
 from .methods import FULL, Method
-from .metrics import Features, Metric, Pairwise, SetMetric, Single, Skipped
+from .metrics import Metric, Pairwise, SetMetric, Single, Skipped, blank
+from .options import working
 from .prompts import Request
-from .statistics import bootstrap, jackknife
+from .statistics import bootstrap, effective_size, jackknife
 from .team import ALONE, Team
 
 CHUNK = 16  # pictures in memory at once
@@ -28,18 +29,19 @@ CHUNK = 16  # pictures in memory at once
 
 @dataclass(frozen=True)
 class Scores:
-    """rows: one for each method, the full model first. images: one for each pair of pictures."""
+    """rows: one for each method, the full model first. images: one for each pair of pictures. records: of them all."""
 
     rows: list[dict[str, Any]]
     images: list[dict[str, Any]]
+    records: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Part:
-    """What the metrics say of a few pictures: a value for each by the metric's name, features by their kind."""
+    """What the metrics say of a few pictures: a value for each by the metric's name, features by their net's."""
 
     columns: dict[str, Tensor]
-    features: dict[Features, Tensor]
+    features: dict[str, Tensor]
     blank: int
 
 
@@ -61,7 +63,7 @@ def score(
         check_complete(requests, found, key)
     groups = [request.prompt for request in requests]
     shares = {m.name for m in metrics if isinstance(m, Single) and m.share}
-    reference: dict[Features, Tensor] = {}
+    reference: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
     for method in (FULL, *(m for m in methods if m is not FULL)):
@@ -70,19 +72,20 @@ def score(
             rows.append({**head, "skipped": method.missing})
             continue
         compared = method is not FULL or FULL in methods
-        chunks = list(enumerate(_chunks(requests)))
-        own = [(i, _measure(out, chunk, method, there, metrics, compared)) for i, chunk in team.share(chunks)]
+        mine = team.share(list(enumerate(_chunks(requests))))
+        shown = working(mine, f"measuring {method.key}", quiet=not team.leads)
+        own = [(i, _measure(out, chunk, method, there, metrics, compared)) for i, chunk in shown]
         parts = [part for _, part in sorted((p for ps in team.gather(own) for p in ps), key=lambda p: p[0])]
         if not team.leads:
             continue
         columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
-        features = {kind: torch.cat([part.features[kind] for part in parts]) for kind in parts[0].features}
+        features = {net: torch.cat([part.features[net] for part in parts]) for net in parts[0].features}
         reference = reference or features  # the full model comes first
         figures = {name: (share if name in shares else mean)(column, groups) for name, column in columns.items()}
         for metric in metrics:
             if isinstance(metric, SetMetric) and compared:
-                kind = metric.features
-                figures[metric.name] = distance(metric, reference[kind], features[kind], groups)
+                net = metric.features.implementation
+                figures[metric.name] = distance(metric, reference[net], features[net], groups)
         rows.append({
             **head, "n": len(requests), "blank": sum(part.blank for part in parts), "metrics": figures,
             **speed(there[FULL.key], there[method.key]),
@@ -95,7 +98,7 @@ def score(
             }
             for i, request in enumerate(requests)
         ]  # fmt: skip
-    return Scores(rows if team.leads else [], images)
+    return Scores(rows if team.leads else [], images, [record for found in there.values() for record in found.values()])
 
 
 def _measure(
@@ -109,21 +112,21 @@ def _measure(
     prompts = [request.prompt for request in requests]
     full, own = (cache(partial(load, out / key, requests)) for key in (FULL.key, method.key))  # read if need be
     judging = [m for m in metrics if isinstance(m, Single) or (compared and isinstance(m, Pairwise))]
-    kinds = dict.fromkeys(m.features for m in metrics if isinstance(m, SetMetric))
+    nets = {m.features.implementation: m.features.compute for m in metrics if isinstance(m, SetMetric)}
 
     def values(metric: Single | Pairwise) -> Tensor:
         return metric.compute(own(), prompts) if isinstance(metric, Single) else metric.compute(full(), own())
 
     wanted: dict[str, Callable[[], Tensor]] = {
-        "blank": lambda: own().amax((1, 2, 3)) == own().amin((1, 2, 3)),
+        "blank": lambda: blank(own()),
         **{f"{m.name}: {m.implementation}": partial(values, m) for m in judging},
-        **{kind.implementation: partial(lambda kind: kind.compute(own()), kind) for kind in kinds},
+        **{name: partial(lambda compute: compute(own()), compute) for name, compute in nets.items()},
     }
     content = [there[key][request.id]["sha256"] for key in (FULL.key, method.key) for request in requests]
     found = recall(out, [*content, *prompts], wanted)
     return Part(
         {m.name: found[f"{m.name}: {m.implementation}"] for m in judging},
-        {kind: found[kind.implementation] for kind in kinds},
+        {name: found[name] for name in nets},
         int(found["blank"].sum()),
     )
 
@@ -154,7 +157,7 @@ def load(folder: Path, requests: Sequence[Request]) -> Tensor:
 
 
 def mean(values: Tensor, groups: Sequence[str]) -> dict[str, Any]:
-    """Mean and 95 % interval of the finite values; infinite ones (PSNR of equal pictures) are counted."""
+    """Mean and 95 % interval of the finite values; infinite ones (PSNR of equal pictures) and NaN are counted."""
     keep = values.isfinite()
     kept = values[keep]
     figures: dict[str, Any] = {"value": None, "low": None, "high": None, "n": len(kept)}
@@ -162,17 +165,22 @@ def mean(values: Tensor, groups: Sequence[str]) -> dict[str, Any]:
         interval = bootstrap(kept, [group for group, k in zip(groups, keep.tolist(), strict=True) if k])
         low, high = interval or (None, None)
         figures.update(value=kept.mean().item(), low=low, high=high)
-    if len(kept) < len(values):
-        figures["infinite"] = len(values) - len(kept)
+    for name, count in (("infinite", int(values.isinf().sum())), ("undefined", int(values.isnan().sum()))):
+        if count:
+            figures[name] = count
     return figures
 
 
 def share(values: Tensor, groups: Sequence[str]) -> dict[str, Any]:
-    """Share of ones among `values` with Wilson's 95 % interval, which stays honest where all are ones."""
+    """Share of ones among `values` with Wilson's 95 % interval, which stays honest where all are ones.
+
+    Pictures of one class say less than as many of different ones: the interval is of the effective sample size.
+    """
     from tofu_sd.demo.check import wilson
 
-    low, high = wilson(int(values.sum()), len(values))
-    return {"value": values.mean().item(), "low": low, "high": high, "n": len(values)}
+    value, n = values.mean().item(), effective_size(values, groups)
+    low, high = wilson(value * n, n)
+    return {"value": value, "low": low, "high": high, "n": len(values)}
 
 
 def distance(metric: SetMetric, reference: Tensor, own: Tensor, groups: Sequence[str]) -> dict[str, Any]:

@@ -8,12 +8,14 @@ not ours to write down.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
+from safetensors import SafetensorError
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -77,8 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = parser.parse_args(argv).folder
         if folder.exists():
             raise EvalError(f"{folder.name} is there already; give a new folder")
-        build([request.prompt for request in prompts.load("imagenet1k")]).save_pretrained(folder)
-    except (EvalError, OSError) as error:
+        pipe = build([request.prompt for request in prompts.load("imagenet1k")])
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as unfinished:
+            pipe.save_pretrained(Path(unfinished) / folder.name)
+            (Path(unfinished) / folder.name).rename(folder)
+    except (EvalError, OSError, SafetensorError) as error:
         print(f"error: {without_paths(str(error))}", file=sys.stderr)
         return 2
     return 0

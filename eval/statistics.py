@@ -35,6 +35,22 @@ def bootstrap(values: Tensor, groups: Sequence[str]) -> tuple[float, float] | No
     return low, high
 
 
+def effective_size(values: Tensor, groups: Sequence[str]) -> float:
+    """As how many independent pictures these of 0 or 1 count for their mean (Korn and Graubard 1998).
+
+    From the number of groups, if pictures of one group are alike, to that of pictures, if they differ as any do. Where
+    all pictures are alike, which says nothing of that, it is the number of groups.
+    """
+    names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+    k, n, mean = len(names), len(values), values.double().mean()
+    off = torch.zeros(k, dtype=torch.float64)  # sums of a group's distances from the mean
+    off.index_add_(0, torch.tensor([names[name] for name in groups]), values.double() - mean)
+    variance = k / max(1, k - 1) * off.square().sum() / n**2
+    if variance == 0:
+        return k
+    return float((mean * (1 - mean) / variance).clamp(k, n))
+
+
 def frechet(x: Tensor, y: Tensor) -> float:
     """Fréchet distance of the normal distributions fitted to features x [N, D] and y [M, D].
 

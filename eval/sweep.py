@@ -51,7 +51,7 @@ def parser() -> Parser:
     return p
 
 
-PEERS = (*peers.ALONE, *peers.STACKED)
+PEERS = (*peers.ALONE, *peers.STACKED, *(f"{name}:tofu" for name in peers.STACKED))
 
 
 def grid(reductions: str, forms: str, options: Sequence[str], also: str) -> str:
@@ -76,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EvalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return run.main(["--method", methods, "--ratio", asked.ratio, "--flops", *rest])
+    counted = [] if "--metrics-only" in rest else ["--flops"]
+    return run.main(["--method", methods, "--ratio", asked.ratio, *counted, *rest])
 
 
 if __name__ == "__main__":

@@ -97,6 +97,8 @@ def _figure(figure: dict[str, Any] | None, digits: int, extent: tuple[float, flo
             bar = (low, high, at) if a <= figure["value"] <= b else None
     if equal:
         notes.append(f"{equal} equal")
+    if figure.get("undefined"):
+        notes.append(f"{figure['undefined']} NaN")
     return Cell(value, ", ".join(notes), bar)
 
 
@@ -120,7 +122,7 @@ def circumstances(found: dict[str, Any]) -> str:
         f"{s['steps']} steps, {s['size']} px, guidance {guidance}, batch {s['batch']}",
         f"{s['dtype']} on {s['device']}",
         f"torch {s['torch']}, diffusers {s['diffusers']}",
-        f"commit {p['commit'] or 'unknown'}",
+        f"commit {', '.join(dict.fromkeys(run.get('commit') or 'unknown' for run in p.get('drawn') or [p]))}",
     ]
     return " · ".join(parts)
 
@@ -177,6 +179,16 @@ def _set_distances(found: dict[str, Any]) -> list[str]:
     ]
     shown = {metric["name"] for metric in found["metrics"]}
     return [line for line in lines if line.partition(":")[0] in shown]
+
+
+def planned(plan: dict[str, Any]) -> list[str]:
+    """What a run would draw, in lines."""
+    s = plan["settings"]
+    head = f"{s['model']}, {s['size']} px, {s['steps']} steps, {s['dtype']} on {s['device']} -> {plan['out']}"
+    return [
+        head,
+        *(f"  {m['key']}: {m['pictures']} pictures, {m['there']} of them drawn before" for m in plan["methods"]),
+    ]
 
 
 def terminal(found: dict[str, Any], console: Console) -> None:

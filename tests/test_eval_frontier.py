@@ -29,8 +29,8 @@ def beats(a: Point, b: Point, sign: int) -> bool:
 def test_a_point_is_left_out_exactly_if_another_beats_it(figures: list[tuple[float, float]], lower: bool) -> None:
     drawn = [Point({"i": i}, cost, value, value, value) for i, (cost, value) in enumerate(figures)]
     sign = 1 if lower else -1
-    kept = {(p.cost, p.value) for p in frontier.frontier(drawn, lower)}
-    assert kept == {(p.cost, p.value) for p in drawn if not any(beats(other, p, sign) for other in drawn)}
+    kept = {p.row["i"] for p in frontier.frontier(drawn, lower)}
+    assert kept == {p.row["i"] for p in drawn if not any(beats(other, p, sign) for other in drawn)}
 
 
 @pytest.mark.parametrize(
@@ -124,11 +124,35 @@ def test_a_plot_is_the_same_every_time_and_a_file_if_asked_for(swept: Path, tmp_
     assert (tmp_path / "plot.svg").read_text() == frontier.svg(found)
 
 
-def test_a_frontier_of_some_rows_is_the_whole_ones(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main([str(swept), "--frontier"]) == 0
-    whole = capsys.readouterr().out
-    assert report.main([str(swept), "--frontier", "--rows", "tofu 25%"]) == 0
-    assert capsys.readouterr().out == whole
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--frontier", "--rows", "tofu 25%"], "--rows says nothing of --frontier"),  # of some it would be another one
+        (["--against", "tofu 25%", "--columns", "PSNR"], "--columns says nothing of --against"),
+        (["--markdown", "--first", "2"], "--first says nothing of --markdown"),
+        (["--rows", "tofu 25%"], "--rows says nothing of the whole report"),
+        (["--markdwn"], "unrecognized arguments: --markdwn"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    swept: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main([str(swept), *arguments]) == 2
+    told = capsys.readouterr()
+    assert said in told.err
+    assert (told.out, told.err.count("\n")) == ("", 1)
+
+
+def test_methods_that_draw_what_the_full_model_draws_have_no_frontier_and_a_report(tmp_path: Path) -> None:
+    """Their PSNR is infinite."""
+    (tmp_path / "own.txt").write_text("a fox")
+    pipe = sd15_pipe()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "load_model", lambda *_: (pipe, None))
+        own = ["--model", "tiny", "--prompts", str(tmp_path / "own.txt"), "--steps", "1", "--size", "64"]
+        methods = ["--method", "tofu,tome", "--ratio", "0", "--metrics", "psnr"]
+        assert job.main([*own, *methods, "--out", str(tmp_path / "out")]) == 0
+    assert "Quality against cost" not in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_frontier_takes_a_metric(swept: Path) -> None:

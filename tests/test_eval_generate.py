@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny import sd15_pipe
 
-from eval import EvalError, files, generate, methods, peers
+from eval import EvalError, files, generate, methods, peers, provenance
 from eval.methods import FULL, SCALE
 from eval.prompts import Request
 
@@ -135,6 +136,56 @@ def test_a_method_that_has_changed_is_drawn_again(pipe, tmp_path, calls):
     changed = replace(TOFU, identity={**TOFU.identity, "code": "other"})
     assert run(pipe, tmp_path, (FULL, changed)) == 3
     assert len(calls) == 2 * generate.WARM_UPS + 2  # for two sizes of batch; the full model's pictures stay
+
+
+@pytest.mark.parametrize("name", ["tofu", "deepcache:tofu", "todo", "hypertile"])
+def test_another_version_of_this_package_is_another_method(name, monkeypatch):
+    """Of stacked methods too, and of those that find their blocks by it."""
+    pytest.importorskip("DeepCache")
+    (before,) = methods.parse(name, [0.5])
+    monkeypatch.setattr(methods, "code", lambda: "newer")
+    (after,) = methods.parse(name, [0.5])
+    assert generate.identity(SETTINGS, before) != generate.identity(SETTINGS, after)
+
+
+def test_other_peers_are_another_stacked_method(monkeypatch):
+    pytest.importorskip("DeepCache")
+    (before,) = methods.parse("deepcache:tofu", [0.5])
+    monkeypatch.setattr(peers, "digest", lambda *_: "newer")
+    (after,) = methods.parse("deepcache:tofu", [0.5])
+    assert generate.identity(SETTINGS, before) != generate.identity(SETTINGS, after)
+
+
+@pytest.mark.parametrize("change", ["the last weight", "a word", "a setting"])
+def test_another_model_has_another_name(change):
+    pipe = sd15_pipe()
+    before = provenance.pipeline_name(pipe)
+    assert provenance.pipeline_name(sd15_pipe()) == before
+    if change == "the last weight":
+        pipe.text_encoder.get_input_embeddings().weight.data[-1, -1] += 1
+    elif change == "a word":
+        pipe.tokenizer.add_tokens(["<my-cat>"])
+    else:
+        pipe.scheduler.register_to_config(steps_offset=0)
+    assert provenance.pipeline_name(pipe) != before
+
+
+def test_the_device_is_waited_for_before_and_after_a_picture(pipe, monkeypatch):
+    """Otherwise a GPU's time is the time of asking for it."""
+    order = []
+    monkeypatch.setattr(generate, "synchronize", lambda device: order.append("wait"))
+    clock = generate.time.perf_counter
+    monkeypatch.setattr(generate.time, "perf_counter", lambda: order.append("look") or clock())
+    monkeypatch.setattr(generate, "denoising", lambda pipe: nullcontext(lambda: None))
+    generate.draw(pipe, REQUESTS[:1], FULL, SETTINGS, steps=1)
+    looks = [i for i, what in enumerate(order) if what == "look"]
+    assert order[looks[0] - 1] == order[looks[-1] - 1] == "wait"
+
+
+def test_as_many_are_said_to_be_made_as_are_saved(pipe, tmp_path):
+    run(pipe, tmp_path)
+    (tmp_path / "full" / "0001.png").unlink()  # of a batch of two
+    assert run(pipe, tmp_path) == 1
 
 
 def test_the_pipeline_and_the_global_generator_stay_as_they_were(pipe, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 from argparse import Namespace
@@ -464,6 +465,69 @@ def test_a_dry_run_tells_and_writes_nothing(tiny, capsys):
     assert list(Path.cwd().iterdir()) == []
 
 
+def test_a_dry_run_can_be_read_by_a_program(tiny, capsys):
+    assert job.main([*tiny, "--method", "tofu", "--dry-run", "--json", "--out", "out"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["methods"][1] == {"key": "tofu-r50", "pictures": 5, "there": 0}
+    assert told["settings"]["steps"] == 1
+
+
+@pytest.mark.parametrize("stage", [["--dry-run"], ["--generate-only"], []])
+def test_a_method_that_is_not_installed_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys, stage):
+    monkeypatch.setattr(job.peers.importlib.util, "find_spec", lambda name: None)
+    arguments = [*tiny, "--method", "tofu,tomesd", "--limit", "1", "--metrics", "psnr", *stage, "--out", "out"]
+    assert job.main(arguments) == 0
+    assert capsys.readouterr().err.splitlines()[0] == "tomesd-r50 is skipped: pip install tomesd"
+    assert job.main([*arguments, "--strict"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--steps", "50"], "--steps is 50; out's were drawn with 1"),
+        (["--size", "512"], "--size is 512; out's were drawn with 64"),
+        (["--guidance", "9"], "--guidance is 9.0; out's were drawn with None"),
+        (["--dtype", "float16"], "--dtype is float16; out's were drawn with float32"),
+        (["--model", "other"], "--model is other; out's were drawn with tiny"),
+        (["--suite", "paper"], "--size is 512"),  # what a suite asks for is asked for
+        (["--flops"], "--metrics-only draws nothing, for which --flops is"),
+        (["--maps"], "--metrics-only draws nothing, for which --maps is"),
+        (["--map-step", "1"], "--map-step is 1; it takes --maps"),
+    ],
+)
+def test_measuring_alone_takes_no_other_settings(tiny, capsys, change, said):
+    assert job.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
+    capsys.readouterr()
+    unsaid = [
+        a for i, a in enumerate(tiny) if a not in ("--steps", "--size") and tiny[i - 1] not in ("--steps", "--size")
+    ]
+    said_before = unsaid if change[0] == "--suite" else tiny
+    assert job.main([*said_before, "--method", "tofu", "--metrics-only", "--out", "out", *change]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_pictures_of_other_code_are_not_called_missing(tiny, monkeypatch, capsys):
+    assert job.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
+    monkeypatch.setattr(methods, "code", lambda: "newer")
+    assert job.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 2
+    assert "tofu-r50: 0000.png, 0001.png, 0002.png" in (error := capsys.readouterr().err)
+    assert "were drawn by other code" in error
+
+
+def test_the_runs_that_drew_are_told_not_the_one_that_measured(tiny):
+    assert job.main([*tiny, "--method", "tofu", "--limit", "2", "--generate-only", "--out", "out"]) == 0
+    assert job.main([*tiny, "--method", "tofu", "--repeats", "2", "--out", "out"]) == 0
+    assert job.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
+    told = files.read_json(Path("out/results.json"))["provenance"]
+    assert "--metrics-only" in told["command"]
+    assert [run["pictures"] for run in told["drawn"]] == [4, 6]
+    assert "--generate-only" in told["drawn"][0]["command"]
+    assert "--repeats 2" in told["drawn"][1]["command"]
+    assert {"commit", "device", "runtime", "packages", "started"} <= told["drawn"][0].keys()
+
+
 def test_drawing_and_measuring_can_be_parted(tiny, monkeypatch, capsys):
     assert job.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
     assert not Path("out/results.json").exists()
@@ -591,8 +655,8 @@ def test_what_was_counted_and_drawn_for_the_report_stays(tiny):
         assert found["full"]["flops"] > found["tofu-r50"]["flops"] > 0
         assert found["tofu-r50"]["maps"]
         assert not found["full"]["maps"]
-    told = files.read_json(Path("out/tofu-r50/flops.json"))
-    files.write_json(Path("out/tofu-r50/flops.json"), {**told, "made": "by other code"})
+    told = files.read_json(Path("out/flops/tofu-r50.json"))
+    files.write_json(Path("out/flops/tofu-r50.json"), {**told, "made": "by other code"})
     assert job.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
     assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["flops"] is None
 
@@ -648,9 +712,31 @@ def test_too_little_memory_on_the_device_says_what_takes_less(tiny, monkeypatch,
     monkeypatch.setattr(job, "generate", full)
     assert job.main([*tiny, "--out", "out"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: CUDA out of memory. Tried to allocate 20 GiB. A smaller --batch takes less; it changes the last bits, "
+        "error: CUDA out of memory. Tried to allocate 20 GiB: a smaller --batch takes less; it changes the last bits, "
         "so it begins a folder of its own"
     )
+
+
+def test_too_little_memory_for_a_metric_says_where_it_can_be_measured(tiny, monkeypatch, capsys):
+    def full(*_):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(job, "score", full)
+    assert job.main([*tiny, "--out", "out"]) == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("--metrics-only --device cpu measures without the accelerator")
+    )
+
+
+def test_another_error_is_not_taken_for_too_little_memory(tiny, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(job, "score", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        job.main([*tiny, "--out", "out"])
 
 
 def test_notes_say_what_few_pictures_and_a_device_leave_open(finished):
@@ -684,6 +770,26 @@ def test_two_runs_side_by_side(tiny, capsys):
     assert psnr["a"] == psnr["b"]
     assert psnr["b - a"].startswith("+0.00 (")  # the same pictures
     assert {row["method"] for row in told["rows"]} == {"tofu 50%"}
+
+
+def test_other_pictures_of_as_many_are_not_compared(tiny, capsys):
+    assert job.main([*tiny, "--method", "tofu", "--limit", "2", "--per-prompt", "2", "--out", "a"]) == 0
+    assert job.main([*tiny, "--method", "tofu", "--limit", "4", "--out", "b"]) == 0
+    assert compare.main(["a", "b"]) == 2
+    assert "a and b cannot be compared: b has no picture 0000_1, 0001_1" in capsys.readouterr().err
+
+
+def test_times_under_another_driver_are_not_compared(tiny, capsys):
+    for out in ("a", "b"):
+        assert job.main([*tiny, "--method", "tofu", "--limit", "2", "--out", out]) == 0
+    found = files.read_json(Path("b/results.json"))
+    found["provenance"]["runtime"] = {"driver": "999.1"}
+    files.write_json(Path("b/results.json"), found)
+    capsys.readouterr()
+    assert compare.main(["a", "b", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["differ"]["driver"] == [None, "999.1"]
+    assert next(row for row in told["rows"] if row["figure"] == "s/image")["b"] == "n/a (other circumstances)"
 
 
 @pytest.mark.parametrize(
@@ -747,12 +853,80 @@ def test_a_run_measured_again_reads_no_picture_and_says_the_same(tiny, monkeypat
     assert read == []
 
 
-def test_all_of_five_is_not_certainty():
-    """A bootstrap of ones is 1 to 1; Wilson's interval knows how few they are."""
-    figure = score.share(torch.ones(5), list("abcde"))
-    assert figure["value"] == 1
+@pytest.mark.parametrize("groups", ["abcde", "aabbccddee"])
+def test_all_of_five_is_not_certainty(groups):
+    """A bootstrap of ones is 1 to 1; Wilson's interval knows how few they are, and that two of a class are not two."""
+    figure = score.share(torch.ones(len(groups)), list(groups))
+    assert (figure["value"], figure["n"]) == (1, len(groups))
     assert figure["low"] == pytest.approx(5 / (5 + 1.96**2))  # its closed form where all are ones
     assert figure["high"] == pytest.approx(1)
+
+
+def test_what_is_not_a_number_is_not_called_equal():
+    figure = score.mean(torch.tensor([30.0, math.inf, math.nan]).double(), ["a", "b", "c"])
+    assert (figure["value"], figure["infinite"], figure["undefined"]) == (30, 1, 1)
+    assert table.short(figure, 1) == "30.0 (1 equal, 1 NaN)"
+
+
+def test_a_prompt_may_have_any_name(tiny, tmp_path):
+    """Also those of files that stand in the folder for other things."""
+    ids = ["flops", "settings", "results", "maps"]
+    (tmp_path / "ids.jsonl").write_text("\n".join(json.dumps({"prompt": "a bee", "id": id}) for id in ids))
+    arguments = [
+        *tiny,
+        "--prompts",
+        str(tmp_path / "ids.jsonl"),
+        "--method",
+        "tofu",
+        "--flops",
+        "--maps",
+        "--out",
+        "out",
+    ]
+    assert job.main(arguments) == 0
+    assert job.main(arguments) == 0
+    assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["flops"] > 0
+
+
+# --- files that do not belong together --------------------------------------------------------------------------------
+
+
+def test_killed_while_it_writes_the_figures_a_run_is_not_taken_for_whole(tiny, monkeypatch, capsys):
+    assert job.main([*tiny, "--method", "tofu", "--metrics", "psnr", "--out", "out"]) == 0
+    write = report.write
+
+    def killed(path, content):
+        if path.name == "results.json":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(report, "write", killed)
+    assert job.main([*tiny, "--method", "tofu,prune", "--metrics", "psnr", "--out", "out"]) == 130
+    monkeypatch.setattr(report, "write", write)
+    capsys.readouterr()
+    assert report.main(["out", "--markdown"]) == 2
+    assert "results.json and per_image.csv are of two runs" in capsys.readouterr().err
+    assert job.main([*tiny, "--method", "tofu,prune", "--metrics", "psnr", "--out", "out"]) == 0
+    assert report.main(["out", "--markdown"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("[1]", "has schema None"), ('{"schema": 9}', "has schema 9"), ('{"schema": 1}', "has no 'settings'")],
+)
+def test_results_that_are_none_are_a_line(tmp_path, capsys, content, said):
+    (tmp_path / "results.json").write_text(content)
+    assert report.main([str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_settings_that_cannot_be_read_are_not_overwritten(tiny, capsys):
+    assert job.main([*tiny, "--generate-only", "--out", "out"]) == 0
+    Path("out/settings.json").write_text("{")
+    for stage in ([], ["--metrics-only"]):
+        assert job.main([*tiny, *stage, "--out", "out"]) == 2
+        assert "its settings.json cannot be read" in capsys.readouterr().err
+    assert Path("out/settings.json").read_text() == "{"
 
 
 def test_few_pictures_have_no_interval():

@@ -24,7 +24,7 @@ from .scenes import CLASSES, MATERIALS, SETTINGS, SHAPES
 from .train import judge_accuracy
 
 
-def wilson(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(right: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of a share."""
     p, centre = right / n, right / n + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
