@@ -47,7 +47,7 @@ def effective_size(values: Tensor, groups: Sequence[str]) -> float:
     off.index_add_(0, torch.tensor([names[name] for name in groups]), values.double() - mean)
     variance = k / max(1, k - 1) * off.square().sum() / n**2
     if variance == 0:
-        return k
+        return n if 0 < mean < 1 else k
     return float((mean * (1 - mean) / variance).clamp(k, n))
 
 

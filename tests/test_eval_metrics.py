@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from eval import EvalError, measured, metrics, statistics
@@ -313,6 +316,23 @@ def test_the_clip_score_is_what_clip_says_of_a_picture_and_its_prompt(clip_folde
     assert metric.implementation.startswith(f"transformers {transformers.__version__}, {clip_folder.name}, weights ")
 
 
+def test_a_net_saved_in_half_precision_measures_in_float32(clip_folder):
+    """Newer versions of transformers would take the type it was saved in."""
+    transformers = pytest.importorskip("transformers")
+    saved = metrics.clip(str(clip_folder), CPU)
+    transformers.CLIPModel.from_pretrained(clip_folder).half().save_pretrained(clip_folder)
+    half = metrics.clip(str(clip_folder), CPU)
+    assert isinstance(half, metrics.Single), half
+    seen = []
+    torch.nn.modules.module.register_module_forward_hook(lambda module, _, out: seen.append(out))
+    try:
+        half.compute(pictures(1), ["a fox"])
+    finally:
+        torch.nn.modules.module._global_forward_hooks.popitem()
+    assert {out.dtype for out in seen if isinstance(out, torch.Tensor)} == {torch.float32}
+    assert half.implementation != saved.implementation  # other weights
+
+
 def test_dino_distance_is_zero_on_equal_pictures_alone(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
@@ -456,6 +476,26 @@ def test_accuracy_of_prompts_the_classifier_does_not_know_is_skipped():
     assert isinstance(metrics.accuracy(ToyJudge(), ["a red fox"], CPU), metrics.Skipped)
 
 
+def test_numbers_are_computed_without_tf32_which_is_as_before_afterwards():
+    switches = torch.backends.cudnn, torch.backends.cuda.matmul
+    before, seen = [switch.allow_tf32 for switch in switches], []
+
+    class Looking(ToyJudge):
+        def features(self, pictures):
+            seen.extend(switch.allow_tf32 for switch in switches)
+            return super().features(pictures)
+
+    try:
+        for switch in switches:
+            switch.allow_tf32 = True
+        metrics.fd_judge(Looking(), CPU).features.compute(pictures())
+        assert seen == [False, False]
+        assert [switch.allow_tf32 for switch in switches] == [True, True]
+    finally:
+        for switch, was in zip(switches, before, strict=True):
+            switch.allow_tf32 = was
+
+
 def test_numbers_are_computed_in_full_precision_under_autocast():
     a, b = pictures(size=176), pictures(size=176, seed=1)
     pytest.importorskip("pytorch_msssim")
@@ -484,6 +524,35 @@ def test_what_was_measured_is_not_measured_again_until_something_it_depends_on_c
     assert computed == ["psnr", "lpips", "psnr"]
     monkeypatch.setattr(measured, "_circumstances", lambda: ["another torch"])
     assert recall(["a", "b"], psnr=4.0) == {"psnr": 4}
+
+
+def test_figures_change_with_what_the_embedded_classifier_is_and_how_it_is_used(monkeypatch):
+    measured._circumstances.cache_clear()
+    before = measured._circumstances()
+    for module in ("eval.metrics", "tofu_sd.demo.model", "tofu_sd.demo.scenes"):
+        measured._circumstances.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.import_module(module), "__file__", __file__)
+            assert measured._circumstances() != before
+    measured._circumstances.cache_clear()
+
+
+@pytest.mark.parametrize(("values", "size"), [
+    ([1, 0, 1, 0], 4),  # pictures of a class as different as those of two
+    ([1, 1, 0, 0], 2),  # all alike within a class
+    ([1, 1, 1, 1], 2),
+])  # fmt: skip
+def test_pictures_of_a_class_count_as_many_as_they_differ(values, size):
+    assert statistics.effective_size(torch.tensor(values), list("aabb")) == pytest.approx(size)
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=12), st.integers(1, 4))
+def test_the_effective_size_is_between_that_of_classes_and_of_pictures(values, each):
+    groups = [str(i // each) for i in range(len(values))]
+    size = statistics.effective_size(torch.tensor(values).double(), groups)
+    assert len(set(groups)) <= size <= len(values)
+    if each == 1:
+        assert size == len(values)
 
 
 def test_figures_that_were_damaged_are_measured_again(tmp_path):

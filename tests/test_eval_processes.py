@@ -69,8 +69,8 @@ def alone(folder: Path) -> str:
 
 def drawn(folder: Path, out: str) -> dict[Path, int]:
     """Finished pictures and when they were written."""
-    records = (folder / out).glob("*/*.json")
-    return {path: path.with_suffix(".png").stat().st_mtime_ns for path in records}
+    pictures = (path.with_suffix(".png") for path in (folder / out).glob("*/*.json"))  # a record says it is whole
+    return {path: path.stat().st_mtime_ns for path in pictures if path.exists()}
 
 
 def kill_once(process: subprocess.Popen[str], folder: Path, out: str, pictures: int) -> dict[Path, int]:
@@ -99,8 +99,31 @@ def test_two_processes_are_one(folder: Path, alone: str) -> None:
     assert content(folder, "two") == content(folder, alone)
     assert figures(folder, "two") == figures(folder, alone)
     assert json.loads(printed)["rows"][0]["method"] == "full"  # one of them prints
-    runs = {json.loads(path.read_text())["run"] for path in (folder / "two").glob("*/*.json")}
-    assert len(runs) == 2, told
+    told_runs = json.loads(printed)["provenance"]["drawn"]
+    assert [run["pictures"] for run in told_runs] in ([12, 9], [9, 12]), told
+
+
+def test_two_processes_compare_sets_of_pictures_as_one(folder: Path) -> None:
+    """Each reads features of its own share, which must meet again in the order of the pictures."""
+    own = [
+        "--model",
+        "demo",
+        "--prompts",
+        "demo",
+        "--limit",
+        "35",
+        "--steps",
+        "1",
+        "--size",
+        "64",
+        "--metrics",
+        "psnr,judge",
+    ]
+    ran(command(folder, "sets-of-one", *own))
+    ran(command(folder, "sets-of-two", *own, launcher=LAUNCH))
+    found = figures(folder, "sets-of-two")
+    assert found == figures(folder, "sets-of-one")
+    assert found[1]["metrics"]["FD-judge"]["value"] > 0  # type: ignore[index]
 
 
 def test_two_processes_killed_half_way_go_on(folder: Path, alone: str) -> None:

@@ -87,6 +87,7 @@ def test_a_jsonl_file_may_give_ids_and_seeds(tmp_path):
         ([{"prompt": "a", "sead": 1}], "'sead'"),
         ([{"prompt": "a", "id": "../b"}], r"'\.\./b' cannot name a file"),
         ([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}], "two prompts have the id 'x'"),
+        ([{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "X"}], "two prompts have the id 'X'"),  # on some disks
         ([], "empty"),
     ],
 )

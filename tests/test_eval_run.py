@@ -429,6 +429,20 @@ def test_a_folder_below_a_file_is_refused(tiny, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
+def test_no_checker_blackens_pictures_before_they_are_compared(monkeypatch):
+    asked = {}
+
+    def from_pretrained(name, **options):
+        asked.update(options)
+        raise OSError("that is all")
+
+    monkeypatch.setattr("diffusers.AutoPipelineForText2Image.from_pretrained", from_pretrained)
+    with pytest.raises(EvalError, match="that is all"):
+        job.load_model("someone/model", torch.device("cpu"), torch.float32)
+    assert asked["safety_checker"] is None
+    assert asked["requires_safety_checker"] is False
+
+
 def test_a_pipeline_saved_in_a_folder_runs(tmp_path, monkeypatch, pipe):
     """The way any model but the embedded one comes."""
     pipe.save_pretrained(tmp_path / "own model")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import tofu_sd
@@ -44,10 +46,10 @@ def test_the_papers_suite_runs_on_the_folder_it_writes(small, tmp_path, monkeypa
     typed = ["--model", "model", "--limit", "2", "--steps", "2", "--size", "168", "--device", "cpu", "--out", "out"]
     assert run.main(["--suite", "paper", *typed]) == 0
     found = files.read_json(tmp_path / "out" / "results.json")
-    assert [row["method"] for row in found["rows"]] == ["full", "tome", "tofu"]
+    assert [row["method"] for row in found["rows"]] == ["full", "tome", "tofu", "full, other seeds"]
     assert found["settings"]["prompts"] == "imagenet1k"
     assert (found["settings"]["n"], found["settings"]["of"]) == (2, 2000)
-    full, _, tofu = (row["metrics"]["MS-SSIM"]["value"] for row in found["rows"])
+    full, _, tofu, _ = (row["metrics"]["MS-SSIM"]["value"] for row in found["rows"])
     assert full == 1
     assert tofu < 1
     assert not any(row["blank"] for row in found["rows"])
@@ -60,6 +62,19 @@ def test_the_same_command_writes_the_same_model(small, tmp_path):
         for pipe in (standin.build(["a fox"]), standin.build(["a fox"]))
     ]
     assert torch.equal(*drawn)
+
+
+@needs_names
+def test_a_full_disk_leaves_no_half_of_it(small, tmp_path, monkeypatch, capsys):
+    def full(pipe, folder):
+        Path(folder).mkdir()
+        (Path(folder) / "half").write_text("")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(standin.StableDiffusionPipeline, "save_pretrained", full)
+    assert standin.main([str(tmp_path / "model")]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_there_is_left_alone(tmp_path, capsys):
