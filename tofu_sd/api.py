@@ -12,7 +12,19 @@ from typing import Any, TypeVar
 
 from .calibrate import break_even
 from .environment import check_torchvision
-from .patch import Sighting, Site, Summary, attach, detach, leave_alone, patch_of, plan, summarize, watching
+from .patch import (
+    Sighting,
+    Site,
+    Summary,
+    attach,
+    detach,
+    least_tokens,
+    leave_alone,
+    patch_of,
+    plan,
+    summarize,
+    watching,
+)
 from .policy import TokenFusion, did_you_mean
 
 Model = TypeVar("Model")
@@ -49,7 +61,7 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) 
         attach(unet, patch)
         if patch.fusion.min_tokens == "auto":
             leave_alone(unet, break_even(unet))
-        report = summarize(type(unet).__name__, sites, patch_of(unet), host.latent_size(unet))
+        report = _summary(unet, sites, host.latent_size(unet))
     except BaseException:  # an interrupt too must not lose the patch that was there; raised again below
         if patch_of(unet) is not None:
             detach(unet)
@@ -108,7 +120,13 @@ def summary(model: Any, latent: tuple[int, int] | None = None) -> Summary:
     """
     host = _host()
     unet, _ = host.unwrap(model)
-    return summarize(type(unet).__name__, host.find_sites(unet), patch_of(unet), latent or host.latent_size(unet))
+    return _summary(unet, host.find_sites(unet), latent or host.latent_size(unet))
+
+
+def _summary(unet: Any, sites: list[Site], latent: tuple[int, int]) -> Summary:
+    patch = patch_of(unet)
+    least = least_tokens(patch) if patch else {}
+    return summarize(type(unet).__name__, sites, patch.fusion if patch else None, least, latent)
 
 
 def _host() -> ModuleType:

@@ -174,7 +174,6 @@ class Patch:
 
     fusion: TokenFusion
     sites: tuple[Site, ...]  # the fused ones
-    down_path: int  # transformer blocks on the down path
     swaps: tuple[tuple[nn.Module, type[nn.Module], type[nn.Module], SiteFusion], ...]  # layer, its class, the new one
     hooks: tuple[tuple[nn.Module, _Tick | _LayOut], ...]
     handles: tuple[RemovableHandle, ...] = ()  # of the hooks, once attached
@@ -197,25 +196,35 @@ def plan(
             f"start is {fusion.start:g} and end is {fusion.end:g}: they measure progress by timestep, which this "
             "pipeline's scheduler does not count down to 0; leave them off or take another scheduler"
         )
-    chosen = tuple(site for site in sites if site.level < fusion.levels)
-    down_path = sum(site.path == "down" for site in sites)
     roles = {"attn", *fusion.layers} | ({"norm"} if fusion.match_on == "hidden" else set())
     clock = Clock(fusion, train_steps or 1)
-    swaps, canvases, relays = [], dict[nn.Module, list[SiteFusion]](), dict[Any, Relay]()
-    for site in chosen:
-        relay = None
-        if fusion.share_level or fusion.match_every > 1:
-            relay = relays.setdefault(site.level if fusion.share_level else site.name, Relay())
-        state = SiteFusion(fusion, fusion.reduction(site.depth, down_path), relay)
+    fused = fusions(sites, fusion)
+    swaps, canvases = [], dict[nn.Module, list[SiteFusion]]()
+    for site, state in fused:
         canvases.setdefault(site.canvas, []).append(state)
         swaps += [(part, type(part), swap(site, role), state) for role, part in site.parts.items() if role in roles]
+    relays = tuple(dict.fromkeys(state.relay for _, state in fused if state.relay is not None))
     hooks: list[tuple[nn.Module, _Tick | _LayOut]] = []
     if fusion.timed or relays:
-        hooks.append((model, _Tick(clock, tuple(relays.values()))))
+        hooks.append((model, _Tick(clock, relays)))
     least = 0 if fusion.min_tokens == "auto" else int(fusion.min_tokens)
-    levels = {site.canvas: site.level for site in chosen}
+    levels = {site.canvas: site.level for site, _ in fused}
     hooks += [(canvas, _LayOut(clock, states, levels[canvas], least)) for canvas, states in canvases.items()]
-    return Patch(fusion, chosen, down_path, tuple(swaps), tuple(hooks))
+    return Patch(fusion, tuple(site for site, _ in fused), tuple(swaps), tuple(hooks))
+
+
+def fusions(sites: Sequence[Site], fusion: TokenFusion) -> list[tuple[Site, SiteFusion]]:
+    """Those of a model's sites that are fused under `fusion`, each with what it does."""
+    down_path = sum(site.path == "down" for site in sites)
+    relays = dict[Any, Relay]()
+
+    def relay(site: Site) -> Relay | None:
+        if not fusion.share_level and fusion.match_every == 1:
+            return None
+        return relays.setdefault(site.level if fusion.share_level else site.name, Relay())
+
+    chosen = [site for site in sites if site.level < fusion.levels]
+    return [(site, SiteFusion(fusion, fusion.reduction(site.depth, down_path), relay(site))) for site in chosen]
 
 
 def patch_of(model: nn.Module) -> Patch | None:
@@ -362,14 +371,22 @@ class Summary:
         return "\n".join([self.headline, *lines])
 
 
-def summarize(model: str, sites: Sequence[Site], patch: Patch | None, latent: tuple[int, int]) -> Summary:
-    """The Summary of a model with these sites under `patch` at a latent of this height and width."""
+def least_tokens(patch: Patch) -> dict[int, int]:
+    """Of how many tokens a map is fused from on under a patch, for each level."""
+    return {hook.level: hook.least for _, hook in patch.hooks if isinstance(hook, _LayOut)}
+
+
+def summarize(
+    model: str, sites: Sequence[Site], fusion: TokenFusion | None, least: dict[int, int], latent: tuple[int, int]
+) -> Summary:
+    """The Summary of a model with these sites under `fusion` at a latent of this height and width.
+
+    least: for each level, fewer tokens than that are left alone.
+    """
     rows = []
-    if patch is not None:
-        least = {hook.level: hook.least for _, hook in patch.hooks if isinstance(hook, _LayOut)}
-        for site in patch.sites:
-            h, w = (-(-side // site.downsample) for side in latent)  # stride-2 convolutions round up
-            leaving = patch.fusion.leaving(h, w) if h * w >= least[site.level] else 0
-            reduction = patch.fusion.reduction(site.depth, patch.down_path).__name__
-            rows.append(Row(site.name, site.depth, (h, w), h * w, h * w - leaving, reduction, least[site.level]))
-    return Summary(model, latent, len(sites), patch.fusion if patch else None, tuple(rows))
+    for site, state in fusions(sites, fusion) if fusion is not None else ():
+        h, w = (-(-side // site.downsample) for side in latent)  # stride-2 convolutions round up
+        fewest = least.get(site.level, 0)
+        leaving = fusion.leaving(h, w) if fusion is not None and h * w >= fewest else 0
+        rows.append(Row(site.name, site.depth, (h, w), h * w, h * w - leaving, state.reduction.__name__, fewest))
+    return Summary(model, latent, len(sites), fusion, tuple(rows))

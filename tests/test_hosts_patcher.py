@@ -1,0 +1,247 @@
+"""ComfyUI, Forge and reForge: what their patches do is what the diffusers adapter does, and is bound to its clone."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import tiny
+import torch
+from patcher_host import Patcher, UNetModel, attention
+from torch import nn
+
+import tofu_sd
+from tofu_sd import TokenFusion
+from tofu_sd.hosts import ldm
+from tofu_sd.hosts.patcher import map_size, patch_model
+
+# in these programs a patch sees normed tokens alone, so that is what both are to compare
+OPTIONS = [
+    {},
+    {"ratio": 0.75},
+    {"early": "mean", "late": "mean", "proportional": True},
+    {"keys_only": True},
+    {"keys_only": True, "proportional": True, "ratio": 0.75},
+    {"levels": 2},
+    {"depth_split": 0},
+    {"window": 2},
+    {"share_level": True},
+    {"min_tokens": 10_000},
+    {"sx": 4, "sy": 2, "ratio": 0.8},
+]
+
+
+def told(options):
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "default"
+
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl"])
+def unets(request):
+    """(a diffusers UNet, the same weights in a patching program)."""
+    unet = tiny.sd15_unet() if request.param == "sd15" else tiny.sdxl_unet(layers=(1, 2, 1))
+    return unet, Patcher(UNetModel(copy.deepcopy(unet)))
+
+
+def call(unet, patcher, h=16, w=16, **more):
+    inputs = tiny.inputs(unet, h, w)
+    return patcher.predict(
+        inputs["sample"], 500, inputs["encoder_hidden_states"], inputs.get("added_cond_kwargs"), **more
+    )
+
+
+def fused(patcher, ratio=0.5, **options):
+    return patch_model(patcher, TokenFusion.of(ratio, **options), attention, percent_to_sigma=lambda p: 10 * (1 - p))[0]
+
+
+def test_the_program_itself_is_faithful(unets):
+    unet, patcher = unets
+    assert torch.allclose(call(unet, patcher), tiny.predict(unet), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (18, 14)])
+@pytest.mark.parametrize("options", OPTIONS, ids=told)
+def test_both_adapters_draw_the_same(unets, options, size):
+    """To rounding: the diffusers block and the program's add and multiply in another order."""
+    unet, patcher = unets
+    with tofu_sd.patched(unet, **{"ratio": 0.5, **options, "match_on": "normed"}):
+        expected = tiny.predict(unet, *size)
+    found = call(unet, fused(patcher, **options), *size)
+    assert torch.allclose(found, expected, atol=1e-4)
+    if options.get("min_tokens", 0) == 0:
+        assert (found - call(unet, patcher, *size)).abs().max() > 1e-3  # it did something
+
+
+@pytest.mark.parametrize("size", [(15, 13), (17, 23)])
+def test_odd_latents_run_and_change(unets, size):
+    unet, patcher = unets
+    plain = call(unet, patcher, *size)
+    found = call(unet, fused(patcher), *size)
+    assert found.shape == plain.shape
+    assert not torch.equal(found, plain)
+
+
+def test_ratio_zero_and_the_model_beside_it_are_bit_for_bit_the_unpatched_one(unets):
+    unet, patcher = unets
+    plain = call(unet, patcher)
+    assert torch.equal(call(unet, fused(patcher, 0, proportional=True)), plain)
+    call(unet, fused(patcher))
+    assert torch.equal(call(unet, patcher), plain)
+    assert patcher.model_options == {"transformer_options": {}}
+
+
+def test_clones_with_other_settings_do_not_know_of_each_other(unets):
+    unet, patcher = unets
+    settings = [(0.5, {}), (0.75, {"keys_only": True}), (0.25, {"proportional": True})]
+    clones = [fused(patcher, ratio, **options) for ratio, options in settings]
+    first = [call(unet, clone) for clone in clones]
+    again = [call(unet, clone.clone()) for clone in reversed(clones)][::-1]  # and a copy does what it is a copy of
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert len({float(out.sum()) for out in first}) == 3
+
+
+def test_a_clone_copies_neither_the_model_nor_half_of_a_patch(unets):
+    """The programs deep-copy what they are given: a weight held by a patch would be copied for every node."""
+    clone = fused(unets[1]).clone()
+    patches = clone.model_options["transformer_options"]["patches"]
+    owners = {id(patch[0].__self__) for patch in patches.values()}
+    assert len(owners) == 1
+    memo = {}
+    copy.deepcopy(patches, memo)
+    assert not any(isinstance(value, nn.Module) for value in memo.values())
+
+
+def test_only_the_window_of_noise_levels_is_fused(unets):
+    """start and end are shares of the sampling; percent_to_sigma here is 10 (1 - share), and sigma is 5."""
+    unet, patcher = unets
+    plain, whole = call(unet, patcher), call(unet, fused(patcher))
+    for start, end, inside in ((0.4, 0.6, True), (0.0, 0.4, False), (0.6, 1.0, False), (0.5, 1.0, True)):
+        found = call(unet, fused(patcher, start=start, end=end))
+        assert torch.equal(found, whole if inside else plain), (start, end)
+
+
+def test_drawn_destinations_are_the_same_again_and_nobody_elses_dice(unets):
+    unet, patcher = unets
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    one, two, other = (call(unet, fused(patcher, seed=seed)) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+def test_maps_are_kept_for_as_many_steps_as_asked_of_one_sampling(unets):
+    unet, patcher = unets
+    inputs = tiny.inputs(unet)
+    added = inputs.get("added_cond_kwargs")
+    clone, schedule = fused(patcher, match_every=2), torch.tensor([9.0, 5.0, 1.0])
+    state = next(iter(clone.model_options["transformer_options"]["patches"]["attn1_patch"][0].__self__.states.values()))
+    seen = []
+    state.watcher = lambda map: seen.append(map)
+    for t, sampling in ((900, schedule), (500, schedule), (100, schedule), (50, schedule.clone())):
+        clone.predict(inputs["sample"] + t, t, inputs["encoder_hidden_states"], added, sample_sigmas=sampling)
+    same = [torch.equal(a.home, b.home) and a.home is b.home for a, b in itertools.pairwise(seen)]
+    assert same == [True, False, False]  # the second is the first's; the fourth is of another sampling
+
+
+def test_without_a_word_of_the_maps_size_it_is_reckoned(unets):
+    """Older programs tell the latent's size alone."""
+    unet, patcher = unets
+    clone = fused(patcher)
+    assert torch.equal(call(unet, clone, silent=True), call(unet, clone))
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "size"),
+    [
+        ({"activations_shape": [2, 4, 3, 5]}, 15, (3, 5)),
+        ({"activations_shape": [2, 4, 3, 5]}, 16, None),  # another patch has changed them
+        ({"original_shape": [2, 4, 17, 23]}, 17 * 23, (17, 23)),
+        ({"original_shape": [2, 4, 17, 23]}, 9 * 12, (9, 12)),  # convolutions of stride two round up
+        ({"original_shape": [2, 4, 17, 23]}, 100, None),
+        ({}, 64, None),
+    ],
+)
+def test_tokens_lie_on_a_map_or_are_left_alone(options, tokens, size):
+    assert map_size(options, tokens) == size
+
+
+def test_what_another_patch_has_changed_is_left_alone(unets):
+    """As HyperTile does, whose tiles are no map; the result is then its own."""
+    unet, patcher = unets
+
+    def halve(q, k, v, options):
+        return q, k[:, ::2], v[:, ::2]
+
+    alone = patcher.clone()
+    alone.set_model_attn1_patch(halve)
+    expected = call(unet, alone)
+    assert torch.equal(call(unet, fused(alone)), expected)
+
+
+def test_a_prompt_at_a_time_is_what_both_at_once_are(unets):
+    """Programs split the batch where memory is short."""
+    unet, patcher = unets
+    inputs, clone = tiny.inputs(unet), fused(patcher, proportional=True)
+    added = inputs.get("added_cond_kwargs")
+    whole = call(unet, clone)
+    for i, which in enumerate(([1], [0])):
+        half = {name: value[i : i + 1] for name, value in added.items()} if added else None
+        part = clone.predict(
+            inputs["sample"][i : i + 1], 500, inputs["encoder_hidden_states"][i : i + 1], half, cond_or_uncond=which
+        )
+        assert torch.allclose(part, whole[i : i + 1], atol=1e-5)
+
+
+def test_self_attention_that_something_else_has_replaced_is_not_taken_from_it(unets):
+    unet, patcher = unets
+    other = patcher.clone()
+    place = next(iter(ldm.find_sites(patcher.model.diffusion_model)))
+    other.set_model_attn1_replace(lambda q, k, v, options: attention(q, k, v, options["n_heads"], options), *place)
+    with pytest.raises(ValueError, match="another patch has replaced self-attention"):
+        fused(other, proportional=True)
+    assert not torch.equal(call(unet, fused(other)), call(unet, patcher))  # without weights they go together
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"merge_mlp": True}, "merge_mlp cannot be had here: these programs tell patches of self-attention alone"),
+        ({"merge_crossattn": True}, "merge_crossattn cannot be had here"),
+        ({"share_guidance": True}, "share_guidance cannot be had here: these programs decide for themselves"),
+    ],
+)
+def test_options_that_cannot_be_had_are_refused_by_name(unets, options, said):
+    with pytest.raises(ValueError, match=said):
+        fused(unets[1], **options)
+    assert unets[1].model_options == {"transformer_options": {}}
+
+
+def test_a_window_takes_noise_levels(unets):
+    with pytest.raises(ValueError, match=r"start is 0\.2 and end is 1: this model tells no noise levels"):
+        patch_model(unets[1], TokenFusion(0.5, start=0.2), attention)
+
+
+def test_a_diffusion_transformer_is_refused_in_words():
+    class Flux(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="no eligible block in Flux: looked in input_blocks, middle_block"):
+        patch_model(Patcher(Flux()), TokenFusion(0.5), attention)
+
+
+def test_places_are_those_of_the_model(unets):
+    """By the published layouts: SD 1.5 attends at the latent's own size, SDXL from half of it on."""
+    unet, patcher = unets
+    sites = ldm.find_sites(patcher.model.diffusion_model)
+    top = [place for place, site in sites.items() if site.level == 0]
+    sd15 = [("input", 1, 0), ("input", 2, 0), ("output", 9, 0), ("output", 10, 0), ("output", 11, 0)]
+    sdxl = [(side, n, i) for side, ns in (("input", (4, 5)), ("output", (3, 4, 5))) for n in ns for i in (0, 1)]
+    assert top == (sd15 if unet.config.get("addition_embed_type") is None else sdxl)
+    with tofu_sd.patched(unet, 0.5):
+        rows = tofu_sd.summary(unet).rows
+    assert [(s.depth, s.downsample) for s in sites.values() if s.level == 0] == [
+        (row.depth, 16 // row.size[0]) for row in rows
+    ]
+    assert sum(site.path == "down" for site in sites.values()) == 6  # in both, as SDXL has fewer layers here

@@ -1,0 +1,174 @@
+"""ComfyUI, Forge, reForge: programs that call functions of ours around every self-attention of a UNet.
+
+A model is a patcher there, cloned before anything is added to it. `patch_model` adds an AttentionPatches to one: what
+each block's self-attention is given, and what it gives back. Nothing of the program is imported here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..clock import Clock
+from ..patch import Site, SiteFusion, Summary, fusions, summarize
+from ..policy import TokenFusion
+from ..proportional import attend, key_bias
+from ..reduce import unmerge
+from ..tokens import TokenMap
+from .ldm import Place, find_sites
+
+Options = Mapping[str, Any]  # what a patch is told: block, block_index, activations_shape, sigmas, cond_or_uncond, ...
+UNSUPPORTED = {
+    "merge_crossattn": "these programs tell patches of self-attention alone",
+    "merge_mlp": "these programs tell patches of self-attention alone",
+    "share_guidance": "these programs decide for themselves which prompts go into a batch",
+}
+
+
+class AttentionPatches:
+    """The functions that a patched model calls, and what they share. One for each clone: programs copy it with it.
+
+    sites: by their places. sigmas: fusing goes on from the first noise level down to the second. plain: the program's
+    own attention(q, k, v, heads, options), where keys are weighted.
+    """
+
+    def __init__(
+        self,
+        fusion: TokenFusion,
+        sites: Mapping[Place, Site],
+        sigmas: tuple[float, float] = (math.inf, -math.inf),
+        plain: Callable[..., Tensor] | None = None,
+    ):
+        self.fusion = fusion
+        places = {site.name: place for place, site in sites.items()}
+        chosen = fusions(list(sites.values()), fusion)
+        self.states: dict[Place, SiteFusion] = {places[site.name]: state for site, state in chosen}
+        self.least = 0 if fusion.min_tokens == "auto" else int(fusion.min_tokens)
+        self.sigmas = sigmas
+        self.plain = plain
+        self.clock = Clock(replace(fusion, start=0.0, end=1.0))  # the window is in noise levels here
+        self.open = True
+        self.map: TokenMap | None = None  # of the block that is running
+
+    def before(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+        """attn1_patch: what the self-attention of a block is to see of its normed tokens [B, N, C]."""
+        self.map = None
+        place = place_of(options)
+        state = self.states.get(place) if place else None
+        if state is None:
+            return q, k, v
+        if place == next(iter(self.states)):
+            self._begin(options)
+        if not self.open or k.shape != q.shape or v.shape != q.shape:  # another patch has been here
+            return q, k, v
+        size = map_size(options, q.shape[1])
+        if size is None or q.shape[1] < self.least:
+            return q, k, v
+        state.layout = self.clock.layout(*size, q.device)
+        state.observe(q)
+        self.map = map = state.take("attn", q)
+        if map is None:
+            return q, k, v
+        fused = {id(x): x for x in (q, k, v)}  # one tensor, most times
+        fused = {key: state.reduce(x, map) for key, x in fused.items()}
+        return (q if self.fusion.keys_only else fused[id(q)]), fused[id(k)], fused[id(v)]
+
+    def after(self, out: Tensor, options: Options) -> Tensor:
+        """attn1_output_patch: the attention's result for all tokens [B, N, C]."""
+        map, self.map = self.map, None
+        if map is None or self.fusion.keys_only or out.shape[:2] != map.kept.shape:
+            return out
+        return unmerge(out, map)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
+        """attn1_replace: attention of the projected q, k, v [B, N, C], the keys weighted by what they stand for."""
+        heads, map = options["n_heads"], self.map
+        if map is None or k.shape[:2] != map.kept.shape:
+            assert self.plain is not None
+            return self.plain(q, k, v, heads, options)
+        dtype = v.dtype
+        if options.get("attn_precision") is torch.float32:
+            q, k, v = q.float(), k.float(), v.float()
+        q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))  # [B, H, N, d]
+        bias = key_bias(map.size, q.dtype, sdpa=False).unsqueeze(1).expand(-1, heads, -1, -1)
+        return attend(q, k, v, bias).transpose(1, 2).flatten(2).to(dtype)
+
+    def _begin(self, options: Options) -> None:
+        """A call of the model has come to its first fused block."""
+        sigma = options.get("sigmas")
+        if sigma is not None:
+            if self.sigmas != (math.inf, -math.inf):
+                self.open = self.sigmas[1] <= float(sigma.flatten()[0]) <= self.sigmas[0]
+            self.clock.tick(sigma, options.get("sample_sigmas"))
+        if self.clock.anew:
+            for state in self.states.values():
+                if state.relay is not None:
+                    state.relay.map = None
+
+
+def place_of(options: Options) -> Place | None:
+    """Where the block is that is running; None where the program does not tell."""
+    block = options.get("block")
+    return None if block is None else (block[0], int(block[1]), int(options.get("block_index", 0)))
+
+
+def map_size(options: Options, tokens: int) -> tuple[int, int] | None:
+    """Height and width of the map that so many tokens lie on; None where they lie on none.
+
+    activations_shape tells it. Without that it is the latent's size, halved as often as gives this number.
+    """
+    shape = options.get("activations_shape")
+    if shape is not None:
+        h, w = int(shape[-2]), int(shape[-1])
+        return (h, w) if h * w == tokens else None
+    if options.get("original_shape") is None:
+        return None
+    h, w = (int(side) for side in options["original_shape"][-2:])
+    while h * w > tokens:
+        h, w = -(-h // 2), -(-w // 2)
+    return (h, w) if h * w == tokens else None
+
+
+def patch_model(
+    patcher: Any,
+    fusion: TokenFusion,
+    plain: Callable[..., Tensor],
+    percent_to_sigma: Callable[[float], float] | None = None,
+) -> tuple[Any, Summary]:
+    """(a clone of the program's patcher whose model fuses tokens, what is fused). The patcher itself stays as it is.
+
+    plain: the program's own attention(q, k, v, heads, options), which weighted keys leave where nothing is fused.
+    percent_to_sigma: the noise level at a share of the sampling, for start and end.
+
+    ValueError for a model without such blocks, an option that cannot be had here, or another patch in its place.
+    """
+    model = patcher.model.diffusion_model
+    for name, why in UNSUPPORTED.items():
+        if getattr(fusion, name):
+            raise ValueError(f"{name} cannot be had here: {why}")
+    sites = find_sites(model)
+    window = math.inf, -math.inf
+    if (fusion.start, fusion.end) != (0, 1):
+        if percent_to_sigma is None:
+            raise ValueError(f"start is {fusion.start:g} and end is {fusion.end:g}: this model tells no noise levels")
+        window = percent_to_sigma(fusion.start), percent_to_sigma(fusion.end)
+    clone = patcher.clone()
+    patches = AttentionPatches(fusion, sites, window, plain)
+    clone.set_model_attn1_patch(patches.before)
+    clone.set_model_attn1_output_patch(patches.after)
+    if fusion.proportional:
+        there = clone.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
+        for side, number, index in patches.states:
+            if (side, number, index) in there or (side, number) in there:
+                raise ValueError(
+                    "another patch has replaced self-attention in this model, whose keys cannot be weighted then: put "
+                    "Token Fusion before it, or turn proportional off"
+                )
+            clone.set_model_attn1_replace(patches.attention, side, number, index)
+    summary = summarize(type(model).__name__, list(sites.values()), fusion, {}, (64, 64))
+    return clone, summary
