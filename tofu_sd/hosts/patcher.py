@@ -54,6 +54,7 @@ class AttentionPatches:
         self.clock = Clock(replace(fusion, start=0.0, end=1.0))  # the window is in noise levels here
         self.open = True
         self.map: TokenMap | None = None  # of the block that is running
+        self.watcher: Callable[[Place, TokenMap, int, int], None] | None = None  # is shown every map, of h x w tokens
 
     def before(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
         """attn1_patch: what the self-attention of a block is to see of its normed tokens [B, N, C]."""
@@ -72,8 +73,10 @@ class AttentionPatches:
         state.layout = self.clock.layout(*size, q.device)
         state.observe(q)
         self.map = map = state.take("attn", q)
-        if map is None:
+        if map is None or place is None:
             return q, k, v
+        if self.watcher is not None:
+            self.watcher(place, map, *size)
         fused = {id(x): x for x in (q, k, v)}  # one tensor, most times
         fused = {key: state.reduce(x, map) for key, x in fused.items()}
         return (q if self.fusion.keys_only else fused[id(q)]), fused[id(k)], fused[id(v)]

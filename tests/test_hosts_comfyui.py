@@ -1,0 +1,235 @@
+"""The ComfyUI nodes, in a stand-in of the program and, where there is a checkout of it, in the program itself.
+
+COMFYUI=/folder/of/ComfyUI pytest tests/test_hosts_comfyui.py runs the second kind; the folder must not be called comfy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from patcher_host import Patcher, UNetModel, attention
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = os.environ.get("COMFYUI")
+MODULE = "tofu_sd.hosts.comfyui"
+
+
+class Fields:
+    """Whatever it is made with, as attributes."""
+
+    def __init__(self, *values, **fields):
+        self.values = values
+        vars(self).update(fields)
+
+
+class Input(Fields):
+    def __init__(self, name, **fields):
+        super().__init__(name, name=name, **fields)
+
+
+def newer_interface():
+    """What of ComfyUI's V3 interface the nodes use."""
+    io = types.SimpleNamespace(ComfyNode=object, Schema=Fields, NodeOutput=Fields)
+    for kind in ("Combo", "Boolean", "Int", "Float", "Model", "Conditioning", "Latent", "Image"):
+        setattr(io, kind, types.SimpleNamespace(Input=type(kind, (Input,), {}), Output=type(kind, (Fields,), {})))
+    return types.SimpleNamespace(io=io, ComfyExtension=object)
+
+
+class Model(Patcher):
+    def get_model_object(self, name):
+        assert name == "model_sampling"
+        return types.SimpleNamespace(percent_to_sigma=lambda percent: 10 * (1 - percent))
+
+
+@pytest.fixture
+def comfy(monkeypatch):
+    """The modules of ComfyUI that the nodes use; `comfy("V1")` imports the nodes anew under that interface."""
+
+    def own(q, k, v, heads, attn_precision=None):
+        return attention(q, k, v, heads, None)
+
+    def sample_custom(model, noise, cfg, sampler, sigmas, positive, negative, latent, **more):
+        model.predict(latent + noise, float(sigmas[0]) * 100, positive)
+
+    modules = {
+        "comfy": {}, "comfy.ldm": {}, "comfy.ldm.modules": {},
+        "comfy.ldm.modules.attention": {"optimized_attention": own},
+        "comfy.samplers": {"sampler_object": lambda name: name},
+        "comfy.sample": {
+            "sample_custom": sample_custom,
+            "fix_empty_latent_channels": lambda model, samples: samples,
+            "prepare_noise": lambda samples, seed: tiny.noise(*samples.shape, seed=seed),
+        },
+    }  # fmt: skip
+    for name, content in modules.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, last = name.rpartition(".")
+        if parent:
+            setattr(sys.modules[parent], last, module)
+
+    def nodes(interface):
+        if interface == "V3":
+            monkeypatch.setitem(sys.modules, "comfy_api", types.ModuleType("comfy_api"))
+            monkeypatch.setitem(sys.modules, "comfy_api.latest", newer_interface())
+        else:
+            monkeypatch.setitem(sys.modules, "comfy_api.latest", None)
+        monkeypatch.delitem(sys.modules, MODULE, raising=False)
+        return importlib.import_module(MODULE)
+
+    yield nodes
+    sys.modules.pop(MODULE, None)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model(UNetModel(tiny.sd15_unet()))
+
+
+def predict(model):
+    inputs = tiny.inputs(model.model.diffusion_model.unet)
+    return model.predict(inputs["sample"], 500, inputs["encoder_hidden_states"])
+
+
+def both(nodes, interface):
+    """(fuse, show) as the program calls the two nodes, giving what they give."""
+    if interface == "V3":
+        extension = asyncio.run(nodes.comfy_entrypoint())
+        first, second = asyncio.run(extension.get_node_list())
+        return (lambda *a, **o: first.execute(*a, **o).values[0]), (lambda *a, **o: second.execute(*a, **o).values[0])
+    first, second = (node() for node in nodes.NODE_CLASS_MAPPINGS.values())
+    return (lambda *a, **o: first.execute(*a, **o)[0]), (lambda *a, **o: second.execute(*a, **o)[0])
+
+
+@pytest.mark.parametrize("interface", ["V1", "V3"])
+def test_the_nodes_patch_a_copy_and_show_its_maps(comfy, model, interface):
+    fuse, show = both(comfy(interface), interface)
+    before = predict(model)
+    patched = fuse(model, ratio=0.5, early="mean", late="mean", proportional=True)
+    assert (predict(patched) - before).abs().max() > 1e-3
+    assert torch.equal(predict(model), before)
+    context = tiny.inputs(model.model.diffusion_model.unet)["encoder_hidden_states"][:1]
+    pictures = show(patched, context, {"samples": torch.zeros(2, 4, 16, 12)})
+    assert pictures.shape == (5, 128, 96, 3)
+    assert 0 <= pictures.min() < pictures.max() <= 1
+    assert torch.equal(pictures, show(patched, context, {"samples": torch.zeros(2, 4, 16, 12)}))
+
+
+def test_the_same_is_asked_under_both_interfaces(comfy):
+    older = comfy("V1")
+    asked = older.TokenFusionNode.INPUT_TYPES()["optional"]
+    newer = comfy("V3")
+    inputs = newer.TokenFusionNode.define_schema().inputs[1:]
+    assert [i.name for i in inputs] == list(asked)
+    kinds = {"Combo": list, "Boolean": "BOOLEAN", "Int": "INT", "Float": "FLOAT"}
+    for one in inputs:
+        kind, told = asked[one.name]
+        assert kinds[type(one).__name__] in (kind, type(kind))
+        assert (one.default, one.tooltip, one.optional) == (told["default"], told["tooltip"], True)
+        assert getattr(one, "max", None) == told.get("max")
+    assert not {"seed", "noise_seed"} & set(asked)  # the program would put a widget of its own beside them
+
+
+def test_what_nobody_changes_is_the_default_of_the_package(comfy, model):
+    nodes = comfy("V1")
+    asked = nodes.TokenFusionNode.INPUT_TYPES()["optional"]
+    untouched = nodes.fuse(model, **{name: told["default"] for name, (_, told) in asked.items()})
+    assert nodes.patches_of(untouched).fusion == nodes.patches_of(nodes.fuse(model)).fusion == nodes.TokenFusion()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"ratio": 0.9}, "ratio is 0.9; it must lie between 0 and 0.75"),
+        ({"start_percent": 0.8, "end_percent": 0.2}, "start must come before end"),
+        ({"early": "average"}, "unknown reduction 'average'"),
+    ],
+)
+def test_bad_input_is_told_in_words_and_patches_nothing(comfy, model, options, said):
+    with pytest.raises(ValueError, match=said):
+        comfy("V1").fuse(model, **options)
+    assert model.model_options == {"transformer_options": {}}
+
+
+def test_a_model_that_fuses_nothing_has_no_maps(comfy, model):
+    nodes, context = comfy("V1"), torch.zeros(1, 7, 16)
+    with pytest.raises(ValueError, match="this model fuses no tokens: put Token Fusion"):
+        nodes.show(model, context, {"samples": torch.zeros(1, 4, 16, 16)})
+    late = nodes.fuse(model, start_percent=0.6)
+    with pytest.raises(ValueError, match=r"nothing is fused at 0\.5 of the sampling"):
+        nodes.show(late, context, {"samples": torch.zeros(1, 4, 16, 16)})
+
+
+@pytest.mark.parametrize("interface", ["V1", "V3"])
+def test_the_folder_is_loaded_as_the_program_loads_it(comfy, monkeypatch, interface):
+    """Under a name made of its path, with one of the two interfaces; tofu_sd stays one package."""
+    before = sys.modules["tofu_sd"]
+    comfy(interface)
+    spec = importlib.util.spec_from_file_location("/custom_nodes/tofu", ROOT / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "/custom_nodes/tofu", module)
+    spec.loader.exec_module(module)
+    assert hasattr(module, "comfy_entrypoint") == (interface == "V3")
+    assert hasattr(module, "NODE_CLASS_MAPPINGS") == (interface == "V1")
+    assert sys.modules["tofu_sd"] is before
+
+
+def test_the_folder_is_nothing_to_who_else_comes_by(monkeypatch):
+    """As pytest does, which takes it for a package that the tests are in."""
+    monkeypatch.delitem(sys.modules, "comfy", raising=False)
+    spec = importlib.util.spec_from_file_location("rootfolder", ROOT / "__init__.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert not hasattr(module, "comfy_entrypoint")
+    assert not hasattr(module, "NODE_CLASS_MAPPINGS")
+
+
+# --- in the program itself --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What tests/comfyui_run.py found in a process of its own, where ComfyUI may do to Python what it likes."""
+    if not PROGRAM:
+        pytest.skip("COMFYUI names no checkout of ComfyUI")
+    environment = {**os.environ, "PYTHONPATH": f"{PROGRAM}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "comfyui_run.py")], env=environment, capture_output=True, text=True,
+        cwd=tmp_path_factory.mktemp("comfyui"), timeout=600,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("kind", "blocks"), [("sd15", "5 of 16"), ("sdxl", "10 of 70")])
+def test_in_comfyui_the_blocks_of_the_highest_resolution_are_fused(said, kind, blocks):
+    assert f"on {blocks} transformer blocks" in said[kind]["headline"]
+    assert said[kind]["changed"] > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("law", ["ratio 0 is bit-equal", "the model beside it is bit-equal", "two clones at once",
+                                 "the same seed", "odd latents run", "HyperTile beside it", "Deep Shrink beside it",
+                                 "the window"])  # fmt: skip
+def test_in_comfyui_the_laws_hold(said, kind, law):
+    assert said[kind]["laws"][law] is True
+
+
+def test_in_comfyui_the_embedded_model_draws_what_diffusers_draws(said):
+    """The same weights, latent and words, one call of the model; both compare normed tokens."""
+    assert said["embedded"]["plain"] < 1e-4
+    for method, distance in said["embedded"]["fused"].items():
+        assert distance < 1e-4, method
+    assert said["embedded"]["effect"] > 1e-3

@@ -1,0 +1,236 @@
+"""ComfyUI: the nodes "Token Fusion (ToFu)", which patches a model, and "Token Fusion Map", which shows what it does.
+
+What the nodes take is said once, in `FUSE` and `SHOW`; from that they are made for the newer interface (V3), and for
+the older one where ComfyUI has no other.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from comfy.ldm.modules.attention import optimized_attention
+from torch import Tensor
+
+from ..policy import TokenFusion
+from ..tokens import TokenMap, merge_map
+from .ldm import Place
+from .patcher import AttentionPatches, Options, patch_model
+
+try:
+    from comfy_api.latest import ComfyExtension, io
+except ImportError:
+    ComfyExtension = io = None
+
+CATEGORY = "model_patches/unet"  # where the program has its own of this kind
+logger = logging.getLogger("tofu_sd")
+
+
+@dataclass(frozen=True)
+class Widget:
+    """Something a node asks for: a number from `least` to `most`, a switch, or one of some names."""
+
+    name: str
+    default: Any
+    tooltip: str
+    least: float | None = None
+    most: float | None = None
+    step: float | None = None
+    names: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return "COMBO" if self.names else {bool: "BOOLEAN", int: "INT", float: "FLOAT"}[type(self.default)]
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        limits = {"min": self.least, "max": self.most, "step": self.step}
+        return {name: value for name, value in limits.items() if value is not None}
+
+
+REDUCE = ("prune", "mean", "mlerp")
+BIG = 2**31 - 1
+# no input is called seed: the program would put a second widget beside it
+FUSE = (
+    Widget("ratio", 0.5, "Share of the tokens that are fused away. 0 leaves the picture as it is.", 0.0, 0.75, 0.01),
+    Widget("early", "prune", "How tokens are fused on the way down: prune keeps one of each group.", names=REDUCE),
+    Widget("late", "mlerp", "How they are fused after that: mlerp averages and keeps the largest norm.", names=REDUCE),
+    Widget("depth_split", -1, "Blocks before this one are early. -1: the whole way down.", -1, 100, 1),
+    Widget(
+        "proportional", False,
+        "A fused token gets the attention of all it stands for: much nearer to the full picture; best with mean twice.",
+    ),
+    Widget("keys_only", False, "Fuse keys and values alone: nearer to the full picture, and slower."),
+    Widget("levels", 1, "How many resolutions are fused, from the highest one with attention.", 1, 4, 1),
+    Widget("start_percent", 0.0, "Fuse from this part of the sampling on.", 0.0, 1.0, 0.001),
+    Widget("end_percent", 1.0, "Fuse up to this part of the sampling.", 0.0, 1.0, 0.001),
+    Widget("grid_seed", -1, "-1: fixed destinations. Else drawn at every step, alike for the same seed.", -1, BIG, 1),
+    Widget("window", 0, "Look for like tokens within squares of so many cells: faster. 0: in the whole map.", 0, 64, 1),
+    Widget("match_every", 1, "Look for like tokens at every so many steps: faster, less exact.", 1, 20, 1),
+    Widget("share_level", False, "Look for like tokens once for all blocks of a resolution: faster, less exact."),
+    Widget("min_tokens", 0, "Leave maps of fewer tokens alone, where fusing does not pay.", 0, 2**20, 64),
+)  # fmt: skip
+SHOW = (
+    Widget("at_percent", 0.5, "At this part of the sampling.", 0.0, 1.0, 0.001),
+    Widget("map_seed", 0, "Of the noise that the picture is covered with for it.", 0, BIG, 1),
+)
+
+
+# --- what the nodes do ------------------------------------------------------------------------------------------------
+
+
+def fuse(model: Any, ratio: float = 0.5, depth_split: int = -1, grid_seed: int = -1, window: int = 0,
+         start_percent: float = 0.0, end_percent: float = 1.0, **options: Any) -> Any:  # fmt: skip
+    """A clone of the model that fuses tokens. An option that an older workflow lacks is the default."""
+    fusion = TokenFusion.of(
+        ratio,
+        depth_split=None if depth_split < 0 else depth_split,
+        seed=None if grid_seed < 0 else grid_seed,
+        window=window or None,
+        start=start_percent,
+        end=end_percent,
+        **options,
+    )
+    sampling = model.get_model_object("model_sampling")
+    clone, summary = patch_model(model, fusion, plain, sampling.percent_to_sigma)
+    logger.info(summary.headline)
+    return clone
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Options) -> Tensor:
+    """ComfyUI's own attention, whichever was chosen at its start."""
+    return optimized_attention(q, k, v, heads, attn_precision=options.get("attn_precision"))
+
+
+def show(model: Any, positive: Any, latent: dict[str, Any], at_percent: float = 0.5, map_seed: int = 0) -> Tensor:
+    """Which token stands for which in every fused block at one step of a picture: [blocks, H, W, 3] in 0..1.
+
+    A colour for each group, dark gray for a token that stands for itself. ValueError for a model that fuses nothing.
+    """
+    import comfy.sample
+    import comfy.samplers
+
+    clone = model.clone()
+    patches = patches_of(clone)
+    if patches is None:
+        raise ValueError("this model fuses no tokens: put Token Fusion (ToFu) before Token Fusion Map")
+    maps: dict[Place, Tensor] = {}
+
+    def keep(place: Place, map: TokenMap, h: int, w: int) -> None:
+        maps.setdefault(place, merge_map(map, h, w)[-1].cpu())
+
+    patches.watcher = keep
+    samples = comfy.sample.fix_empty_latent_channels(clone, latent["samples"][:1])
+    sigma = clone.get_model_object("model_sampling").percent_to_sigma(at_percent)
+    comfy.sample.sample_custom(
+        clone, comfy.sample.prepare_noise(samples, map_seed), 1.0, comfy.samplers.sampler_object("euler"),
+        torch.tensor([sigma, 0.0]), positive, positive, samples, disable_pbar=True, seed=map_seed,
+    )  # fmt: skip
+    if not maps:
+        raise ValueError(
+            f"nothing is fused at {at_percent:g} of the sampling: the model's window or least map excludes it"
+        )
+    h, w = (8 * side for side in samples.shape[-2:])
+    pictures = [F.interpolate(colours[None], size=(h, w), mode="nearest")[0] for colours in maps.values()]
+    return torch.stack(pictures).permute(0, 2, 3, 1)
+
+
+def patches_of(model: Any) -> AttentionPatches | None:
+    """The patches of ours that a model carries."""
+    there = model.model_options.get("transformer_options", {}).get("patches", {}).get("attn1_patch", ())
+    owners = (getattr(patch, "__self__", None) for patch in there)
+    return next((owner for owner in owners if isinstance(owner, AttentionPatches)), None)
+
+
+# --- the nodes --------------------------------------------------------------------------------------------------------
+
+ABOUT_FUSE = (
+    "Makes self-attention cheaper without training: like tokens are fused before it and unfolded after it (ToFu, WACV "
+    "2024). The picture changes a little. Works on SD 1.x, 2.x and SDXL."
+)
+ABOUT_SHOW = (
+    "Which token stands for which, a picture for each fused block: a colour for each group, gray for one alone."
+)
+
+if io is not None:
+
+    def _inputs(widgets: tuple[Widget, ...]) -> list[Any]:
+        kinds = {"COMBO": io.Combo, "BOOLEAN": io.Boolean, "INT": io.Int, "FLOAT": io.Float}
+        inputs = []
+        for widget in widgets:
+            more = {"options": list(widget.names)} if widget.names else widget.limits
+            # optional, so that a workflow from before there was such an input loads
+            inputs.append(
+                kinds[widget.kind].Input(
+                    widget.name, default=widget.default, tooltip=widget.tooltip, optional=True, **more
+                )
+            )
+        return inputs
+
+    class TokenFusionNode(io.ComfyNode):  # type: ignore[misc]
+        @classmethod
+        def define_schema(cls) -> Any:
+            return io.Schema(
+                node_id="TokenFusion", display_name="Token Fusion (ToFu)", category=CATEGORY, description=ABOUT_FUSE,
+                inputs=[io.Model.Input("model"), *_inputs(FUSE)], outputs=[io.Model.Output()],
+            )  # fmt: skip
+
+        @classmethod
+        def execute(cls, model: Any, **options: Any) -> Any:
+            return io.NodeOutput(fuse(model, **options))
+
+    class TokenFusionMapNode(io.ComfyNode):  # type: ignore[misc]
+        @classmethod
+        def define_schema(cls) -> Any:
+            return io.Schema(
+                node_id="TokenFusionMap", display_name="Token Fusion Map", category=CATEGORY, description=ABOUT_SHOW,
+                inputs=[io.Model.Input("model"), io.Conditioning.Input("positive"), io.Latent.Input("latent"),
+                        *_inputs(SHOW)],
+                outputs=[io.Image.Output()],
+            )  # fmt: skip
+
+        @classmethod
+        def execute(cls, model: Any, positive: Any, latent: Any, **options: Any) -> Any:
+            return io.NodeOutput(show(model, positive, latent, **options))
+
+    class TokenFusionExtension(ComfyExtension):  # type: ignore[misc]
+        async def get_node_list(self) -> list[Any]:
+            return [TokenFusionNode, TokenFusionMapNode]
+
+    async def comfy_entrypoint() -> Any:
+        return TokenFusionExtension()
+
+else:
+
+    def _asked(widgets: tuple[Widget, ...]) -> dict[str, Any]:
+        return {
+            w.name: (list(w.names) if w.names else w.kind, {"default": w.default, "tooltip": w.tooltip, **w.limits})
+            for w in widgets
+        }
+
+    class TokenFusionNode:  # type: ignore[no-redef]
+        RETURN_TYPES, FUNCTION, CATEGORY, DESCRIPTION = ("MODEL",), "execute", CATEGORY, ABOUT_FUSE
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict[str, Any]:
+            return {"required": {"model": ("MODEL",)}, "optional": _asked(FUSE)}
+
+        def execute(self, model: Any, **options: Any) -> tuple[Any]:
+            return (fuse(model, **options),)
+
+    class TokenFusionMapNode:  # type: ignore[no-redef]
+        RETURN_TYPES, FUNCTION, CATEGORY, DESCRIPTION = ("IMAGE",), "execute", CATEGORY, ABOUT_SHOW
+
+        @classmethod
+        def INPUT_TYPES(cls) -> dict[str, Any]:
+            required = {"model": ("MODEL",), "positive": ("CONDITIONING",), "latent": ("LATENT",)}
+            return {"required": required, "optional": _asked(SHOW)}
+
+        def execute(self, model: Any, positive: Any, latent: Any, **options: Any) -> tuple[Tensor]:
+            return (show(model, positive, latent, **options),)
+
+    NODE_CLASS_MAPPINGS = {"TokenFusion": TokenFusionNode, "TokenFusionMap": TokenFusionMapNode}
+    NODE_DISPLAY_NAME_MAPPINGS = {"TokenFusion": "Token Fusion (ToFu)", "TokenFusionMap": "Token Fusion Map"}
