@@ -1,6 +1,7 @@
 """The ComfyUI nodes, in a stand-in of the program and, where there is a checkout of it, in the program itself.
 
-COMFYUI=/folder/of/ComfyUI pytest tests/test_hosts_comfyui.py runs the second kind; the folder must not be called comfy.
+COMFYUI=/folder/of/ComfyUI pytest tests/test_hosts_comfyui.py runs the second kind, by COMFYUI_PYTHON if its packages are
+another environment's. (A folder called comfy would hide the program's package.)
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from patcher_host import Patcher, UNetModel, attention
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAM = os.environ.get("COMFYUI")
+PROGRAM, PYTHON = os.environ.get("COMFYUI"), os.environ.get("COMFYUI_PYTHON", sys.executable)
 MODULE = "tofu_sd.hosts.comfyui"
 
 
@@ -206,7 +207,7 @@ def said(tmp_path_factory):
         pytest.skip("COMFYUI names no checkout of ComfyUI")
     environment = {**os.environ, "PYTHONPATH": f"{PROGRAM}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "comfyui_run.py")], env=environment, capture_output=True, text=True,
+        [PYTHON, str(ROOT / "tests" / "comfyui_run.py")], env=environment, capture_output=True, text=True,
         cwd=tmp_path_factory.mktemp("comfyui"), timeout=600,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
