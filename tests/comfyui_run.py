@@ -11,15 +11,11 @@ import json
 import sys
 from pathlib import Path
 
+import comfyui_torchvision  # noqa: F401
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
-if "+cpu" in torch.__version__:  # torchvision from PyPI is built for CUDA and wants these two to be there
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
 import comfy.options  # noqa: E402  (its command line is left unread)
 from comfy.cli_args import args  # noqa: E402
 

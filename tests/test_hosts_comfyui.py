@@ -1,7 +1,7 @@
 """The ComfyUI nodes, in a stand-in of the program and, where there is a checkout of it, in the program itself.
 
-COMFYUI=/folder/of/ComfyUI pytest tests/test_hosts_comfyui.py runs the second kind, by COMFYUI_PYTHON if its packages are
-another environment's. (A folder called comfy would hide the program's package.)
+COMFYUI=/folder/of/ComfyUI pytest tests/test_hosts_comfyui.py runs the second kind, by COMFYUI_PYTHON if its packages
+are another environment's. (A folder called comfy would hide the program's package.)
 """
 
 from __future__ import annotations
@@ -200,18 +200,27 @@ def test_the_folder_is_nothing_to_who_else_comes_by(monkeypatch):
 # --- in the program itself --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def said(tmp_path_factory):
-    """What tests/comfyui_run.py found in a process of its own, where ComfyUI may do to Python what it likes."""
+def ran(script, folder, *arguments):
+    """What a script found, in a process of its own, where ComfyUI may do to Python what it likes."""
     if not PROGRAM:
         pytest.skip("COMFYUI names no checkout of ComfyUI")
     environment = {**os.environ, "PYTHONPATH": f"{PROGRAM}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(
-        [PYTHON, str(ROOT / "tests" / "comfyui_run.py")], env=environment, capture_output=True, text=True,
-        cwd=tmp_path_factory.mktemp("comfyui"), timeout=600,
+    done = subprocess.run(
+        [PYTHON, str(ROOT / "tests" / script), *arguments], env=environment, capture_output=True, text=True,
+        cwd=folder, timeout=900,
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(ran.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    return ran("comfyui_run.py", tmp_path_factory.mktemp("comfyui"))
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    return ran("comfyui_server.py", tmp_path_factory.mktemp("server"), str(PROGRAM))
 
 
 @pytest.mark.parametrize(("kind", "blocks"), [("sd15", "5 of 16"), ("sdxl", "10 of 70")])
@@ -234,3 +243,23 @@ def test_in_comfyui_the_embedded_model_draws_what_diffusers_draws(said):
     for method, distance in said["embedded"]["fused"].items():
         assert distance < 1e-4, method
     assert said["embedded"]["effect"] > 1e-3
+
+
+def test_the_server_runs_the_example_workflow(served):
+    """The repository as it is in custom_nodes/, the workflow file as it is but for its checkpoint, size and steps."""
+    assert served["nodes"] == ["TokenFusion", "TokenFusionMap"]
+    assert served["example"]["status"] == "success"
+    assert len(served["example"]["outputs"]["10"]["images"]) == 5  # a map for each fused block
+    assert "mean-r50-w8+p on 5 of 16 transformer blocks" in served["log"][0]
+    assert served["plain"]["status"] == "success"
+
+
+def test_the_server_runs_a_workflow_that_lacks_newer_inputs(served):
+    assert served["older"]["status"] == "success"
+    assert "tofu-r50 on 5 of 16 transformer blocks" in served["log"][1]
+
+
+def test_the_server_tells_what_is_wrong_in_words(served):
+    [error] = served["wrong"]["refused"]["node_errors"]["2"]["errors"]
+    assert error["message"] == "Value 0.9 bigger than max of 0.75"
+    assert served["unfused"]["error"].startswith("this model fuses no tokens: put Token Fusion (ToFu) before")

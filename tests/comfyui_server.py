@@ -1,0 +1,140 @@
+"""Runs the example workflow through ComfyUI's own server, on a CPU, and prints what it found as JSON.
+
+The repository lies in custom_nodes/ as a user would have cloned it; a second folder there has a checkpoint loader that
+gives a small random model, as no checkpoint can be had. See test_hosts_comfyui.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LOADER = """
+import torch
+from comfyui_run import SHAPES, random_model
+
+class Words:
+    def tokenize(self, text):
+        return text
+    def encode_from_tokens_scheduled(self, tokens):
+        g = torch.Generator().manual_seed(len(tokens))
+        return [[torch.randn(1, 7, SHAPES["sd15"]["context_dim"], generator=g), {}]]
+
+class Decoder:
+    def decode(self, samples):
+        picture = samples.movedim(1, -1)[..., :3].sigmoid()
+        return picture.repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+class SmallCheckpoint:
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL", "CLIP", "VAE"), "load", "tests"
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"ckpt_name": ("STRING", {})}}
+    def load(self, ckpt_name):
+        return random_model("sd15"), Words(), Decoder()
+
+NODE_CLASS_MAPPINGS = {"SmallCheckpoint": SmallCheckpoint}
+"""
+
+
+def small(workflow):
+    """The workflow with the stand-in's loader, a smaller picture and fewer steps."""
+    for node in workflow.values():
+        if node["class_type"] == "CheckpointLoaderSimple":
+            node["class_type"] = "SmallCheckpoint"
+        for name, value in (("width", 128), ("height", 192), ("steps", 3)):
+            if name in node["inputs"]:
+                node["inputs"][name] = value
+    return workflow
+
+
+def ask(port, path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return {"refused": json.loads(error.read())}
+
+
+def run(port, workflow, patience=120):
+    """(status, outputs) of a prompt."""
+    queued = ask(port, "/prompt", {"prompt": workflow})
+    if "prompt_id" not in queued:
+        return {"refused": queued["refused"]}
+    for _ in range(patience * 2):
+        done = ask(port, f"/history/{queued['prompt_id']}").get(queued["prompt_id"])
+        if done:
+            errors = [told for kind, told in done["status"]["messages"] if kind == "execution_error"]
+            return {"status": done["status"]["status_str"], "outputs": done["outputs"],
+                    "error": errors[0]["exception_message"] if errors else None}  # fmt: skip
+        time.sleep(0.5)
+    return {"status": "took too long"}
+
+
+def main(program, folder):
+    base = Path(folder)
+    (base / "custom_nodes" / "small_checkpoint").mkdir(parents=True)
+    (base / "custom_nodes" / "small_checkpoint" / "__init__.py").write_text(LOADER)
+    (base / "custom_nodes" / "tofu").symlink_to(ROOT)
+    (base / "page").mkdir()
+    (base / "page" / "index.html").write_text("")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = "import comfyui_torchvision, runpy; runpy.run_path('main.py', run_name='__main__')"
+    options = ["--cpu", "--port", str(port), "--listen", "127.0.0.1", "--base-directory", str(base),
+               "--front-end-root", str(base / "page"), "--disable-api-nodes"]  # fmt: skip
+    log = (base / "log.txt").open("w")
+    server = subprocess.Popen(
+        [sys.executable, "-c", start, *options], cwd=program, stdout=log, stderr=subprocess.STDOUT,
+        env={**os.environ, "PYTHONPATH": f"{program}{os.pathsep}{ROOT / 'tests'}"},
+    )  # fmt: skip
+    try:
+        for _ in range(240):
+            try:
+                ask(port, "/queue")
+                break
+            except OSError:
+                assert server.poll() is None, (base / "log.txt").read_text()[-3000:]
+                time.sleep(0.5)
+        example = json.loads((ROOT / "examples" / "comfyui" / "token-fusion-api.json").read_text())
+        plain, older, wrong = (small(json.loads(json.dumps(example))) for _ in range(3))
+        for node in plain.values():
+            if node["inputs"].get("model") == ["2", 0]:
+                node["inputs"]["model"] = ["1", 0]
+        del plain["2"], plain["9"], plain["10"]
+        older["2"]["inputs"] = {"model": ["1", 0], "ratio": 0.5}  # before there were other inputs
+        wrong["2"]["inputs"]["ratio"] = 0.9
+        wrong["9"]["inputs"]["model"] = ["1", 0]
+        unfused = json.loads(json.dumps(older))
+        unfused["9"]["inputs"]["model"] = ["1", 0]
+        found = {
+            "nodes": sorted(name for name in ask(port, "/object_info") if name.startswith("TokenFusion")),
+            "example": run(port, small(example)),
+            "plain": run(port, plain),
+            "older": run(port, older),
+            "wrong": run(port, wrong),
+            "unfused": run(port, unfused),
+        }
+        log.flush()
+        found["log"] = [line for line in (base / "log.txt").read_text().splitlines() if "transformer blocks" in line]
+        found["pictures"] = sorted(path.name for path in (base / "output").glob("*.png"))
+        print(json.dumps(found))
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        main(sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else folder)
