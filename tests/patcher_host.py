@@ -122,6 +122,8 @@ class UNetModel(nn.Module):
         def run(layers: Any, x: Tensor, side: str, number: int, size: Any = None) -> Tensor:
             options["block"] = (side, number)
             for layer in layers:
+                for modifier in options.get("block_inner_modifiers", ()):
+                    x = modifier(x, "before", layer, 0, layers, options)
                 if isinstance(layer, SpatialTransformer):
                     if silent:  # as programs did that do not tell the size
                         options["tells_size"] = False
@@ -176,3 +178,13 @@ class Patcher:
         options.setdefault("cond_or_uncond", [1, 0])
         with torch.no_grad():
             return self.model.diffusion_model(x, torch.tensor(float(t)), context, options, added)
+
+
+class ForgePatcher(Patcher):
+    """One that shows patches the map before every layer, and does not tell its size."""
+
+    def add_block_inner_modifier(self, modifier: Any) -> None:
+        self.model_options["transformer_options"].setdefault("block_inner_modifiers", []).append(modifier)
+
+    def predict(self, *args: Any, **told: Any) -> Tensor:
+        return super().predict(*args, silent=True, **told)

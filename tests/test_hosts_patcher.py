@@ -8,7 +8,7 @@ import itertools
 import pytest
 import tiny
 import torch
-from patcher_host import Patcher, UNetModel, attention
+from patcher_host import ForgePatcher, Patcher, UNetModel, attention
 from torch import nn
 
 import tofu_sd
@@ -150,6 +150,24 @@ def test_without_a_word_of_the_maps_size_it_is_reckoned(unets):
     unet, patcher = unets
     clone = fused(patcher)
     assert torch.equal(call(unet, clone, silent=True), call(unet, clone))
+
+
+def test_forge_is_asked_for_the_size_where_no_latent_tells_it(unets):
+    """A map that something has made smaller in between is no halved latent."""
+    unet, patcher = unets
+    forge = ForgePatcher(patcher.model.diffusion_model)
+    seen = {}
+    clone = fused(forge)
+    owner = clone.model_options["transformer_options"]["patches"]["attn1_patch"][0].__self__
+    owner.watcher = lambda place, map, h, w: seen.setdefault(place, (h, w))
+    assert torch.equal(call(unet, clone, 18, 14), call(unet, fused(patcher), 18, 14))
+    down = ldm.find_sites(patcher.model.diffusion_model)[next(iter(seen))].downsample
+    assert set(seen.values()) == {(18 // down, 14 // down)}
+    owner.tell_size(
+        torch.zeros(1, 4, 5, 7), "before", patcher.model.diffusion_model.input_blocks[0][0], 0, None, told := {}
+    )
+    assert told == {}  # of transformers alone
+    assert torch.equal(call(unet, clone.clone(), 18, 14), call(unet, clone, 18, 14))
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,12 @@ class AttentionPatches:
         bias = key_bias(map.size, q.dtype, sdpa=False).unsqueeze(1).expand(-1, heads, -1, -1)
         return attend(q, k, v, bias).transpose(1, 2).flatten(2).to(dtype)
 
+    def tell_size(self, x: Tensor, when: str, layer: Any, number: int, stage: Any, options: dict[str, Any]) -> Tensor:
+        """Forge's block_inner_modifier: tells the size of the map [B, C, h, w] that Forge does not tell itself."""
+        if when == "before" and hasattr(layer, "transformer_blocks"):
+            options["activations_shape"] = list(x.shape)
+        return x
+
     def _begin(self, options: Options) -> None:
         """A call of the model has come to its first fused block."""
         sigma = options.get("sigmas")
@@ -164,6 +170,8 @@ def patch_model(
     patches = AttentionPatches(fusion, sites, window, plain)
     clone.set_model_attn1_patch(patches.before)
     clone.set_model_attn1_output_patch(patches.after)
+    if hasattr(clone, "add_block_inner_modifier"):
+        clone.add_block_inner_modifier(patches.tell_size)
     if fusion.proportional:
         there = clone.model_options["transformer_options"].get("patches_replace", {}).get("attn1", {})
         for side, number, index in patches.states:

@@ -1,0 +1,103 @@
+"""Runs the adapter in Forge's own UNet, on a CPU, and prints what it found as JSON. See test_hosts_forge.py."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import comfyui_torchvision  # noqa: F401
+import torch
+
+torch.set_num_threads(1)
+sys.argv = ["forge", "--always-cpu", "--all-in-fp32"]
+from backend.attention import attention_function  # noqa: E402
+from backend.misc.tomesd import TomePatcher  # noqa: E402
+from backend.nn.unet import IntegratedUNet2DConditionModel  # noqa: E402
+from backend.patcher.unet import UnetPatcher  # noqa: E402
+
+from tofu_sd import TokenFusion  # noqa: E402
+from tofu_sd.hosts.patcher import patch_model  # noqa: E402
+
+COMMON = {"in_channels": 4, "model_channels": 32, "out_channels": 4, "num_heads": 4, "use_spatial_transformer": True}
+SHAPES = {
+    "sd15": {**COMMON, "num_res_blocks": [2] * 4, "channel_mult": (1, 2, 2, 2), "transformer_depth": [1] * 6 + [0] * 2,
+             "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "context_dim": 32},
+    "sdxl": {**COMMON, "num_res_blocks": [2] * 3, "channel_mult": (1, 2, 2), "transformer_depth": [0, 0, 2, 2, 10, 10],
+             "transformer_depth_output": [0] * 3 + [2] * 3 + [10] * 3, "transformer_depth_middle": 10,
+             "context_dim": 32, "use_linear_in_transformer": True},
+}  # fmt: skip
+
+
+class Holder(torch.nn.Module):
+    def __init__(self, unet):
+        super().__init__()
+        self.diffusion_model = unet
+
+
+def plain(q, k, v, heads, options):
+    return attention_function(q, k, v, heads)
+
+
+def look(kind):
+    torch.manual_seed(0)
+    unet = IntegratedUNet2DConditionModel(**SHAPES[kind]).eval()
+    for name, weight in unet.named_parameters():
+        if weight.ndim > 1:  # as they come, the last layers of blocks are zero
+            weight.data = torch.randn(weight.shape) / weight[0].numel() ** 0.5
+        else:
+            weight.data = torch.full_like(weight, float(name.endswith("weight")))
+    cpu = torch.device("cpu")
+    patcher = UnetPatcher(Holder(unet), load_device=cpu, offload_device=cpu)
+
+    def predict(model, h=16, w=16, sigma=5.0):
+        g = torch.Generator().manual_seed(1)
+        x, context = torch.randn(2, 4, h, w, generator=g), torch.randn(2, 7, 32, generator=g)
+        told = {"cond_or_uncond": [1, 0], "sigmas": torch.full((2,), sigma)}
+        options = {**model.model_options.get("transformer_options", {}), **told}
+        with torch.no_grad():
+            t = torch.tensor([500.0, 500.0])
+            return model.model.diffusion_model(x, t, context=context, transformer_options=options)
+
+    def fused(model=patcher, ratio=0.5, **options):
+        return patch_model(model, TokenFusion.of(ratio, **options), plain, lambda percent: 10 * (1 - percent))[0]
+
+    before, half, weighted = predict(patcher), fused(), fused(proportional=True, early="mean", late="mean")
+    headline = patch_model(patcher, TokenFusion(0.5), plain)[1].headline
+    first = predict(half)
+    shrunk = fused().clone()
+
+    def shrink(h, options):
+        return torch.nn.functional.interpolate(h, scale_factor=0.5) if options["block"][1] == 3 else h
+
+    def grow(h, skip, options):
+        return torch.nn.functional.interpolate(h, size=skip.shape[-2:]), skip
+
+    shrunk.set_model_input_block_patch_after_skip(shrink)
+    shrunk.set_model_output_block_patch(grow)
+    built_in = TomePatcher().patch(patcher, 0.5)
+    laws = {
+        "ratio 0 is bit-equal": torch.equal(predict(fused(ratio=0.0, proportional=True)), before),
+        "the model beside it is bit-equal": torch.equal(predict(patcher), before),
+        "two clones at once": torch.equal(predict(half), first) and not torch.equal(predict(weighted), first),
+        "the same seed": torch.equal(predict(fused(seed=3)), predict(fused(seed=3))),
+        "odd latents run": predict(half, 17, 13).shape == (2, 4, 17, 13),
+        "a map made smaller in between": bool(predict(shrunk, 32, 32).isfinite().all()),
+        "the window": torch.equal(predict(fused(start=0.6)), before) and torch.equal(predict(fused(start=0.4)), first),
+        # which does nothing on SDXL
+        "beside the built-in merging nothing is fused twice": fuses(built_in, fused, predict) == (kind == "sdxl"),
+    }
+    return {"headline": headline, "changed": float((first - before).abs().max()), "laws": laws}
+
+
+def fuses(built_in, fused, predict):
+    """Whether ours does anything: where the built-in one has merged queries first, it sees no map."""
+    seen = []
+    model = fused(built_in)
+    patches = model.model_options["transformer_options"]["patches"]["attn1_patch"][-1].__self__
+    patches.watcher = lambda *found: seen.append(found)
+    predict(model)
+    return bool(seen)
+
+
+if __name__ == "__main__":
+    print(json.dumps({kind: look(kind) for kind in SHAPES}))

@@ -1,0 +1,46 @@
+"""The adapter in Forge's own UNet, where there is a checkout of it.
+
+FORGE=/folder/of/forge pytest tests/test_hosts_forge.py, by FORGE_PYTHON if its packages are another environment's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM, PYTHON = os.environ.get("FORGE"), os.environ.get("FORGE_PYTHON", sys.executable)
+LAWS = ["ratio 0 is bit-equal", "the model beside it is bit-equal", "two clones at once", "the same seed", "the window",
+        "odd latents run", "a map made smaller in between",
+        "beside the built-in merging nothing is fused twice"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def said():
+    """What tests/forge_run.py found, in a process of its own."""
+    if not PROGRAM:
+        pytest.skip("FORGE names no checkout of Forge")
+    paths = [PROGRAM, f"{PROGRAM}/packages_3rdparty", str(ROOT), str(ROOT / "tests")]
+    ran = subprocess.run(
+        [PYTHON, str(ROOT / "tests" / "forge_run.py")], capture_output=True, text=True, cwd=PROGRAM, timeout=600,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("kind", "blocks"), [("sd15", "5 of 16"), ("sdxl", "10 of 70")])
+def test_in_forge_the_blocks_of_the_highest_resolution_are_fused(said, kind, blocks):
+    assert f"on {blocks} transformer blocks" in said[kind]["headline"]
+    assert said[kind]["changed"] > 1e-3
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_in_forge_the_laws_hold(said, kind, law):
+    assert said[kind]["laws"][law] is True
