@@ -2,9 +2,12 @@
 
 import re
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
+import diffusers
 import pytest
+import tiny
 
 import tofu_sd
 from eval import EvalError, bench, pages
@@ -13,8 +16,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, page=README):
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
@@ -24,6 +27,42 @@ def test_its_python_runs_as_it_stands(number):
     names = {"pipe": pipe, "tofu_sd": tofu_sd}  # the first block imports it for all that follow
     exec(blocks("python")[number], names)
     assert tofu_sd.summary(names["pipe"]).fusion is not None  # each block ends with a patched pipeline
+
+
+DIFFUSERS = (ROOT / "docs" / "diffusers.md").read_text()
+
+
+@pytest.fixture
+def small_models(monkeypatch):
+    """Every published model is a tiny one of its kind, on the CPU, and draws 64 pixels."""
+    made = {diffusers.ControlNetModel: tiny.controlnet, diffusers.StableDiffusionXLPipeline: tiny.sdxl_pipe}
+    for name in ("", "Img2Img", "Inpaint", "ControlNet"):
+        kind = getattr(diffusers, f"StableDiffusion{name}Pipeline")
+        made[kind] = partial(tiny.sd15_pipe, kind)
+    for kind, make in made.items():
+        monkeypatch.setattr(kind, "from_pretrained", lambda name, torch_dtype=None, make=make, **parts: make(**parts))
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda pipe, *where, **how: pipe)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "enable_model_cpu_offload", lambda pipe: None)
+    monkeypatch.setattr(diffusers.UNet2DConditionModel, "compile_repeated_blocks", lambda unet, fullgraph: None)
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python", DIFFUSERS))))
+def test_the_diffusers_page_runs_as_it_stands(small_models, number):
+    code = blocks("python", DIFFUSERS)[number]
+    assert "num_inference_steps=20" in code
+    names = {}
+    exec(code.replace("num_inference_steps=20", "num_inference_steps=2").replace("512", "64"), names)
+    assert names["image"].size[0] >= 64
+
+
+def test_the_diffusers_page_quotes_what_is_said():
+    """Messages change; whoever looks one up should find it."""
+    told = re.findall(r"^\| (.*?) \|", DIFFUSERS.split("| message begins |")[1], flags=re.MULTILINE)
+    source = "".join(path.read_text() for path in (ROOT / "tofu_sd").rglob("*.py"))
+    assert len(told) == 4
+    for message in told:
+        words = [word for word in message.strip("`").replace("…", "").split() if not word[0].isdigit()]
+        assert all(word in source for word in words), message
 
 
 def test_ci_runs_its_test_command():
