@@ -48,12 +48,40 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Any) -> Tens
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+class CrossAttention(nn.Module):
+    """Attention as latent diffusion has it: forward(x, context, mask)."""
+
+    def __init__(self, inner: Any):
+        super().__init__()
+        self.heads, self.to_q, self.to_k, self.to_v = inner.heads, inner.to_q, inner.to_k, inner.to_v
+        self.to_out = nn.Sequential(*inner.to_out)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        out = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, None)
+        return self.to_out(out)
+
+
+class PlainBlock(nn.Module):
+    """A block of a program without patches (AUTOMATIC1111)."""
+
+    def __init__(self, block: Any):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3, self.ff = block.norm1, block.norm2, block.norm3, block.ff
+        self.attn1, self.attn2 = CrossAttention(block.attn1), CrossAttention(block.attn2)
+
+    def forward(self, x: Tensor, context: Tensor, options: Any) -> Tensor:
+        x = self.attn1(self.norm1(x)) + x
+        x = self.attn2(self.norm2(x), context=context) + x
+        return self.ff(self.norm3(x)) + x
+
+
 class SpatialTransformer(nn.Module):
-    def __init__(self, transformer: Any):
+    def __init__(self, transformer: Any, block: type[nn.Module] = BasicTransformerBlock):
         super().__init__()
         self.norm, self.proj_in, self.proj_out = transformer.norm, transformer.proj_in, transformer.proj_out
         self.linear = transformer.use_linear_projection
-        self.transformer_blocks = nn.ModuleList(BasicTransformerBlock(b) for b in transformer.transformer_blocks)
+        self.transformer_blocks = nn.ModuleList(block(b) for b in transformer.transformer_blocks)
 
     def forward(self, x: Tensor, context: Tensor, options: dict[str, Any]) -> Tensor:
         _, _, h, w = x.shape
@@ -88,9 +116,10 @@ class Upsample(Downsample):
 class UNetModel(nn.Module):
     """A diffusers UNet's layers in the order and under the names of latent diffusion."""
 
-    def __init__(self, unet: Any):
+    def __init__(self, unet: Any, block: type[nn.Module] = BasicTransformerBlock):
         super().__init__()
         self.unet = unet
+        self.block = block
         self.input_blocks = nn.ModuleList([nn.ModuleList([unet.conv_in])])
         for stage in unet.down_blocks:
             self._layers(stage, self.input_blocks)
@@ -98,7 +127,7 @@ class UNetModel(nn.Module):
                 self.input_blocks.append(nn.ModuleList([Downsample(layer)]))
         middle = unet.mid_block
         self.middle_block = nn.ModuleList(
-            [middle.resnets[0], SpatialTransformer(middle.attentions[0]), middle.resnets[1]]
+            [middle.resnets[0], SpatialTransformer(middle.attentions[0], block), middle.resnets[1]]
         )
         self.output_blocks = nn.ModuleList()
         for stage in unet.up_blocks:
@@ -106,14 +135,18 @@ class UNetModel(nn.Module):
             for layer in stage.upsamplers or ():
                 self.output_blocks[-1].append(Upsample(layer))
 
-    @staticmethod
-    def _layers(stage: Any, blocks: nn.ModuleList) -> None:
+    def _layers(self, stage: Any, blocks: nn.ModuleList) -> None:
         attentions = getattr(stage, "attentions", [None] * len(stage.resnets))
         for resnet, transformer in zip(stage.resnets, attentions, strict=True):
-            blocks.append(nn.ModuleList([resnet] if transformer is None else [resnet, SpatialTransformer(transformer)]))
+            blocks.append(
+                nn.ModuleList(
+                    [resnet] if transformer is None else [resnet, SpatialTransformer(transformer, self.block)]
+                )
+            )
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, options: dict[str, Any], added: Any = None) -> Tensor:
-        options = {**options, "original_shape": list(x.shape)}
+    def forward(self, x: Tensor, timesteps: Any, context: Tensor, options: Any = None, added: Any = None) -> Tensor:
+        t = torch.as_tensor(timesteps)
+        options = {**(options or {}), "original_shape": list(x.shape)}
         silent = options.pop("silent", False)
         emb = self.unet.time_embedding(self.unet.time_proj(t.expand(len(x))))
         aug = self.unet.get_aug_embed(emb, context, added)

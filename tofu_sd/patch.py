@@ -134,6 +134,12 @@ class SiteFusion:
         self.number = number_of(self.reduction)  # in this process
 
 
+def given(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, *names: str) -> Any:
+    """An argument of a host's module, by any of the names that hosts have for it, or by its place; None if neither."""
+    named = next((kwargs[name] for name in names if name in kwargs), None)
+    return args[place] if named is None and len(args) > place else named
+
+
 class _Tick:
     """Forward pre-hook of the model: tells the clock the step, where that matters, and lets go of older maps."""
 
@@ -142,9 +148,9 @@ class _Tick:
         self.relays = relays
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        timestep = given(args, kwargs, 1, "timestep", "timesteps")
         if timestep is not None:  # else the model itself says what it lacks
-            self.clock.tick(timestep, kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None))
+            self.clock.tick(timestep, given(args, kwargs, 2, "encoder_hidden_states", "context"))
         if self.clock.anew:
             for relay in self.relays:
                 relay.map = None
@@ -160,7 +166,7 @@ class _LayOut:
         self.least = least  # tokens, under which the map is left alone
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
+        x = given(args, kwargs, 0, "hidden_states", "x")
         h, w = x.shape[-2:]
         layout = self.clock.layout(h, w, x.device) if h * w >= self.least else None
         for site in self.sites:
@@ -292,7 +298,7 @@ def watching(model: nn.Module, patch: Patch) -> Iterator[list[Sighting]]:
         calls[0] += 1
 
     def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sizes[module] = tuple((args[0] if args else kwargs["hidden_states"]).shape[-2:])
+        sizes[module] = tuple(given(args, kwargs, 0, "hidden_states", "x").shape[-2:])
 
     def watch(site: Site, map: TokenMap) -> None:
         outer = before[site.name]

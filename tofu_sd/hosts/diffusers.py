@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..patch import ATTRIBUTE, Site, SiteFusion
 from ..reduce import unmerge
+from .norm import FusedNorm, refuse_wrapped
 
 
 def unwrap(model: Any) -> tuple[nn.Module, int | None]:
@@ -103,22 +104,6 @@ def _only_cross(block: BasicTransformerBlock) -> bool:
 # --- what is swapped in -----------------------------------------------------------------------------------------------
 # Importable, so that a patched model pickles. Each reads tensors of its SiteFusion alone, so that it compiles. Whatever
 # hooked such a layer keeps its method when the patch has gone: without a SiteFusion each is the host's own.
-
-
-class FusedNorm(nn.LayerNorm):
-    """A block's first norm that shows its input, the block's hidden states, to the matching.
-
-    It overrides __call__ and not forward: offloading and layerwise casting set `forward` on the instance, which would
-    hide an override of the class.
-    """
-
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        site: SiteFusion | None = getattr(self, ATTRIBUTE, None)
-        if site is not None:
-            # tokens lie channel by channel here; the norm makes this copy in any case, and rows are read from it faster
-            hidden_states = hidden_states.contiguous()
-            site.observe(hidden_states)
-        return super().__call__(hidden_states)
 
 
 class FusedAttention(Attention):  # type: ignore[misc]
@@ -217,8 +202,5 @@ def swap(site: Site, role: str, ours: Collection[nn.Module] = ()) -> type[nn.Mod
             "else has already wrapped it"
         )
     if role != "norm" and "forward" in vars(part) and part not in ours:
-        raise RuntimeError(
-            f"{where} has a `forward` of its own, set by something else (a cache, an attention hook): fusion would be "
-            "passed over silently; apply tofu_sd first, then the other"
-        )
+        refuse_wrapped(where)
     return fused

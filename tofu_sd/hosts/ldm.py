@@ -6,11 +6,16 @@ Found by structure and not by class: each of these programs has classes of its o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ..patch import Site
+from ..patch import ATTRIBUTE, Site, SiteFusion, Summary, attach, detach, patch_of, plan, summarize
+from ..policy import TokenFusion
+from ..proportional import attend, key_bias
+from ..reduce import unmerge
+from .norm import FusedNorm, refuse_wrapped
 
 STAGES = {"input_blocks": "down", "middle_block": "mid", "output_blocks": "up"}
 SIDES = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}  # as patches are told of them
@@ -66,3 +71,73 @@ def _stages(unet: Any) -> Iterator[tuple[str, int, str, int, nn.Module, str]]:
             kinds = {type(module).__name__ for module in block.modules()}
             downsample = downsample * 2 if "Downsample" in kinds else downsample
             downsample = downsample // 2 if "Upsample" in kinds and path == "up" else downsample
+
+
+# --- patching in place, where a program has no patches ----------------------------------------------------------------
+
+
+def apply(unet: Any, fusion: TokenFusion) -> Summary:
+    """Fuses tokens in a UNet of AUTOMATIC1111 from now on, in the place of what was applied before.
+
+    ValueError or RuntimeError where it cannot be; the UNet is then without a patch.
+    """
+    restore(unet)
+    sites = list(find_sites(unet).values())
+    attach(unet, plan(unet, sites, fusion, swap, train_steps=1000))
+    return summarize(type(unet).__name__, sites, fusion, {}, (64, 64))
+
+
+def restore(unet: Any) -> None:
+    """The UNet as it was before `apply`; one without a patch stays as it is."""
+    if patch_of(unet) is not None:
+        detach(unet)
+
+
+def swap(site: Site, role: str) -> type[nn.Module]:
+    """The class that takes the place of the site's layer `role`."""
+    part = site.parts[role]
+    if role not in ("norm", "attn"):
+        raise ValueError(f"{role} layers cannot be fused here: self-attention alone")
+    if "forward" in vars(part):
+        refuse_wrapped(f"{site.name}'s {role} layer")
+    return FusedNorm if role == "norm" else fused_attention(type(part))  # type: ignore[arg-type]
+
+
+@cache
+def fused_attention(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a program's attention, forward(x, context, mask), that attends over fused tokens.
+
+    It calls its parent's `forward` by name at every call: these programs put another one there when they start, such as
+    xformers', and that one runs on fused tokens.
+    """
+
+    class FusedAttention(kind):  # type: ignore[misc, valid-type]
+        def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, **more: Any) -> Tensor:
+            site: SiteFusion | None = getattr(self, ATTRIBUTE, None)
+            if site is not None and site.normed:
+                site.observe(x)
+            map = None if site is None else site.take("attn", x)
+            if site is None or map is None or context is not None or mask is not None or any(more.values()):
+                out: Tensor = super().forward(x, context=context, mask=mask, **more)
+                return out
+            fused = site.reduce(x, map)
+            bias = key_bias(map.size, x.dtype, sdpa=True) if site.proportional else None
+            queries = x if site.keys_only else fused
+            if bias is None:
+                out = super().forward(queries, context=fused if site.keys_only else None, **more)
+            else:
+                out = self._weighted(queries, fused, bias)
+            return out if site.keys_only else unmerge(out, map)
+
+        def _weighted(self, x: Tensor, context: Tensor, bias: Tensor) -> Tensor:
+            """Attention whose keys are weighted, which the program's own has no place for: its mask is yes or no."""
+            q, k, v = (
+                layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                for layer, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
+            )
+            weighted = attend(q, k, v, bias.unsqueeze(1).expand(-1, self.heads, -1, -1))
+            out: Tensor = self.to_out(weighted.transpose(1, 2).flatten(2))
+            return out
+
+    FusedAttention.__name__ = f"Fused{kind.__name__}"
+    return FusedAttention

@@ -1,0 +1,138 @@
+"""UNets in latent diffusion's layout, patched in place: the same pictures as in diffusers, and nothing left behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+from patcher_host import CrossAttention, PlainBlock, UNetModel
+from torch import nn
+
+import tofu_sd
+from tofu_sd import TokenFusion
+from tofu_sd.hosts import ldm
+
+OPTIONS = [
+    {},
+    {"match_on": "normed"},
+    {"early": "mean", "late": "mean", "proportional": True},
+    {"keys_only": True, "ratio": 0.75},
+    {"keys_only": True, "proportional": True},
+    {"levels": 2, "window": 2},
+    {"start": 0.4, "end": 0.6},
+    {"start": 0.6},
+    {"seed": 3},
+    {"share_level": True},
+]
+
+
+def told(options):
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "default"
+
+
+@pytest.fixture(params=["sd15", "sdxl"], scope="module")
+def unets(request):
+    """(a diffusers UNet, the same weights in latent diffusion's layout)."""
+    unet = tiny.sd15_unet() if request.param == "sd15" else tiny.sdxl_unet(layers=(1, 2, 1))
+    return unet, UNetModel(copy.deepcopy(unet), PlainBlock)
+
+
+def predict(unets, h=16, w=16, by_name=False):
+    unet, model = unets
+    inputs = tiny.inputs(unet, h, w)
+    x, context, added = inputs["sample"], inputs["encoder_hidden_states"], inputs.get("added_cond_kwargs")
+    t = torch.full((len(x),), 500.0)
+    with torch.no_grad():
+        if by_name:  # as sgm calls it
+            return model(x, timesteps=t, context=context, added=added)
+        return model(x, t, context, None, added)
+
+
+def state(model):
+    return [(name, type(module), sorted(vars(module)), len(module._forward_pre_hooks))
+            for name, module in model.named_modules()]  # fmt: skip
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=told)
+def test_it_draws_what_the_diffusers_adapter_draws_and_is_restored_to_the_bit(unets, options, by_name):
+    unet, model = unets
+    before, plain = state(model), predict(unets)
+    with tofu_sd.patched(unet, **{"ratio": 0.5, **options}):
+        expected = tiny.predict(unet, 16, 16)
+    summary = ldm.apply(model, TokenFusion.of(**{"ratio": 0.5, **options}))
+    try:
+        found = predict(unets, by_name=by_name)
+    finally:
+        ldm.restore(model)
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert torch.equal(found, plain) == (options == {"start": 0.6})  # the call is at half of the sampling
+    assert "transformer blocks" in summary.headline
+    assert state(model) == before
+    assert torch.equal(predict(unets), plain)
+
+
+def test_applied_again_the_later_one_counts_and_nothing_is_left(unets):
+    _, model = unets
+    before = state(model)
+    ldm.apply(model, TokenFusion(0.25))
+    ldm.apply(model, TokenFusion(0.5))
+    twice = predict(unets)
+    ldm.restore(model)
+    ldm.restore(model)
+    assert state(model) == before
+    ldm.apply(model, TokenFusion(0.5))
+    assert torch.equal(predict(unets), twice)
+    ldm.restore(model)
+
+
+def test_an_attention_that_the_program_changes_later_runs_on_fused_tokens(unets, monkeypatch):
+    """These programs put xformers' forward and others in the class when they start, or when a setting changes."""
+    _, model = unets
+    ldm.apply(model, TokenFusion(0.5))
+    seen, original = [], CrossAttention.forward
+
+    def other(self, x, context=None, mask=None, **kwargs):
+        seen.append(x.shape[1])
+        return original(self, x, context, mask)
+
+    try:
+        expected = predict(unets)
+        monkeypatch.setattr(CrossAttention, "forward", other)
+        assert torch.equal(predict(unets), expected)
+    finally:
+        ldm.restore(model)
+    top = max(seen)
+    assert top // 2 in seen
+
+
+def test_an_attention_that_something_else_has_wrapped_is_refused(unets):
+    """As HyperTile does in AUTOMATIC1111, on the instance, which would pass a class over in silence."""
+    _, model = unets
+    before = state(model)
+    site = next(iter(ldm.find_sites(model).values()))
+    attn = site.parts["attn"]
+    attn.forward = attn.forward
+    try:
+        with pytest.raises(RuntimeError, match=r"attn layer has a `forward` of its own, set by something else"):
+            ldm.apply(model, TokenFusion(0.5))
+    finally:
+        del attn.forward
+    assert state(model) == before
+
+
+def test_what_cannot_be_fused_here_is_refused_in_words(unets):
+    _, model = unets
+    before = state(model)
+    with pytest.raises(ValueError, match="mlp layers cannot be fused here: self-attention alone"):
+        ldm.apply(model, TokenFusion(0.5, merge_mlp=True))
+    with pytest.raises(ValueError, match="no eligible block in Linear"):
+        ldm.apply(nn.Linear(2, 2), TokenFusion(0.5))
+    assert state(model) == before
+
+
+def test_a_program_keeps_one_class_for_each_kind_of_attention():
+    assert ldm.fused_attention(CrossAttention) is ldm.fused_attention(CrossAttention)
+    assert issubclass(ldm.fused_attention(CrossAttention), CrossAttention)
