@@ -128,6 +128,8 @@ def test_what_cannot_be_fused_here_is_refused_in_words(unets):
     before = state(model)
     with pytest.raises(ValueError, match="mlp layers cannot be fused here: self-attention alone"):
         ldm.apply(model, TokenFusion(0.5, merge_mlp=True))
+    with pytest.raises(ValueError, match="min_tokens is 'auto', which is measured in diffusers alone"):
+        ldm.apply(model, TokenFusion(0.5, min_tokens="auto"))
     with pytest.raises(ValueError, match="no eligible block in Linear"):
         ldm.apply(nn.Linear(2, 2), TokenFusion(0.5))
     assert state(model) == before

@@ -227,6 +227,7 @@ def test_self_attention_that_something_else_has_replaced_is_not_taken_from_it(un
     [
         ({"merge_mlp": True}, "merge_mlp cannot be had here: these programs tell patches of self-attention alone"),
         ({"merge_crossattn": True}, "merge_crossattn cannot be had here"),
+        ({"min_tokens": "auto"}, "min_tokens is 'auto', which is measured in diffusers alone"),
         ({"share_guidance": True}, "share_guidance cannot be had here: these programs decide for themselves"),
     ],
 )
@@ -234,6 +235,11 @@ def test_options_that_cannot_be_had_are_refused_by_name(unets, options, said):
     with pytest.raises(ValueError, match=said):
         fused(unets[1], **options)
     assert unets[1].model_options == {"transformer_options": {}}
+
+
+def test_maps_that_will_be_left_alone_are_told(unets):
+    _, summary = patch_model(unets[1], TokenFusion(0.5, min_tokens=10_000), attention)
+    assert "left alone (fewer than 10000)" in summary.headline
 
 
 def test_a_window_takes_noise_levels(unets):

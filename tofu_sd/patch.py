@@ -389,10 +389,12 @@ def summarize(
 
     least: for each level, fewer tokens than that are left alone.
     """
+    if fusion is None:
+        return Summary(model, latent, len(sites), None, ())
     rows = []
-    for site, state in fusions(sites, fusion) if fusion is not None else ():
+    for site, state in fusions(sites, fusion):
         h, w = (-(-side // site.downsample) for side in latent)  # stride-2 convolutions round up
         fewest = least.get(site.level, 0)
-        leaving = fusion.leaving(h, w) if fusion is not None and h * w >= fewest else 0
+        leaving = fusion.leaving(h, w) if h * w >= fewest else 0
         rows.append(Row(site.name, site.depth, (h, w), h * w, h * w - leaving, state.reduction.__name__, fewest))
     return Summary(model, latent, len(sites), fusion, tuple(rows))

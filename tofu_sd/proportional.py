@@ -56,6 +56,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **more:
     return (by_channel if flash_takes(query, **more) else by_mask)(query, key, value, attn_mask, **more)
 
 
+def weighted_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, size: Tensor) -> Tensor:
+    """Attention of projected q [B, N, C] to k, v [B, K, C], whose keys stand for `size` [B, K] tokens each: [B, N, C].
+
+    For hosts whose own attention has no place for weights.
+    """
+    q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))  # [B, H, N, d]
+    bias = size.log()[:, None, None].expand(-1, heads, -1, -1)  # [B, H, 1, K], float32
+    return attend(q, k, v, bias).transpose(1, 2).flatten(2)
+
+
 def flash_takes(query: Tensor, dropout_p: float = 0.0, is_causal: bool = False, **more: Any) -> bool:
     """Whether CUDA's flash kernel takes attention of these queries [B, H, N, d], with channels added to them."""
     if query.device.type != FLASH_DEVICE or query.dtype not in FLASH_TYPES:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..patch import ATTRIBUTE, Site, SiteFusion, Summary, attach, detach, patch_of, plan, summarize
 from ..policy import TokenFusion
-from ..proportional import attend, key_bias
+from ..proportional import weighted_attention
 from ..reduce import unmerge
 from .norm import FusedNorm, refuse_wrapped
 
@@ -73,6 +73,19 @@ def _stages(unet: Any) -> Iterator[tuple[str, int, str, int, nn.Module, str]]:
             downsample = downsample // 2 if "Upsample" in kinds and path == "up" else downsample
 
 
+def number_of_tokens(fusion: TokenFusion) -> int:
+    """min_tokens, which is measured on diffusers models alone: ValueError for "auto"."""
+    if fusion.min_tokens == "auto":
+        raise ValueError("min_tokens is 'auto', which is measured in diffusers alone: give a number of tokens here")
+    return int(fusion.min_tokens)
+
+
+def told(unet: Any, sites: dict[Place, Site], fusion: TokenFusion) -> Summary:
+    """What is fused, at the latent of a picture of 512 pixels: these programs say the size when they draw."""
+    least = {site.level: number_of_tokens(fusion) for site in sites.values()}
+    return summarize(type(unet).__name__, list(sites.values()), fusion, least, (64, 64))
+
+
 # --- patching in place, where a program has no patches ----------------------------------------------------------------
 
 
@@ -82,9 +95,10 @@ def apply(unet: Any, fusion: TokenFusion) -> Summary:
     ValueError or RuntimeError where it cannot be; the UNet is then without a patch.
     """
     restore(unet)
-    sites = list(find_sites(unet).values())
-    attach(unet, plan(unet, sites, fusion, swap, train_steps=1000))
-    return summarize(type(unet).__name__, sites, fusion, {}, (64, 64))
+    number_of_tokens(fusion)
+    sites = find_sites(unet)
+    attach(unet, plan(unet, list(sites.values()), fusion, swap, train_steps=1000))
+    return told(unet, sites, fusion)
 
 
 def restore(unet: Any) -> None:
@@ -121,23 +135,13 @@ def fused_attention(kind: type[nn.Module]) -> type[nn.Module]:
                 out: Tensor = super().forward(x, context=context, mask=mask, **more)
                 return out
             fused = site.reduce(x, map)
-            bias = key_bias(map.size, x.dtype, sdpa=True) if site.proportional else None
             queries = x if site.keys_only else fused
-            if bias is None:
-                out = super().forward(queries, context=fused if site.keys_only else None, **more)
+            if site.proportional:  # the program's own has no place for weights: its mask is yes or no
+                q, k, v = self.to_q(queries), self.to_k(fused), self.to_v(fused)
+                out = self.to_out(weighted_attention(q, k, v, self.heads, map.size))
             else:
-                out = self._weighted(queries, fused, bias)
+                out = super().forward(queries, context=fused if site.keys_only else None, **more)
             return out if site.keys_only else unmerge(out, map)
-
-        def _weighted(self, x: Tensor, context: Tensor, bias: Tensor) -> Tensor:
-            """Attention whose keys are weighted, which the program's own has no place for: its mask is yes or no."""
-            q, k, v = (
-                layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                for layer, y in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
-            )
-            weighted = attend(q, k, v, bias.unsqueeze(1).expand(-1, self.heads, -1, -1))
-            out: Tensor = self.to_out(weighted.transpose(1, 2).flatten(2))
-            return out
 
     FusedAttention.__name__ = f"Fused{kind.__name__}"
     return FusedAttention

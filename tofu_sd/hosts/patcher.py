@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ..clock import Clock
-from ..patch import Site, SiteFusion, Summary, fusions, summarize
+from ..patch import Site, SiteFusion, Summary, fusions
 from ..policy import TokenFusion
-from ..proportional import attend, key_bias
+from ..proportional import weighted_attention
 from ..reduce import unmerge
 from ..tokens import TokenMap
-from .ldm import Place, find_sites
+from .ldm import Place, find_sites, number_of_tokens, told
 
 Options = Mapping[str, Any]  # what a patch is told: block, block_index, activations_shape, sigmas, cond_or_uncond, ...
 UNSUPPORTED = {
@@ -48,7 +48,7 @@ class AttentionPatches:
         places = {site.name: place for place, site in sites.items()}
         chosen = fusions(list(sites.values()), fusion)
         self.states: dict[Place, SiteFusion] = {places[site.name]: state for site, state in chosen}
-        self.least = 0 if fusion.min_tokens == "auto" else int(fusion.min_tokens)
+        self.least = number_of_tokens(fusion)
         self.sigmas = sigmas
         self.plain = plain
         self.clock = Clock(replace(fusion, start=0.0, end=1.0))  # the window is in noise levels here
@@ -97,9 +97,7 @@ class AttentionPatches:
         dtype = v.dtype
         if options.get("attn_precision") is torch.float32:
             q, k, v = q.float(), k.float(), v.float()
-        q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))  # [B, H, N, d]
-        bias = key_bias(map.size, q.dtype, sdpa=False).unsqueeze(1).expand(-1, heads, -1, -1)
-        return attend(q, k, v, bias).transpose(1, 2).flatten(2).to(dtype)
+        return weighted_attention(q, k, v, heads, map.size).to(dtype)
 
     def tell_size(self, x: Tensor, when: str, layer: Any, number: int, stage: Any, options: dict[str, Any]) -> Tensor:
         """Forge's block_inner_modifier: tells the size of the map [B, C, h, w] that Forge does not tell itself."""
@@ -181,5 +179,4 @@ def patch_model(
                     "Token Fusion before it, or turn proportional off"
                 )
             clone.set_model_attn1_replace(patches.attention, side, number, index)
-    summary = summarize(type(model).__name__, list(sites.values()), fusion, {}, (64, 64))
-    return clone, summary
+    return clone, told(model, sites, fusion)
