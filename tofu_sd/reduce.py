@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from .kernels import merge, take
+from .kernels.operators import operator
 from .tokens import TokenMap
 
 Reduction = Callable[[Tensor, TokenMap], Tensor]
@@ -56,17 +56,14 @@ def number_of(reduction: Reduction) -> int:
     return _NUMBERED.setdefault(reduction, len(_NUMBERED) + 2)
 
 
-@torch.library.custom_op(
-    "tofu_sd::fuse", mutates_args=(), schema="(Tensor x, Tensor kept, Tensor home, SymInt number) -> Tensor"
-)
+def _fuse_shapes(x: Tensor, kept: Tensor, home: Tensor, number: int) -> Tensor:
+    return x.new_empty(*kept.shape, x.shape[-1])
+
+
+@operator("tofu_sd::fuse", "(Tensor x, Tensor kept, Tensor home, SymInt number) -> Tensor", _fuse_shapes)
 def fuse(x: Tensor, kept: Tensor, home: Tensor, number: int) -> Tensor:
     """The reduction of that number, as an operator that is the same for all of them: one graph of a compiled block.
 
     Without gradient.
     """
     return list(_NUMBERED)[number - 2](x, TokenMap(kept, home)).contiguous()
-
-
-@fuse.register_fake
-def _(x: Tensor, kept: Tensor, home: Tensor, number: int) -> Tensor:
-    return x.new_empty(*kept.shape, x.shape[-1])

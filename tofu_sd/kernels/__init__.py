@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
+from .operators import operator
 
 _enabled = True
 
@@ -79,22 +80,19 @@ def _launcher(name: str, device: torch.device) -> Callable[..., Any]:
     return launch
 
 
-@torch.library.custom_op(
-    "tofu_sd::nearest", mutates_args=(), schema="(Tensor metric, Tensor src, Tensor dst) -> (Tensor, Tensor)"
-)
+def _nearest_shapes(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (metric.shape[0], *src.shape)
+    best = metric.new_empty(shape, dtype=torch.promote_types(metric.dtype, torch.float32))
+    return best, metric.new_empty(shape, dtype=torch.long)
+
+
+@operator("tofu_sd::nearest", "(Tensor metric, Tensor src, Tensor dst) -> (Tensor, Tensor)", _nearest_shapes)
 def nearest(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.nearest`, as an operator: a compiler would unroll its loop over chunks for one size alone."""
     if can_fuse(metric):
         return _launcher("nearest", metric.device)(metric, src, dst)
     on_cpu = _enabled and metric.device.type == "cpu" and metric.dtype != torch.float64 and cpu.available()
     return (cpu if on_cpu else reference).nearest(metric, src, dst)
-
-
-@nearest.register_fake
-def _(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (metric.shape[0], *src.shape)
-    best = metric.new_empty(shape, dtype=torch.promote_types(metric.dtype, torch.float32))
-    return best, metric.new_empty(shape, dtype=torch.long)
 
 
 def assemble(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:

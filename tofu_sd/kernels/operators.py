@@ -1,0 +1,26 @@
+"""Functions that a compiler takes as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def operator(name: str, schema: str, shapes: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Registers a function with torch under `name`; `shapes` gives empty tensors like its results.
+
+    Before torch 2.4, on which some web UIs still run, the function stays what it is, and a compiler looks into it.
+    """
+
+    def register(function: Function) -> Function:
+        if not hasattr(torch.library, "custom_op"):
+            return function
+        op: Any = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+        op.register_fake(shapes)
+        return op
+
+    return register
