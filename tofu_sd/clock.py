@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .kernels.operators import is_compiling
 from .match import Partition, Windows, partition, windows
 from .policy import TokenFusion
 
@@ -55,7 +56,7 @@ class Clock:
         windowed = (fusion.start, fusion.end) != (0.0, 1.0)
         if not windowed and fusion.match_every == 1:
             return
-        if torch.compiler.is_compiling():
+        if is_compiling():
             raise RuntimeError(
                 f"{'start and end need' if windowed else 'match_every needs'} the timestep as a number, which a "
                 "compiled model cannot read: compile the blocks alone with compile_repeated_blocks()"
@@ -90,7 +91,7 @@ class Clock:
         """The layout of an h × w map at this step; None where no token leaves, or outside the step window."""
         if not self.open or self.fusion.leaving(h, w) == 0:
             return None
-        if torch.compiler.is_compiling():  # sizes may be symbols, which no dictionary should hold
+        if is_compiling():  # sizes may be symbols, which no dictionary should hold
             return self._lay_out(h, w, device)
         key = (h, w, device)
         if key not in self._layouts:
@@ -104,7 +105,7 @@ class Clock:
 
     def length(self, n: int, device: torch.device) -> Tensor:
         """A number as the length of a tensor [n], for a block whose graph shall not depend on it."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return torch.empty(n, device=device)
         if (n, device) not in self._lengths:
             self._lengths[n, device] = torch.empty(n, device=device)

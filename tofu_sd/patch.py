@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .clock import Clock, Layout
+from .kernels.operators import is_compiling
 from .match import bipartite_soft_matching
 from .policy import TokenFusion
 from .proportional import key_bias
@@ -86,7 +87,7 @@ class SiteFusion:
             self.map = self._match(x, self.layout)
             if relay is not None:
                 relay.map = self.map
-        if self.watcher is not None and not torch.compiler.is_compiling():
+        if self.watcher is not None and not is_compiling():
             self.watcher(self.map)
 
     def _match(self, x: Tensor, layout: Layout) -> TokenMap:
@@ -113,7 +114,7 @@ class SiteFusion:
     def reduce(self, x: Tensor, map: TokenMap) -> Tensor:
         """The site's reduction of x [B, N, C]: [B, K, C]."""
         gradient = x.requires_grad and torch.is_grad_enabled()
-        if self.as_length is not None and torch.compiler.is_compiling() and not gradient:
+        if self.as_length is not None and is_compiling() and not gradient:
             return fuse(x, map.kept, map.home, len(self.as_length))
         return self.reduction(x, map)
 

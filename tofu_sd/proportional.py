@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kernels.operators import is_compiling
+
 FLASH_DEVICE, FLASH_TYPES = "cuda", (torch.float16, torch.bfloat16)
 FLASH_CHANNELS = 256  # of a head, at most
 EXTRA = 8  # channels more: flash takes multiples of 8
@@ -72,7 +74,7 @@ def flash_takes(query: Tensor, dropout_p: float = 0.0, is_causal: bool = False, 
         return False
     if query.shape[-1] + EXTRA > FLASH_CHANNELS or dropout_p or is_causal:
         return False
-    if torch.compiler.is_compiling():  # cannot ask; right in any case, and slower where there is no flash
+    if is_compiling():  # cannot ask; right in any case, and slower where there is no flash
         return True
     enabled = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
     return bool(enabled) and torch.cuda.get_device_capability(query.device) >= (8, 0)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
-from .operators import operator
+from .operators import is_compiling, operator
 
 _enabled = True
 
@@ -112,6 +112,6 @@ def merge(x: Tensor, home: Tensor, K: int, largest_norm: bool) -> Tensor:
 
 def _chosen(name: str, x: Tensor) -> Callable[..., Any]:
     """The kernel where it can be launched here and now, else the reference, of which a compiler makes its own."""
-    if not torch.compiler.is_compiling() and can_fuse(x):
+    if not is_compiling() and can_fuse(x):
         return _launcher(name, x.device)
     return getattr(reference, name)

@@ -1,4 +1,4 @@
-"""Functions that a compiler takes as they are."""
+"""Functions that a compiler takes as they are, and whether one is at work."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from typing import Any, TypeVar
 import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _never() -> bool:
+    return False
+
+
+is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", _never)  # torch 2.3 brought it
 
 
 def operator(name: str, schema: str, shapes: Callable[..., Any]) -> Callable[[Function], Function]:
