@@ -21,6 +21,8 @@ import tiny
 import torch
 from patcher_host import Patcher, UNetModel, attention
 
+from tofu_sd import TokenFusion
+
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM, PYTHON = os.environ.get("COMFYUI"), os.environ.get("COMFYUI_PYTHON", sys.executable)
 MODULE = "tofu_sd.hosts.comfyui"
@@ -147,7 +149,7 @@ def test_what_nobody_changes_is_the_default_of_the_package(comfy, model):
     nodes = comfy("V1")
     asked = nodes.TokenFusionNode.INPUT_TYPES()["optional"]
     untouched = nodes.fuse(model, **{name: told["default"] for name, (_, told) in asked.items()})
-    assert nodes.patches_of(untouched).fusion == nodes.patches_of(nodes.fuse(model)).fusion == nodes.TokenFusion()
+    assert nodes.patches_of(untouched).fusion == nodes.patches_of(nodes.fuse(model)).fusion == TokenFusion()
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
 """ComfyUI: the nodes "Token Fusion (ToFu)", which patches a model, and "Token Fusion Map", which shows what it does.
 
-What the nodes take is said once, in `FUSE` and `SHOW`; from that they are made for the newer interface (V3), and for
+What the nodes take is said once, in `OPTIONS` and `SHOW`; from that they are made for the newer interface (V3), and for
 the older one where ComfyUI has no other.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ import torch.nn.functional as F
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ..policy import TokenFusion
 from ..tokens import TokenMap, merge_map
 from .ldm import Place
+from .options import OPTIONS, Option, fusion_of
 from .patcher import AttentionPatches, Options, patch_model
 
 try:
@@ -29,71 +28,18 @@ CATEGORY = "model_patches/unet"  # where the program has its own of this kind
 logger = logging.getLogger("tofu_sd")
 
 
-@dataclass(frozen=True)
-class Widget:
-    """Something a node asks for: a number from `least` to `most`, a switch, or one of some names."""
-
-    name: str
-    default: Any
-    tooltip: str
-    least: float | None = None
-    most: float | None = None
-    step: float | None = None
-    names: tuple[str, ...] = ()
-
-    @property
-    def kind(self) -> str:
-        return "COMBO" if self.names else {bool: "BOOLEAN", int: "INT", float: "FLOAT"}[type(self.default)]
-
-    @property
-    def limits(self) -> dict[str, Any]:
-        limits = {"min": self.least, "max": self.most, "step": self.step}
-        return {name: value for name, value in limits.items() if value is not None}
-
-
-REDUCE = ("prune", "mean", "mlerp")
-BIG = 2**31 - 1
-# no input is called seed: the program would put a second widget beside it
-FUSE = (
-    Widget("ratio", 0.5, "Share of the tokens that are fused away. 0 leaves the picture as it is.", 0.0, 0.75, 0.01),
-    Widget("early", "prune", "How tokens are fused on the way down: prune keeps one of each group.", names=REDUCE),
-    Widget("late", "mlerp", "How they are fused after that: mlerp averages and keeps the largest norm.", names=REDUCE),
-    Widget("depth_split", -1, "Blocks before this one are early. -1: the whole way down.", -1, 100, 1),
-    Widget(
-        "proportional", False,
-        "A fused token gets the attention of all it stands for: much nearer to the full picture; best with mean twice.",
-    ),
-    Widget("keys_only", False, "Fuse keys and values alone: nearer to the full picture, and slower."),
-    Widget("levels", 1, "How many resolutions are fused, from the highest one with attention.", 1, 4, 1),
-    Widget("start_percent", 0.0, "Fuse from this part of the sampling on.", 0.0, 1.0, 0.001),
-    Widget("end_percent", 1.0, "Fuse up to this part of the sampling.", 0.0, 1.0, 0.001),
-    Widget("grid_seed", -1, "-1: fixed destinations. Else drawn at every step, alike for the same seed.", -1, BIG, 1),
-    Widget("window", 0, "Look for like tokens within squares of so many cells: faster. 0: in the whole map.", 0, 64, 1),
-    Widget("match_every", 1, "Look for like tokens at every so many steps: faster, less exact.", 1, 20, 1),
-    Widget("share_level", False, "Look for like tokens once for all blocks of a resolution: faster, less exact."),
-    Widget("min_tokens", 0, "Leave maps of fewer tokens alone, where fusing does not pay.", 0, 2**20, 64),
-)  # fmt: skip
 SHOW = (
-    Widget("at_percent", 0.5, "At this part of the sampling.", 0.0, 1.0, 0.001),
-    Widget("map_seed", 0, "Of the noise that the picture is covered with for it.", 0, BIG, 1),
+    Option("at_percent", 0.5, "At this part of the sampling.", 0.0, 1.0, 0.001),
+    Option("map_seed", 0, "Of the noise that the picture is covered with for it.", 0, 2**31 - 1, 1),
 )
 
 
 # --- what the nodes do ------------------------------------------------------------------------------------------------
 
 
-def fuse(model: Any, ratio: float = 0.5, depth_split: int = -1, grid_seed: int = -1, window: int = 0,
-         start_percent: float = 0.0, end_percent: float = 1.0, **options: Any) -> Any:  # fmt: skip
+def fuse(model: Any, **options: Any) -> Any:
     """A clone of the model that fuses tokens. An option that an older workflow lacks is the default."""
-    fusion = TokenFusion.of(
-        ratio,
-        depth_split=None if depth_split < 0 else depth_split,
-        seed=None if grid_seed < 0 else grid_seed,
-        window=window or None,
-        start=start_percent,
-        end=end_percent,
-        **options,
-    )
+    fusion = fusion_of(options)
     sampling = model.get_model_object("model_sampling")
     clone, summary = patch_model(model, fusion, plain, sampling.percent_to_sigma)
     logger.info(summary.headline)
@@ -155,17 +101,27 @@ ABOUT_SHOW = (
     "Which token stands for which, a picture for each fused block: a colour for each group, gray for one alone."
 )
 
+
+def _kind(option: Option) -> str:
+    return "COMBO" if option.names else {bool: "BOOLEAN", int: "INT", float: "FLOAT"}[type(option.default)]
+
+
+def _limits(option: Option) -> dict[str, Any]:
+    limits = {"min": option.least, "max": option.most, "step": option.step}
+    return {name: value for name, value in limits.items() if value is not None}
+
+
 if io is not None:
 
-    def _inputs(widgets: tuple[Widget, ...]) -> list[Any]:
+    def _inputs(options: tuple[Option, ...]) -> list[Any]:
         kinds = {"COMBO": io.Combo, "BOOLEAN": io.Boolean, "INT": io.Int, "FLOAT": io.Float}
         inputs = []
-        for widget in widgets:
-            more = {"options": list(widget.names)} if widget.names else widget.limits
+        for option in options:
+            more = {"options": list(option.names)} if option.names else _limits(option)
             # optional, so that a workflow from before there was such an input loads
             inputs.append(
-                kinds[widget.kind].Input(
-                    widget.name, default=widget.default, tooltip=widget.tooltip, optional=True, **more
+                kinds[_kind(option)].Input(
+                    option.name, default=option.default, tooltip=option.tooltip, optional=True, **more
                 )
             )
         return inputs
@@ -175,7 +131,7 @@ if io is not None:
         def define_schema(cls) -> Any:
             return io.Schema(
                 node_id="TokenFusion", display_name="Token Fusion (ToFu)", category=CATEGORY, description=ABOUT_FUSE,
-                inputs=[io.Model.Input("model"), *_inputs(FUSE)], outputs=[io.Model.Output()],
+                inputs=[io.Model.Input("model"), *_inputs(OPTIONS)], outputs=[io.Model.Output()],
             )  # fmt: skip
 
         @classmethod
@@ -205,10 +161,10 @@ if io is not None:
 
 else:
 
-    def _asked(widgets: tuple[Widget, ...]) -> dict[str, Any]:
+    def _asked(options: tuple[Option, ...]) -> dict[str, Any]:
         return {
-            w.name: (list(w.names) if w.names else w.kind, {"default": w.default, "tooltip": w.tooltip, **w.limits})
-            for w in widgets
+            o.name: (list(o.names) if o.names else _kind(o), {"default": o.default, "tooltip": o.tooltip, **_limits(o)})
+            for o in options
         }
 
     class TokenFusionNode:  # type: ignore[no-redef]
@@ -216,7 +172,7 @@ else:
 
         @classmethod
         def INPUT_TYPES(cls) -> dict[str, Any]:
-            return {"required": {"model": ("MODEL",)}, "optional": _asked(FUSE)}
+            return {"required": {"model": ("MODEL",)}, "optional": _asked(OPTIONS)}
 
         def execute(self, model: Any, **options: Any) -> tuple[Any]:
             return (fuse(model, **options),)

@@ -1,0 +1,195 @@
+"""A web UI as far as scripts see it: AUTOMATIC1111 with a model patched in place, Forge with a patcher.
+
+What they promise to scripts is here: when they are called and with what, how parameters are saved and pasted, and that
+an error in a script is logged and the picture made without it.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+import types
+from typing import Any
+
+import tiny
+import torch
+from patcher_host import ForgePatcher, PlainBlock, UNetModel, attention
+
+T = (900.0, 500.0, 100.0)  # the timesteps of a sampling
+
+
+class Component:
+    """A field of gradio's, or a place to put them."""
+
+    def __init__(self, *args: Any, **told: Any):
+        self.args, self.told, self.click_told = args, told, {}
+        self.value, self.label = told.get("value"), told.get("label")
+
+    def __enter__(self) -> Component:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        pass
+
+    def click(self, **told: Any) -> None:
+        self.click_told = told
+
+
+class Script:
+    def process_before_every_sampling(self, p: Any, *args: Any, **more: Any) -> None:
+        pass
+
+
+class AxisOption:
+    def __init__(self, label: str, type: Any, apply: Any, choices: Any = None):
+        self.label, self.type, self.apply, self.choices = label, type, apply, choices
+
+
+def modules(forge: bool) -> dict[str, Any]:
+    """What the script imports, by name."""
+    buttons: list[Component] = []
+
+    class Button(Component):
+        def __init__(self, *args: Any, **told: Any):
+            super().__init__(*args, **told)
+            buttons.append(self)
+
+    kinds = {
+        name: type(name, (Component,), {}) for name in ("Row", "Accordion", "Dropdown", "Checkbox", "Number", "Slider")
+    }
+    gradio = {**kinds, "Button": Button, "buttons": buttons}
+    scripts = {"Script": type("Script", (Script,), {}), "AlwaysVisible": object(), "scripts_data": []}
+    made = {
+        "gradio": gradio, "modules": {"scripts": None}, "modules.scripts": scripts,
+        "modules.ui_components": {"InputAccordion": lambda value, **told: Component(value=value, **told)},
+    }  # fmt: skip
+    if forge:
+        made |= {
+            "backend": {},
+            "backend.attention": {"attention_function": lambda q, k, v, heads: attention(q, k, v, heads, None)},
+        }
+    found = {}
+    for name, content in made.items():
+        found[name] = types.ModuleType(name)
+        vars(found[name]).update(content)
+    found["modules"].scripts = found["modules.scripts"]  # type: ignore[attr-defined]
+    return found
+
+
+class Sampler:
+    """AUTOMATIC1111's: everything that runs the UNet goes through launch_sampling."""
+
+    def __init__(self) -> None:
+        self.model: Any = None
+
+    def launch_sampling(self, steps: int, run: Any) -> Any:
+        return run()
+
+
+class Processing:
+    """What a picture is made with."""
+
+    def __init__(self, program: Program, **options: Any):
+        self.sd_model = program.sd_model
+        self.sampler: Any = None
+        self.enable_hr = self.is_hr_pass = False
+        self.built_in: dict[bool, float] = {}
+        self.extra_generation_params: dict[str, Any] = {}
+        self.comments: dict[str, int] = {}
+        self.fails_at: float | None = None
+        vars(self).update(options)
+
+    def comment(self, text: str) -> None:
+        self.comments[text] = 1
+
+    def get_token_merging_ratio(self, for_hr: bool = False) -> float:
+        return self.built_in.get(for_hr, 0.0)
+
+
+class Program:
+    """draw() makes a latent in one or two passes with one script beside."""
+
+    def __init__(self, unet: Any, forge: bool):
+        self.forge = forge
+        self.errors: list[Exception] = []  # that a script has not caught
+        self.model = UNetModel(unet) if forge else UNetModel(unet, PlainBlock)
+        self.script: Any = None
+        if forge:
+            self.patcher = ForgePatcher(self.model)
+            self.patcher.model.predictor = types.SimpleNamespace(percent_to_sigma=lambda percent: 10 * (1 - percent))
+            self.sd_model = types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=self.patcher))
+        else:
+            self.sd_model = types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=self.model))
+
+    def _call(self, hook: str, p: Processing, args: Any, **more: Any) -> None:
+        try:
+            getattr(self.script, hook)(p, *args, **more)
+        except Exception as error:
+            self.errors.append(error)
+
+    def draw(self, args: Any, *, batches: int = 1, **options: Any) -> tuple[torch.Tensor, Processing]:
+        p = options.pop("p", None) or Processing(self, **options)
+        self._call("process", p, args)
+        p.sampler = Sampler()  # used again for every batch, as in img2img
+        for _ in range(batches):
+            p.is_hr_pass = False
+            x = self._sample(p, args, tiny.noise(2, 4, 16, 16))
+            if p.enable_hr:
+                p.is_hr_pass, p.sampler = True, Sampler()
+                x = self._sample(p, args, torch.nn.functional.interpolate(x, scale_factor=2))
+        return x, p
+
+    def _sample(self, p: Processing, args: Any, x: torch.Tensor) -> torch.Tensor:
+        if self.forge:
+            self.sd_model.forge_objects = types.SimpleNamespace(unet=self.patcher)
+        self._call("process_before_every_sampling", p, args, x=x, noise=x, c=None, uc=None)
+        context = tiny.inputs(self.model.unet)["encoder_hidden_states"]
+
+        def run() -> torch.Tensor:
+            y = x
+            for t in T:
+                if p.fails_at == t:
+                    raise InterruptedError("stopped by the user")
+                if self.forge:
+                    y = y - 0.1 * self.sd_model.forge_objects.unet.predict(y, t, context)
+                else:
+                    with torch.no_grad():
+                        y = y - 0.1 * self.model(y, torch.full((len(y),), t), context, None)
+            return y
+
+        found: torch.Tensor = run() if self.forge else p.sampler.launch_sampling(len(T), run)
+        return found
+
+
+def saved(p: Processing) -> str:
+    """The parameters below a picture."""
+
+    def quoted(value: Any) -> str:
+        return f'"{value}"' if re.search(r"[,:\n]", str(value)) else str(value)
+
+    return ", ".join(f"{k}: {quoted(v)}" for k, v in p.extra_generation_params.items() if v is not None)
+
+
+def paste(script: Any, text: str) -> dict[str, Any]:
+    """What the fields are set to by a picture's parameters, by their labels; without those that stay as they are."""
+    found = dict(re.findall(r"(\w[\w \-/]+): ([^,]*)(?:, |$)", text))
+    pasted = {field.label: target(found) for field, target in script.infotext_fields}
+    return {label: value for label, value in pasted.items() if value is not None}
+
+
+def state(program: Program) -> list[Any]:
+    return [(name, type(module), sorted(vars(module)), len(module._forward_pre_hooks))
+            for name, module in program.model.named_modules()]  # fmt: skip
+
+
+def cell(p: Processing) -> Processing:
+    """A grid's copy of what a picture is made with."""
+    return copy.copy(p)
+
+
+def install(monkeypatch: Any, forge: bool) -> dict[str, Any]:
+    found = modules(forge)
+    for name, module in found.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return found
