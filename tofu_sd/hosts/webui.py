@@ -200,15 +200,16 @@ class TokenFusionScript(scripts.Script):  # type: ignore[misc]
 
         with InputAccordion(False, label=TITLE) as enabled:
             row(RATIO.name, HIRES.name)
+            with gr.Row():
+                buttons = {name: gr.Button(name, size="sm", min_width=80) for name in PRESETS}
             row("early", "late")
             row("proportional", "keys_only")
-            with gr.Row():
-                buttons = {name: gr.Button(name) for name in PRESETS}
             with gr.Accordion("More", open=False):
                 row("start_percent", "end_percent")
                 row("depth_split", "levels")
-                row("window", "match_every", "share_level")
-                row("min_tokens", "grid_seed")
+                row("window", "match_every")
+                row("share_level", "min_tokens")
+                row("grid_seed")
         changed = [option.name for option in OPTIONS[1:]]
         for name, button in buttons.items():
             values = [values_of(RECIPES[name])[option] for option in changed]
