@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 import runpy
 import sys
 import types
@@ -154,6 +155,8 @@ def test_parameters_of_the_picture_before_are_not_saved_with_the_next(program):
 def test_requests_give_the_options_in_this_order(program):
     """A promise to every program that sends requests: new options come at the end."""
     assert [option.name for option in program.host.ASKED] == NAMES
+    page = (ROOT / "docs" / "webui.md").read_text().partition("at the end alone:")[2].partition(". What")[0]
+    assert re.findall(r"`(\w+)`", page) == ["enabled", *NAMES]
     assert [field.label for field in program.fields[1:]] == [n.replace("_", " ").capitalize() for n in NAMES]
 
 
