@@ -43,7 +43,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "start after end": ({"start": 0.6, "end": 0.4}, ValueError, r"start is 0\.6 and end is 0\.4: start must"),
     "end above 1": ({"end": 1.5}, ValueError, r"end is 1\.5; it must lie between 0 and 1"),
     "negative seed": ({"seed": -1}, ValueError, "seed is -1; it must be None or a whole number from 0 to 2147483647"),
-    "depth_split -1": ({"depth_split": -1}, ValueError, "depth_split is -1; it must be None or a whole number"),
+    "depth_split -1": ({"depth_split": -1}, ValueError, "depth_split is -1; it must be None, 'auto' or a whole number"),
     "match_on keys": ({"match_on": "keys"}, ValueError, "match_on is 'keys'; it must be 'hidden' or 'normed'"),
     "nothing to fuse": ({"merge_attn": False}, ValueError, "all False: nothing would be fused"),
     "max_downsample 3": ({"max_downsample": 3}, ValueError, "max_downsample is 3; it must be 1, 2, 4 or 8"),

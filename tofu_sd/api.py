@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
 from .calibrate import break_even
 from .environment import check_torchvision
+from .linearity import measure_split
 from .patch import (
     Sighting,
     Site,
@@ -57,7 +58,10 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) 
     try:
         sites = host.find_sites(unet)
         swap = partial(host.swap, ours={part for part, *_ in before.swaps} if before else set())
-        patch = plan(unet, sites, _fusion(sites, ratio, options), swap, train_steps)
+        fusion = _fusion(sites, ratio, options)
+        if fusion.depth_split == "auto":
+            fusion = replace(fusion, depth_split=measure_split(model, sites, fusion))
+        patch = plan(unet, sites, fusion, swap, train_steps)
         attach(unet, patch)
         if patch.fusion.min_tokens == "auto":
             leave_alone(unet, break_even(unet))

@@ -45,7 +45,8 @@ class TokenFusion:
         early, late: reductions of the blocks before and from `depth_split` on (`prune`, `mean`, `mlerp`, or any
             function of the same signature). ToFu Eq. 7.
         depth_split: d, counted over all transformer blocks of the model in execution order; None puts the whole down
-            path before it, which in Stable Diffusion 1.5 is the paper's d = 6.
+            path before it, which in Stable Diffusion 1.5 is the paper's d = 6. "auto" measures it on a text-to-image
+            pipeline, by functional linearity (ToFu Eq. 8) in a few steps of four small pictures.
         keys_only: fuse keys and values and leave the queries whole; attention costs (1 - ratio), its output needs no
             unmerging.
         levels: how many attention resolutions are fused, from the highest that has attention downwards.
@@ -76,7 +77,7 @@ class TokenFusion:
     proportional: bool = False
     early: Reduction | str = prune
     late: Reduction | str = mlerp
-    depth_split: int | None = None
+    depth_split: int | str | None = None
     keys_only: bool = False
     levels: int = 1
     min_tokens: int | str = 0
@@ -123,8 +124,9 @@ class TokenFusion:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must lie between 0 and 1 (sampling progress)")
         if self.start >= self.end:
             raise ValueError(f"start is {self.start} and end is {self.end}: start must come before end")
-        if self.depth_split is not None and (not _whole(self.depth_split) or self.depth_split < 0):
-            raise ValueError(f"depth_split is {self.depth_split!r}; it must be None or a whole number of at least 0")
+        split = self.depth_split
+        if split not in (None, "auto") and (isinstance(split, str) or not _whole(split) or split < 0):
+            raise ValueError(f"depth_split is {split!r}; it must be None, 'auto' or a whole number of at least 0")
         if self.seed is not None and (not _whole(self.seed) or not 0 <= self.seed < 2**31):
             raise ValueError(f"seed is {self.seed!r}; it must be None or a whole number from 0 to {2**31 - 1}")
         if self.match_on not in ("hidden", "normed"):
@@ -189,7 +191,9 @@ class TokenFusion:
 
     def reduction(self, depth: int, down_path: int) -> Reduction:
         """Eq. 7: what a block at `depth` does in a model whose down path has `down_path` transformer blocks."""
-        d = down_path if self.depth_split is None else self.depth_split
+        if self.depth_split == "auto":
+            raise ValueError("depth_split is 'auto', which is measured on a pipeline of diffusers: give a number here")
+        d = down_path if self.depth_split is None else int(self.depth_split)
         return reduction_named(self.early if depth < d else self.late)
 
     @property

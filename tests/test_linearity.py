@@ -1,0 +1,201 @@
+"""Functional linearity: what is straight has 1, what curves has less, and from it comes the split."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import tofu_sd
+from tofu_sd import TokenFusion, linearity
+from tofu_sd.linearity import best_split, functional_linearity, measuring
+
+
+@given(st.integers(0, 2**31), st.integers(2, 20))
+def test_of_a_linear_map_it_is_one(seed, points):
+    g = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(6, 4).double()
+    x1, x2 = torch.randn(2, 3, 5, 6, generator=g, dtype=torch.float64)
+    with torch.no_grad():
+        found = functional_linearity(layer, x1, x2, points)
+    assert found.shape == (3, 5)
+    assert torch.allclose(found, torch.ones(3, 5), atol=1e-5)
+
+
+def test_of_a_quarter_of_a_circle_it_is_chord_over_arc():
+    """Eq. 8 by hand: the points of the arc are joined by straight pieces."""
+
+    def circle(x):
+        angle = x[..., :1] * math.pi / 2
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+    pieces = 10
+    found = functional_linearity(circle, torch.tensor([[0.0]]), torch.tensor([[1.0]]), pieces + 1)
+    arc = pieces * 2 * math.sin(math.pi / 4 / pieces)
+    assert found.item() == pytest.approx(math.sqrt(2) / arc, abs=1e-6)
+
+
+def test_it_falls_as_the_way_curves_and_lies_between_0_and_1():
+    x1, x2 = torch.full((1, 1), -1.0), torch.full((1, 1), 1.0)
+    bends = [
+        functional_linearity(lambda x, b=b: torch.cat([x, b * x * x], -1), x1, x2).item() for b in (0.0, 0.5, 2.0, 8.0)
+    ]
+    assert bends == sorted(bends, reverse=True)
+    assert bends[0] == pytest.approx(1)
+    assert 0 < bends[-1] < 0.3
+    there_and_back = functional_linearity(lambda x: x * x, x1, x2)
+    assert there_and_back.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_where_there_is_no_way_nothing_is_lost():
+    x = torch.randn(2, 3)
+    assert torch.equal(functional_linearity(lambda y: y, x, x), torch.ones(2))
+
+
+def test_a_way_has_two_ends():
+    with pytest.raises(ValueError, match="points is 1"):
+        functional_linearity(lambda x: x, torch.zeros(1, 1), torch.ones(1, 1), points=1)
+
+
+@pytest.mark.parametrize(
+    ("curve", "d"),
+    [
+        ({0: 1.0, 1: 1.0, 2: 1.0}, 0),  # averaging costs half of what pruning does
+        ({0: 0.4, 1: 0.5, 2: 0.9, 3: 1.0}, 2),
+        ({0: 0.4, 1: 0.5, 13: 0.6}, 14),  # nothing is straight: pruning everywhere
+        ({0: 0.72, 1: 0.70}, 0),  # 0.707 lies between the two; one early block is not worth pruning for another's sake
+        ({0: 0.4, 1: 0.9, 2: 0.4, 3: 0.9}, 3),
+        ({}, 0),
+    ],
+)
+def test_the_split_makes_the_pairs_error_least(curve, d):
+    assert best_split(curve) == d
+
+
+def test_averaging_half_way_beats_pruning_above_one_over_root_two():
+    """The error model of best_split, on triangles: ends D apart, the average h beside their middle."""
+    for h in (0.1, 0.49, 0.51, 2.0):
+        ends, middle = torch.tensor([[-0.5, 0.0], [0.5, 0.0]]), torch.tensor([0.0, h])
+        averaged = (ends - middle).pow(2).sum()
+        fl = 1 / (2 * math.hypot(0.5, h))
+        assert averaged.item() == pytest.approx(0.5 / fl**2, rel=1e-5)
+        assert (averaged < 1) == (fl > 1 / math.sqrt(2)) == (h < 0.5)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny.quiet(tiny.sd15_pipe())
+
+
+def test_every_block_is_measured_at_every_step_and_the_model_stays_as_it_was(pipe):
+    call = {"prompt": "a fox", "num_inference_steps": 2, "output_type": "latent"}
+    before = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    hooks = [len(module._forward_pre_hooks) for module in pipe.unet.modules()]
+    with measuring(pipe) as found:
+        during = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    assert torch.equal(before, during)
+    assert [len(module._forward_pre_hooks) for module in pipe.unet.modules()] == hooks
+    blocks = len(tofu_sd.hosts.diffusers.find_sites(pipe.unet))
+    assert {(one.depth, one.role, one.call) for one in found} == {
+        (d, role, call) for d in range(blocks) for role in ("attn", "mlp") for call in (0, 1)
+    }
+    assert all(0 < one.value <= 1 + 1e-5 and one.pairs > 0 for one in found)
+    assert len({one.timestep for one in found}) == 2
+
+
+def test_the_pairs_are_those_that_would_be_fused(pipe, monkeypatch):
+    """Half of 16 x 16 tokens leave: 128 of each of two samples, or as many of them as are asked for."""
+    inputs = tiny.inputs(pipe.unet, 16, 16)
+    for pairs, expected in ((1000, 2 * 128), (10, 20)):
+        with measuring(pipe.unet, TokenFusion(0.5), pairs) as found, torch.no_grad():
+            pipe.unet(**inputs)
+        assert found[0].pairs == expected
+    with measuring(pipe.unet, TokenFusion(0.0)) as found, torch.no_grad():
+        pipe.unet(**inputs)
+    assert found == []
+
+
+def test_half_precision_measures_what_float32_does(pipe):
+    """Like tokens lie as near to each other as numbers of 16 bits do."""
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        unet = tiny.sd15_unet().to(dtype)
+        inputs = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v
+                  for k, v in tiny.inputs(unet).items()}  # fmt: skip
+        with measuring(unet) as found[dtype], torch.no_grad():
+            unet(**inputs)
+    for exact, half in zip(*found.values(), strict=True):
+        assert half.value == pytest.approx(exact.value, abs=0.01)
+
+
+def test_a_layer_that_is_linear_between_tokens_has_one(pipe):
+    unet = tiny.sd15_unet()
+    site = tofu_sd.hosts.diffusers.find_sites(unet)[0]
+    feed_forward = site.parts["mlp"]
+    feed_forward.net = nn.ModuleList([nn.Linear(site.width, site.width)])
+    with measuring(unet) as found, torch.no_grad():
+        unet(**tiny.inputs(unet))
+    values = {one.depth: one.value for one in found if one.role == "mlp"}
+    assert values[0] == pytest.approx(1, abs=1e-5)
+    assert min(values.values()) < 0.999
+
+
+def test_the_split_of_a_pipeline_is_measured_and_said(pipe, monkeypatch):
+    seen = []
+    monkeypatch.setattr(linearity, "best_split", lambda curve: seen.append(curve) or 3)
+    with tofu_sd.patched(pipe, 0.5, depth_split="auto"):
+        report = tofu_sd.summary(pipe)
+    assert report.fusion.depth_split == 3
+    assert list(seen[0]) == [row.depth for row in report.rows]  # the fused blocks alone decide
+    with tofu_sd.patched(pipe, 0.5), tofu_sd.patched(pipe, 0.5, depth_split="auto"):
+        pass  # measured on the model itself, not on what is patched already
+
+
+def test_measured_again_it_is_the_same(pipe):
+    curves = []
+    for _ in range(2):
+        with tofu_sd.patched(pipe, 0.5, depth_split="auto"):
+            curves.append(tofu_sd.summary(pipe).fusion)
+    assert curves[0] == curves[1]
+
+
+def test_it_is_measured_through_the_text_to_image_pipeline_of_another_kind():
+    pipe = tiny.quiet(tiny.sd15_pipe(StableDiffusionImg2ImgPipeline))
+    with tofu_sd.patched(pipe, 0.5, depth_split="auto"):
+        assert isinstance(tofu_sd.summary(pipe).fusion.depth_split, int)
+
+
+def test_what_draws_no_pictures_is_refused_and_stays_as_it_was(pipe):
+    with pytest.raises(ValueError, match=r"takes a text-to-image pipeline; this is a UNet2D.*: give a number"):
+        tofu_sd.apply_patch(pipe.unet, 0.5, depth_split="auto")
+    assert tofu_sd.summary(pipe).fusion is None
+    with tofu_sd.patched(pipe), pytest.raises(ValueError, match="is patched"), measuring(pipe):
+        pass
+    with pytest.raises(ValueError, match="depth_split is 'soon'; it must be None, 'auto' or a whole number"):
+        TokenFusion(0.5, depth_split="soon")
+    with pytest.raises(ValueError, match="is measured on a pipeline of diffusers"):
+        TokenFusion(0.5, depth_split="auto").reduction(0, 2)
+
+
+def test_the_command_prints_every_block_and_the_split(pipe, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *a, **k: pipe)
+    monkeypatch.setattr(linearity, "_load", lambda model: pipe)
+    drawn = tmp_path / "curve.svg"
+    assert linearity.main(["--steps", "1", "--prompt", "a fox", "--plot", str(drawn)]) == 0
+    said = capsys.readouterr().out
+    sites = tofu_sd.hosts.diffusers.find_sites(pipe.unet)
+    assert sum(site.name.replace(".transformer_blocks", "") in said for site in sites) == len(sites)
+    assert "depth_split=" in said
+    assert "<svg" in drawn.read_text()
+    assert linearity.main(["--steps", "1", "--prompt", "a fox", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["linearity"]) == 2 * len(sites)
+    assert linearity.main(["--ratio", "2"]) == 2
+    assert "ratio is 2.0" in capsys.readouterr().err

@@ -1,0 +1,317 @@
+"""Functional linearity (ToFu, WACV 2024, Eq. 8): how straight a layer carries the way from one token to another.
+
+Where it is low, the average of two tokens comes out far from both, and pruning is the better way to fuse; where it is
+near 1, averaging loses little. `python -m tofu_sd.linearity` measures it in every block of a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .match import bipartite_soft_matching, partition
+from .patch import Site, fusions, given, patch_of
+from .policy import TokenFusion
+
+POINTS = 11  # N of Eq. 8
+PAIRS = 256  # of each sample, at most
+PROMPTS = ("a photograph of a red fox in the snow", "a city street at night, oil painting", "a bowl of fruit", "")
+STEPS = 4
+ROLES = ("attn", "mlp")
+
+
+def functional_linearity(f: Callable[[Tensor], Tensor], x1: Tensor, x2: Tensor, points: int = POINTS) -> Tensor:
+    """FL(f, x1, x2) of each pair of tokens x1, x2 [..., C]: [...], in 0..1; 1 where f is linear between the two.
+
+    f: takes tokens [..., C] each for itself, with one more axis of `points` before the last, to [..., C']. The way from
+    f(x1) to f(x2) along the line from x1 to x2 is measured in points - 1 pieces. 1 too where the way has no length.
+    """
+    if points < 2:
+        raise ValueError(f"points is {points}; a way needs its two ends, so at least 2")
+    t = torch.linspace(0, 1, points, device=x1.device, dtype=x1.dtype).unsqueeze(-1)
+    # in this form equal tokens stay where they are
+    ways = f(x1.unsqueeze(-2) + t * (x2 - x1).unsqueeze(-2)).float()
+    direct = (ways[..., -1, :] - ways[..., 0, :]).norm(dim=-1)
+    along = ways.diff(dim=-2).norm(dim=-1).sum(dim=-1)
+    return torch.where(along > 0, direct / along.clamp_min(torch.finfo(along.dtype).tiny), torch.ones_like(along))
+
+
+@dataclass(frozen=True)
+class Linearity:
+    """The mean FL of a layer over the matched pairs of one call of the model.
+
+    block: its name. depth: its place among all blocks. role: 'attn' or 'mlp'. call: of the model, from 0. timestep: of
+    the schedule. pairs: how many.
+    """
+
+    block: str
+    depth: int
+    role: str
+    call: int
+    timestep: float
+    value: float
+    pairs: int
+
+
+@contextmanager
+def measuring(model: Any, fusion: TokenFusion | None = None, pairs: int = PAIRS) -> Iterator[list[Linearity]]:
+    """`with measuring(pipe) as found: pipe(...)` measures every block's attention and feed-forward at every step.
+
+    model: a pipeline or UNet of diffusers; ValueError for one with a patch. fusion: how tokens are matched. pairs: of
+    each sample, spread evenly over those that would be fused. Attention is taken as a function of a query, among the
+    keys and values of the whole map: what a token's own key adds to that is one of hundreds. Half precision is too
+    coarse for ways between like tokens, so layers are run in float32 for it.
+    """
+    from .hosts import diffusers
+
+    unet, _ = diffusers.unwrap(model)
+    fusion = fusion or TokenFusion()
+    found: list[Linearity] = []
+    if patch_of(unet) is not None:
+        raise ValueError(f"{type(unet).__name__} is patched: linearity is the model's own, remove_patch comes first")
+    begin = _Begin()
+    handles = [unet.register_forward_pre_hook(begin, with_kwargs=True)]
+    for site in diffusers.find_sites(unet):
+        probe = _Probe(site, fusion, pairs, begin, found)
+        handles.append(site.canvas.register_forward_pre_hook(probe.see_size, with_kwargs=True))
+        handles.append(site.parts["norm"].register_forward_pre_hook(probe.match))
+        handles += [
+            site.parts[role].register_forward_pre_hook(probe.measurer(role), with_kwargs=True)
+            for role in ROLES
+            if role in site.parts
+        ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Begin:
+    """Pre-hook of the model: which call it is, and of which timestep."""
+
+    def __init__(self) -> None:
+        self.call = -1
+        self.timestep = float("nan")
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.call += 1
+        timestep = given(args, kwargs, 1, "timestep", "timesteps")
+        self.timestep = float(torch.as_tensor(timestep).flatten()[0])
+
+
+class _Probe:
+    """The pairs of one block in one call, and the FL of its layers between them."""
+
+    def __init__(self, site: Site, fusion: TokenFusion, pairs: int, begin: _Begin, found: list[Linearity]):
+        self.site, self.fusion, self.pairs, self.begin, self.found = site, fusion, pairs, begin, found
+        self.size = (0, 0)
+        self.ends: tuple[Tensor, Tensor] | None = None
+        self.busy = False
+
+    def see_size(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        h, w = given(args, kwargs, 0, "hidden_states", "x").shape[-2:]
+        self.size = int(h), int(w)
+
+    @torch.no_grad()
+    def match(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        (h, w), leaving = self.size, self.fusion.leaving(*self.size)
+        self.ends = None
+        if leaving:
+            parts = partition(h, w, self.fusion.sx, self.fusion.sy, args[0].device)
+            map = bipartite_soft_matching(args[0], parts, leaving)
+            home = map.kept.gather(1, map.home)  # of each token, the token that stands for it
+            gone = home != torch.arange(h * w, device=home.device)
+            token = gone.nonzero()[:, 1].view(len(home), leaving)
+            some = torch.linspace(0, leaving - 1, min(self.pairs, leaving), device=home.device).long()
+            token = token[:, some]
+            self.ends = token, home.gather(1, token)
+
+    def measurer(self, role: str) -> Callable[..., None]:
+        @torch.no_grad()
+        def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = given(args, kwargs, 0, "hidden_states", "x")
+            if self.ends is None or self.busy or x.ndim != 3:
+                return
+            x = x.float()
+            x1, x2 = (x.gather(1, token.unsqueeze(-1).expand(-1, -1, x.shape[-1])) for token in self.ends)
+            weights = {name: weight.float() for name, weight in module.named_parameters()}
+
+            def layer(ways: Tensor) -> Tensor:
+                tokens = ways.flatten(1, 2)  # [B, pairs * points, C]
+                told = {"encoder_hidden_states": x} if role == "attn" else {}
+                out: Tensor = functional_call(module, weights, (tokens,), told)
+                return out.view(*ways.shape[:3], -1)
+
+            self.busy = True  # the layer's hooks are called again
+            try:
+                value = functional_linearity(layer, x1, x2)
+            finally:
+                self.busy = False
+            self.found.append(
+                Linearity(self.site.name, self.site.depth, role, self.begin.call, self.begin.timestep,
+                          value.mean().item(), value.numel())
+            )  # fmt: skip
+
+        return measure
+
+
+def by_depth(found: Sequence[Linearity], roles: Sequence[str]) -> dict[int, float]:
+    """The mean FL of each block's layers, over all calls."""
+    depths = sorted({one.depth for one in found})
+    values = {depth: [one.value for one in found if one.depth == depth and one.role in roles] for depth in depths}
+    return {depth: mean(value) for depth, value in values.items() if value}
+
+
+def best_split(linearity: Mapping[int, float]) -> int:
+    """d: the depth from which on blocks average, by the FL of each block that is fused, given by its depth.
+
+    Of a pair whose outputs lie D apart, pruning makes one wrong by D. The average comes out wrong by half its way to
+    each, if it lies half-way, and ways are D / FL long: squared and summed, D² against D² / (2 FL²). So averaging is
+    the better one above an FL of 1/√2, and d the depth that makes the sum over all blocks least, the lowest if many do.
+    """
+    depths = sorted(linearity)
+
+    def error(d: int) -> float:
+        return sum(1.0 if depth < d else 0.5 / max(linearity[depth], 1e-6) ** 2 for depth in depths)
+
+    return min([0, *(depth + 1 for depth in depths)], key=error)
+
+
+def measure_split(pipe: Any, sites: Sequence[Site], fusion: TokenFusion) -> int:
+    """d for a pipeline: from the FL of the layers that `fusion` fuses, in a few steps of a few small pictures.
+
+    ValueError for what draws no pictures from prompts alone.
+    """
+    what = "depth_split is 'auto', which draws a few steps from prompts and so takes a text-to-image pipeline"
+    if not hasattr(pipe, "unet"):
+        raise ValueError(
+            f"{what}; this is a {type(pipe).__name__}: give a number, as `measuring` and `best_split` find"
+        )
+    from diffusers import AutoPipelineForText2Image
+
+    try:
+        drawing = AutoPipelineForText2Image.from_pipe(pipe)
+    except ValueError as error:
+        raise ValueError(f"{what}; {type(pipe).__name__} cannot be made one: give a number") from error
+    drawing.set_progress_bar_config(disable=True)
+    fused = {site.depth for site, _ in fusions(sites, replace(fusion, depth_split=0))}
+    with measuring(drawing, replace(fusion, depth_split=0)) as found:
+        generator = torch.Generator().manual_seed(0)
+        drawing(list(PROMPTS), num_inference_steps=STEPS, generator=generator, output_type="latent")
+    roles = [role for role in fusion.layers if role in ROLES]
+    return best_split({d: value for d, value in by_depth(found, roles).items() if d in fused})
+
+
+# --- python -m tofu_sd.linearity --------------------------------------------------------------------------------------
+
+EXAMPLES = """examples:
+  python -m tofu_sd.linearity
+      the model that comes with the package
+  python -m tofu_sd.linearity --model stabilityai/stable-diffusion-2-1-base --steps 20 --plot linearity.svg
+      another one, and its curve over the depth
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m tofu_sd.linearity",
+        description="Functional linearity (ToFu Eq. 8) of every block of a text-to-image model, on the pairs of tokens "
+        "that would be fused, and the depth from which on to average.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("--model", default="demo", help="demo, or what from_pretrained takes (demo)")
+    p.add_argument("--prompt", action="append", help="may be given more than once; four of its own if not")
+    p.add_argument("--steps", type=int, default=STEPS, help=f"of the sampling ({STEPS})")
+    p.add_argument("--ratio", type=float, default=0.5, help="share of tokens that would be fused away (0.5)")
+    p.add_argument("--seed", type=int, default=0, help="of the pictures (0)")
+    p.add_argument("--json", action="store_true", help="print every measurement as JSON instead of a table")
+    p.add_argument("--plot", metavar="FILE", help="draw it over the depth, as SVG or PNG (needs matplotlib)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    try:
+        pipe = _load(options.model)
+        sites = _sites(pipe)
+        with measuring(pipe, TokenFusion(options.ratio)) as found:
+            prompts = options.prompt or list(PROMPTS)
+            pipe(prompts, num_inference_steps=options.steps, output_type="latent",
+                 generator=torch.Generator().manual_seed(options.seed))  # fmt: skip
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    fused = {site.depth for site, _ in fusions(sites, TokenFusion(options.ratio, depth_split=0))}
+    split = best_split({d: value for d, value in by_depth(found, ["attn"]).items() if d in fused})
+    if options.json:
+        print(json.dumps({"depth_split": split, "linearity": [asdict(one) for one in found]}, indent=1))
+    else:
+        print(table(found, sites, fused))
+        print(f"{len(prompts)} pictures, {options.steps} steps, seed {options.seed}; * fused by default")
+        print(f"depth_split={split} by the attention of the fused blocks" + (": average everywhere" * (not split)))
+    if options.plot:
+        plot(found, options.plot)
+    return 0
+
+
+def table(found: Sequence[Linearity], sites: Sequence[Site], fused: Collection[int]) -> str:
+    """A line for each block: the mean over the calls of each layer's FL, and from the least to the most of them."""
+    lines = [f"{'depth':>5}  {'block':<52}" + "".join(f"{role:>24}" for role in ROLES)]
+    for site in sites:
+        cells = []
+        for role in ROLES:
+            values = [one.value for one in found if (one.depth, one.role) == (site.depth, role)]
+            cells.append(f"{mean(values):.4f} ({min(values):.4f}-{max(values):.4f})" if values else "-")
+        name = site.name.replace(".transformer_blocks", "")
+        mark = "*" if site.depth in fused else " "
+        lines.append(f"{site.depth:>4}{mark}  {name:<52}" + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+def plot(found: Sequence[Linearity], file: str) -> None:
+    """The curve over the depth (ToFu Fig. 3), a line for each layer with the range over the calls."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    ax = figure.subplots()
+    for role, name in zip(ROLES, ("attention", "feed-forward"), strict=True):
+        curve = by_depth(found, [role])
+        ends = [[one.value for one in found if (one.depth, one.role) == (depth, role)] for depth in curve]
+        ax.plot(list(curve), list(curve.values()), marker="o", label=name)
+        ax.fill_between(list(curve), [min(end) for end in ends], [max(end) for end in ends], alpha=0.15)
+    ax.set_xlabel("depth of the block")
+    ax.set_ylabel("functional linearity")
+    ax.legend(frameon=False)
+    figure.savefig(file)
+
+
+def _load(model: str) -> Any:
+    from . import demo
+
+    if model == "demo":
+        return demo.load()
+    from diffusers import AutoPipelineForText2Image
+
+    return AutoPipelineForText2Image.from_pretrained(model)
+
+
+def _sites(pipe: Any) -> list[Site]:
+    from .hosts import diffusers
+
+    return diffusers.find_sites(diffusers.unwrap(pipe)[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
