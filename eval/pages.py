@@ -1,7 +1,7 @@
 """Tables in pages: `python -m eval.pages README.md docs/results.md` writes each anew from the results it names.
 
-A table stands between `<!-- python -m eval.report ARGUMENTS -->`, or eval.bench, and `<!-- end -->`; it is what that
-command prints.
+A table stands between `<!-- python -m eval.report ARGUMENTS -->`, or eval.bench, or tofu_sd.linearity, and
+`<!-- end -->`; it is what that command prints.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import shlex
 import sys
 from pathlib import Path
 
+from tofu_sd import linearity
+
 from . import EvalError, bench, report
 from .files import write
 
-TABLE = re.compile(r"(<!-- python -m eval\.(report|bench) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(
+    r"(<!-- python -m (eval\.report|eval\.bench|tofu_sd\.linearity) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL
+)
 
 
 def filled(page: str) -> str:
@@ -25,11 +29,11 @@ def filled(page: str) -> str:
 
 
 def _printed(program: str, arguments: str) -> str:
-    main = {"report": report.main, "bench": bench.main}[program]
+    main = {"eval.report": report.main, "eval.bench": bench.main, "tofu_sd.linearity": linearity.main}[program]
     with contextlib.redirect_stdout(io.StringIO()) as text:
         code = main(shlex.split(arguments))
     if code:
-        raise EvalError(f"eval.{program} {arguments} failed")
+        raise EvalError(f"{program} {arguments} failed")
     return text.getvalue()
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import tiny
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionImg2ImgPipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -184,18 +183,23 @@ def test_what_draws_no_pictures_is_refused_and_stays_as_it_was(pipe):
         TokenFusion(0.5, depth_split="auto").reduction(0, 2)
 
 
-def test_the_command_prints_every_block_and_the_split(pipe, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", lambda *a, **k: pipe)
+def test_the_command_prints_every_block_and_the_split_and_again_from_its_file(pipe, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(linearity, "_load", lambda model: pipe)
-    drawn = tmp_path / "curve.svg"
-    assert linearity.main(["--steps", "1", "--prompt", "a fox", "--plot", str(drawn)]) == 0
+    kept, drawn = str(tmp_path / "curve.json"), tmp_path / "curve.svg"
+    assert linearity.main(["--steps", "1", "--prompt", "a fox", "--out", kept]) == 0
     said = capsys.readouterr().out
     sites = tofu_sd.hosts.diffusers.find_sites(pipe.unet)
-    assert sum(site.name.replace(".transformer_blocks", "") in said for site in sites) == len(sites)
-    assert "depth_split=" in said
+    assert sum(f"| {site.name.replace('.transformer_blocks', '')} |" in said for site in sites) == len(sites)
+    assert said.count(" \\* |") == len(linearity.Curve.read(kept).fused) == 5
+    assert f"depth_split={linearity.Curve.read(kept).depth_split}, by" in said
+    assert linearity.main(["--table", kept, "--plot", str(drawn)]) == 0
+    assert capsys.readouterr().out == said
     assert "<svg" in drawn.read_text()
-    assert linearity.main(["--steps", "1", "--prompt", "a fox", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert len(found["linearity"]) == 2 * len(sites)
+
+
+def test_the_command_says_what_is_wrong(pipe, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(linearity, "_load", lambda model: pipe)
     assert linearity.main(["--ratio", "2"]) == 2
     assert "ratio is 2.0" in capsys.readouterr().err
+    assert linearity.main(["--table", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err

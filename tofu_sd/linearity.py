@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -218,8 +219,10 @@ def measure_split(pipe: Any, sites: Sequence[Site], fusion: TokenFusion) -> int:
 EXAMPLES = """examples:
   python -m tofu_sd.linearity
       the model that comes with the package
-  python -m tofu_sd.linearity --model stabilityai/stable-diffusion-2-1-base --steps 20 --plot linearity.svg
-      another one, and its curve over the depth
+  python -m tofu_sd.linearity --model stabilityai/stable-diffusion-2-1-base --steps 20 --out linearity.json
+      another one, every measurement kept
+  python -m tofu_sd.linearity --table linearity.json --plot linearity.svg
+      its table again, and its curve over the depth
 """
 
 
@@ -236,81 +239,114 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, default=STEPS, help=f"of the sampling ({STEPS})")
     p.add_argument("--ratio", type=float, default=0.5, help="share of tokens that would be fused away (0.5)")
     p.add_argument("--seed", type=int, default=0, help="of the pictures (0)")
-    p.add_argument("--json", action="store_true", help="print every measurement as JSON instead of a table")
+    p.add_argument("--out", metavar="FILE", help="keep every measurement as JSON")
+    p.add_argument("--table", metavar="FILE", help="measure nothing; print the table of such a file")
     p.add_argument("--plot", metavar="FILE", help="draw it over the depth, as SVG or PNG (needs matplotlib)")
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(argv)
-    try:
-        pipe = _load(options.model)
-        sites = _sites(pipe)
-        with measuring(pipe, TokenFusion(options.ratio)) as found:
-            prompts = options.prompt or list(PROMPTS)
-            pipe(prompts, num_inference_steps=options.steps, output_type="latent",
-                 generator=torch.Generator().manual_seed(options.seed))  # fmt: skip
-    except (ValueError, TypeError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    fused = {site.depth for site, _ in fusions(sites, TokenFusion(options.ratio, depth_split=0))}
-    split = best_split({d: value for d, value in by_depth(found, ["attn"]).items() if d in fused})
-    if options.json:
-        print(json.dumps({"depth_split": split, "linearity": [asdict(one) for one in found]}, indent=1))
-    else:
-        print(table(found, sites, fused))
-        print(f"{len(prompts)} pictures, {options.steps} steps, seed {options.seed}; * fused by default")
-        print(f"depth_split={split} by the attention of the fused blocks" + (": average everywhere" * (not split)))
-    if options.plot:
-        plot(found, options.plot)
-    return 0
+@dataclass(frozen=True)
+class Curve:
+    """A model's linearity, and how it was measured. fused: the depths of the blocks that are fused by default."""
+
+    model: str
+    prompts: list[str]
+    steps: int
+    ratio: float
+    seed: int
+    versions: str
+    fused: list[int]
+    measured: list[Linearity]
+
+    @property
+    def depth_split(self) -> int:
+        own = by_depth(self.measured, ["attn"])
+        return best_split({depth: own[depth] for depth in self.fused})
+
+    @classmethod
+    def read(cls, file: str) -> Curve:
+        told = json.loads(Path(file).read_text(encoding="utf-8"))
+        return cls(**{**told, "measured": [Linearity(**one) for one in told["measured"]]})
+
+    def __str__(self) -> str:
+        """A line for each block: the mean over the calls of each layer's FL, and from the least to the most of them."""
+        lines = ["| depth | block | attention | feed-forward |", "|--:|---|--:|--:|"]
+        for depth, name in sorted({(one.depth, one.block) for one in self.measured}):
+            cells = []
+            for role in ROLES:
+                values = [one.value for one in self.measured if (one.depth, one.role) == (depth, role)]
+                cells.append(f"{mean(values):.4f} ({min(values):.4f}–{max(values):.4f})" if values else "–")
+            mark = " \\*" if depth in self.fused else ""
+            lines.append(f"| {depth}{mark} | {name.replace('.transformer_blocks', '')} | {' | '.join(cells)} |")
+        split = self.depth_split
+        return "\n".join([
+            *lines, "",
+            f"{self.model}: {len(self.prompts)} pictures, {self.steps} steps, seed {self.seed}, pairs at a ratio of "
+            f"{self.ratio:g}; means over the steps, and the least and the most; {self.versions}. \\* fused by default.",
+            f"depth_split={split}, by the attention of the fused blocks" + ": average everywhere." * (not split),
+        ])  # fmt: skip
 
 
-def table(found: Sequence[Linearity], sites: Sequence[Site], fused: Collection[int]) -> str:
-    """A line for each block: the mean over the calls of each layer's FL, and from the least to the most of them."""
-    lines = [f"{'depth':>5}  {'block':<52}" + "".join(f"{role:>24}" for role in ROLES)]
-    for site in sites:
-        cells = []
-        for role in ROLES:
-            values = [one.value for one in found if (one.depth, one.role) == (site.depth, role)]
-            cells.append(f"{mean(values):.4f} ({min(values):.4f}-{max(values):.4f})" if values else "-")
-        name = site.name.replace(".transformer_blocks", "")
-        mark = "*" if site.depth in fused else " "
-        lines.append(f"{site.depth:>4}{mark}  {name:<52}" + "".join(f"{cell:>24}" for cell in cells))
-    return "\n".join(lines)
+def measure(model: str, prompts: Sequence[str], steps: int, ratio: float, seed: int) -> Curve:
+    """The curve of a model, by its name, over a sampling of a picture of each prompt."""
+    import diffusers
 
+    from .hosts.diffusers import find_sites, unwrap
 
-def plot(found: Sequence[Linearity], file: str) -> None:
-    """The curve over the depth (ToFu Fig. 3), a line for each layer with the range over the calls."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    ax = figure.subplots()
-    for role, name in zip(ROLES, ("attention", "feed-forward"), strict=True):
-        curve = by_depth(found, [role])
-        ends = [[one.value for one in found if (one.depth, one.role) == (depth, role)] for depth in curve]
-        ax.plot(list(curve), list(curve.values()), marker="o", label=name)
-        ax.fill_between(list(curve), [min(end) for end in ends], [max(end) for end in ends], alpha=0.15)
-    ax.set_xlabel("depth of the block")
-    ax.set_ylabel("functional linearity")
-    ax.legend(frameon=False)
-    figure.savefig(file)
+    fusion = TokenFusion(ratio, depth_split=0)
+    pipe = _load(model)
+    fused = [site.depth for site, _ in fusions(find_sites(unwrap(pipe)[0]), fusion)]
+    with measuring(pipe, fusion) as found:
+        generator = torch.Generator().manual_seed(seed)
+        pipe(list(prompts), num_inference_steps=steps, generator=generator, output_type="latent")
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    return Curve(model, list(prompts), steps, ratio, seed, versions, fused, found)
 
 
 def _load(model: str) -> Any:
-    from . import demo
-
     if model == "demo":
+        from . import demo
+
         return demo.load()
     from diffusers import AutoPipelineForText2Image
 
     return AutoPipelineForText2Image.from_pretrained(model)
 
 
-def _sites(pipe: Any) -> list[Site]:
-    from .hosts import diffusers
+def plot(curve: Curve, file: str) -> None:
+    """The curve over the depth (ToFu Fig. 3), a line for each layer with the range over the calls."""
+    from matplotlib.figure import Figure
 
-    return diffusers.find_sites(diffusers.unwrap(pipe)[0])
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    ax = figure.subplots()
+    for role, name in zip(ROLES, ("attention", "feed-forward"), strict=True):
+        line = by_depth(curve.measured, [role])
+        ends = [[one.value for one in curve.measured if (one.depth, one.role) == (d, role)] for d in line]
+        ax.plot(list(line), list(line.values()), marker="o", label=name)
+        ax.fill_between(list(line), [min(end) for end in ends], [max(end) for end in ends], alpha=0.15)
+    ax.set_xlabel("depth of the block")
+    ax.set_ylabel("functional linearity")
+    ax.legend(frameon=False)
+    figure.savefig(file)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    try:
+        curve = (
+            Curve.read(options.table)
+            if options.table
+            else measure(options.model, options.prompt or PROMPTS, options.steps, options.ratio, options.seed)
+        )
+        if options.out:
+            Path(options.out).write_text(json.dumps(asdict(curve), indent=1) + "\n", encoding="utf-8")
+        if options.plot:
+            plot(curve, options.plot)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(curve)
+    return 0
 
 
 if __name__ == "__main__":
