@@ -9,6 +9,9 @@ import sys
 LEAST = (2, 1)
 
 if __name__ == "__main__":
-    found = importlib.metadata.version("torch")
+    try:
+        found = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:  # a build that does not say
+        sys.exit(0)
     if tuple(int(part) for part in found.split(".")[:2]) < LEAST:
         sys.exit(f"tofu_sd needs torch {LEAST[0]}.{LEAST[1]} or newer; this is torch {found}")

@@ -76,6 +76,7 @@ def _one(name: str, ratio: float) -> Method:
         raise EvalError(str(error)) from error
     identity = {"fusion": repr(fusion_fields(fusion)), "code": code()}
     applied = partial(tofu_sd.patched, ratio=fusion)
+    name = "@".join(part for part in name.split("@") if not part.startswith("ratio="))  # shown beside it anyway
     return Method(name, fusion.key, fusion.ratio, identity, applied, fusion, cycle=fusion.match_every)
 
 

@@ -91,7 +91,9 @@ class Server:
             except (urllib.error.URLError, ConnectionError):
                 continue
             return self
-        raise RuntimeError(self.log.read_text()[-3000:])
+        said = self.log.read_text()[-3000:]
+        self.__exit__()
+        raise RuntimeError(said)
 
     def __exit__(self, *error: object) -> None:
         self.process.kill()
@@ -146,7 +148,7 @@ def look() -> dict:
             "by name": server.draw([FAITHFUL]),
             "by place": server.draw(faithful),
             "ratio 0": server.draw([{"ratio": 0}]),
-            "hires": server.draw([{"hires_ratio": 0.25}], **hires),
+            "hires": server.draw([{**FAITHFUL, "hires_ratio": 0.25}], **hires),
             "out of range": server.draw([{"ratio": 0.9}]),
             "built-in": server.draw([{}], override_settings={"token_merging_ratio": 0.3}),
             "built-in alone": server.draw(override_settings={"token_merging_ratio": 0.3}),

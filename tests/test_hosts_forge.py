@@ -91,9 +91,9 @@ def test_a_request_to_forge_can_name_the_options(server):
 def test_forges_second_pass_has_its_own_ratio(server):
     assert "ToFu hires ratio: 0.25" in server["drawn"]["hires"]["saved"]
     first, *second = server["drawn"]["hires"]["said"]
-    assert "tofu-r50 on" in first
-    # Forge asks twice for the second pass, with a model of its own each time
-    assert ["tofu-r25 on" in line for line in second] == [True, True]
+    assert "mean-r50-w8+p on" in first
+    # Forge asks twice for the second pass, at first with the first pass's model
+    assert ["mean-r25-w8+p on" in line for line in second] == [True, True]
 
 
 def test_what_cannot_be_done_is_told_and_forge_draws_without_it(server):

@@ -237,6 +237,19 @@ def test_options_that_cannot_be_had_are_refused_by_name(unets, options, said):
     assert unets[1].model_options == {"transformer_options": {}}
 
 
+@pytest.mark.parametrize("options", [{}, {"proportional": True, "early": "mean", "late": "mean"}])
+@pytest.mark.parametrize("kind", [Patcher, ForgePatcher])
+def test_of_two_in_a_row_the_later_counts_and_the_earlier_model_stays(unets, kind, options):
+    model = kind(unets[1].model.diffusion_model)
+    first, _ = patch_model(model, TokenFusion.of(0.25, **options), attention)
+    second, _ = patch_model(first, TokenFusion.of(0.5, **options), attention)
+    alone, _ = patch_model(model, TokenFusion.of(0.5, **options), attention)
+    before, once = call(unets[0], first), call(unets[0], alone)
+    assert torch.equal(call(unets[0], second), once)
+    assert not torch.equal(before, once)
+    assert torch.equal(call(unets[0], first), before)
+
+
 def test_maps_that_will_be_left_alone_are_told(unets):
     _, summary = patch_model(unets[1], TokenFusion(0.5, min_tokens=10_000), attention)
     assert "left alone (fewer than 10000)" in summary.headline

@@ -92,10 +92,13 @@ def test_switched_off_or_at_ratio_zero_it_is_not_there(program):
 
 @pytest.mark.parametrize("hires", [False, True])
 def test_a_sampling_that_is_interrupted_leaves_nothing_behind(program, hires):
-    before = webui_host.state(program)
+    before, (full, _) = webui_host.state(program), program.draw(off(program))
+    p = webui_host.Processing(program, enable_hr=True, fails_at=(hires, 500.0))
     with pytest.raises(InterruptedError):
-        program.draw(args(program), enable_hr=hires, fails_at=500.0)
+        program.draw(args(program), p=p)
+    assert p.is_hr_pass is hires
     assert webui_host.state(program) == before
+    assert torch.equal(program.draw(off(program))[0], full)
 
 
 def test_a_sampler_that_is_used_again_is_fused_once_and_then_no_more(program):
@@ -106,6 +109,16 @@ def test_a_sampler_that_is_used_again_is_fused_once_and_then_no_more(program):
         assert not isinstance(p.sampler.launch_sampling.launch, program.host.FusedSampling)
         program.script.process_before_every_sampling(p, *off(program))
         assert p.sampler.launch_sampling == types.MethodType(webui_host.Sampler.launch_sampling, p.sampler)
+
+
+@pytest.mark.parametrize("options", [{}, FAITHFUL])
+def test_both_passes_are_fused_and_said_to_be(program, options):
+    full, _ = program.draw(off(program), enable_hr=True)
+    second, p = program.draw(args(program, ratio=0, **options), enable_hr=True)
+    both, p = program.draw(args(program, **options), enable_hr=True)
+    assert len({tensor.sum().item() for tensor in (full, second, both)}) == 3
+    assert not p.comments
+    assert "ToFu ratio: 0.5, ToFu hires ratio: 0.5" in webui_host.saved(p)
 
 
 def test_the_second_pass_has_a_ratio_of_its_own(program):
@@ -152,6 +165,10 @@ def test_parameters_of_the_picture_before_are_not_saved_with_the_next(program):
     assert webui_host.saved(p) == ""
 
 
+def test_a_name_that_this_version_does_not_know_is_not_pasted(program):
+    assert "Early" not in webui_host.paste(program.script, "ToFu ratio: 0.5, ToFu early: median, ToFu late: mean")
+
+
 def test_requests_give_the_options_in_this_order(program):
     """A promise to every program that sends requests: new options come at the end."""
     assert [option.name for option in program.host.ASKED] == NAMES
@@ -165,7 +182,8 @@ def test_a_request_can_name_the_options(program):
     rest = off(program)[1:]
     by_name, _ = program.draw([FAITHFUL, *rest])
     assert torch.equal(by_place, by_name)
-    assert torch.equal(program.draw([{**FAITHFUL, "enabled": False}, *rest])[0], program.draw(off(program))[0])
+    for switch in (False, "false", 0):
+        assert torch.equal(program.draw([{**FAITHFUL, "enabled": switch}, *rest])[0], program.draw(off(program))[0])
     unset, _ = program.draw([True, *[None] * len(rest)])
     assert torch.equal(unset, program.draw(args(program))[0])
 
@@ -235,6 +253,38 @@ def test_a_unet_that_something_else_holds_is_told_before_the_sampling_begins(pro
     assert "has a `forward` of its own" in next(iter(p.comments))
 
 
+def test_a_unet_that_is_taken_hold_of_after_that_is_drawn_with_as_it_is(program, caplog):
+    if program.forge:
+        pytest.skip("Forge's patches do not touch the UNet")
+    block = next(m for m in program.model.modules() if isinstance(m, PlainBlock))
+    full, _ = program.draw(off(program))
+    p = webui_host.Processing(program, sampler=webui_host.Sampler())
+    program.script.process_before_every_sampling(p, *args(program))
+    block.attn1.forward = block.attn1.forward
+    try:
+        assert p.sampler.launch_sampling(1, lambda: "drawn") == "drawn"
+    finally:
+        del block.attn1.forward
+    assert "has a `forward` of its own" in caplog.text
+    assert torch.equal(program.draw(off(program))[0], full)
+
+
+@pytest.mark.parametrize("there", ["hypernetwork", "upcast"])
+def test_what_weighted_attention_would_leave_out_is_not_left_out(program, there):
+    if program.forge:
+        pytest.skip("Forge has neither in its own attention")
+    full, _ = program.draw(off(program))
+    shared = program.modules["modules.shared"]
+    if there == "upcast":
+        shared.opts.upcast_attn = True
+    else:
+        shared.loaded_hypernetworks.append(object())
+    found, p = program.draw(args(program, **FAITHFUL))
+    assert torch.equal(found, full)
+    assert "proportional weighs attention in the program's place" in next(iter(p.comments))
+    assert not torch.equal(program.draw(args(program))[0], full)
+
+
 def test_a_program_without_the_hook_is_told_to_be_too_old(program, monkeypatch):
     monkeypatch.delattr(webui_host.Script, "process_before_every_sampling")
     monkeypatch.delattr(program.host.TokenFusionScript, "process_before_every_sampling")
@@ -265,6 +315,15 @@ def test_a_preset_sets_the_fields_to_its_recipe_at_any_ratio(program):
         assert [recipe.early.__name__, recipe.late.__name__] == [asked["early"], asked["late"]]
 
 
+def test_no_number_keeps_the_program_from_drawing(program):
+    """Gradio refuses to draw at all beyond a Number's limits, whether Token Fusion is on or off."""
+    numbers = [field for field in program.fields if type(field).__name__ == "Number"]
+    assert [field.label for field in numbers] == ["Grid seed", "Min tokens"]
+    assert all({"minimum", "maximum"}.isdisjoint(field.told) for field in numbers)
+    _, p = program.draw([{"grid_seed": 2**31}])
+    assert "seed is 2147483648; it must be None or a whole number" in next(iter(p.comments))
+
+
 def test_the_second_pass_is_asked_for_where_there_is_one(program):
     visible = {field.label: field.told.get("visible") for field in program.script.ui(is_img2img=True)}
     assert visible.pop("Hires ratio") is False
@@ -275,6 +334,7 @@ def test_the_second_pass_is_asked_for_where_there_is_one(program):
 def test_an_axis_of_a_grid_sets_an_option_and_switches_it_on(program):
     grid = types.ModuleType("grid")
     grid.axis_options, grid.AxisOption = [], webui_host.AxisOption
+    grid.AxisOptionTxt2Img = webui_host.AxisOptionTxt2Img
     found = types.SimpleNamespace(script_class=type("Script", (), {"__module__": "xyz_grid.py"}), module=grid)
     program.modules["modules.scripts"].scripts_data.append(found)
     program.host.add_axes()
@@ -283,6 +343,12 @@ def test_an_axis_of_a_grid_sets_an_option_and_switches_it_on(program):
     assert len(axes) == len(grid.axis_options) == len(NAMES)
     assert axes["[ToFu] Keys only"].choices() == ["False", "True"]
     assert axes["[ToFu] Early"].choices() == ["prune", "mean", "mlerp"]
+    assert [a.label for a in grid.axis_options if type(a) is webui_host.AxisOptionTxt2Img] == ["[ToFu] Hires ratio"]
+    axes["[ToFu] Ratio"].confirm(None, [0.0, 0.25, 0.75])
+    with pytest.raises(ValueError, match=r"ratio is 0\.8; it must lie between 0 and 0\.75"):
+        axes["[ToFu] Ratio"].confirm(None, [0.6, 0.8])
+    with pytest.raises(ValueError, match="unknown reduction 'meen'"):
+        axes["[ToFu] Early"].confirm(None, ["mean", "meen"])
     whole = webui_host.Processing(program)
     p = webui_host.cell(whole)
     axes["[ToFu] Ratio"].apply(p, axes["[ToFu] Ratio"].type("0.25"), None)

@@ -42,8 +42,12 @@ class Script:
 
 
 class AxisOption:
-    def __init__(self, label: str, type: Any, apply: Any, choices: Any = None):
-        self.label, self.type, self.apply, self.choices = label, type, apply, choices
+    def __init__(self, label: str, type: Any, apply: Any, confirm: Any = None, choices: Any = None):
+        self.label, self.type, self.apply, self.confirm, self.choices = label, type, apply, confirm, choices
+
+
+class AxisOptionTxt2Img(AxisOption):
+    pass
 
 
 def modules(forge: bool) -> dict[str, Any]:
@@ -61,7 +65,8 @@ def modules(forge: bool) -> dict[str, Any]:
     gradio = {**kinds, "Button": Button, "buttons": buttons}
     scripts = {"Script": type("Script", (Script,), {}), "AlwaysVisible": object(), "scripts_data": []}
     made = {
-        "gradio": gradio, "modules": {"scripts": None}, "modules.scripts": scripts,
+        "gradio": gradio, "modules": {}, "modules.scripts": scripts,
+        "modules.shared": {"loaded_hypernetworks": [], "opts": types.SimpleNamespace(upcast_attn=False)},
         "modules.ui_components": {"InputAccordion": lambda value, **told: Component(value=value, **told)},
     }  # fmt: skip
     if forge:
@@ -73,7 +78,7 @@ def modules(forge: bool) -> dict[str, Any]:
     for name, content in made.items():
         found[name] = types.ModuleType(name)
         vars(found[name]).update(content)
-    found["modules"].scripts = found["modules.scripts"]  # type: ignore[attr-defined]
+    vars(found["modules"]).update(scripts=found["modules.scripts"], shared=found["modules.shared"])
     return found
 
 
@@ -97,7 +102,7 @@ class Processing:
         self.built_in: dict[bool, float] = {}
         self.extra_generation_params: dict[str, Any] = {}
         self.comments: dict[str, int] = {}
-        self.fails_at: float | None = None
+        self.fails_at: tuple[bool, float] | None = None  # in the second pass?, at which timestep
         vars(self).update(options)
 
     def comment(self, text: str) -> None:
@@ -137,6 +142,8 @@ class Program:
             x = self._sample(p, args, tiny.noise(2, 4, 16, 16))
             if p.enable_hr:
                 p.is_hr_pass, p.sampler = True, Sampler()
+                if self.forge:  # which asks once more, before it takes a model of its own for the pass
+                    self._call("process_before_every_sampling", p, args, x=x, noise=x, c=None, uc=None)
                 x = self._sample(p, args, torch.nn.functional.interpolate(x, scale_factor=2))
         return x, p
 
@@ -149,7 +156,7 @@ class Program:
         def run() -> torch.Tensor:
             y = x
             for t in T:
-                if p.fails_at == t:
+                if p.fails_at == (p.is_hr_pass, t):
                     raise InterruptedError("stopped by the user")
                 if self.forge:
                     y = y - 0.1 * self.sd_model.forge_objects.unet.predict(y, t, context)
@@ -179,8 +186,10 @@ def paste(script: Any, text: str) -> dict[str, Any]:
 
 
 def state(program: Program) -> list[Any]:
-    return [(name, type(module), sorted(vars(module)), len(module._forward_pre_hooks))
-            for name, module in program.model.named_modules()]  # fmt: skip
+    """All that a patch could be left in: the layers and, in Forge, the patcher that each sampling begins with."""
+    options = program.patcher.model_options if program.forge else None
+    return [copy.deepcopy(options), *((name, type(module), sorted(vars(module)), len(module._forward_pre_hooks))
+            for name, module in program.model.named_modules())]  # fmt: skip
 
 
 def cell(p: Processing) -> Processing:

@@ -149,6 +149,8 @@ def patch_model(
 ) -> tuple[Any, Summary]:
     """(a clone of the program's patcher whose model fuses tokens, what is fused). The patcher itself stays as it is.
 
+    One that fuses already is patched anew: the later fusion counts.
+
     plain: the program's own attention(q, k, v, heads, options), which weighted keys leave where nothing is fused.
     percent_to_sigma: the noise level at a share of the sampling, for start and end.
 
@@ -165,6 +167,7 @@ def patch_model(
             raise ValueError(f"start is {fusion.start:g} and end is {fusion.end:g}: this model tells no noise levels")
         window = percent_to_sigma(fusion.start), percent_to_sigma(fusion.end)
     clone = patcher.clone()
+    _take_off(clone.model_options)
     patches = AttentionPatches(fusion, sites, window, plain)
     clone.set_model_attn1_patch(patches.before)
     clone.set_model_attn1_output_patch(patches.after)
@@ -180,3 +183,20 @@ def patch_model(
                 )
             clone.set_model_attn1_replace(patches.attention, side, number, index)
     return clone, told(model, sites, fusion)
+
+
+def _take_off(model_options: dict[str, Any]) -> None:
+    """Takes older patches of ours off a clone, whose lists may still be those of the model before it."""
+
+    def ours(patch: Any) -> bool:
+        return isinstance(getattr(patch, "__self__", None), AttentionPatches)
+
+    told = model_options["transformer_options"] = dict(model_options.get("transformer_options", {}))
+    lists = told["patches"] = dict(told.get("patches", {}))
+    replaced = told["patches_replace"] = dict(told.get("patches_replace", {}))
+    for name, patches in lists.items():
+        lists[name] = [patch for patch in patches if not ours(patch)]
+    if "block_inner_modifiers" in told:  # Forge's
+        told["block_inner_modifiers"] = [patch for patch in told["block_inner_modifiers"] if not ours(patch)]
+    if "attn1" in replaced:
+        replaced["attn1"] = {place: patch for place, patch in replaced["attn1"].items() if not ours(patch)}

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import gradio as gr
-from modules import scripts
+from modules import scripts, shared
 from modules.ui_components import InputAccordion
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from .patcher import Options, patch_model
 
 TITLE = "Token Fusion (ToFu)"
 RATIO = OPTIONS[0]
+ENABLED = Option("enabled", True, "Whether tokens are fused.")
 HIRES = replace(RATIO, name="hires_ratio", tooltip="The same in the second pass of Hires. fix.")
 # after "enabled", requests give them in this order, which is a promise: new ones come at the end
 ASKED = (RATIO, HIRES, *OPTIONS[1:])
@@ -43,12 +44,12 @@ def asked(p: Any, args: tuple[Any, ...]) -> dict[str, Any] | None:
     """
     if args and isinstance(args[0], Mapping):
         values = dict(args[0])
-        enabled = values.pop("enabled", True)
+        enabled = values.pop(ENABLED.name, ENABLED.default)
     else:
         enabled, *given = args
         values = dict(zip((option.name for option in ASKED), given, strict=False))
     axes = getattr(p, AXES, {})
-    if not enabled and not axes:
+    if not axes and (enabled is None or not ENABLED.read(enabled)):
         return None
     return read(ASKED, {name: value for name, value in values.items() if value is not None} | axes)
 
@@ -82,7 +83,8 @@ def _reader(option: Option) -> Callable[[Mapping[str, Any]], Any]:
     def pasted(saved: Mapping[str, Any]) -> Any:
         if key(RATIO) not in saved or (option is HIRES and key(HIRES) not in saved):
             return None  # stays as it is
-        return option.read(saved.get(key(option), option.default))
+        value = option.read(saved.get(key(option), option.default))
+        return None if option.names and value not in option.names else value
 
     return pasted
 
@@ -116,6 +118,11 @@ def fuse(p: Any, fusion: TokenFusion) -> None:
     """Tokens are fused in the sampling that is about to begin. ValueError or RuntimeError where they cannot be."""
     objects = getattr(p.sd_model, "forge_objects", None)
     if objects is None:
+        if fusion.proportional and (getattr(shared, "loaded_hypernetworks", None) or shared.opts.upcast_attn):
+            raise ValueError(
+                "proportional weighs attention in the program's place, which would leave out its hypernetworks and "
+                "Upcast cross attention: turn off the one or the other"
+            )
         FusedSampling.of(p.sampler, p.sd_model.model.diffusion_model, fusion)
         return
     model = objects.unet.model
@@ -143,7 +150,10 @@ class FusedSampling:
         self.fusion = fusion
 
     def __call__(self, *args: Any, **more: Any) -> Any:
-        logger.info(ldm.apply(self.unet, self.fusion).headline)
+        try:
+            logger.info(ldm.apply(self.unet, self.fusion).headline)
+        except (ValueError, RuntimeError) as error:  # something has taken hold of the UNet since `of`
+            logger.warning(f"Token Fusion: {error}. The picture is made without it.")
         try:
             return self.launch(*args, **more)
         finally:
@@ -258,8 +268,10 @@ def field(option: Option, visible: bool) -> Any:
     if isinstance(option.default, bool):
         return gr.Checkbox(**told)
     limits = {"minimum": option.least, "maximum": option.most, "step": option.step}
-    if option.most is not None and option.most > 1000:
-        return gr.Number(precision=0, **told, **limits)
+    if (
+        option.most is not None and option.most > 1000
+    ):  # without limits, beyond which gradio would refuse to draw at all
+        return gr.Number(precision=0, **told)
     return gr.Slider(**told, **limits)
 
 
@@ -286,4 +298,10 @@ def axis(grid: Any, label: str, option: Option) -> Any:
     def apply(p: Any, value: Any, values: Any) -> None:
         setattr(p, AXES, {**getattr(p, AXES, {}), option.name: value})
 
-    return grid.AxisOption(label, kind, apply, choices=(lambda: list(choices)) if choices else None)
+    def confirm(p: Any, values: Any) -> None:
+        """Before anything is drawn: ValueError for a value that would leave its cells unfused."""
+        for value in values:
+            passes(read(ASKED, {option.name: value}))
+
+    made = grid.AxisOptionTxt2Img if option is HIRES else grid.AxisOption
+    return made(label, kind, apply, confirm=confirm, choices=(lambda: list(choices)) if choices else None)
