@@ -38,3 +38,22 @@ def test_a_torchvision_of_another_build_is_named_with_the_way_out(tmp_path, use)
 
 def test_a_sound_installation_goes_on_to_the_model():
     assert run_with("", APPLY).startswith("TypeError NoneType has no `unet`")
+
+
+def test_programs_without_diffusers_need_torch_alone():
+    """AUTOMATIC1111 has none, and ComfyUI need not: all that is between them and the core imports without it."""
+    script = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("diffusers", "transformers", "accelerate", "safetensors", "PIL", "matplotlib"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import tofu_sd
+from tofu_sd.hosts import ldm, options, patcher
+print("imported")
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.stdout.strip() == "imported", ran.stderr
