@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,21 @@ def write(path: Path, content: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+ABANDONED = 3600.0  # seconds after which no one is still writing a file
+
+
+def tidy(folder: Path) -> int:
+    """Removes what writers that were killed have left behind in a folder of pictures; how many files it were."""
+    left = [
+        path
+        for path in folder.rglob(".*")
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name) and time.time() - path.stat().st_mtime > ABANDONED
+    ]
+    for path in left:
+        path.unlink(missing_ok=True)
+    return len(left)
 
 
 def write_json(path: Path, value: Any) -> None:

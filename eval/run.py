@@ -26,7 +26,7 @@ from tofu_sd import demo, recipes
 from tofu_sd.environment import check_torchvision
 
 from . import EvalError, flops, maps, methods, metrics, peers, prompts, provenance, report, suites, table
-from .files import listed, to_json, without_paths
+from .files import listed, tidy, to_json, without_paths
 from .generate import Settings, claim, generate, runs, settings_of, take_over
 from .methods import FULL, SCALE, Method
 from .model import load_model, own_size, try_out
@@ -278,6 +278,8 @@ def draw(job: Job, told: dict[str, Any]) -> Drawn:
     if options.reference and not (options.reference / FULL.key).is_dir():
         raise EvalError(f"--reference {options.reference.name}: there is no folder {FULL.key!r} in it")
     claim(out, settings)
+    if team.leads:
+        tidy(out)
     if options.reference and team.leads:
         there = take_over(options.reference, out, settings, job.asked)
         print(f"{there} of {len(job.asked)} pictures of the full model are {options.reference.name}'s", file=sys.stderr)

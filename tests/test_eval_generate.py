@@ -241,6 +241,13 @@ def test_methods_are_rows_in_the_order_asked_for_each_once():
     assert len({m.key for m in found}) == 5
 
 
+def test_a_ratio_of_a_methods_own_is_shown_as_a_ratio():
+    (own,), (asked,) = (methods.parse(*args) for args in (("kv:tome+p@ratio=0.75", [0.5]), ("kv:tome+p", [0.75])))
+    assert (own.name, own.ratio, own.key) == (asked.name, asked.ratio, asked.key)
+    (windowed,) = methods.parse("tofu@window=4@ratio=0.25", [0.5])
+    assert (windowed.name, windowed.ratio) == ("tofu@window=4", 0.25)
+
+
 def test_a_missing_peer_says_what_to_install(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     (method,) = methods.parse("tomesd", [0.5])

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -903,6 +904,19 @@ def test_a_prompt_may_have_any_name(tiny, tmp_path):
 
 
 # --- files that do not belong together --------------------------------------------------------------------------------
+
+
+def test_what_a_killed_writer_left_behind_is_removed_and_nothing_else(tmp_path):
+    """The file of a writer that is at work in another process, and files of other people, stay."""
+    (tmp_path / "full").mkdir()
+    names = {"full/.00001-0.png.0a1b2c3d": True, "full/.00002-0.png.0a1b2c3e": False, "full/00001-0.png": False,
+             ".gitignore": False, "full/.notes.txt": False}  # fmt: skip
+    for name in names:
+        (tmp_path / name).write_text("x")
+        age = 0 if "00002" in name else 2 * files.ABANDONED
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert files.tidy(tmp_path) == 1
+    assert {name: not (tmp_path / name).exists() for name in names} == names
 
 
 def test_killed_while_it_writes_the_figures_a_run_is_not_taken_for_whole(tiny, monkeypatch, capsys):
