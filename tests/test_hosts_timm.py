@@ -1,0 +1,224 @@
+"""Classifiers of timm's: fewer tokens in every layer, of which the class token is never one that goes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from tofu_sd.reduce import mean, mlerp, prune
+from tofu_sd.tokens import TokenMap
+from tofu_sd.vit import TokenReduction, alternating, reduce_sized
+
+KINDS = {
+    "vit": ("VisionTransformer", {"global_pool": "token"}),
+    "pooled, as MAE's": ("VisionTransformer", {"global_pool": "avg", "class_token": True}),
+    "registers": ("VisionTransformer", {"reg_tokens": 4}),
+    "DeiT, distilled": ("VisionTransformerDistilled", {}),
+    "scaled, normed keys": ("VisionTransformer", {"init_values": 0.5, "qk_norm": True}),
+}
+LAYERS, TOKENS = 4, 64
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
+    from timm.models import deit, vision_transformer
+
+    name, options = KINDS[request.param]
+    torch.manual_seed(0)
+    made = getattr(vision_transformer, name, None) or getattr(deit, name)
+    return made(img_size=32, patch_size=4, embed_dim=32, depth=LAYERS, num_heads=4, num_classes=7, **options).eval()
+
+
+@pytest.fixture
+def host():
+    return pytest.importorskip("tofu_sd.hosts.timm", reason="timm is not installed", exc_type=ImportError)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def predict(model, images):
+    with torch.no_grad():
+        return model(images)
+
+
+def state(model):
+    return [(type(m), sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+
+
+def test_it_changes_the_prediction_and_is_removed_to_the_bit(model, host, images):
+    before, plain = state(model), predict(model, images)
+    assert host.apply_patch(model, 8) is model
+    assert (predict(model, images) - plain).abs().max() > 1e-4
+    host.remove_patch(host.remove_patch(model))
+    assert state(model) == before
+    assert torch.equal(predict(model, images), plain)
+
+
+def test_without_tokens_to_fuse_nothing_changes(model, host, images):
+    plain = predict(model, images)
+    assert torch.equal(predict(host.apply_patch(model, 0), images), plain)
+
+
+def test_so_many_tokens_leave_each_layer_and_the_sizes_are_those_of_all(model, host, images):
+    host.apply_patch(model, 8)
+    with host.watch(model) as seen:
+        features = model.forward_features(images)
+    assert features.shape[1] == model.num_prefix_tokens + TOKENS - LAYERS * 8
+    assert [layer for layer, _ in seen] == list(range(LAYERS))
+    for layer, map in seen:
+        assert map.kept.shape[1] == TOKENS - 8 * (layer + 1)
+        assert torch.equal(map.size.sum(1), torch.full((3,), float(TOKENS)))
+    with host.watch(model) as again:  # a picture begins with all of its tokens
+        predict(model, images)
+    assert torch.equal(again[-1][1].home, seen[-1][1].home)
+
+
+def test_the_first_layer_fuses_what_its_keys_say_and_never_the_class_token(model, host, images):
+    """By hand, a token at a time: the sources most like their nearest destination join it."""
+    block, prefix, r = model.blocks[0], model.num_prefix_tokens, 5
+    seen = {}
+    handles = [
+        block.attn.k_norm.register_forward_hook(lambda m, a, k: seen.update(keys=k)),
+        block.ls1.register_forward_hook(lambda m, a, out: seen.update(attended=out)),
+        block.register_forward_pre_hook(lambda m, a: seen.update(x=a[0])),
+    ]
+    predict(model, images)
+    for handle in handles:
+        handle.remove()
+    after = seen["x"] + seen["attended"]
+    keys = torch.nn.functional.normalize(seen["keys"].mean(1)[:, prefix:], dim=-1)
+    entering = {}
+    host.apply_patch(model, r, early="mean", late="mean")
+    handle = model.blocks[0].norm2.register_forward_pre_hook(lambda m, a: entering.update(x=a[0]))
+    predict(model, images)
+    handle.remove()
+    for b in range(len(images)):
+        sources, destinations = range(1, TOKENS, 2), range(0, TOKENS, 2)
+        near = {s: max(destinations, key=lambda d, s=s: (keys[b, s] @ keys[b, d]).item()) for s in sources}
+        gone = sorted(sources, key=lambda s: -(keys[b, s] @ keys[b, near[s]]).item())[:r]
+        groups = [[n, *(s for s in gone if near[s] == n)] for n in range(TOKENS) if n not in gone]
+        expected = torch.stack([after[b, [prefix + n for n in group]].mean(0) for group in groups])
+        assert torch.allclose(entering["x"][b, :prefix], after[b, :prefix], atol=1e-6)
+        assert torch.allclose(entering["x"][b, prefix:], expected, atol=1e-5)
+
+
+def test_of_equal_patches_any_number_stand_for_all_where_keys_are_weighted(model, host):
+    """Fused attention over identical tokens is full attention: log(n) counts those that are gone."""
+    nn.init.zeros_(model.pos_embed)
+    plain_images = torch.ones(2, 3, 32, 32)
+    full = predict(model, plain_images)
+    for early, late in (("mean", "mean"), ("prune", "mlerp")):
+        weighted = predict(host.apply_patch(model, 12, early=early, late=late), plain_images)
+        assert torch.allclose(weighted, full, atol=1e-4)
+    without = predict(host.apply_patch(model, 12, early="mean", late="mean", proportional=False), plain_images)
+    assert (without - full).abs().max() > 10 * (weighted - full).abs().max()
+
+
+def test_a_copy_of_a_patched_model_is_patched_and_apart(model, host, images):
+    host.apply_patch(model, 8)
+    expected = predict(model, images)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(predict(other, images), expected)
+        host.remove_patch(other)
+        assert torch.equal(predict(model, images), expected)
+        assert not torch.equal(predict(other, images), expected)
+
+
+def test_applied_again_the_later_counts_and_nothing_is_left(model, host, images):
+    before = state(model)
+    host.apply_patch(model, 4)
+    host.apply_patch(model, TokenReduction(8), late="mean")
+    twice = predict(model, images)
+    host.remove_patch(model)
+    assert state(model) == before
+    assert torch.equal(twice, predict(host.apply_patch(model, 8, late="mean"), images))
+
+
+def test_it_trains(model, host, images):
+    host.apply_patch(model, 8).train()
+    model(images).square().mean().backward()
+    assert model.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"r": 33}, ValueError, "r is 33; of 64 patch tokens at most 32 can leave in a layer"),
+        ({"r": -1}, ValueError, "r is -1; it must be a whole number of at least 0"),
+        ({"r": 2.5}, ValueError, "r is 2.5; it must be a whole number"),
+        ({"schedule": "sloping"}, ValueError, "schedule is 'sloping'; it must be constant or decreasing"),
+        ({"late": "median"}, ValueError, "unknown reduction 'median'"),
+        ({"depth_split": None}, ValueError, "depth_split is None"),
+        ({"ratio": 0.5}, TypeError, "ratio"),
+    ],
+)
+def test_bad_options_are_named_and_change_nothing(host, images, options, error, said):
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=7).eval()
+    host.apply_patch(model, 4)
+    before, structure = predict(model, images), state(model)
+    with pytest.raises(error, match=said):
+        host.apply_patch(model, **{"r": 8, **options})
+    assert state(model) == structure
+    assert torch.equal(predict(model, images), before)
+
+
+def test_a_model_without_such_blocks_is_refused_in_words(host):
+    with pytest.raises(ValueError, match=r"Linear has no blocks to fuse tokens in: none found; looked for timm"):
+        host.apply_patch(nn.Linear(2, 2))
+    swin = pytest.importorskip("timm").create_model("swin_tiny_patch4_window7_224")
+    with pytest.raises(ValueError, match="SwinTransformer has no blocks"):
+        host.apply_patch(swin)
+    with pytest.raises(ValueError, match="is not patched"), host.watch(nn.Linear(2, 2)):
+        pass
+
+
+# --- what needs no timm -----------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 40), st.integers(1, 24), st.integers(1, 300), st.sampled_from(["constant", "decreasing"]))
+def test_a_schedule_leaves_half_of_each_layers_tokens_at_least(r, layers, tokens, schedule):
+    leaving = TokenReduction(r, schedule).leaving(layers, tokens)
+    assert len(leaving) == layers
+    for gone in leaving:
+        assert 0 <= gone <= tokens // 2
+        tokens -= gone
+    if schedule == "decreasing" and layers > 1:
+        assert leaving[-1] == 0
+
+
+def test_the_decreasing_schedule_takes_as_many_in_all():
+    assert TokenReduction(8).leaving(12, 196) == [8] * 12
+    decreasing = TokenReduction(8, "decreasing").leaving(12, 196)
+    assert decreasing == [16, 15, 13, 12, 10, 9, 7, 6, 4, 3, 1, 0]
+    assert sum(decreasing) == 96
+
+
+@pytest.mark.parametrize("reduction", [prune, mean, mlerp])
+def test_a_token_of_a_size_counts_as_so_many(reduction):
+    """A token that stands for three is fused as three like it would be."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8, 5, generator=g)
+    size = torch.tensor([[1.0, 3, 1, 1, 2, 1, 5, 1]]).expand(2, -1)
+    map = TokenMap(torch.tensor([[0, 2, 4, 6]]).expand(2, -1), torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3]]).expand(2, -1))
+    many = x.repeat_interleave(size[0].long(), dim=1)
+    home = map.home.repeat_interleave(size[0].long(), dim=1)
+    spread = TokenMap(torch.stack([(home[0] == k).nonzero()[0, 0] for k in range(4)]).expand(2, -1), home)
+    assert torch.allclose(reduce_sized(reduction, x, map, size), reduction(many, spread), atol=1e-5)
+
+
+def test_sources_and_destinations_take_turns():
+    parts = alternating(7, torch.device("cpu"))
+    assert parts.src.tolist() == [1, 3, 5]
+    assert parts.dst.tolist() == [0, 2, 4, 6]

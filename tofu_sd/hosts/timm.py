@@ -1,0 +1,124 @@
+"""timm's vision transformers (ViT, DeiT; AugReg's and MAE's too): where their blocks are, and what takes their place.
+
+`apply_patch(model, r=8)` fuses tokens from the next call on, `remove_patch(model)` makes it the model it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import timm
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..patch import ATTRIBUTE
+from ..tokens import TokenMap
+from ..vit import Reducer, TokenReduction
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class FusedBlock(Block):  # type: ignore[misc]
+    """A block whose tokens grow fewer between its attention and its MLP (ToFu Eq. 3)."""
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
+        place: tuple[int, Reducer] | None = getattr(self, ATTRIBUTE, None)
+        if place is None or attn_mask is not None:  # a mask is one of all tokens
+            out: Tensor = Block.forward(self, x, attn_mask=attn_mask, **more)
+            return out
+        layer, reducer = place
+        reducer.begin(layer, x)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), attn_mask=reducer.bias(x), **more)))
+        x = reducer.reduce(layer, x)
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class _ShowKeys:
+    """Forward hook of an attention's key norm, which passes on the keys [B, H, N, d]."""
+
+    def __init__(self, reducer: Reducer):
+        self.reducer = reducer
+
+    def __call__(self, module: nn.Module, args: Any, keys: Tensor) -> None:
+        self.reducer.keys = keys.detach().mean(dim=1)
+
+
+class _Patch:
+    """What `apply_patch` has done to a model."""
+
+    def __init__(self, reducer: Reducer, handles: list[RemovableHandle]):
+        self.reducer = reducer
+        self.handles = handles
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """The blocks of a vision transformer of timm's. ValueError where they are not its plain ones."""
+    blocks = list(getattr(model, "blocks", ()))
+    other = next((block for block in blocks if type(block) not in (Block, FusedBlock)), None)
+    if not blocks or other is not None or not hasattr(model, "num_prefix_tokens"):
+        what = (
+            f"its blocks are {type(other).__module__}.{type(other).__qualname__}" if other is not None else "none found"
+        )
+        raise ValueError(
+            f"{type(model).__name__} has no blocks to fuse tokens in: {what}; looked for "
+            "timm.models.vision_transformer.Block in `blocks`, as ViT and DeiT have them"
+        )
+    return blocks
+
+
+def apply_patch(model: nn.Module | str, r: int | TokenReduction = 8, **options: Any) -> Any:
+    """Fuses tokens in a classifier from the next call on, and returns it. One that is patched is patched anew.
+
+    model: a vision transformer of timm's, or the name of one, which is made with its pretrained weights. r: tokens that
+    leave in each layer, or a TokenReduction. options: TokenReduction's fields.
+
+    ValueError for a value out of range, more than half of the model's tokens for r, or a model without such blocks;
+    TypeError for an unknown option. The model is then as it was.
+    """
+    made: Any = timm.create_model(model, pretrained=True) if isinstance(model, str) else model
+    blocks = find_blocks(made)
+    told = TokenReduction.of(r, **options)
+    tokens = getattr(getattr(made, "patch_embed", None), "num_patches", None)
+    if tokens is not None and told.r > tokens // 2:
+        raise ValueError(f"r is {told.r}; of {tokens} patch tokens at most {tokens // 2} can leave in a layer")
+    remove_patch(made)
+    reducer = Reducer(told, len(blocks), int(made.num_prefix_tokens))
+    for layer, block in enumerate(blocks):
+        block.__class__ = FusedBlock
+        setattr(block, ATTRIBUTE, (layer, reducer))
+    handles = [block.attn.k_norm.register_forward_hook(_ShowKeys(reducer)) for block in blocks]
+    setattr(made, ATTRIBUTE, _Patch(reducer, handles))
+    return made
+
+
+def remove_patch(model: Model) -> Model:
+    """Classes, attributes, hooks and output are what they were before the patch; without one nothing happens."""
+    patch = vars(model).get(ATTRIBUTE)
+    if isinstance(patch, _Patch):
+        for handle in patch.handles:
+            handle.remove()
+        for block in find_blocks(model):
+            vars(block).pop(ATTRIBUTE, None)
+            block.__class__ = Block
+        delattr(model, ATTRIBUTE)
+    return model
+
+
+@contextmanager
+def watch(model: nn.Module) -> Iterator[list[tuple[int, TokenMap]]]:
+    """`with watch(model) as seen: model(x)` keeps (layer, the map of the first patch tokens so far) of every layer.
+
+    ValueError for a model without a patch.
+    """
+    patch = vars(model).get(ATTRIBUTE)
+    if not isinstance(patch, _Patch):
+        raise ValueError(f"{type(model).__name__} is not patched: there are no maps to watch; apply_patch comes first")
+    seen: list[tuple[int, TokenMap]] = []
+    patch.reducer.watcher = lambda layer, map: seen.append((layer, map))
+    try:
+        yield seen
+    finally:
+        patch.reducer.watcher = None
