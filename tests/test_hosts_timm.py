@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 
 from tofu_sd.reduce import mean, mlerp, prune
 from tofu_sd.tokens import TokenMap
-from tofu_sd.vit import TokenReduction, alternating, reduce_sized
+from tofu_sd.vit import AdaptiveReduction, TokenReduction, alternating, merging_error, reduce_sized
 
 KINDS = {
     "vit": ("VisionTransformer", {"global_pool": "token"}),
@@ -150,6 +151,63 @@ def test_it_trains(model, host, images):
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
+def adaptive(model, **options):
+    return AdaptiveReduction(class_only=model.global_pool == "token", **options)
+
+
+def test_adaptive_merging_takes_what_is_alike_enough(model, host, images):
+    """Nothing above a cosine of 1; all sources above -1; and in between as many as the batch has on average."""
+    plain = predict(model, images)
+    none = predict(host.apply_patch(model, adaptive(model, alpha=2, beta=0)), images)
+    assert torch.allclose(none, plain, atol=1e-5)
+    block, prefix, seen = model.blocks[0], model.num_prefix_tokens, {}
+    handle = block.attn.k_norm.register_forward_hook(lambda m, a, k: seen.update(keys=k))
+    predict(model, images)
+    handle.remove()
+    keys = torch.nn.functional.normalize(seen["keys"].mean(1)[:, prefix:], dim=-1)
+    nearest = (keys[:, 1::2] @ keys[:, ::2].mT).amax(-1)
+    threshold = nearest.quantile(0.6).item()
+    host.apply_patch(model, adaptive(model, alpha=threshold, beta=0, least=-1))
+    with host.watch(model) as maps:
+        predict(model, images)
+    alike = (nearest > threshold).sum(1).float()
+    assert TOKENS - maps[0][1].kept.shape[1] == round(alike.mean().item())
+    assert alike.unique().numel() > 1  # pictures differ, and share a number
+    host.apply_patch(model, adaptive(model, alpha=-1, beta=0, least=-1))
+    with host.watch(model) as maps:
+        predict(model, images)
+    kept = [map.kept.shape[1] for _, map in maps]
+    assert kept[:2] == [TOKENS // 2, TOKENS // 4]
+
+
+def test_in_the_last_layer_the_class_token_goes_on_alone(model, host, images):
+    if model.global_pool != "token":
+        with pytest.raises(ValueError, match=r"classifies by its patch tokens .*set class_only=False"):
+            host.apply_patch(model, AdaptiveReduction())
+        return
+    plain = predict(model, images)
+    host.apply_patch(model, AdaptiveReduction(alpha=2, beta=0))
+    assert model.forward_features(images).shape[1] == model.num_prefix_tokens
+    assert torch.allclose(predict(model, images), plain, atol=1e-5)  # what is left out decides nothing
+
+
+def test_late_layers_merge_small_tokens_into_large_ones(model, host, images):
+    """Of a pair one is of the larger half by size: two large ones are not merged (ATM section 3.3)."""
+    host.apply_patch(model, adaptive(model, alpha=-1, beta=0, least=-1, split=0.25))
+    with host.watch(model) as maps:
+        predict(model, images)
+    (_, first), (_, second) = maps[:2]
+    size, n = first.size, first.kept.shape[1]
+    position = first.kept
+    for b in range(len(images)):
+        of = {int(token): i for i, token in enumerate(position[b])}
+        ranks = size[b].argsort(stable=True).argsort()
+        for k in range(second.kept.shape[1]):
+            members = [of[int(t)] for t in position[b] if second.home[b, t] == k]
+            assert sum(ranks[m] >= n // 2 for m in members) <= 1
+        assert torch.equal(second.kept[b], second.kept[b].sort().values)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
@@ -222,3 +280,41 @@ def test_sources_and_destinations_take_turns():
     parts = alternating(7, torch.device("cpu"))
     assert parts.src.tolist() == [1, 3, 5]
     assert parts.dst.tolist() == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("layer", "threshold"), [(0, 0.9), (1, 0.9 - math.expm1(0.05)), (3, 0.9 - math.expm1(0.15)), (11, 0.6)]
+)
+def test_thresholds_fall_from_alpha_to_the_least(layer, threshold):
+    """Eq. 1, whose layers count from 1."""
+    assert AdaptiveReduction(0.9, 0.05, 0.6).threshold(layer) == pytest.approx(threshold)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 200), st.integers(1, 200))
+def test_the_merging_error_lies_within_its_bounds(seed, n1, n2):
+    """Theorem 1, and Eq. 5 of its proof, which is exact."""
+    g = torch.Generator().manual_seed(seed)
+    x1, x2 = torch.randn(2, 7, 4, generator=g, dtype=torch.float64)
+    sizes = torch.full((7,), float(n1), dtype=torch.float64), torch.full((7,), float(n2), dtype=torch.float64)
+    apart = 1 - torch.nn.functional.cosine_similarity(x1, x2, dim=-1)
+    low = n1 * n2 / (n1 + n2) * apart
+    error = merging_error(x1, x2, *sizes)
+    assert (error >= low - 1e-9).all()
+    assert (error <= 2 * low + 1e-9).all()
+    exact = (n1 + n2) - ((n1 + n2) ** 2 - 2 * n1 * n2 * apart).sqrt()
+    assert torch.allclose(error, exact, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"alpha": 3}, "alpha is 3; it must be a number from -1 to 2"),
+        ({"beta": -0.1}, "beta is -0.1; it must be a number from 0"),
+        ({"least": float("nan")}, "least is nan; it must be a number from -1 to 1"),
+        ({"split": 1.5}, "split is 1.5; it must be a number from 0 to 1"),
+        ({"class_only": 1}, "class_only is 1; it must be True or False"),
+    ],
+)
+def test_thresholds_out_of_range_are_named(options, said):
+    with pytest.raises(ValueError, match=said):
+        AdaptiveReduction(**options)

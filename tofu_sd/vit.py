@@ -1,11 +1,12 @@
 """Token reduction in classifiers: tokens are fused between attention and MLP, and stay fused to the end.
 
-ToFu (WACV 2024) sections 3 and 4.1, which follows ToMe (ICLR 2023). The attention's keys tell what to fuse, a number of
-tokens for each layer how much, where Stable Diffusion's `TokenFusion` has a share of a map that it unfolds.
+The attention's keys tell what to fuse. How much is a number of tokens for each layer (ToMe, ICLR 2023; ToFu, WACV 2024,
+sections 3 and 4.1), or what is alike enough (ATM, arXiv 2505.15160).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels import assemble, nearest, take
 from .match import Partition, bipartite_soft_matching
 from .policy import reduction_named
 from .reduce import Reduction, mean, mlerp, prune
@@ -75,6 +77,101 @@ class TokenReduction:
         """Eq. 7."""
         return reduction_named(self.early if layer < self.depth_split else self.late)
 
+    def map(self, layer: int, layers: int, begun: int, keys: Tensor, total: TokenMap | None) -> TokenMap | None:
+        """Which of the patch tokens with these keys [B, N, d] are fused in a layer, of `begun` at first; None if none.
+
+        total: the map of all layers before it.
+        """
+        r = self.leaving(layers, begun)[layer]
+        parts = alternating(keys.shape[1], keys.device)
+        return bipartite_soft_matching(keys, parts, r) if r else None
+
+    def ends(self, layer: int, layers: int) -> bool:
+        """Whether only the class token goes on from a layer."""
+        return False
+
+
+@dataclass(frozen=True)
+class AdaptiveReduction:
+    """Adaptive token merging (ATM): in each layer what is alike enough is averaged, however many tokens it is.
+
+    alpha, beta, least: two tokens are merged if the cosine of their keys exceeds max(alpha - (exp(beta l) - 1), least)
+    in the layer l from 0 (Eq. 1); a batch merges the mean number of all its pictures, rounded. The paper does not say
+    what it sets them to; these defaults are not its.
+    split: the share of the layers, from the first, whose tokens take turns as sources and destinations; after it the
+    smaller half by size are sources (section 3.3).
+    proportional: as of `TokenReduction`. class_only: patch tokens end in the last layer (appendix A), for models that
+    classify by the class token.
+
+    Raises ValueError naming the value and the limit.
+    """
+
+    alpha: float = 0.95
+    beta: float = 0.02
+    least: float = 0.75
+    split: float = 0.75
+    proportional: bool = True
+    class_only: bool = True
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("alpha", -1, 2), ("beta", 0, math.inf), ("least", -1, 1), ("split", 0, 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}; it must be a number from {low} to {high}")
+        for name in ("proportional", "class_only"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+
+    def threshold(self, layer: int) -> float:
+        """Eq. 1, of a layer from 0."""
+        return max(self.alpha - math.expm1(self.beta * layer), self.least)
+
+    def reduction(self, layer: int) -> Reduction:
+        return mean
+
+    def map(self, layer: int, layers: int, begun: int, keys: Tensor, total: TokenMap | None) -> TokenMap | None:
+        """As of `TokenReduction` (Algorithm 1)."""
+        N = keys.shape[1]
+        if N < 2 or self.ends(layer, layers):
+            return None
+        if layer < round(self.split * layers) or total is None:
+            return self._alike(layer, keys, alternating(N, keys.device))
+        order = total.size.argsort(dim=1, stable=True)  # the small ones first
+        n = torch.arange(N, device=keys.device)
+        map = self._alike(layer, take(keys, order), Partition(n[: N // 2], n[N // 2 :]))
+        if map is None:
+            return None
+        kept = order.gather(1, map.kept)
+        raster = kept.argsort(dim=1)  # survivors stand as their tokens did
+        place = raster.argsort(dim=1)
+        home = torch.empty_like(map.home).scatter(1, order, place.gather(1, map.home))
+        return TokenMap(kept.gather(1, raster), home)
+
+    def _alike(self, layer: int, keys: Tensor, parts: Partition) -> TokenMap | None:
+        """The pairs of the highest cosines, as many as exceed the layer's threshold in a picture of the batch."""
+        src, dst = parts
+        best, target = (found.flatten(1) for found in nearest(keys, src.unsqueeze(0), dst.unsqueeze(0)))
+        r = round((best > self.threshold(layer)).sum().item() / len(keys))
+        return TokenMap(*assemble(best, target, src, dst, r)) if r else None
+
+    def ends(self, layer: int, layers: int) -> bool:
+        return self.class_only and layer == layers - 1
+
+
+def merging_error(x1: Tensor, x2: Tensor, n1: Tensor, n2: Tensor) -> Tensor:
+    """What is lost by merging tokens x1, x2 [..., C] of sizes n1, n2 [...] (ATM definition 2): [...].
+
+    n1 and n2 times the cosine distances to the weighted average of the two directions: between n1 n2 / (n1 + n2) and
+    twice that, times the cosine distance of the two (theorem 1), so that merging large ones costs more.
+    """
+    x1, x2 = (torch.nn.functional.normalize(x, dim=-1) for x in (x1, x2))
+    merged = (n1.unsqueeze(-1) * x1 + n2.unsqueeze(-1) * x2) / (n1 + n2).unsqueeze(-1)
+
+    def distance(x: Tensor) -> Tensor:
+        return 1 - torch.nn.functional.cosine_similarity(x, merged, dim=-1)
+
+    return n1 * distance(x1) + n2 * distance(x2)
+
 
 def alternating(tokens: int, device: torch.device) -> Partition:
     """Every other token is a source, beginning with the second (ToMe section 3)."""
@@ -103,11 +200,11 @@ class Reducer:
     prefix: how many tokens stand before those of the patches (class, distillation, registers) and are left alone.
     """
 
-    def __init__(self, reduction: TokenReduction, layers: int, prefix: int):
-        self.told = reduction
+    def __init__(self, told: TokenReduction | AdaptiveReduction, layers: int, prefix: int):
+        self.told = told
         self.layers = layers
         self.prefix = prefix
-        self.leaving: list[int] = []
+        self.begun = 0  # patch tokens of a picture
         self.keys: Tensor | None = None  # [B, N, d] of the layer that runs, averaged over the heads
         self.total: TokenMap | None = None  # of the patch tokens the model began with
         self.watcher: Callable[[int, TokenMap], None] | None = None  # is shown the total map after each layer
@@ -116,7 +213,7 @@ class Reducer:
         """A layer is about to run on the tokens x [B, N, C]."""
         if layer == 0:
             self.total = None
-            self.leaving = self.told.leaving(self.layers, x.shape[1] - self.prefix)
+            self.begun = x.shape[1] - self.prefix
 
     def bias(self, x: Tensor) -> Tensor | None:
         """log(n_i) for the keys of the tokens x, as attention's mask [B, 1, 1, N]; None where nothing is weighted."""
@@ -128,11 +225,14 @@ class Reducer:
     def reduce(self, layer: int, x: Tensor) -> Tensor:
         """The tokens x [B, N, C] after a layer's attention, fewer."""
         keys, self.keys = self.keys, None
-        if not self.leaving[layer] or keys is None:
-            return x
         prefix, patches = x[:, : self.prefix], x[:, self.prefix :]
-        parts = alternating(patches.shape[1], x.device)
-        map = bipartite_soft_matching(keys[:, self.prefix :], parts, self.leaving[layer])
+        if self.told.ends(layer, self.layers):
+            return prefix
+        if keys is None:
+            return x
+        map = self.told.map(layer, self.layers, self.begun, keys[:, self.prefix :], self.total)
+        if map is None:
+            return x
         size = patches.new_ones(patches.shape[:2]) if self.total is None else self.total.size
         fused = reduce_sized(self.told.reduction(layer), patches, map, size)
         self.total = map if self.total is None else self.total.then(map)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import timm
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..patch import ATTRIBUTE
 from ..tokens import TokenMap
-from ..vit import Reducer, TokenReduction
+from ..vit import AdaptiveReduction, Reducer, TokenReduction
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,21 +70,26 @@ def find_blocks(model: nn.Module) -> list[Block]:
     return blocks
 
 
-def apply_patch(model: nn.Module | str, r: int | TokenReduction = 8, **options: Any) -> Any:
+def apply_patch(model: nn.Module | str, r: int | TokenReduction | AdaptiveReduction = 8, **options: Any) -> Any:
     """Fuses tokens in a classifier from the next call on, and returns it. One that is patched is patched anew.
 
     model: a vision transformer of timm's, or the name of one, which is made with its pretrained weights. r: tokens that
-    leave in each layer, or a TokenReduction. options: TokenReduction's fields.
+    leave in each layer, or a TokenReduction, whose fields the options are; or an AdaptiveReduction.
 
     ValueError for a value out of range, more than half of the model's tokens for r, or a model without such blocks;
     TypeError for an unknown option. The model is then as it was.
     """
     made: Any = timm.create_model(model, pretrained=True) if isinstance(model, str) else model
     blocks = find_blocks(made)
-    told = TokenReduction.of(r, **options)
+    told = replace(r, **options) if isinstance(r, AdaptiveReduction) else TokenReduction.of(r, **options)
     tokens = getattr(getattr(made, "patch_embed", None), "num_patches", None)
-    if tokens is not None and told.r > tokens // 2:
+    if isinstance(told, TokenReduction) and tokens is not None and told.r > tokens // 2:
         raise ValueError(f"r is {told.r}; of {tokens} patch tokens at most {tokens // 2} can leave in a layer")
+    if isinstance(told, AdaptiveReduction) and told.class_only and getattr(made, "global_pool", "") != "token":
+        raise ValueError(
+            f"class_only is True, and {type(made).__name__} classifies by its patch tokens (global_pool is "
+            f"{getattr(made, 'global_pool', None)!r}): set class_only=False"
+        )
     remove_patch(made)
     reducer = Reducer(told, len(blocks), int(made.num_prefix_tokens))
     for layer, block in enumerate(blocks):
