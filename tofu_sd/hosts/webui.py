@@ -267,12 +267,9 @@ def field(option: Option, visible: bool) -> Any:
         return gr.Dropdown(choices=list(option.names), **told)
     if isinstance(option.default, bool):
         return gr.Checkbox(**told)
-    limits = {"minimum": option.least, "maximum": option.most, "step": option.step}
-    if (
-        option.most is not None and option.most > 1000
-    ):  # without limits, beyond which gradio would refuse to draw at all
-        return gr.Number(precision=0, **told)
-    return gr.Slider(**told, **limits)
+    if option.most is not None and option.most > 1000:
+        return gr.Number(precision=0, **told)  # without limits: beyond them gradio would refuse to draw at all
+    return gr.Slider(minimum=option.least, maximum=option.most, step=option.step, **told)
 
 
 def add_axes() -> None:
