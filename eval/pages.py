@@ -1,25 +1,25 @@
 """Tables in pages: `python -m eval.pages README.md docs/results.md` writes each anew from the results it names.
 
-A table stands between `<!-- python -m eval.report ARGUMENTS -->`, or eval.bench, or tofu_sd.linearity, and
-`<!-- end -->`; it is what that command prints.
+A table stands between `<!-- python -m eval.report ARGUMENTS -->`, or eval.bench, eval.classify or tofu_sd.linearity
+in its place, and `<!-- end -->`; it is what that command prints.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import re
 import shlex
 import sys
 from pathlib import Path
 
-from tofu_sd import linearity
-
-from . import EvalError, bench, report
+from . import EvalError
 from .files import write
 
 TABLE = re.compile(
-    r"(<!-- python -m (eval\.report|eval\.bench|tofu_sd\.linearity) (.*?) -->\n).*?(<!-- end -->)", re.DOTALL
+    r"(<!-- python -m (eval\.report|eval\.bench|eval\.classify|tofu_sd\.linearity) (.*?) -->\n).*?(<!-- end -->)",
+    re.DOTALL,
 )
 
 
@@ -29,9 +29,8 @@ def filled(page: str) -> str:
 
 
 def _printed(program: str, arguments: str) -> str:
-    main = {"eval.report": report.main, "eval.bench": bench.main, "tofu_sd.linearity": linearity.main}[program]
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        code = main(shlex.split(arguments))
+        code = importlib.import_module(program).main(shlex.split(arguments))
     if code:
         raise EvalError(f"{program} {arguments} failed")
     return text.getvalue()

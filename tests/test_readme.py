@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 import tofu_sd
-from eval import EvalError, bench, pages
+from eval import EvalError, bench, pages, report
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -92,11 +92,11 @@ def test_tables_are_what_their_commands_print(page, monkeypatch):
 
 
 def test_a_table_is_written_anew_and_the_page_around_it_stays(monkeypatch):
-    monkeypatch.setattr(pages.report, "main", lambda argv: print("|", *argv, "|"))
+    monkeypatch.setattr(report, "main", lambda argv: print("|", *argv, "|"))
     page = "# A\n<!-- python -m eval.report runs/x --rows 'tofu 50%' -->\nold\n<!-- end -->\nb <!-- end -->\n"
     new = page.replace("old", "| runs/x --rows tofu 50% |")
     assert pages.filled(page) == pages.filled(new) == new
-    monkeypatch.setattr(pages.report, "main", lambda argv: 2)
+    monkeypatch.setattr(report, "main", lambda argv: 2)
     with pytest.raises(EvalError, match=r"eval\.report runs/x"):
         pages.filled(page)
 

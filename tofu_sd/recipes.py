@@ -57,16 +57,18 @@ def named(name: str, ratio: float = 0.5) -> TokenFusion:
         fusion = proportional(fusion)
     if method.startswith("kv:"):
         fusion = keys_only(fusion)
-    options = dict(_option(change, name) for change in changes)
-    return TokenFusion.of(fusion, **options)
+    return TokenFusion.of(fusion, **dict(option(change, name) for change in changes))
 
 
-def _option(change: str, method: str) -> tuple[str, Any]:
-    """'levels=2' as ('levels', 2): numbers, True, False and None are read as Python's, anything else is a word."""
-    option, equals, value = change.partition("=")
+def option(change: str, method: str) -> tuple[str, Any]:
+    """'levels=2' as ('levels', 2): numbers, True, False and None are read as Python's, anything else is a word.
+
+    method: what it stands in, for the ValueError of what is not of that form.
+    """
+    name, equals, value = change.partition("=")
     if not equals:
         raise ValueError(f"{change!r} in method {method!r} is not of the form option=value")
     try:
-        return option, ast.literal_eval(value)
+        return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        return option, value
+        return name, value

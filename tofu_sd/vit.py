@@ -158,6 +158,16 @@ class AdaptiveReduction:
         return self.class_only and layer == layers - 1
 
 
+RECIPES: dict[str, TokenReduction | AdaptiveReduction] = {
+    "tome": TokenReduction(early=mean, late=mean),  # ToMe, ICLR 2023
+    "tofu": TokenReduction(early=prune, late=mlerp),  # ToFu, WACV 2024: "ToFu MLERP" of its tables 1 and 2
+    "tofu-avg": TokenReduction(early=prune, late=mean),  # "ToFu AVG" of the same
+    "prune": TokenReduction(early=prune, late=prune),
+    "mlerp": TokenReduction(early=mlerp, late=mlerp),
+    "atm": AdaptiveReduction(),  # ATM, arXiv 2505.15160
+}
+
+
 def merging_error(x1: Tensor, x2: Tensor, n1: Tensor, n2: Tensor) -> Tensor:
     """What is lost by merging tokens x1, x2 [..., C] of sizes n1, n2 [...] (ATM definition 2): [...].
 

@@ -1,0 +1,529 @@
+"""What token reduction costs a classifier: `python -m eval.classify --method full,tome,tofu,atm --r 8,12,16,20`.
+
+Accuracy, operations and images a second of each method at each r, over all classifiers that a name stands for: the
+tables of ToFu (1 to 3) and ATM (1). Thresholds, which know of no r, are set to the operations that ToMe has at it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import timm
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
+
+from tofu_sd.calibrate import synchronize
+from tofu_sd.demo.train import TEST_SEED
+from tofu_sd.hosts import timm as host
+from tofu_sd.vit import RECIPES, TokenReduction
+
+from . import EvalError, classifiers, labelled, plots, provenance
+from .classifiers import Classifier
+from .files import png, read_json, write, write_json
+from .flops import FORMULAS
+from .frontier import COLOURS
+from .labelled import Labelled
+from .methods import code
+from .options import Help, Parser, add_device, at_least, pick_device, working
+from .reductions import FULL, Method, parse
+from .statistics import bootstrap
+
+SCHEMA = 1
+FRESH = 40  # scenes a class
+CALIBRATION = 128  # pictures by which thresholds are set; their labels are not looked at
+HALVINGS = 12  # of the range of thresholds
+SHOWN = 8  # pictures of --maps
+
+EXAMPLES = """examples:
+  python -m eval.classify --method full,tome,tofu-avg,tofu --r 8,12,16,20
+      ToFu's tables 1 and 2 on the embedded classifiers
+  python -m eval.classify --method full,tome,tofu-avg,tofu --r 8,12,16,20 --model vit_base_patch16_224.mae --data val
+      the same on ImageNet's validation pictures, a folder of 1,000 folders
+  python -m eval.classify --method full,PPPPPPAAAAAA,AAAAAAPPPPPP --r 16
+      ToFu's table 3: which layers prune, which average
+  python -m eval.classify --method tome,tofu,atm --stress
+      ATM's table 1: the most that each saves without losing accuracy
+"""
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="python -m eval.classify",
+        description="What token reduction costs a classifier, and what it saves.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    p.add_argument("--model", default="demo", help="demo, folders of eval.train with commas between, or one of timm's")
+    p.add_argument("--data", default="scenes", help="scenes, or a folder that holds a folder of pictures a class")
+    p.add_argument(
+        "--method",
+        default="full,tome,tofu-avg,tofu,prune,mlerp,atm",
+        metavar="A,B",
+        help=f"full, {', '.join(RECIPES)}, each with any @option=value; words like PPPPPPAAAAAA, a letter a layer",
+    )
+    p.add_argument("--r", default="8,12,16,20", metavar="N,N", help="tokens that leave in each layer")
+    p.add_argument("--limit", type=at_least(1), metavar="N", help="the first N pictures only (default: all)")
+    p.add_argument("--batch", type=at_least(1), default=64, help="pictures at once, which share ATM's numbers")
+    p.add_argument("--rounds", type=at_least(0), default=10, help="timed batches of each method, in turns; 0 for none")
+    p.add_argument("--stress", action="store_true", help="find the most each method saves at the full accuracy")
+    add_device(p)
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: runs/classify-MODEL)")
+    p.add_argument("--maps", type=Path, metavar="FILE", help="draw which tokens are one in the last layers, as PNG")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="also write the drawing there, as SVG")
+    p.add_argument("--table", type=Path, metavar="DIR", help="measure nothing; print the table of a folder for a page")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        options = parser().parse_args(argv)
+        if options.table:
+            found = read(options.table)
+            print(markdown(found), end="")
+            return 0
+        found, out = run(options, argv)
+    except EvalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    terminal(found, Console(width=None if sys.stdout.isatty() else 120))
+    print(f"results: {out / 'results.json'}", file=sys.stderr)
+    return 0
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one classifier did under one method. right [n]: bool. flops, tokens: of a picture, on average.
+
+    tokens: patch tokens that come out of the last layer but one. told: the method's settings, thresholds as found.
+    """
+
+    right: Tensor
+    flops: float
+    tokens: float
+    told: str
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any], Path]:
+    """(what results.json holds, the folder). EvalError for what cannot be, before anything is measured."""
+    device = pick_device(options.device)
+    told = provenance.begin("eval.classify", argv, device)
+    models = classifiers.load(options.model, device)
+    layers = len(host.find_blocks(models[0].model))
+    chosen = parse(options.method, numbers(options.r), layers)
+    data = pictures_for(models[0], options.data)
+    n = min(options.limit or len(data), len(data))
+    for method in chosen:
+        for one in models:
+            try:
+                with method.applied(one.model):
+                    pass
+            except (ValueError, TypeError) as error:
+                raise EvalError(f"method {method.name!r} does not fit {one.name!r}: {error}") from error
+    out = options.out or Path("runs") / f"classify-{Path(options.model.partition(',')[0]).name}"
+    bench = Bench(data, n, options.batch, device, out)
+    if options.stress:
+        full = Entry.of(bench, models, FULL)
+        families = {method.name: method for method in chosen if method is not FULL}.values()
+        best = [most_saving(bench, models, method, full.rights.mean().item()) for method in families]
+        entries = [full, *(Entry.of(bench, models, method) for method in best)]
+    else:
+        entries = [Entry.of(bench, models, method) for method in dict.fromkeys([FULL, *chosen])]
+    time_in_turns(bench, models[0], entries, options.rounds)
+    rows = [entry.row(entries, bench.groups(), min(n, options.batch)) for entry in entries]
+    told |= {"process_mib": None, "ended": provenance.now()}
+    settings = {
+        "model": ", ".join(dict.fromkeys(one.name for one in models)),
+        "classifiers": len(models), "seeds": [one.seed for one in models],
+        "weights": [provenance.weights_hash(one.model) for one in models],
+        "data": data.name, "n": n, "classes": len(data.classes), "batch": options.batch, "side": models[0].side,
+        "stress": options.stress, "rounds": options.rounds,
+        "device": provenance.device_name(device), "torch": str(torch.__version__), "timm": timm.__version__,
+    }  # fmt: skip
+    found = {"schema": SCHEMA, "settings": settings, "rows": rows, "provenance": told}
+    write_json(out / "results.json", found)
+    if not options.stress:
+        drawing = plot(found)
+        write(out / "plot.svg", drawing)
+        if options.plot:
+            write(options.plot, drawing)
+    if options.maps:
+        write(options.maps, png(maps(bench, models[0], [m for m in chosen if m is not FULL])))
+    return found, out
+
+
+def numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise EvalError(f"--r is {text!r}; it must be a whole number or several with commas between") from error
+
+
+def pictures_for(classifier: Classifier, name: str) -> Labelled:
+    """The pictures that a classifier is judged by. EvalError where their classes are not as many as it knows."""
+    if name == "scenes":
+        data = labelled.rendered(classifier.side, FRESH, TEST_SEED)
+    elif classifier.own:
+        data = labelled.folder(Path(name), labelled.plain(classifier.side))
+    else:
+        config = timm.data.resolve_model_data_config(classifier.model)
+        data = labelled.folder(Path(name), timm.data.create_transform(**config))
+    knows = getattr(classifier.model, "num_classes", None)
+    if knows is not None and knows != len(data.classes):
+        raise EvalError(f"{data.name!r} has {len(data.classes)} classes, and {classifier.name!r} tells {knows} apart")
+    return data
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The first n pictures of the data, so many at once. What was judged is kept in `out` by all that decides it."""
+
+    data: Labelled
+    n: int
+    batch: int
+    device: torch.device
+    out: Path
+
+    def batches(self, n: int) -> DataLoader[Any]:
+        return DataLoader(Subset(self.data.pictures, range(n)), self.batch)
+
+    def judge(self, one: Classifier, method: Method) -> Judged:
+        weights = provenance.weights_hash(one.model)
+        made = {
+            "weights": weights, "method": repr(method.told), "data": self.data.name, "n": self.n, "batch": self.batch,
+            "device": self.device.type, "torch": str(torch.__version__), "code": code(),
+        }  # fmt: skip
+        key = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
+        path = self.out / "judged" / f"{key}.json"
+        kept = read_json(path)
+        if not isinstance(kept, dict) or kept.get("made") != made:
+            right, flops, tokens = judge(one.model, method, self.batches(self.n), self.device)
+            kept = {"made": made, "right": "".join(map(str, right.int().tolist())), "flops": flops, "tokens": tokens}
+            write_json(path, kept)
+        right = torch.tensor([mark == "1" for mark in kept["right"]])
+        return Judged(right, kept["flops"], kept["tokens"], repr(method.told))
+
+    def groups(self) -> list[str]:
+        """The class of each picture."""
+        return [self.data.classes[label] for label in self.data.labels[: self.n]]
+
+
+@torch.no_grad()
+def judge(
+    model: nn.Module, method: Method, batches: DataLoader[Any], device: torch.device
+) -> tuple[Tensor, float, float]:
+    """(which pictures are named right, operations of a picture, its patch tokens behind the last layer but one)."""
+    right, left = [], []
+    blocks = host.find_blocks(model)
+    prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+    with method.applied(model), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        last = blocks[-1].register_forward_pre_hook(lambda m, args: left.append(len(args[0]) * args[0].shape[1]))
+        try:
+            for pictures, labels in working(list(batches), method.label):
+                right.append(model(pictures.to(device)).argmax(-1).cpu() == labels)
+        finally:
+            last.remove()
+    n = sum(map(len, right))
+    return torch.cat(right), counter.get_total_flops() / n, sum(left) / n - prefix
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row in the making: a method, as it is for each classifier, and what each did under it."""
+
+    method: Method
+    settled: list[Method]
+    judged: list[Judged]
+    seconds: list[float] = field(default_factory=list)  # of the first classifier's timed batches
+
+    @classmethod
+    def of(cls, bench: Bench, models: Sequence[Classifier], method: Method) -> Entry:
+        settled = [settle(bench, one, method) for one in models]
+        return cls(method, settled, [bench.judge(one, own) for one, own in zip(models, settled, strict=True)])
+
+    @property
+    def rights(self) -> Tensor:
+        """Which pictures each classifier names right: float64 [classifiers, n] of 0 and 1."""
+        return torch.stack([each.right for each in self.judged]).double()
+
+    def row(self, entries: Sequence[Entry], groups: Sequence[str], batch: int) -> dict[str, Any]:
+        """Of the results. entries: all of them, the full model's first. groups: the class of each picture."""
+        tome = next((e for e in entries if (e.method.name, e.method.r) == ("tome", self.method.r)), None)
+        rates = [batch / seconds for seconds in self.seconds]
+        ratios = [full / own for full, own in zip(entries[0].seconds, self.seconds, strict=True)]
+        ahead = None
+        if tome is not None and tome is not self and self.method.r is not None:
+            ahead = interval((self.rights - tome.rights).mean(0), groups)
+        return {
+            "method": self.method.name, "r": self.method.r, "label": self.method.label,
+            "told": [each.told for each in self.judged],
+            "accuracy": {**interval(self.rights.mean(0), groups), "by_classifier": self.rights.mean(1).tolist()},
+            "ahead_of_tome": ahead,
+            "flops": mean(each.flops for each in self.judged), "tokens": mean(each.tokens for each in self.judged),
+            "images_per_second": spread(rates) if rates else None, "speedup": spread(ratios) if ratios else None,
+        }  # fmt: skip
+
+
+def interval(values: Tensor, groups: Sequence[str]) -> dict[str, float | None]:
+    """The mean of values [n] and its 95 % interval over classes."""
+    low, high = bootstrap(values, groups) or (None, None)
+    return {"value": values.mean().item(), "low": low, "high": high}
+
+
+def settle(bench: Bench, one: Classifier, method: Method) -> Method:
+    """A method whose thresholds are such that it has ToMe's operations at its r; any other as it is."""
+    if not method.adaptive or method.r is None:
+        return method
+    batches = DataLoader(Subset(bench.data.pictures, range(min(CALIBRATION, bench.n))), bench.batch)
+    held = [(pictures.to(bench.device), labels) for pictures, labels in batches]
+
+    def flops(asked: Method) -> float:
+        return judge(one.model, asked, held, bench.device)[1]  # type: ignore[arg-type]
+
+    (like,) = parse("tome", [method.r], len(host.find_blocks(one.model)))
+    aim = flops(like)
+    low, high = -1.0, 2.0  # all are merged, none are
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if flops(method.shifted(middle)) <= aim else (low, middle)
+    return method.shifted(low)
+
+
+def most_saving(bench: Bench, models: Sequence[Classifier], method: Method, full: float) -> Method:
+    """A method at the most it can fuse while its accuracy over all classifiers is at least the full model's.
+
+    The most tokens a layer, or the lowest thresholds. Found by halving, so where accuracy rises again beyond the first
+    loss, that is not seen.
+    """
+
+    def loses(asked: Method) -> bool:
+        rights = torch.stack([bench.judge(one, asked).right for one in models]).double()
+        return rights.mean().item() < full
+
+    def shifted(alpha: float) -> Method:
+        return replace(method.shifted(alpha), r=None)
+
+    if method.adaptive:
+        calm, wild = 2.0, -1.0
+        for _ in range(HALVINGS // 2):
+            middle = (calm + wild) / 2
+            calm, wild = (calm, middle) if loses(shifted(middle)) else (middle, wild)
+        return shifted(calm)
+    told = method.told
+    assert isinstance(told, TokenReduction)
+    few, many = 0, most_of(models[0].model) + 1
+    while many - few > 1:
+        r = (few + many) // 2
+        few, many = (few, r) if loses(replace(method, told=replace(told, r=r), r=r)) else (r, many)
+    return replace(method, told=replace(told, r=few), r=few)
+
+
+def most_of(model: Any) -> int:
+    """The largest r that tells anything: beyond it all but one token are gone before the last layer."""
+    return min(model.patch_embed.num_patches // 2, math.ceil(model.patch_embed.num_patches / (len(model.blocks) - 1)))
+
+
+@torch.no_grad()
+def time_in_turns(bench: Bench, one: Classifier, entries: Sequence[Entry], rounds: int) -> None:
+    """Gives each entry its seconds for one batch, once a round. All run in turns, so that what else the machine does
+    falls on all alike.
+    """  # fmt: skip
+    pictures, _ = next(iter(bench.batches(min(bench.n, bench.batch))))
+    pictures = pictures.to(bench.device)
+    for turn in working(range(rounds + 1 if rounds else 0), "rounds"):
+        for i in range(len(entries)):
+            entry = entries[(i + turn) % len(entries)]
+            with entry.settled[0].applied(one.model):
+                synchronize(bench.device)
+                start = time.perf_counter()
+                one.model(pictures)
+                synchronize(bench.device)
+            if turn:  # the first warms up
+                entry.seconds.append(time.perf_counter() - start)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median with the 5th and 95th percentile."""
+    p5, median, p95 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.05, 0.5, 0.95]).double())
+    return {"median": median.item(), "p5": p5.item(), "p95": p95.item()}
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+def read(out: Path) -> dict[str, Any]:
+    found = read_json(out / "results.json")
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA or "stress" not in found.get("settings", {}):
+        raise EvalError(f"{out.name} holds no results of eval.classify")
+    return found
+
+
+def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(titles, the texts of each row)."""
+    full = next(row for row in found["rows"] if row["method"] == FULL.name)
+    titles = ["method", "accuracy, %", "GFLOP / image", "of the full model's", "tokens left"]
+    ahead = any(row["ahead_of_tome"] for row in found["rows"])
+    timed = any(row["speedup"] for row in found["rows"])
+    titles += ["ahead of tome, %"] * ahead + ["images / s", "speed-up"] * timed
+    lines = []
+    for row in found["rows"]:
+        a, gap = row["accuracy"], row["ahead_of_tome"]
+        between = f" ({100 * a['low']:.1f}–{100 * a['high']:.1f})" if a["low"] is not None else ""
+        line = [
+            row["label"], f"{100 * a['value']:.2f}{between}", f"{row['flops'] / 1e9:.3f}",
+            f"{row['flops'] / full['flops']:.3f}", f"{row['tokens']:.0f}",
+        ]  # fmt: skip
+        if ahead:
+            sure = f" ({100 * gap['low']:+.2f} to {100 * gap['high']:+.2f})" if gap and gap["low"] is not None else ""
+            line.append(f"{100 * gap['value']:+.2f}{sure}" if gap else "–")
+        if timed:
+            rate, faster = row["images_per_second"], row["speedup"]
+            line += [f"{rate['median']:.0f}", f"{faster['median']:.2f}× ({faster['p5']:.2f}–{faster['p95']:.2f})"]
+        lines.append(line)
+    return titles, lines
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """Without which the figures mean nothing."""
+    s, p = found["settings"], found["provenance"]
+    trained = s["model"]
+    if s["seeds"][0] is not None:
+        trained += f", {s['classifiers']} classifiers of seeds {', '.join(map(str, s['seeds']))}"
+    lines = [
+        f"{trained} · {s['n']} pictures of {s['classes']} classes ({s['data']}), {s['side']} px, batches of "
+        f"{s['batch']} · float32 on {s['device']} · torch {s['torch']}, timm {s['timm']} · commit "
+        f"{p['commit'] or 'unknown'}.",
+        "Accuracy: mean over the classifiers, 95 % interval over classes; operations by torch's counter, matching "
+        "included; tokens: of patches, before the last layer.",
+    ]
+    if any(row["speedup"] for row in found["rows"]):
+        lines.append(f"Images / s, speed-up: medians of {s['rounds']} rounds in turns, 5th to 95th percentile.")
+    if s["stress"]:
+        lines.append("Each method at the most it fuses with no accuracy lost on these pictures.")
+    elif any(row["method"].startswith("atm") for row in found["rows"]):
+        lines.append("atm: thresholds moved together to ToMe's operations at that r.")
+    lines += ["", f"`{p['command']}`"]
+    return lines
+
+
+def markdown(found: dict[str, Any]) -> str:
+    titles, lines = cells(found)
+    head = ["| " + " | ".join(titles) + " |", "|---|" + "--:|" * (len(titles) - 1)]
+    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines), "", *notes(found)]) + "\n"
+
+
+def terminal(found: dict[str, Any], console: Console) -> None:
+    titles, lines = cells(found)
+    drawn = Table(box=SIMPLE_HEAD)
+    for i, title in enumerate(titles):
+        drawn.add_column(title, justify="right" if i else "left")
+    for line in lines:
+        drawn.add_row(*line)
+    console.print(drawn)
+    for note in notes(found):
+        console.print(note, style="dim", highlight=False, markup=False)
+
+
+def plot(found: dict[str, Any]) -> str:
+    """Accuracy against operations and, where there were rounds, against images a second (ToFu Fig. 4)."""
+    full = next(row for row in found["rows"] if row["method"] == FULL.name)
+    kinds: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+        ("GFLOP / image", lambda row: row["flops"] / 1e9),
+    ]
+    if full["images_per_second"]:
+        kinds.append(("images / s", lambda row: row["images_per_second"]["median"]))
+    names = list(dict.fromkeys(row["method"] for row in found["rows"] if row is not full))
+    with plots.style():
+        figure = Figure(figsize=(0.5 + 4.2 * len(kinds), 3.6), layout="constrained")
+        axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        for ax, (title, cost) in zip(axes, kinds, strict=True):
+            plots.bare(ax)
+            ax.axhline(100 * full["accuracy"]["value"], color="#60646c", linewidth=0.8, linestyle=":")
+            ax.plot(cost(full), 100 * full["accuracy"]["value"], "k*", label="full")
+            for i, name in enumerate(names):
+                own = sorted((row for row in found["rows"] if row["method"] == name), key=cost)
+                colour = COLOURS[i % len(COLOURS)]
+                ax.plot([cost(r) for r in own], [100 * r["accuracy"]["value"] for r in own], "o-", color=colour,
+                        markersize=4, linewidth=1.2, label=name)  # fmt: skip
+            ax.set_xlabel(title)
+        axes[0].set_ylabel("accuracy, %")
+        axes[-1].legend(frameon=False, fontsize=8)
+        return plots.svg(figure)
+
+
+@torch.no_grad()
+def maps(bench: Bench, one: Classifier, methods: Sequence[Method]) -> Image.Image:
+    """Pictures and, for each method, which of their patches are one token behind the last layer that fuses.
+
+    A column for each picture, alone in its batch, from the one of which the last method leaves fewest tokens to the one
+    of which it leaves most (ATM Fig. 7). Each token has its patches' mean colour and an outline; its number is below.
+    """
+    side, gap, foot = 2 * one.side, 6, 18
+    model: Any = one.model
+    columns: list[list[tuple[Tensor, int]]] = []  # of each, the picture and the methods' drawings, with their tokens
+    for i in torch.linspace(0, bench.n - 1, SHOWN).long().tolist():
+        picture = bench.data.pictures[i][0]
+        shown = [(picture, 0)]
+        for method in methods:
+            with settle(bench, one, method).applied(model), host.watch(model) as seen:
+                model(picture.unsqueeze(0).to(bench.device))
+            home = seen[-1][1].home[0].cpu() if seen else torch.arange(model.patch_embed.num_patches)
+            shown.append((outlined(picture, home), int(home.max()) + 1))
+        columns.append(shown)
+    columns.sort(key=lambda shown: shown[-1][1])
+    width, height = len(columns) * (side + gap) + gap, (1 + len(methods)) * (side + foot) + foot
+    page = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    for column, shown in enumerate(columns):
+        for line, (picture, tokens) in enumerate(shown):
+            low, high = picture.amin(), picture.amax()
+            pixels = ((picture - low) / (high - low).clamp_min(1e-6) * 255).byte().permute(1, 2, 0).numpy()
+            x, y = gap + column * (side + gap), line * (side + foot)
+            page.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (x, y))
+            if line:
+                pen.text((x, y + side + 2), f"{methods[line - 1].label}: {tokens} tokens", "black", font)
+    return page
+
+
+def outlined(picture: Tensor, home: Tensor) -> Tensor:
+    """The picture [3, H, W] with each group of patches in its mean colour and a line around it. home [N]: its group."""
+    H = picture.shape[-1]
+    across = math.isqrt(len(home))
+    patch = H // across
+    pixels = home.view(across, across).repeat_interleave(patch, 0).repeat_interleave(patch, 1)  # [H, H]
+    flat = pixels.flatten()
+    sums = torch.zeros(3, int(home.max()) + 1).index_add_(1, flat, picture[:, : len(pixels), : len(pixels)].flatten(1))
+    drawn = (sums / torch.bincount(flat).clamp_min(1))[:, flat].view(3, *pixels.shape)
+    edge = torch.zeros_like(pixels, dtype=torch.bool)
+    edge[1:] |= pixels[1:] != pixels[:-1]
+    edge[:, 1:] |= pixels[:, 1:] != pixels[:, :-1]
+    return drawn.masked_fill(edge, float(picture.amin()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""Pictures with labels, to train classifiers on and to judge them by: the embedded scenes, or a folder of folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tofu_sd.demo import scenes
+from tofu_sd.demo.scenes import CLASSES
+
+from . import EvalError
+from .files import digest, without_paths
+from .options import working
+
+CACHE = Path("runs/scenes")
+CHUNK = 32  # scenes rendered at once
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """pictures: a dataset of (float [3, side, side], label). classes: their names. name: for tables and files."""
+
+    pictures: Dataset[tuple[Tensor, int]]
+    classes: tuple[str, ...]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.pictures)  # type: ignore[arg-type]
+
+    @property
+    def labels(self) -> list[int]:
+        """Of every picture, without opening it."""
+        return self.pictures.targets  # type: ignore[attr-defined]
+
+
+class Renders(Dataset[tuple[Tensor, int]]):
+    """Rendered scenes, as many of each class; picture i is of class i mod 96, so that a part is as mixed as all."""
+
+    def __init__(self, rows: np.ndarray):
+        self.rows = rows
+        self.targets = [i % len(CLASSES) for i in range(len(rows))]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return torch.from_numpy(np.array(self.rows[i])).float() / 255, self.targets[i]  # a copy: the map is read-only
+
+
+def rendered(side: int, per_class: int, first_seed: int, cache: Path = CACHE) -> Labelled:
+    """Scenes of all 96 classes, side pixels wide, seeds from `first_seed` on. Rendered once and kept in `cache`."""
+    n = per_class * len(CLASSES)
+    code = digest(Path(scenes.__file__))
+    path = cache / f"{side}px-{n}-from-{first_seed}-{code}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        out = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (n, 3, side, side))
+        for begin in working(range(0, n, CHUNK), f"rendering {n} scenes"):
+            rows = range(begin, min(begin + CHUNK, n))
+            pictures = scenes.render([CLASSES[i % len(CLASSES)] for i in rows], [first_seed + i for i in rows], side)
+            out[begin : begin + len(rows)] = (pictures * 255).round().byte().numpy()
+        out.flush()
+        os.replace(unfinished, path)
+    return Labelled(Renders(np.load(path, mmap_mode="r")), tuple(kind.name for kind in CLASSES), "scenes")
+
+
+def plain(side: int) -> Callable[[Any], Tensor]:
+    """Of a PIL image, the middle square as a float tensor [3, side, side] in 0..1."""
+    from torchvision.transforms import v2
+
+    steps = [v2.RGB(), v2.Resize(side), v2.CenterCrop(side), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    return v2.Compose(steps)
+
+
+def folder(path: Path, transform: Callable[[Any], Tensor]) -> Labelled:
+    """Pictures of a folder with a folder for each class, as torchvision's ImageFolder reads it, ImageNet's val too.
+
+    EvalError where it is none.
+    """
+    from torchvision.datasets import ImageFolder
+
+    if not path.is_dir():
+        raise EvalError(f"there is no folder {path.name!r} of pictures; it holds a folder of them for each class")
+    try:
+        found = ImageFolder(str(path), transform)
+    except FileNotFoundError as error:
+        reason = without_paths(str(error))
+        raise EvalError(f"the folder {path.name!r} holds no folder of pictures for each class: {reason}") from error
+    return Labelled(found, tuple(found.classes), path.name)

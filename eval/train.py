@@ -1,0 +1,181 @@
+"""Trains a classifier: `python -m eval.train --out runs/vit`, on the embedded scenes or on any folder of pictures.
+
+A vision transformer learns at twice its patch's size first, which costs a fifth, and goes on at its own (after
+FlexiViT, CVPR 2023). Cut off, the same command goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, default_collate
+
+from tofu_sd import demo
+from tofu_sd.demo.train import TEST_SEED, fit
+
+from . import EvalError, labelled
+from .classifiers import ABOUT, STEMS, WEIGHTS, Architecture, ConvolutionStem, described
+from .files import read_json, write, write_json
+from .labelled import Labelled
+from .options import Help, Parser, add_device, at_least, pick_device, working
+
+RECIPE = "recipe.json"
+PER_CLASS, FRESH = 200, 40  # scenes of a class to learn from and to be judged by
+BATCH = 32
+SIZES = ("side", "patch", "width", "depth", "heads")
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m eval.train", description=(__doc__ or "").partition("\n")[0], formatter_class=Help)
+    default = Architecture()
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the classifier")
+    p.add_argument(
+        "--data", default="scenes", help="scenes, or a folder with train/ and val/, a folder a class in each"
+    )
+    p.add_argument("--kind", default=default.kind, help="vit or adaptivision")
+    p.add_argument("--stem", default="convolutions", help=f"of a vit: {', '.join(STEMS)}")
+    for name in SIZES:
+        p.add_argument(f"--{name}", type=at_least(1), default=getattr(default, name), metavar="N")
+    p.add_argument("--coarse", type=at_least(0), default=32_000, metavar="N", help="samples at twice the patch's size")
+    p.add_argument("--samples", type=at_least(1), default=12_800, metavar="N", help="samples at its own size")
+    p.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    p.add_argument("--seed", type=at_least(0, 2**31), default=0, help="of the first weights and of the batches")
+    add_device(p)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        options = parser().parse_args(sys.argv[1:] if argv is None else argv)
+        figures = train(options)
+    except (EvalError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(f"{options.out.name}: {100 * figures['accuracy']:.2f} % of {figures['n']} fresh pictures", file=sys.stderr)
+    return 0
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """The figures of the training, which stand in the folder beside the weights."""
+    device = pick_device(options.device)
+    learnt, fresh = data(options.data, options.side)
+    sizes = {name: getattr(options, name) for name in SIZES}
+    architecture = Architecture(options.kind, options.stem, **sizes, classes=len(learnt.classes))
+    torch.manual_seed(options.seed)
+    figures: dict[str, Any] = {"data": learnt.name, "pictures": len(learnt), "torch": str(torch.__version__)}
+
+    def stage(name: str, model: nn.Module, samples: int, rate: float) -> None:
+        def loss(g: torch.Generator) -> Tensor:
+            pictures, labels = _batch(learnt, torch.randint(len(learnt), (BATCH,), generator=g))
+            with torch.autocast(device.type, torch.bfloat16):
+                scores = model(augmented(pictures, g).to(device))
+            return F.cross_entropy(scores.float(), labels.to(device), label_smoothing=0.05)
+
+        figures[name] = fit(
+            name, model, loss, samples=samples, batch=BATCH, rate=rate, work=options.out, seed=options.seed
+        )
+
+    model = begun(architecture, learnt)
+    claim(options.out, {**vars(options), "out": None, "data": learnt.name})
+    if architecture.kind == "vit" and options.coarse:
+        coarse = begun(replace(architecture, patch=2 * architecture.patch), learnt).to(device)
+        stage("coarse", coarse, options.coarse, options.rate)
+        refine(coarse, model)
+    stage("fine", model.to(device), options.samples, options.rate / 2 if options.coarse else options.rate)
+    model.eval()
+    right = torch.cat(correct(model, fresh, device))
+    figures |= {"accuracy": right.double().mean().item(), "n": len(right)}
+    weights = {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
+    write(options.out / WEIGHTS, save(weights))
+    write_json(options.out / ABOUT, described(architecture, options.seed, learnt.classes, figures))
+    return figures
+
+
+def begun(architecture: Architecture, learnt: Labelled) -> nn.Module:
+    """A classifier before its training. On scenes early convolutions begin as the embedded judge's, which has learnt
+    from scenes already.
+    """  # fmt: skip
+    model = architecture.build()
+    stem = getattr(model, "patch_embed", None)
+    if learnt.name == "scenes" and isinstance(stem, ConvolutionStem):
+        stem.begin_as(demo.judge())
+    return model
+
+
+def claim(out: Path, recipe: dict[str, Any]) -> None:
+    """Makes the folder of a training, or goes on in it. EvalError for one of another recipe, naming what differs."""
+    before = read_json(out / RECIPE) if out.exists() else None
+    for name, value in (before or {}).items():
+        if recipe.get(name) != value:
+            raise EvalError(f"{out.name} holds a training with {name} {value}, not {recipe.get(name)}")
+    write_json(out / RECIPE, recipe)
+
+
+def data(name: str, side: int) -> tuple[Labelled, Labelled]:
+    """(pictures to learn from, pictures to be judged by). EvalError where there are none."""
+    if name == "scenes":
+        return labelled.rendered(side, PER_CLASS, 0), labelled.rendered(side, FRESH, TEST_SEED)
+    learnt, fresh = (labelled.folder(Path(name) / part, labelled.plain(side)) for part in ("train", "val"))
+    if learnt.classes != fresh.classes:
+        raise EvalError(f"train and val of {Path(name).name!r} are not of the same classes")
+    return learnt, fresh
+
+
+def _batch(data: Labelled, rows: Tensor) -> tuple[Tensor, Tensor]:
+    pictures, labels = default_collate([data.pictures[i] for i in rows.tolist()])
+    return pictures, labels
+
+
+def augmented(pictures: Tensor, g: torch.Generator) -> Tensor:
+    """The pictures [B, 3, H, W] cut a little smaller, half of them mirrored, each with a light of its own."""
+    B, _, H, W = pictures.shape
+    share, y, x = torch.rand(3, generator=g).tolist()
+    h, w = (round(side * (0.7 + 0.3 * share)) for side in (H, W))
+    top, left = int(y * (H - h + 1)), int(x * (W - w + 1))
+    pictures = F.interpolate(pictures[..., top : top + h, left : left + w], (H, W), mode="bilinear", antialias=True)
+    mirrored = torch.rand(B, generator=g) < 0.5
+    pictures = torch.where(mirrored.view(B, 1, 1, 1), pictures.flip(-1), pictures)
+    gain, shift = torch.rand(2, B, 1, 1, 1, generator=g)
+    return (pictures - 0.5) * (0.7 + 0.6 * gain) + 0.5 + 0.2 * (shift - 0.5)
+
+
+def refine(coarse: nn.Module, fine: nn.Module) -> None:
+    """Gives a vision transformer the weights of one whose patches are larger."""
+    weights = coarse.state_dict()
+    mine: Any = fine
+    if isinstance(mine.patch_embed, PatchEmbed):
+        weights["patch_embed.proj.weight"] = timm.layers.resample_patch_embed(
+            weights["patch_embed.proj.weight"].cpu(), list(mine.patch_embed.patch_size)
+        )
+    weights["pos_embed"] = timm.layers.resample_abs_pos_embed(
+        weights["pos_embed"].cpu(), list(mine.patch_embed.grid_size), num_prefix_tokens=mine.num_prefix_tokens
+    )
+    fine.load_state_dict(weights)
+
+
+@torch.no_grad()
+def correct(model: nn.Module, data: Labelled, device: torch.device, batch: int = BATCH) -> list[Tensor]:
+    """Of each batch, which pictures a classifier names right: bool [B]."""
+    found = []
+    loader = DataLoader(data.pictures, batch)
+    for pictures, labels in working(list(loader), "judging") if len(data) <= 10_000 else loader:
+        found.append(model(pictures.to(device)).argmax(-1).cpu() == labels)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,347 @@
+"""Classifiers on fewer tokens: what is trained, what is judged, what the tables say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+timm = pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
+
+from eval import EvalError, classifiers, classify, labelled, pages, reductions, train  # noqa: E402
+from tofu_sd import demo  # noqa: E402
+from tofu_sd.demo.scenes import CLASSES, render  # noqa: E402
+from tofu_sd.reduce import mean, mlerp, prune  # noqa: E402
+from tofu_sd.vit import AdaptiveReduction, TokenReduction  # noqa: E402
+
+SMALL = [
+    "--stem",
+    "patches",
+    "--side",
+    "32",
+    "--patch",
+    "4",
+    "--width",
+    "24",
+    "--depth",
+    "4",
+    "--heads",
+    "2",
+    "--device",
+    "cpu",
+]
+SHADES = 6  # classes of pictures that their brightness tells apart
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """train/ and val/: folders of noise, a brightness a class."""
+    root = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for part, n in (("train", 12), ("val", 8)):
+        for shade in range(SHADES):
+            folder = root / part / f"shade{shade}"
+            folder.mkdir(parents=True)
+            for i in range(n):
+                grain = noise.random((36, 40, 3)) * 30 + 45 * shade
+                Image.fromarray(grain.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    """Two classifiers that differ in their seed."""
+    root = tmp_path_factory.mktemp("trained")
+    for seed in "01":
+        out = ["--out", str(root / seed), "--seed", seed, "--data", str(pictures)]
+        assert train.main([*out, *SMALL, "--coarse", "1280", "--samples", "1280"]) == 0
+    return f"{root / '0'},{root / '1'}"
+
+
+def run(trained, pictures, out, *more):
+    assert classify.main(["--model", trained, "--data", str(pictures / "val"), "--out", str(out), "--device", "cpu",
+                          "--rounds", "0", *more]) == 0  # fmt: skip
+    return json.loads((out / "results.json").read_text())
+
+
+def by_label(found):
+    return {row["label"]: row for row in found["rows"]}
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_learnt_is_written_down_and_read_again(trained, pictures):
+    (one, other) = classifiers.load(trained, torch.device("cpu"))
+    assert (one.seed, other.seed) == (0, 1)
+    assert not torch.equal(one.model.head.weight, other.model.head.weight)
+    _, fresh = train.data(str(pictures), 32)
+    right = torch.cat(train.correct(one.model, fresh, torch.device("cpu")))
+    assert right.double().mean() > 0.5  # of six; the shades overlap in the light that training varies
+
+
+def test_the_same_command_draws_the_same_weights(pictures, tmp_path):
+    few = ["--data", str(pictures), *SMALL, "--coarse", "128", "--samples", "128", "--seed", "3"]
+    weights = []
+    for name in ("a", "b"):
+        assert train.main(["--out", str(tmp_path / name), *few]) == 0
+        weights.append((tmp_path / name / classifiers.WEIGHTS).read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_a_folder_of_another_training_is_left_alone(pictures, tmp_path, capsys):
+    few = ["--data", str(pictures), *SMALL, "--coarse", "64", "--samples", "64"]
+    assert train.main(["--out", str(tmp_path / "a"), *few]) == 0
+    weights = (tmp_path / "a" / classifiers.WEIGHTS).read_bytes()
+    assert train.main(["--out", str(tmp_path / "a"), *few, "--seed", "1"]) == 2
+    assert "a holds a training with seed 0, not 1" in capsys.readouterr().err
+    assert (tmp_path / "a" / classifiers.WEIGHTS).read_bytes() == weights
+
+
+SIZES = {"side": 32, "width": 24, "depth": 2, "heads": 2}
+
+
+@pytest.mark.parametrize("stem", classifiers.STEMS)
+def test_a_finer_model_begins_with_what_the_coarse_one_knows(stem):
+    torch.manual_seed(0)
+    coarse, same = (classifiers.Architecture(stem=stem, patch=16, **SIZES).build() for _ in range(2))
+    train.refine(coarse, same)
+    assert all(torch.equal(a, b) for a, b in zip(coarse.parameters(), same.parameters(), strict=True))
+    fine = classifiers.Architecture(stem=stem, patch=8, **SIZES).build()
+    train.refine(coarse, fine)
+    if stem == "convolutions":
+        before = coarse.state_dict()
+        changed = [name for name, value in fine.state_dict().items() if value.shape != before[name].shape]
+        assert changed == ["pos_embed"]
+        assert torch.equal(fine.patch_embed.proj.weight, coarse.patch_embed.proj.weight)
+    else:  # four flat patches look as they did, in quarters; the length of it may differ
+        picture = torch.rand(1, 3, 2, 2).repeat_interleave(16, 2).repeat_interleave(16, 3)
+        seen = [model.patch_embed(picture).unflatten(1, (n, n))[0] for model, n in ((coarse, 2), (fine, 4))]
+        assert (torch.nn.functional.cosine_similarity(seen[0], seen[1][::2, ::2], dim=-1) > 0.9).all()
+
+
+def test_on_scenes_convolutions_begin_as_the_judge_s(tmp_path):
+    architecture = classifiers.Architecture(stem="convolutions", patch=8, **SIZES)
+    scenes = labelled.rendered(8, 1, 70, cache=tmp_path)
+    stem = train.begun(architecture, scenes).patch_embed
+    picture = torch.rand(2, 3, 32, 32)
+    maps = demo.judge().maps(picture)[2]  # [2, 80, 4, 4]
+    tokens = stem.proj(maps).flatten(2).mT
+    assert torch.allclose(stem(picture), tokens, atol=1e-5)
+    other = train.begun(architecture, labelled.Labelled(scenes.pictures, scenes.classes, "mine")).patch_embed
+    assert not torch.allclose(other(picture), tokens, atol=1e-2)
+
+
+def test_every_picture_of_a_batch_is_lit_and_cut_by_its_generator_alone():
+    pictures = torch.rand(4, 3, 16, 16)
+    one, again = (train.augmented(pictures, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(one, again)
+    assert one.shape == pictures.shape
+    assert not torch.equal(one, train.augmented(pictures, torch.Generator().manual_seed(6)))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--patch", "5"], "side is 32; it must be a multiple of the patch's 5 pixels"),
+        (["--stem", "roots"], "stem is 'roots'; it must be patches or convolutions"),
+        (["--stem", "convolutions"], "patch is 4; before convolutions it must be a multiple of 8"),
+        (["--heads", "5"], "width is 24; it must be a multiple of the 5 heads"),
+        (["--kind", "swin"], "kind is 'swin'; it must be vit or adaptivision"),
+        (["--data", "nowhere"], "there is no folder 'train' of pictures"),
+    ],
+)
+def test_a_training_that_cannot_be_is_refused_in_a_line_and_leaves_nothing(pictures, tmp_path, capsys, options, said):
+    out = tmp_path / "out"
+    assert train.main(["--out", str(out), "--data", str(pictures), *SMALL, *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not out.exists()
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_scenes_are_rendered_once_and_any_part_of_them_is_mixed(tmp_path, monkeypatch):
+    data = labelled.rendered(8, 2, 70, cache=tmp_path)
+    assert len(data) == 2 * len(CLASSES)
+    assert data.labels[:3] == [0, 1, 2]
+    picture, label = data.pictures[97]
+    assert label == 1
+    assert torch.allclose(picture, render([CLASSES[1]], [70 + 97], 8)[0], atol=0.5 / 255 + 1e-6)
+    monkeypatch.setattr(labelled.scenes, "render", None)  # is not called again
+    again = labelled.rendered(8, 2, 70, cache=tmp_path)
+    assert torch.equal(again.pictures[97][0], picture)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
+
+
+def test_a_folder_without_classes_is_refused(tmp_path):
+    with pytest.raises(EvalError, match=r"'.*' holds no folder of pictures for each class"):
+        labelled.folder(tmp_path, labelled.plain(8))
+
+
+# --- methods --------------------------------------------------------------------------------------------------------
+
+
+def test_methods_are_read_as_they_are_written():
+    full, tofu, word, atm = reductions.parse("full,tofu@depth_split=3,PPPA,atm@beta=0.1", [4], 4)
+    assert full is reductions.FULL
+    assert tofu.told == TokenReduction(4, early=prune, late=mlerp, depth_split=3)
+    assert word.told == TokenReduction(4, early=prune, late=mean, depth_split=3)
+    assert atm.told == AdaptiveReduction(beta=0.1)
+    assert [m.label for m in (full, tofu, word, atm)] == [
+        "full", "tofu@depth_split=3, r = 4", "PPPA, r = 4", "atm@beta=0.1, r = 4",
+    ]  # fmt: skip
+    several = reductions.parse("full,tome", [2, 4], 4)
+    assert [m.label for m in several] == ["full", "tome, r = 2", "tome, r = 4"]
+    (all_alike,) = reductions.parse("AAAA", [1], 4)
+    assert {all_alike.told.reduction(layer) for layer in range(4)} == {mean}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("tomme", r"unknown method 'tomme' \(did you mean 'tome'\?\)"),
+        ("PPPAA", "'PPPAA' has 5 letters; the model has 4 layers"),
+        ("PAPA", "unknown method 'PAPA'"),  # that takes more than one split
+        ("tofu@late=median", "method 'tofu@late=median': unknown reduction 'median'"),
+        ("tofu@speed=2", "method 'tofu@speed=2': .*speed"),
+        ("tofu@late", "'late' in method 'tofu@late' is not of the form option=value"),
+    ],
+)
+def test_a_method_that_cannot_be_is_named(name, said):
+    with pytest.raises(EvalError, match=said):
+        reductions.parse(name, [4], 4)
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_counts_what_is_right(trained, pictures, tmp_path):
+    found = run(trained, pictures, tmp_path, "--method", "tome,tofu,atm", "--r", "0,8")
+    rows = by_label(found)
+    _, fresh = train.data(str(pictures), 32)
+    each = [
+        torch.cat(train.correct(one.model, fresh, torch.device("cpu"))).double().mean().item()
+        for one in classifiers.load(trained, torch.device("cpu"))
+    ]
+    assert rows["full"]["accuracy"]["by_classifier"] == each
+    assert rows["full"]["accuracy"]["value"] == pytest.approx(sum(each) / 2)
+    assert rows["full"]["tokens"] == 64
+    # nothing leaves: the same answers at the same cost
+    for name in ("tome", "tofu"):
+        assert rows[f"{name}, r = 0"]["accuracy"] == rows["full"]["accuracy"]
+        assert rows[f"{name}, r = 0"]["flops"] == rows["full"]["flops"]
+        assert rows[f"{name}, r = 8"]["tokens"] == 64 - 3 * 8
+        assert rows[f"{name}, r = 8"]["flops"] < rows["full"]["flops"]
+    ahead = rows["tofu, r = 8"]["ahead_of_tome"]["value"]
+    assert ahead == pytest.approx(rows["tofu, r = 8"]["accuracy"]["value"] - rows["tome, r = 8"]["accuracy"]["value"])
+
+
+def test_thresholds_are_set_to_the_operations_of_tome(trained, pictures, tmp_path):
+    rows = by_label(run(trained, pictures, tmp_path, "--method", "tome,atm@class_only=False", "--r", "4,12"))
+    for r in (4, 12):
+        share = rows[f"atm@class_only=False, r = {r}"]["flops"] / rows[f"tome, r = {r}"]["flops"]
+        assert 0.9 < share <= 1.01  # as many tokens leave in whole numbers, so the last few operations are not met
+
+
+def test_what_was_judged_is_not_judged_again(trained, pictures, tmp_path, monkeypatch):
+    first = run(trained, pictures, tmp_path, "--method", "tome", "--r", "8")
+    monkeypatch.setattr(classify, "judge", None)  # is not called
+    assert run(trained, pictures, tmp_path, "--method", "tome", "--r", "8")["rows"] == first["rows"]
+
+
+def test_under_stress_no_method_loses_anything(trained, pictures, tmp_path):
+    found = run(trained, pictures, tmp_path, "--method", "tome,tofu,atm", "--stress")
+    rows = {row["method"]: row for row in found["rows"]}
+    for name in ("tome", "tofu", "atm"):
+        assert rows[name]["accuracy"]["value"] >= rows["full"]["accuracy"]["value"]
+        assert rows[name]["flops"] <= rows["full"]["flops"]
+    one = classifiers.load(trained, torch.device("cpu"))[0]
+    data = labelled.folder(pictures / "val", labelled.plain(32))
+    bench = classify.Bench(data, len(data), 64, torch.device("cpu"), tmp_path)
+    most = classify.most_of(one.model)
+    r = rows["tome"]["r"]
+    if r < most:  # one more token a layer, and something is lost
+        (more,) = reductions.parse("tome", [r + 1], 4)
+        entry = classify.Entry.of(bench, classifiers.load(trained, torch.device("cpu")), more)
+        assert entry.rights.mean() < rows["full"]["accuracy"]["value"]
+
+
+def test_it_is_timed_in_turns_and_drawn(trained, pictures, tmp_path):
+    found = run(trained, pictures, tmp_path, "--method", "tome,atm", "--r", "4,8", "--rounds", "2", "--limit", "20",
+                "--maps", str(tmp_path / "maps.png"), "--plot", str(tmp_path / "copy.svg"))  # fmt: skip
+    for row in found["rows"]:
+        assert row["images_per_second"]["median"] > 0
+        assert row["speedup"]["p5"] <= row["speedup"]["median"] <= row["speedup"]["p95"]
+    assert found["rows"][0]["speedup"] == {"median": 1, "p5": 1, "p95": 1}
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert drawn == (tmp_path / "copy.svg").read_text()
+    assert "images / s" in drawn
+    with Image.open(tmp_path / "maps.png") as page:
+        assert page.height > 4 * 2 * 32  # the picture, and what four methods make of it
+
+
+def test_a_group_is_shown_in_its_mean_colour():
+    picture = torch.zeros(3, 8, 8)
+    picture[:, :, 4:] = 1
+    home = torch.tensor([[0, 0, 1, 1]] * 2 + [[0, 0, 2, 2]] * 2).flatten()  # patches of 2 pixels
+    drawn = classify.outlined(picture, home)
+    assert set(drawn.unique().tolist()) == {0, 1}
+    mixed = classify.outlined(picture, torch.zeros(16, dtype=torch.long))
+    assert torch.allclose(mixed, torch.full_like(mixed, 0.5))
+
+
+def test_the_table_of_a_folder_is_a_page_s(trained, pictures, tmp_path, capsys):
+    run(trained, pictures, tmp_path, "--method", "tome", "--r", "8")
+    capsys.readouterr()
+    page = f"a\n<!-- python -m eval.classify --table {tmp_path} -->\nwhat stood there\n<!-- end -->\n"
+    filled = pages.filled(page)
+    assert "| tome, r = 8 | " in filled
+    assert "2 classifiers of seeds 0, 1" in filled
+    assert "what stood there" not in filled
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--method", "tofou"], "unknown method 'tofou' (did you mean 'tofu'?)"),
+        (["--r", "many"], "--r is 'many'; it must be a whole number or several"),
+        (["--r", "33"], "r is 33; of 64 patch tokens at most 32 can leave in a layer"),
+        (["--data", "nowhere"], "there is no folder 'nowhere' of pictures"),
+        (["--model", "no_such_model_of_timms"], "called 'no_such_model_of_timms'"),
+        (["--table", "nowhere"], "nowhere holds no results of eval.classify"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_line_before_anything_is_written(
+    trained, pictures, tmp_path, capsys, options, said
+):
+    out = tmp_path / "out"
+    before = ["--model", trained, "--data", str(pictures / "val"), "--out", str(out), "--device", "cpu"]
+    assert classify.main([*before, *options]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert not out.exists()
+
+
+def test_a_classifier_of_other_classes_is_refused(trained, pictures, tmp_path, capsys):
+    few = tmp_path / "few"
+    shutil.copytree(pictures / "val" / "shade0", few / "shade0")
+    assert classify.main(["--model", trained, "--data", str(few), "--device", "cpu"]) == 2
+    assert "'few' has 1 classes, and '0' tells 6 apart" in capsys.readouterr().err
+
+
+def test_a_broken_folder_of_weights_is_named(trained, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(trained.split(",")[0], broken)
+    (broken / classifiers.WEIGHTS).write_bytes(b"no weights")
+    assert classify.main(["--model", str(broken), "--device", "cpu"]) == 2
+    assert "cannot read the weights of 'broken'" in capsys.readouterr().err
+    (broken / classifiers.ABOUT).unlink()
+    assert classify.main(["--model", str(broken), "--device", "cpu"]) == 2
+    assert "the folder 'broken' holds no classifier" in capsys.readouterr().err
