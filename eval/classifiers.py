@@ -89,7 +89,12 @@ class Architecture:
     def build(self) -> nn.Module:
         """With weights as they begin, which torch's seed decides."""
         if self.kind == "adaptivision":
-            return AdaptiVision(self.side, self.patch, self.width, self.depth, self.heads, self.classes, **self.options)
+            stem = None
+            if self.stem == "convolutions":
+                stem = ConvolutionStem(self.side, self.patch, 3, self.width)
+            return AdaptiVision(
+                self.side, self.patch, self.width, self.depth, self.heads, self.classes, embed=stem, **self.options
+            )
         return VisionTransformer(
             img_size=self.side, patch_size=self.patch, embed_dim=self.width, depth=self.depth, num_heads=self.heads,
             num_classes=self.classes, embed_layer=STEMS[self.stem],

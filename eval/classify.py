@@ -22,9 +22,7 @@ import timm
 import torch
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,9 +39,10 @@ from .flops import FORMULAS
 from .frontier import COLOURS
 from .labelled import Labelled
 from .methods import code
-from .options import Help, Parser, add_device, at_least, pick_device, working
+from .options import Help, Parser, add_device, at_least, pick_device, whole_numbers, working
 from .reductions import FULL, Method, parse
 from .statistics import bootstrap
+from .table import markdown_rows, terminal_rows
 
 SCHEMA = 1
 FRESH = 40  # scenes a class
@@ -79,7 +78,9 @@ def parser() -> Parser:
         metavar="A,B",
         help=f"full, {', '.join(RECIPES)}, each with any @option=value; words like PPPPPPAAAAAA, a letter a layer",
     )
-    p.add_argument("--r", default="8,12,16,20", metavar="N,N", help="tokens that leave in each layer")
+    p.add_argument(
+        "--r", type=whole_numbers, default="8,12,16,20", metavar="N,N", help="tokens that leave in each layer"
+    )
     p.add_argument("--limit", type=at_least(1), metavar="N", help="the first N pictures only (default: all)")
     p.add_argument("--batch", type=at_least(1), default=64, help="pictures at once, which share ATM's numbers")
     p.add_argument("--rounds", type=at_least(0), default=10, help="timed batches of each method, in turns; 0 for none")
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser().parse_args(argv)
         if options.table:
             found = read(options.table)
-            print(markdown(found), end="")
+            print(markdown_rows(*cells(found), notes(found)), end="")
             return 0
         found, out = run(options, argv)
     except EvalError as error:
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
-    terminal(found, Console(width=None if sys.stdout.isatty() else 120))
+    terminal_rows("", *cells(found), notes(found), Console(width=None if sys.stdout.isatty() else 120))
     print(f"results: {out / 'results.json'}", file=sys.stderr)
     return 0
 
@@ -135,7 +136,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     told = provenance.begin("eval.classify", argv, device)
     models = classifiers.load(options.model, device)
     layers = len(host.find_blocks(models[0].model))
-    chosen = parse(options.method, numbers(options.r), layers)
+    chosen = parse(options.method, options.r, layers)
     data = pictures_for(models[0], options.data)
     n = min(options.limit or len(data), len(data))
     for method in chosen:
@@ -175,13 +176,6 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     if options.maps:
         write(options.maps, png(maps(bench, models[0], [m for m in chosen if m is not FULL])))
     return found, out
-
-
-def numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise EvalError(f"--r is {text!r}; it must be a whole number or several with commas between") from error
 
 
 def pictures_for(classifier: Classifier, name: str) -> Labelled:
@@ -244,7 +238,7 @@ def judge(
     with method.applied(model), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         last = blocks[-1].register_forward_pre_hook(lambda m, args: left.append(len(args[0]) * args[0].shape[1]))
         try:
-            for pictures, labels in working(list(batches), method.label):
+            for _, (pictures, labels) in zip(working(range(len(batches)), method.label), batches, strict=True):
                 right.append(model(pictures.to(device)).argmax(-1).cpu() == labels)
         finally:
             last.remove()
@@ -429,24 +423,6 @@ def notes(found: dict[str, Any]) -> list[str]:
         lines.append("atm: thresholds moved together to ToMe's operations at that r.")
     lines += ["", f"`{p['command']}`"]
     return lines
-
-
-def markdown(found: dict[str, Any]) -> str:
-    titles, lines = cells(found)
-    head = ["| " + " | ".join(titles) + " |", "|---|" + "--:|" * (len(titles) - 1)]
-    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines), "", *notes(found)]) + "\n"
-
-
-def terminal(found: dict[str, Any], console: Console) -> None:
-    titles, lines = cells(found)
-    drawn = Table(box=SIMPLE_HEAD)
-    for i, title in enumerate(titles):
-        drawn.add_column(title, justify="right" if i else "left")
-    for line in lines:
-        drawn.add_row(*line)
-    console.print(drawn)
-    for note in notes(found):
-        console.print(note, style="dim", highlight=False, markup=False)
 
 
 def plot(found: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,15 @@ CHUNK = 32  # scenes rendered at once
 
 @dataclass(frozen=True)
 class Labelled:
-    """pictures: a dataset of (float [3, side, side], label). classes: their names. name: for tables and files."""
+    """pictures: a dataset of (float [3, side, side], label). classes: their names. name: for tables and files.
+
+    guidance [n, M, G]: what else is known of each picture, as tokens; None for nothing.
+    """
 
     pictures: Dataset[tuple[Tensor, int]]
     classes: tuple[str, ...]
     name: str
+    guidance: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.pictures)  # type: ignore[arg-type]
@@ -57,20 +61,40 @@ class Renders(Dataset[tuple[Tensor, int]]):
 
 def rendered(side: int, per_class: int, first_seed: int, cache: Path = CACHE) -> Labelled:
     """Scenes of all 96 classes, side pixels wide, seeds from `first_seed` on. Rendered once and kept in `cache`."""
+    rows = _kept(cache, f"{side}px", scenes.render, side, per_class, first_seed)
+    return Labelled(Renders(rows), tuple(kind.name for kind in CLASSES), "scenes")
+
+
+DEPTH, PIECE = 28, 4  # pixels a side of a picture of nearness, and of a piece of it
+
+
+def guided(data: Labelled, per_class: int, first_seed: int, cache: Path = CACHE) -> Labelled:
+    """The same rendered scenes with their nearness, as a depth camera would see it: 49 tokens of 4 × 4 pixels."""
+    rows = _kept(cache, f"{DEPTH}px-near", scenes.nearness, DEPTH, per_class, first_seed)
+    near = torch.from_numpy(np.array(rows)).float() / 255  # [n, 1, 28, 28]
+    tokens = torch.nn.functional.unfold(near, PIECE, stride=PIECE).mT  # [n, 49, 16]
+    return replace(data, guidance=tokens)
+
+
+def _kept(
+    cache: Path, what: str, draw: Callable[..., Tensor], side: int, per_class: int, first_seed: int
+) -> np.ndarray:
+    """uint8 [96 × per_class, C, side, side] of what `draw` makes of classes and seeds, from a file if it is there."""
     n = per_class * len(CLASSES)
-    code = digest(Path(scenes.__file__))
-    path = cache / f"{side}px-{n}-from-{first_seed}-{code}.npy"
+    path = cache / f"{what}-{n}-from-{first_seed}-{digest(Path(scenes.__file__))}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
-        out = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (n, 3, side, side))
-        for begin in working(range(0, n, CHUNK), f"rendering {n} scenes"):
+        out: Any = None
+        for begin in working(range(0, n, CHUNK), f"{what}: {n} scenes"):
             rows = range(begin, min(begin + CHUNK, n))
-            pictures = scenes.render([CLASSES[i % len(CLASSES)] for i in rows], [first_seed + i for i in rows], side)
-            out[begin : begin + len(rows)] = (pictures * 255).round().byte().numpy()
+            drawn = draw([CLASSES[i % len(CLASSES)] for i in rows], [first_seed + i for i in rows], side)
+            if out is None:
+                out = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (n, *drawn.shape[1:]))
+            out[begin : begin + len(rows)] = (drawn * 255).round().byte().numpy()
         out.flush()
         os.replace(unfinished, path)
-    return Labelled(Renders(np.load(path, mmap_mode="r")), tuple(kind.name for kind in CLASSES), "scenes")
+    return np.load(path, mmap_mode="r")
 
 
 def plain(side: int) -> Callable[[Any], Tensor]:

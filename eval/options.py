@@ -75,6 +75,13 @@ def at_least(least: int, most: int = 2**31) -> Any:
     return whole_number
 
 
+def whole_numbers(text: str) -> list[int]:
+    """'8,12' as [8, 12], as an argument's type."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, nor several with commas between")
+    return [int(part) for part in text.split(",")]
+
+
 def finite(text: str) -> float:
     """A finite number, as an argument's type."""
     try:

@@ -1,7 +1,7 @@
 """Tables in pages: `python -m eval.pages README.md docs/results.md` writes each anew from the results it names.
 
-A table stands between `<!-- python -m eval.report ARGUMENTS -->`, or eval.bench, eval.classify or tofu_sd.linearity
-in its place, and `<!-- end -->`; it is what that command prints.
+A table stands between `<!-- python -m eval.report ARGUMENTS -->`, or eval.bench, eval.classify,
+eval.condensation or tofu_sd.linearity in its place, and `<!-- end -->`; it is what that command prints.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import EvalError
 from .files import write
 
 TABLE = re.compile(
-    r"(<!-- python -m (eval\.report|eval\.bench|eval\.classify|tofu_sd\.linearity) (.*?) -->\n).*?(<!-- end -->)",
+    r"(<!-- python -m (eval\.(?:report|bench|classify|condensation)|tofu_sd\.linearity) (.*?) -->\n).*?(<!-- end -->)",
     re.DOTALL,
 )
 

@@ -206,6 +206,26 @@ def terminal(found: dict[str, Any], console: Console) -> None:
         console.print(line, style="dim", highlight=False, markup=False)
 
 
+def markdown_rows(titles: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A table for a page, of texts; the first column is left-aligned."""
+    head = ["| " + " | ".join(titles) + " |", "|---|" + "--:|" * (len(titles) - 1)]
+    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines), "", *notes]) + "\n"
+
+
+def terminal_rows(
+    title: str, titles: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str], console: Console
+) -> None:
+    """The same for the terminal."""
+    drawn = RichTable(title=title or None, box=SIMPLE_HEAD)
+    for i, name in enumerate(titles):
+        drawn.add_column(name, justify="right" if i else "left")
+    for line in lines:
+        drawn.add_row(*line)
+    console.print(drawn)
+    for note in notes:
+        console.print(note, style="dim", highlight=False, markup=False)
+
+
 def with_rows(found: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """The results with these rows alone, in this order; all of them where none are named."""
     rows = {label(row): row for row in found["rows"]}

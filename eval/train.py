@@ -7,6 +7,7 @@ FlexiViT, CVPR 2023). Cut off, the same command goes on from the last checkpoint
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from tofu_sd import demo
+from tofu_sd.adaptivision import STRATEGIES, AdaptiVision
 from tofu_sd.demo.train import TEST_SEED, fit
 
 from . import EvalError, labelled
 from .classifiers import ABOUT, STEMS, WEIGHTS, Architecture, ConvolutionStem, described
 from .files import read_json, write, write_json
 from .labelled import Labelled
-from .options import Help, Parser, add_device, at_least, pick_device, working
+from .options import Help, Parser, add_device, at_least, finite, pick_device, working
 
 RECIPE = "recipe.json"
 PER_CLASS, FRESH = 200, 40  # scenes of a class to learn from and to be judged by
@@ -47,12 +49,28 @@ def parser() -> Parser:
     p.add_argument("--stem", default="convolutions", help=f"of a vit: {', '.join(STEMS)}")
     for name in SIZES:
         p.add_argument(f"--{name}", type=at_least(1), default=getattr(default, name), metavar="N")
+    own = p.add_argument_group("of adaptivision")
+    own.add_argument("--clusters", type=clusters, default="16,64", metavar="K,K", help="fewest and most, or none")
+    own.add_argument("--strategy", default="clusters", help=", ".join(STRATEGIES))
+    own.add_argument("--temperature", type=finite, default=150.0, help="of the clusters")
+    own.add_argument("--focus", action=argparse.BooleanOptionalAction, default=True, help="modulate attention")
+    own.add_argument("--guided", action="store_true", help="fuse tokens of a depth camera, which scenes have")
     p.add_argument("--coarse", type=at_least(0), default=32_000, metavar="N", help="samples at twice the patch's size")
     p.add_argument("--samples", type=at_least(1), default=12_800, metavar="N", help="samples at its own size")
     p.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     p.add_argument("--seed", type=at_least(0, 2**31), default=0, help="of the first weights and of the batches")
     add_device(p)
     return p
+
+
+def clusters(text: str) -> tuple[int, int] | None:
+    """'16,64' as two numbers; None for 'none'."""
+    if text == "none":
+        return None
+    found = re.fullmatch(r"(\d+),(\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither two numbers such as 16,64 nor none")
+    return int(found[1]), int(found[2])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,25 +90,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """The figures of the training, which stand in the folder beside the weights."""
     device = pick_device(options.device)
-    learnt, fresh = data(options.data, options.side)
+    learnt, fresh = data(options.data, options.side, options.guided)
     sizes = {name: getattr(options, name) for name in SIZES}
     architecture = Architecture(options.kind, options.stem, **sizes, classes=len(learnt.classes))
+    if options.kind == "adaptivision":
+        own = {name: getattr(options, name) for name in ("clusters", "strategy", "temperature", "focus")}
+        wide = 0 if learnt.guidance is None else learnt.guidance.shape[-1]
+        architecture = replace(architecture, options={**own, "guided": wide})
     torch.manual_seed(options.seed)
+    model = begun(architecture, learnt)
+    claim(options.out, {**vars(options), "out": None, "data": learnt.name})
     figures: dict[str, Any] = {"data": learnt.name, "pictures": len(learnt), "torch": str(torch.__version__)}
 
     def stage(name: str, model: nn.Module, samples: int, rate: float) -> None:
         def loss(g: torch.Generator) -> Tensor:
-            pictures, labels = _batch(learnt, torch.randint(len(learnt), (BATCH,), generator=g))
+            rows = torch.randint(len(learnt), (BATCH,), generator=g)
+            pictures, labels = default_collate([learnt.pictures[i] for i in rows.tolist()])
+            pictures, labels = augmented(pictures, g).to(device), labels.to(device)
+            told = None if learnt.guidance is None else learnt.guidance[rows].to(device)
             with torch.autocast(device.type, torch.bfloat16):
-                scores = model(augmented(pictures, g).to(device))
-            return F.cross_entropy(scores.float(), labels.to(device), label_smoothing=0.05)
+                if isinstance(model, AdaptiVision):
+                    return model.loss(pictures, labels, told)
+                return F.cross_entropy(model(pictures).float(), labels, label_smoothing=0.05)
 
         figures[name] = fit(
             name, model, loss, samples=samples, batch=BATCH, rate=rate, work=options.out, seed=options.seed
         )
 
-    model = begun(architecture, learnt)
-    claim(options.out, {**vars(options), "out": None, "data": learnt.name})
     if architecture.kind == "vit" and options.coarse:
         coarse = begun(replace(architecture, patch=2 * architecture.patch), learnt).to(device)
         stage("coarse", coarse, options.coarse, options.rate)
@@ -110,7 +136,7 @@ def begun(architecture: Architecture, learnt: Labelled) -> nn.Module:
     from scenes already.
     """  # fmt: skip
     model = architecture.build()
-    stem = getattr(model, "patch_embed", None)
+    stem = getattr(model, "patch_embed", getattr(model, "embed", None))
     if learnt.name == "scenes" and isinstance(stem, ConvolutionStem):
         stem.begin_as(demo.judge())
     return model
@@ -125,19 +151,20 @@ def claim(out: Path, recipe: dict[str, Any]) -> None:
     write_json(out / RECIPE, recipe)
 
 
-def data(name: str, side: int) -> tuple[Labelled, Labelled]:
+def data(name: str, side: int, guided: bool = False) -> tuple[Labelled, Labelled]:
     """(pictures to learn from, pictures to be judged by). EvalError where there are none."""
     if name == "scenes":
-        return labelled.rendered(side, PER_CLASS, 0), labelled.rendered(side, FRESH, TEST_SEED)
+        parts = {0: PER_CLASS, TEST_SEED: FRESH}
+        both = [labelled.rendered(side, per_class, seed) for seed, per_class in parts.items()]
+        if guided:
+            both = [labelled.guided(one, n, seed) for one, (seed, n) in zip(both, parts.items(), strict=True)]
+        return both[0], both[1]
+    if guided:
+        raise EvalError(f"--guided takes scenes, whose depth is known; {Path(name).name!r} tells none")
     learnt, fresh = (labelled.folder(Path(name) / part, labelled.plain(side)) for part in ("train", "val"))
     if learnt.classes != fresh.classes:
         raise EvalError(f"train and val of {Path(name).name!r} are not of the same classes")
     return learnt, fresh
-
-
-def _batch(data: Labelled, rows: Tensor) -> tuple[Tensor, Tensor]:
-    pictures, labels = default_collate([data.pictures[i] for i in rows.tolist()])
-    return pictures, labels
 
 
 def augmented(pictures: Tensor, g: torch.Generator) -> Tensor:
@@ -168,12 +195,14 @@ def refine(coarse: nn.Module, fine: nn.Module) -> None:
 
 
 @torch.no_grad()
-def correct(model: nn.Module, data: Labelled, device: torch.device, batch: int = BATCH) -> list[Tensor]:
+def correct(model: nn.Module, data: Labelled, device: torch.device, batch: int = 64) -> list[Tensor]:
     """Of each batch, which pictures a classifier names right: bool [B]."""
-    found = []
-    loader = DataLoader(data.pictures, batch)
-    for pictures, labels in working(list(loader), "judging") if len(data) <= 10_000 else loader:
-        found.append(model(pictures.to(device)).argmax(-1).cpu() == labels)
+    found: list[Tensor] = []
+    batches: DataLoader[Any] = DataLoader(data.pictures, batch)
+    for _, (pictures, labels) in zip(working(range(len(batches)), "judging"), batches, strict=True):
+        at = sum(map(len, found))
+        told = [] if data.guidance is None else [data.guidance[at : at + len(labels)].to(device)]
+        found.append(model(pictures.to(device), *told).argmax(-1).cpu() == labels)
     return found
 
 

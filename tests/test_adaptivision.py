@@ -14,6 +14,7 @@ from tofu_sd.adaptivision import (
     AdaptiVision,
     CrossModalTokenFusion,
     DynamicTokenClustering,
+    TokenSelection,
     alignment_loss,
     pool,
     soft_assignment,
@@ -139,7 +140,10 @@ def model(**options):
     return AdaptiVision(**{**told, **options})
 
 
-@pytest.mark.parametrize("options", [{}, {"clusters": None}, {"focus": False}, {"guided": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clusters": None}, {"focus": False}, {"guided": 5}, {"strategy": "random"}, {"strategy": "importance"}],
+)
 def test_it_learns_to_tell_colours(options):
     """All parts that take part get gradients, and forty steps tell three colours of pictures apart."""
     net = model(**options)
@@ -147,7 +151,7 @@ def test_it_learns_to_tell_colours(options):
     labels = torch.randint(0, 3, (48,), generator=g)
     pictures = 0.3 * torch.randn(48, 3, 16, 16, generator=g)
     pictures[torch.arange(48), labels] += 1
-    guidance = torch.randn(48, 2, 8, generator=g) if options.get("guided") else None
+    guidance = torch.randn(48, 2, 5, generator=g) if options.get("guided") else None
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=3e-3)
     for step in range(40):
         loss = net.loss(pictures, labels, guidance)
@@ -158,6 +162,36 @@ def test_it_learns_to_tell_colours(options):
             assert idle == []
         optimizer.step()
     assert (net(pictures, guidance).argmax(-1) == labels).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", TokenSelection.KINDS)
+def test_a_selection_keeps_tokens_in_their_order_and_the_same_of_the_same_picture(kind):
+    torch.manual_seed(0)
+    selection = TokenSelection(8, 5, kind).double()
+    z = tokens(3, 20, 8)
+    found = selection(z)
+    assert found.used.all()
+    kept = found.weights.argmax(1)  # [B, K] their places
+    assert (kept.diff(dim=1) > 0).all()
+    plain = z.gather(1, kept.unsqueeze(-1).expand(-1, -1, 8))
+    factor = (found.tokens / plain)[..., 0]
+    assert torch.allclose(found.tokens, plain * factor.unsqueeze(-1))
+    assert torch.equal(selection(z[1:2]).weights[0], found.weights[1])
+    assert not torch.equal(kept[0], kept[1])
+    if kind == "importance":
+        score = selection.score(z).squeeze(-1)
+        assert torch.equal(kept, score.topk(5).indices.sort().values)
+        assert torch.allclose(factor, score.gather(1, kept).sigmoid())
+    else:
+        assert torch.equal(factor, torch.ones_like(factor))
+
+
+def test_without_guidance_a_guided_model_does_what_it_can():
+    net = model(guided=5)
+    pictures = torch.rand(2, 3, 16, 16)
+    told = torch.randn(2, 4, 5)
+    assert net(pictures).shape == net(pictures, told).shape == (2, 3)
+    assert not torch.allclose(net(pictures), net(pictures, told))
 
 
 def test_gradients_are_right():
@@ -177,6 +211,7 @@ def test_gradients_are_right():
         ({"clusters": (2, 17)}, r"clusters is \(2, 17\); a picture has 16 patches"),
         ({"side": 18}, "side is 18; it must be a multiple of the patch's 4 pixels"),
         ({"heads": 3}, "width is 8; it must be a multiple of the 3 heads"),
+        ({"strategy": "luck"}, "strategy is 'luck'; it must be one of clusters, random, importance"),
         ({"temperature": 0}, "temperature is 0; it must be above 0"),
     ],
 )

@@ -311,7 +311,7 @@ def test_the_table_of_a_folder_is_a_page_s(trained, pictures, tmp_path, capsys):
     ("options", "said"),
     [
         (["--method", "tofou"], "unknown method 'tofou' (did you mean 'tofu'?)"),
-        (["--r", "many"], "--r is 'many'; it must be a whole number or several"),
+        (["--r", "many"], "argument --r: 'many' is not a whole number, nor several"),
         (["--r", "33"], "r is 33; of 64 patch tokens at most 32 can leave in a layer"),
         (["--data", "nowhere"], "there is no folder 'nowhere' of pictures"),
         (["--model", "no_such_model_of_timms"], "called 'no_such_model_of_timms'"),

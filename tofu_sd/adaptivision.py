@@ -79,6 +79,35 @@ class DynamicTokenClustering(nn.Module):
         return Clusters(weights.mT @ z, weights, used, apart)
 
 
+class TokenSelection(nn.Module):
+    """What the paper's table 5 puts beside clusters: `most` of the tokens are kept as they are, the others dropped.
+
+    "random" keeps those that a number made of the token itself happens to favour, so that a picture always keeps the
+    same. "importance" keeps those that a learnt score favours, and passes them on in proportion to it, so that it can
+    be learnt (after DynamicViT, which drops tokens in several layers; here it is done where the clusters are made).
+    """
+
+    KINDS = ("random", "importance")
+
+    def __init__(self, width: int, most: int, kind: str):
+        super().__init__()
+        if kind not in self.KINDS:
+            raise ValueError(f"kind is {kind!r}; it must be {' or '.join(self.KINDS)}")
+        self.most, self.kind = most, kind
+        self.score = nn.Linear(width, 1)
+        self.score.requires_grad_(kind == "importance")
+
+    def forward(self, z: Tensor) -> Clusters:
+        score = self.score(z).squeeze(-1)  # [B, N]
+        chance = torch.frac(1e4 * score.detach().float()) if self.kind == "random" else score
+        kept = chance.topk(self.most, dim=1).indices.sort(dim=1).values  # [B, K]
+        weights = F.one_hot(kept, z.shape[1]).mT.to(z.dtype)  # [B, N, K]
+        tokens = z.gather(1, kept.unsqueeze(-1).expand(-1, -1, z.shape[-1]))
+        if self.kind == "importance":
+            tokens = tokens * score.gather(1, kept).sigmoid().unsqueeze(-1)
+        return Clusters(tokens, weights, torch.ones_like(kept, dtype=torch.bool), z.new_zeros(()))
+
+
 class AdaptiveFocusAttention(nn.Module):
     """Self-attention whose scores are multiplied by a matrix that the pooled picture predicts (Eq. 4-7).
 
@@ -153,17 +182,33 @@ class Layer(nn.Module):
         return out
 
 
+STRATEGIES = ("clusters", *TokenSelection.KINDS)
+
+
+class LinearEmbedding(nn.Module):
+    """Patches of pictures [B, 3, H, W] as tokens [B, N, width], a linear map of their pixels (section 3.1)."""
+
+    def __init__(self, patch: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.proj(pictures).flatten(2).mT
+
+
 class AdaptiVision(nn.Module):
     """Pictures [B, 3, side, side] to scores [B, classes].
 
-    clusters: (least, most) super-tokens; None keeps all patches. focus: whether attention is modulated. guided: whether
-    tokens of another kind [B, M, D] are fused.
+    clusters: (least, most) super-tokens; None keeps all patches. strategy: "clusters", or "random" or "importance" to
+    keep `most` of the patches instead. focus: whether attention is modulated. guided: the width of tokens of another
+    kind [B, M, guided] that are fused, 0 for none. embed: pictures -> tokens [B, N, width], where it is not the paper's
+    linear one.
     """
 
     def __init__(
         self, side: int, patch: int, width: int, depth: int, heads: int, classes: int,
-        clusters: tuple[int, int] | None = (16, 64), focus: bool = True, guided: bool = False,
-        temperature: float = 150.0,
+        clusters: tuple[int, int] | None = (16, 64), strategy: str = "clusters", focus: bool = True, guided: int = 0,
+        temperature: float = 150.0, embed: nn.Module | None = None,
     ):  # fmt: skip
         super().__init__()
         if side % patch:
@@ -171,23 +216,38 @@ class AdaptiVision(nn.Module):
         tokens = (side // patch) ** 2
         if clusters is not None and clusters[1] > tokens:
             raise ValueError(f"clusters is {clusters}; a picture has {tokens} patches, so at most as many")
+        if strategy not in STRATEGIES:
+            raise ValueError(f"strategy is {strategy!r}; it must be one of {', '.join(STRATEGIES)}")
         most = tokens if clusters is None else clusters[1]
-        self.embed = nn.Conv2d(3, width, patch, patch)
+        self.embed = LinearEmbedding(patch, width) if embed is None else embed
         self.position = nn.Parameter(0.02 * torch.randn(tokens, width))
-        self.clustering = None if clusters is None else DynamicTokenClustering(width, *clusters, temperature)
+        self.condense: nn.Module | None = None
+        if clusters is not None and strategy == "clusters":
+            self.condense = DynamicTokenClustering(width, *clusters, temperature)
+        elif clusters is not None:
+            self.condense = TokenSelection(width, most, strategy)
+        self.guide = nn.Linear(guided, width) if guided else None
         self.layers = nn.ModuleList()
-        self.layers.extend(Layer(width, heads, most, focus, guided) for _ in range(depth))
+        self.layers.extend(Layer(width, heads, most, focus, bool(guided)) for _ in range(depth))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
 
     def features(self, pictures: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Clusters | None]:
         """(the pooled super-tokens of the last layer [B, D], the clusters)."""
-        s = self.embed(pictures).flatten(2).transpose(1, 2) + self.position
-        clusters = None if self.clustering is None else self.clustering(s)
+        s = self.embed(pictures) + self.position
+        clusters = None if self.condense is None else self.condense(s)
         used = torch.ones(s.shape[:2], dtype=torch.bool, device=s.device) if clusters is None else clusters.used
         s = s if clusters is None else clusters.tokens
+        guidance = self._guidance(guidance)
         for layer in self.layers:
             s = layer(s, used, guidance)
         return pool(s, used), clusters
+
+    def _guidance(self, guidance: Tensor | None) -> Tensor | None:
+        """Guidance [B, M, guided] as wide as the tokens; without any the model does what it can."""
+        if guidance is None or self.guide is None:
+            return None
+        embedded: Tensor = self.guide(guidance)
+        return embedded
 
     def forward(self, pictures: Tensor, guidance: Tensor | None = None) -> Tensor:
         scores: Tensor = self.head(self.features(pictures, guidance)[0])
@@ -202,8 +262,9 @@ class AdaptiVision(nn.Module):
         total = F.cross_entropy(self.head(pooled), labels)
         if clusters is not None:
             total = total + clustering * clusters.distance
-        if guidance is not None:
-            total = total + alignment * alignment_loss(pooled, guidance.mean(dim=1))
+        told = self._guidance(guidance)
+        if told is not None:
+            total = total + alignment * alignment_loss(pooled, told.mean(dim=1))
         return total
 
 

@@ -440,18 +440,22 @@ def _surface(p: Tensor, d: Tensor, row: Tensor, s: _Batch) -> Tensor:
     return _mix(matt + mirror * (gloss * fresnel).unsqueeze(-1), albedo * 0.75 * mirror + 0.4 * matt, metal)
 
 
-def _render_one_shape(scenes: list[Scene], size: int, device: torch.device) -> Tensor:
-    """Linear light of scenes that share a shape: [B, size * size, 3]."""
-    shape = _SHAPES[scenes[0].kind.shape]
+def _stacked(scenes: list[Scene], device: torch.device) -> _Batch:
     labels = torch.tensor([s.kind.labels for s in scenes], device=device)
-    s = _Batch(
-        shape,
+    return _Batch(
+        _SHAPES[scenes[0].kind.shape],
         labels[:, 1],
         labels[:, 2],
         torch.stack([x.sun for x in scenes]).to(device),
         torch.tensor([x.yaw for x in scenes], device=device),
         torch.stack([x.u for x in scenes]).to(device),
     )
+
+
+def _render_one_shape(scenes: list[Scene], size: int, device: torch.device) -> Tensor:
+    """Linear light of scenes that share a shape: [B, size * size, 3]."""
+    s = _stacked(scenes, device)
+    shape = s.shape
     eye, d = _camera(scenes, size, device)
     row = torch.arange(len(scenes), device=device).repeat_interleave(size * size)
     d = d.reshape(-1, 3)
@@ -471,6 +475,48 @@ def _render_one_shape(scenes: list[Scene], size: int, device: torch.device) -> T
     return (1 - torch.exp(-exposure * colour)).reshape(len(scenes), size * size, 3)  # a film's shoulder
 
 
+def _nearness_of_one_shape(scenes: list[Scene], size: int, device: torch.device) -> Tensor:
+    """1 / distance from the camera of scenes that share a shape, 0 where there is sky: [B, size * size]."""
+    s = _stacked(scenes, device)
+    eye, d = _camera(scenes, size, device)
+    row = torch.arange(len(scenes), device=device).repeat_interleave(size * size)
+    d = d.reshape(-1, 3)
+    o = (eye - eye.new_tensor([0.0, s.shape.foot, 0.0]))[row]
+    nearness = (-d[:, 1] / (o[:, 1] + s.shape.foot)).clamp_min(0)  # of the ground
+    hit, start, end = _near_sphere(o, d)
+    at = hit.nonzero().squeeze(-1)
+    t, gap = _march(s.shape.distance, s.local(o[at], row[at]), s.local(d[at], row[at]), start[at], end[at])
+    seen = gap * size < 1  # within a pixel of the object
+    nearness[at[seen]] = 1 / t[seen]
+    return nearness.view(len(scenes), -1)
+
+
+@torch.no_grad()
+def nearness(kinds: list[SceneClass], seeds: list[int], size: int, device: torch.device | str = "cpu") -> Tensor:
+    """How near what a pixel of `render` shows is: 1 / its distance, 0 for the sky: float [B, 1, size, size]."""
+    drawn = _by_shape(kinds, seeds, torch.device(device), lambda scenes, on: _nearness_of_one_shape(scenes, size, on))
+    return drawn.view(-1, 1, size, size)
+
+
+def _by_shape(
+    kinds: list[SceneClass], seeds: list[int], device: torch.device, draw: Callable[[list[Scene], torch.device], Tensor]
+) -> Tensor:
+    """What `draw` makes of the scenes of each shape, in the order of the scenes.
+
+    Raises ValueError where the two lists differ in length.
+    """
+    if len(kinds) != len(seeds):
+        raise ValueError(f"{len(kinds)} classes but {len(seeds)} seeds: every picture needs one of each")
+    scenes = [draw_scene(kind, seed) for kind, seed in zip(kinds, seeds, strict=True)]
+    parts, places = [], []
+    for shape in SHAPES:
+        mine = [i for i, scene in enumerate(scenes) if scene.kind.shape == shape]
+        if mine:
+            parts.append(draw([scenes[i] for i in mine], device))
+            places += mine
+    return torch.cat(parts)[torch.tensor(places, device=device).argsort()]
+
+
 @torch.no_grad()
 def render(kinds: list[SceneClass], seeds: list[int], size: int = 256, device: torch.device | str = "cpu") -> Tensor:
     """Pictures of `kinds`, one a seed: float [B, 3, size, size] in 0..1, sRGB.
@@ -478,13 +524,5 @@ def render(kinds: list[SceneClass], seeds: list[int], size: int = 256, device: t
     A picture depends on its class, its seed and the size alone, not on what else is in the batch.
     Raises ValueError where the two lists differ in length.
     """
-    if len(kinds) != len(seeds):
-        raise ValueError(f"{len(kinds)} classes but {len(seeds)} seeds: every picture needs one of each")
-    device = torch.device(device)
-    scenes = [draw_scene(kind, seed) for kind, seed in zip(kinds, seeds, strict=True)]
-    light = torch.empty(len(scenes), size * size, 3, device=device)
-    for shape in SHAPES:
-        mine = [i for i, scene in enumerate(scenes) if scene.kind.shape == shape]
-        if mine:
-            light[mine] = _render_one_shape([scenes[i] for i in mine], size, device)
+    light = _by_shape(kinds, seeds, torch.device(device), lambda scenes, on: _render_one_shape(scenes, size, on))
     return light.clamp(0, 1).pow(1 / 2.2).reshape(-1, size, size, 3).permute(0, 3, 1, 2).contiguous()

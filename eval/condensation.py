@@ -1,0 +1,187 @@
+"""AdaptiVision's ablations: `python -m eval.condensation`, its tables 4 (temperature), 5 (strategy) and 7 (components).
+
+Every variant is trained by eval.train on the embedded scenes, as often as there are seeds, and judged on fresh ones.
+What is trained already, in the folder of its name, is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
+
+from tofu_sd.adaptivision import AdaptiVision
+
+from . import EvalError, classifiers, provenance, train
+from .classifiers import WEIGHTS
+from .files import read_json, write_json
+from .flops import FORMULAS
+from .labelled import Labelled
+from .options import Help, Parser, add_device, at_least, choices, pick_device, whole_numbers
+from .statistics import bootstrap
+from .table import markdown_rows, terminal_rows
+
+SCHEMA = 1
+COUNTED = 64  # pictures of which operations and clusters are counted
+TITLES = {
+    "components": "What each part adds (AdaptiVision, table 7)",
+    "strategy": "How tokens become fewer (table 5)",
+    "temperature": "How soft the clusters are (table 4)",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row: options of eval.train beside those that all share."""
+
+    name: str
+    tables: tuple[str, ...]
+    options: tuple[str, ...] = field(default=())
+
+
+PLAIN = ("--clusters", "none", "--no-focus")
+VARIANTS = (
+    Variant("all patches", ("components", "strategy"), PLAIN),
+    Variant("+ clusters", ("components",), ("--no-focus",)),
+    Variant("+ clusters + focus", ("components", "strategy", "temperature")),
+    Variant("+ clusters + focus + guidance", ("components",), ("--guided",)),
+    Variant("random patches", ("strategy",), ("--strategy", "random")),
+    Variant("important patches", ("strategy",), ("--strategy", "importance")),
+    *(Variant(f"temperature {t}", ("temperature",), ("--temperature", str(t))) for t in (1, 20, 100, 200, 250)),
+)
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m eval.condensation", description=(__doc__ or "").partition("\n")[0], formatter_class=Help)
+    p.add_argument("--of", default=",".join(TITLES), metavar="A,B", help=f"tables: {', '.join(TITLES)}")
+    p.add_argument(
+        "--seeds", type=whole_numbers, default="0,1,2", metavar="N,N", help="of the trainings of each variant"
+    )
+    p.add_argument("--samples", type=at_least(1), default=25_600, metavar="N", help="pictures of a training")
+    p.add_argument("--depth", type=at_least(1), default=4, metavar="N", help="layers")
+    p.add_argument("--clusters", default="12,48", metavar="K,K", help="fewest and most of a picture's 196 patches")
+    add_device(p)
+    p.add_argument("--out", type=Path, default=Path("runs/condensation"), metavar="DIR", help="folder of the trainings")
+    p.add_argument("--table", type=Path, metavar="DIR", help="train nothing; print the tables of a folder for a page")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        options = parser().parse_args(argv)
+        if options.table:
+            print(markdown(read(options.table), choices(options.of, TITLES, "table")), end="")
+            return 0
+        found = run(options, argv)
+    except (EvalError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for table in choices(options.of, TITLES, "table"):
+        terminal_rows(TITLES[table], *cells(found, table), notes(found), console)
+    return 0
+
+
+def run(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    """What results.json holds, of the variants of the tables asked for."""
+    device = pick_device(options.device)
+    tables = choices(options.of, TITLES, "table")
+    told = provenance.begin("eval.condensation", argv, device)
+    rows = []
+    for variant in (v for v in VARIANTS if set(v.tables) & set(tables)):
+        judged = []
+        for seed in options.seeds:
+            folder = options.out / f"{variant.name.replace(' ', '-')}-{seed}"
+            given = ["--kind", "adaptivision", "--samples", str(options.samples), "--depth", str(options.depth),
+                     "--clusters", options.clusters, *variant.options, "--seed", str(seed), "--out", str(folder),
+                     "--device", options.device]  # fmt: skip
+            asked = train.parser().parse_args(given)
+            if not (folder / WEIGHTS).exists():
+                train.train(asked)
+            (one,) = classifiers.load(str(folder), device)
+            fresh = train.data("scenes", one.side, asked.guided)[1]
+            judged.append((torch.cat(train.correct(one.model, fresh, device)), *cost(one.model, fresh, device)))
+        rights = torch.stack([right for right, _, _ in judged]).double()
+        ends = bootstrap(rights.mean(0), [fresh.classes[label] for label in fresh.labels])
+        rows.append({
+            "variant": variant.name, "tables": list(variant.tables),
+            "accuracy": {"value": rights.mean().item(), "low": ends and ends[0], "high": ends and ends[1],
+                         "by_seed": rights.mean(1).tolist()},
+            "flops": mean(flops for _, flops, _ in judged), "tokens": mean(tokens for _, _, tokens in judged),
+        })  # fmt: skip
+    told |= {"process_mib": None, "ended": provenance.now()}
+    settings = {"seeds": options.seeds, "samples": options.samples, "depth": options.depth,
+                "clusters": options.clusters, "n": rights.shape[1], "classes": len(fresh.classes),
+                "device": provenance.device_name(device), "torch": str(torch.__version__)}  # fmt: skip
+    found = {"schema": SCHEMA, "settings": settings, "rows": rows, "provenance": told}
+    write_json(options.out / "results.json", found)
+    return found
+
+
+@torch.no_grad()
+def cost(model: nn.Module, fresh: Labelled, device: torch.device) -> tuple[float, float]:
+    """(operations, tokens behind the condensation) of a picture, on average over a few, each by itself."""
+    assert isinstance(model, AdaptiVision)
+    tokens = []
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        for i, (picture, _) in enumerate(DataLoader(Subset(fresh.pictures, range(COUNTED)))):
+            told = None if fresh.guidance is None else fresh.guidance[i : i + 1].to(device)
+            _, clusters = model.features(picture.to(device), told)
+            tokens.append(len(model.position) if clusters is None else int(clusters.used.sum()))
+    return counter.get_total_flops() / COUNTED, mean(tokens)
+
+
+def read(out: Path) -> dict[str, Any]:
+    found = read_json(out / "results.json")
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA or "clusters" not in found.get("settings", {}):
+        raise EvalError(f"{out.name} holds no results of eval.condensation")
+    return found
+
+
+def cells(found: dict[str, Any], table: str) -> tuple[list[str], list[list[str]]]:
+    """(titles, the texts of each row) of one table."""
+    lines = []
+    for row in (row for row in found["rows"] if table in row["tables"]):
+        a = row["accuracy"]
+        between = f" ({100 * a['low']:.1f}–{100 * a['high']:.1f})" if a["low"] is not None else ""
+        each = ", ".join(f"{100 * value:.1f}" for value in a["by_seed"])
+        lines.append([row["variant"], f"{100 * a['value']:.2f}{between}", each, f"{row['tokens']:.0f}",
+                      f"{row['flops'] / 1e9:.3f}"])  # fmt: skip
+    return ["variant", "accuracy, %", "of each training", "tokens", "GFLOP / image"], lines
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """Without which the figures mean nothing."""
+    s, p = found["settings"], found["provenance"]
+    return [
+        f"Trainings of seeds {', '.join(map(str, s['seeds']))}, {s['samples']:,} pictures each · {s['n']} fresh scenes "
+        f"of {s['classes']} classes · {s['depth']} layers, clusters {s['clusters']} · float32 on {s['device']} · torch "
+        f"{s['torch']} · commit {p['commit'] or 'unknown'}.",
+        "Accuracy: mean over the trainings, 95 % interval over classes; tokens and operations: of a picture by itself.",
+        "",
+        f"`{p['command']}`",
+    ]
+
+
+def markdown(found: dict[str, Any], tables: Sequence[str]) -> str:
+    parts = [f"**{TITLES[table]}**\n\n" + markdown_rows(*cells(found, table), notes(found)) for table in tables]
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
