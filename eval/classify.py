@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tofu_sd.calibrate import synchronize
 from tofu_sd.demo.train import TEST_SEED
 from tofu_sd.hosts import timm as host
+from tofu_sd.linearity import best_split
 from tofu_sd.vit import RECIPES, TokenReduction
 
 from . import EvalError, classifiers, labelled, plots, provenance
@@ -89,7 +90,9 @@ def parser() -> Parser:
     p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: runs/classify-MODEL)")
     p.add_argument("--maps", type=Path, metavar="FILE", help="draw which tokens are one in the last layers, as PNG")
     p.add_argument("--plot", type=Path, metavar="FILE", help="also write the drawing there, as SVG")
-    p.add_argument("--table", type=Path, metavar="DIR", help="measure nothing; print the table of a folder for a page")
+    show = p.add_mutually_exclusive_group()
+    show.add_argument("--table", type=Path, metavar="DIR", help="measure nothing; print a folder's table for a page")
+    show.add_argument("--linearity", type=Path, metavar="DIR", help="the same of each layer's functional linearity")
     return p
 
 
@@ -101,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.table:
             found = read(options.table)
             print(markdown_rows(*cells(found), notes(found)), end="")
+            return 0
+        if options.linearity:
+            print(markdown_rows(*straightness(read(options.linearity))), end="")
             return 0
         found, out = run(options, argv)
     except EvalError as error:
@@ -166,7 +172,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         "stress": options.stress, "rounds": options.rounds,
         "device": provenance.device_name(device), "torch": str(torch.__version__), "timm": timm.__version__,
     }  # fmt: skip
-    found = {"schema": SCHEMA, "settings": settings, "rows": rows, "provenance": told}
+    held = next(iter(DataLoader(Subset(data.pictures, range(min(CALIBRATION, n))), CALIBRATION)))[0].to(device)
+    straight = [host.linearity(one.model, held).mean(dim=1).tolist() for one in models]
+    found = {"schema": SCHEMA, "settings": settings, "rows": rows, "linearity": straight, "provenance": told}
     write_json(out / "results.json", found)
     if not options.stress:
         drawing = plot(found)
@@ -400,6 +408,23 @@ def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             line += [f"{rate['median']:.0f}", f"{faster['median']:.2f}× ({faster['p5']:.2f}–{faster['p95']:.2f})"]
         lines.append(line)
     return titles, lines
+
+
+def straightness(found: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
+    """(titles, rows, notes) of the functional linearity of each layer (ToFu Fig. 3), and the split it suggests."""
+    layers = [list(values) for values in zip(*found["linearity"], strict=True)]
+    lines = [
+        [str(layer), f"{mean(values):.3f}", f"{min(values):.3f}–{max(values):.3f}"]
+        for layer, values in enumerate(layers)
+    ]
+    d = best_split({layer: mean(values) for layer, values in enumerate(layers)})
+    s = found["settings"]
+    note = (
+        f"Of each layer's MLP, between the five patch tokens that would be fused first and what they would join; "
+        f"{min(CALIBRATION, s['n'])} pictures, {s['classifiers']} classifiers, torch {s['torch']}. By the error model "
+        f"of `depth_split='auto'`: d = {d}" + (", average in all layers." if d == 0 else ".")
+    )
+    return ["layer", "functional linearity", "over the classifiers"], lines, [note]
 
 
 def notes(found: dict[str, Any]) -> list[str]:

@@ -21,12 +21,13 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 from tofu_sd.adaptivision import AdaptiVision
+from tofu_sd.demo.scenes import CLASSES
 
 from . import EvalError, classifiers, provenance, train
 from .classifiers import WEIGHTS
 from .files import read_json, write_json
 from .flops import FORMULAS
-from .labelled import Labelled
+from .labelled import PIECE, Labelled
 from .options import Help, Parser, add_device, at_least, choices, pick_device, whole_numbers
 from .statistics import bootstrap
 from .table import markdown_rows, terminal_rows
@@ -102,20 +103,23 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     device = pick_device(options.device)
     tables = choices(options.of, TITLES, "table")
     told = provenance.begin("eval.condensation", argv, device)
+    asked = {
+        (variant, seed): trained_as(variant, seed, options)
+        for variant in VARIANTS if set(variant.tables) & set(tables)
+        for seed in options.seeds
+    }  # fmt: skip
+    for one in asked.values():  # what cannot be built is told before the first is trained
+        train.asked_for(one, len(CLASSES), PIECE**2 * one.guided).build()
     rows = []
-    for variant in (v for v in VARIANTS if set(v.tables) & set(tables)):
+    for variant in dict.fromkeys(variant for variant, _ in asked):
         judged = []
         for seed in options.seeds:
-            folder = options.out / f"{variant.name.replace(' ', '-')}-{seed}"
-            given = ["--kind", "adaptivision", "--samples", str(options.samples), "--depth", str(options.depth),
-                     "--clusters", options.clusters, *variant.options, "--seed", str(seed), "--out", str(folder),
-                     "--device", options.device]  # fmt: skip
-            asked = train.parser().parse_args(given)
-            if not (folder / WEIGHTS).exists():
-                train.train(asked)
-            (one,) = classifiers.load(str(folder), device)
-            fresh = train.data("scenes", one.side, asked.guided)[1]
-            judged.append((torch.cat(train.correct(one.model, fresh, device)), *cost(one.model, fresh, device)))
+            one = asked[variant, seed]
+            if not (one.out / WEIGHTS).exists():
+                train.train(one)
+            (net,) = classifiers.load(str(one.out), device)
+            fresh = train.data("scenes", net.side, one.guided)[1]
+            judged.append((torch.cat(train.correct(net.model, fresh, device)), *cost(net.model, fresh, device)))
         rights = torch.stack([right for right, _, _ in judged]).double()
         ends = bootstrap(rights.mean(0), [fresh.classes[label] for label in fresh.labels])
         rows.append({
@@ -131,6 +135,16 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     found = {"schema": SCHEMA, "settings": settings, "rows": rows, "provenance": told}
     write_json(options.out / "results.json", found)
     return found
+
+
+def trained_as(variant: Variant, seed: int, options: argparse.Namespace) -> argparse.Namespace:
+    """The options of eval.train for one training."""
+    folder = options.out / f"{variant.name.replace(' ', '-')}-{seed}"
+    return train.parser().parse_args([
+        "--kind", "adaptivision", "--samples", str(options.samples), "--depth", str(options.depth),
+        "--clusters", options.clusters, *variant.options, "--seed", str(seed), "--out", str(folder),
+        "--device", options.device,
+    ])  # fmt: skip
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ FlexiViT, CVPR 2023). Cut off, the same command goes on from the last checkpoint
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from tofu_sd.demo.train import TEST_SEED, fit
 
 from . import EvalError, labelled
 from .classifiers import ABOUT, STEMS, WEIGHTS, Architecture, ConvolutionStem, described
-from .files import read_json, write, write_json
+from .files import read_json, to_json, write, write_json
 from .labelled import Labelled
 from .options import Help, Parser, add_device, at_least, finite, pick_device, working
 
@@ -91,12 +92,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     """The figures of the training, which stand in the folder beside the weights."""
     device = pick_device(options.device)
     learnt, fresh = data(options.data, options.side, options.guided)
-    sizes = {name: getattr(options, name) for name in SIZES}
-    architecture = Architecture(options.kind, options.stem, **sizes, classes=len(learnt.classes))
-    if options.kind == "adaptivision":
-        own = {name: getattr(options, name) for name in ("clusters", "strategy", "temperature", "focus")}
-        wide = 0 if learnt.guidance is None else learnt.guidance.shape[-1]
-        architecture = replace(architecture, options={**own, "guided": wide})
+    architecture = asked_for(options, len(learnt.classes), 0 if learnt.guidance is None else learnt.guidance.shape[-1])
     torch.manual_seed(options.seed)
     model = begun(architecture, learnt)
     claim(options.out, {**vars(options), "out": None, "data": learnt.name})
@@ -131,6 +127,16 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
+def asked_for(options: argparse.Namespace, classes: int, guided: int) -> Architecture:
+    """Of a training of so many classes, with guidance of this width. ValueError for sizes that do not fit."""
+    sizes = {name: getattr(options, name) for name in SIZES}
+    own: dict[str, Any] = {}
+    if options.kind == "adaptivision":
+        own = {name: getattr(options, name) for name in ("clusters", "strategy", "temperature", "focus")}
+        own["guided"] = guided
+    return Architecture(options.kind, options.stem, **sizes, classes=classes, options=own)
+
+
 def begun(architecture: Architecture, learnt: Labelled) -> nn.Module:
     """A classifier before its training. On scenes early convolutions begin as the embedded judge's, which has learnt
     from scenes already.
@@ -144,6 +150,7 @@ def begun(architecture: Architecture, learnt: Labelled) -> nn.Module:
 
 def claim(out: Path, recipe: dict[str, Any]) -> None:
     """Makes the folder of a training, or goes on in it. EvalError for one of another recipe, naming what differs."""
+    recipe = json.loads(to_json(recipe))  # as it is read again, without tuples
     before = read_json(out / RECIPE) if out.exists() else None
     for name, value in (before or {}).items():
         if recipe.get(name) != value:

@@ -305,6 +305,10 @@ def test_the_table_of_a_folder_is_a_page_s(trained, pictures, tmp_path, capsys):
     assert "| tome, r = 8 | " in filled
     assert "2 classifiers of seeds 0, 1" in filled
     assert "what stood there" not in filled
+    lines = pages.filled(f"<!-- python -m eval.classify --linearity {tmp_path} -->\n<!-- end -->\n").splitlines()
+    assert [line.split(" | ")[0] for line in lines if line[:3] in ("| 0", "| 1", "| 2", "| 3")] == [
+        "| 0", "| 1", "| 2", "| 3",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

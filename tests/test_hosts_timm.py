@@ -151,6 +151,38 @@ def test_it_trains(model, host, images):
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
+def test_linearity_is_of_the_pairs_that_would_be_fused(model, host, images):
+    """1 for an MLP that is linear, below it for one that is not, and by hand in the first block."""
+    before = state(model)
+    found = host.linearity(model, images, r=3)
+    assert found.shape == (LAYERS, 3)
+    assert ((found > 0) & (found < 1 + 1e-6)).all()
+    assert state(model) == before
+    block, prefix, seen = model.blocks[0], model.num_prefix_tokens, {}
+    handles = [
+        block.attn.k_norm.register_forward_hook(lambda m, a, k: seen.update(keys=k)),
+        block.mlp.register_forward_pre_hook(lambda m, a: seen.update(x=a[0])),
+    ]
+    predict(model, images)
+    for handle in handles:
+        handle.remove()
+    keys = torch.nn.functional.normalize(seen["keys"].mean(1)[:, prefix:], dim=-1)
+    x = seen["x"][:, prefix:]
+    alike = keys[0, 1::2] @ keys[0, ::2].mT
+    by_hand = []
+    for s in alike.amax(1).argsort(descending=True)[:3].tolist():
+        x1, x2 = x[0, 1 + 2 * s], x[0, 2 * int(alike[s].argmax())]
+        way = block.mlp(torch.stack([x1 + t * (x2 - x1) for t in torch.linspace(0, 1, 11)])).detach()
+        by_hand.append((way[-1] - way[0]).norm() / way.diff(dim=0).norm(dim=-1).sum())
+    assert found[0, 0].item() == pytest.approx(torch.stack(by_hand).mean().item(), abs=1e-4)
+    model.blocks[0].mlp.act = nn.Identity()
+    linear = host.linearity(model, images, r=3)
+    assert torch.allclose(linear[0], torch.ones(3), atol=1e-4)
+    host.apply_patch(model, 4)
+    with pytest.raises(ValueError, match="is patched: linearity is the model's own"):
+        host.linearity(model, images)
+
+
 def adaptive(model, **options):
     return AdaptiveReduction(class_only=model.global_pool == "token", **options)
 

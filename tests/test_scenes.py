@@ -9,7 +9,7 @@ import torch
 import tofu_sd
 from tofu_sd.demo import train
 from tofu_sd.demo.model import build_tokenizer
-from tofu_sd.demo.scenes import CLASSES, SHAPES, noise_tiles, render
+from tofu_sd.demo.scenes import CLASSES, SHAPES, draw_scene, nearness, noise_tiles, render
 from tofu_sd.demo.train import Recipe, fit
 
 CPU = torch.device("cpu")
@@ -41,6 +41,21 @@ def test_the_object_is_in_the_picture():
     sphere, cube = (next(c for c in CLASSES if c.shape == s and c.material == "brick") for s in ("sphere", "cube"))
     differs = (render([sphere], [3], 64) - render([cube], [3], 64)).abs().amax(1) > 0.02
     assert 0.02 < differs.float().mean() < 0.6
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_near_is_where_the_picture_shows_it(shape):
+    """The object is as far as it stands, the sky endlessly far, and the ground comes nearer downwards."""
+    kind = next(c for c in CLASSES if c.shape == shape)
+    near = nearness([kind, kind], [3, 4], 64)
+    assert near.shape == (2, 1, 64, 64)
+    assert torch.equal(near, torch.cat([nearness([kind], [seed], 64) for seed in (3, 4)]))
+    assert (near[:, :, 0] == 0).float().mean() > 0.9  # the top row is sky, but for what stands before it
+    camera = [draw_scene(kind, seed).eye.norm() for seed in (3, 4)]
+    for picture, distance in zip(near[:, 0], camera, strict=True):
+        assert 1 / (distance + 1.5) < picture[20:44, 20:44].max() < 1 / (distance - 1.5)  # the object, at the origin
+        corner = picture[:, 0]  # ground and sky alone
+        assert (corner[40:].diff() >= -1e-6).all()
 
 
 def test_texture_spectra_fall_like_those_of_natural_images():

@@ -11,13 +11,17 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import timm
+import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..kernels import take
+from ..linearity import functional_linearity
+from ..match import bipartite_soft_matching
 from ..patch import ATTRIBUTE
 from ..tokens import TokenMap
-from ..vit import AdaptiveReduction, Reducer, TokenReduction
+from ..vit import AdaptiveReduction, Reducer, TokenReduction, alternating
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -111,6 +115,41 @@ def remove_patch(model: Model) -> Model:
             block.__class__ = Block
         delattr(model, ATTRIBUTE)
     return model
+
+
+@torch.no_grad()
+def linearity(model: nn.Module, pictures: Tensor, r: int = 5) -> Tensor:
+    """Functional linearity (ToFu Eq. 8, Fig. 3) of each block's MLP: [blocks, B], the mean over a picture's pairs.
+
+    The pairs are the r patch tokens that would be fused before the MLP in that block, each with the one it is most
+    like; the model itself runs with all of them. ValueError for a patched model, or as `find_blocks` raises it.
+    """
+    blocks = find_blocks(model)
+    if isinstance(vars(model).get(ATTRIBUTE), _Patch):
+        raise ValueError(f"{type(model).__name__} is patched: linearity is the model's own, remove_patch comes first")
+    prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+    keys: list[Tensor] = []
+    found: list[Tensor] = []
+
+    def see(module: nn.Module, args: Any, out: Tensor) -> None:
+        keys.append(out.mean(dim=1)[:, prefix:])
+
+    def measure(mlp: Any, args: tuple[Tensor, ...]) -> None:
+        patches, near = args[0][:, prefix:], keys.pop()
+        map = bipartite_soft_matching(near, alternating(near.shape[1], near.device), r)
+        home = map.kept.gather(1, map.home)  # of each token, the token that stands for it
+        gone = (home != torch.arange(home.shape[1], device=home.device)).nonzero()[:, 1].view(len(home), -1)
+        x1, x2 = (take(patches, at) for at in (gone, home.gather(1, gone)))
+        found.append(functional_linearity(mlp.forward, x1, x2).mean(dim=1))
+
+    handles = [block.attn.k_norm.register_forward_hook(see) for block in blocks]
+    handles += [block.mlp.register_forward_pre_hook(measure) for block in blocks]
+    try:
+        model(pictures)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(found)
 
 
 @contextmanager

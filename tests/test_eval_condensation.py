@@ -1,0 +1,112 @@
+"""The ablations of AdaptiVision as a command: each variant is what its row says, trained once, told as it is."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
+
+from eval import classifiers, condensation, labelled, pages, train
+from tofu_sd.demo.scenes import CLASSES, nearness, render
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A scene of each class to learn from and one to be judged by."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "PER_CLASS", 1)
+        patch.setattr(train, "FRESH", 1)
+        patch.setattr(condensation, "COUNTED", 2)
+        rendered, guided, cache = labelled.rendered, labelled.guided, tmp_path_factory.mktemp("scenes")
+        patch.setattr(labelled, "rendered", lambda *args: rendered(*args, cache=cache))
+        patch.setattr(labelled, "guided", lambda *args: guided(*args, cache=cache))
+        yield
+
+
+def run(out, *more):
+    few_samples = ["--samples", "32", "--depth", "1", "--seeds", "0", "--device", "cpu"]
+    assert condensation.main(["--out", str(out), *few_samples, *more]) == 0
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(few, tmp_path_factory):
+    """(the folder, its results)"""
+    out = tmp_path_factory.mktemp("condensation")
+    return out, run(out, "--of", "components,strategy")
+
+
+def test_every_variant_is_what_it_is_called_and_trained_once(few, trained, monkeypatch):
+    tmp_path, found = trained
+    rows = {row["variant"]: row for row in found["rows"]}
+    assert list(rows) == ["all patches", "+ clusters", "+ clusters + focus", "+ clusters + focus + guidance",
+                          "random patches", "important patches"]  # fmt: skip
+    assert rows["all patches"]["tokens"] == 196
+    for name in ("random patches", "important patches"):
+        assert rows[name]["tokens"] == 48
+        assert rows[name]["flops"] < rows["all patches"]["flops"]
+    assert 12 <= rows["+ clusters"]["tokens"] <= 48
+    # what a variant is called is what it is
+    plain, clustered, guided = (
+        classifiers.load(str(tmp_path / f"{name}-0"), torch.device("cpu"))[0].model
+        for name in ("all-patches", "+-clusters", "+-clusters-+-focus-+-guidance")
+    )
+    assert plain.condense is None
+    assert clustered.guide is None
+    assert not clustered.layers[0].attention.rows.weight.any()  # attention is not modulated
+    assert guided.guide is not None
+    assert guided.layers[0].attention.rows.weight.any()
+    monkeypatch.setattr(train, "train", None)  # is not called again
+    assert run(tmp_path, "--of", "components,strategy")["rows"] == found["rows"]
+
+
+def test_a_variant_is_trained_as_often_as_there_are_seeds(few, tmp_path):
+    only = [v for v in condensation.VARIANTS if v.name == "random patches"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(condensation, "VARIANTS", only)
+        (row,) = run(tmp_path, "--of", "strategy", "--seeds", "3,4")["rows"]
+    assert len(row["accuracy"]["by_seed"]) == 2
+    folders = ",".join(str(tmp_path / f"random-patches-{seed}") for seed in (3, 4))
+    one, other = classifiers.load(folders, torch.device("cpu"))
+    assert not torch.equal(one.model.position, other.model.position)
+
+
+def test_its_tables_stand_in_a_page(few, trained):
+    page = f"<!-- python -m eval.condensation --table {trained[0]} --of strategy -->\n<!-- end -->\n"
+    filled = pages.filled(page)
+    assert "**How tokens become fewer (table 5)**" in filled
+    assert filled.count("\n| ") == 1 + 4
+    assert "Trainings of seeds 0, 32 pictures each · 96 fresh scenes of 96 classes" in filled
+
+
+def test_guidance_is_of_the_pictures_beside_it(few, tmp_path):
+    data = labelled.guided(labelled.rendered(16, 1, 5), 1, 5)
+    assert data.guidance.shape == (96, 49, 16)
+    near = nearness([CLASSES[7]], [5 + 7], 28)
+    first = near[0, 0, :4, 4:8].flatten()  # the second piece of the top row
+    assert torch.allclose(data.guidance[7, 1], first, atol=0.5 / 255 + 1e-6)
+    assert torch.allclose(data.pictures[7][0], render([CLASSES[7]], [5 + 7], 16)[0], atol=0.5 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--of", "colours"], "unknown table 'colours'"),
+        (["--seeds", "one"], "'one' is not a whole number"),
+        (["--clusters", "48"], "'48' is neither two numbers such as 16,64 nor none"),
+        (["--clusters", "48,12"], "least is 48 and most is 12"),
+        (["--table", "nowhere"], "nowhere holds no results of eval.condensation"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_line(few, tmp_path, capsys, options, said):
+    assert condensation.main(["--out", str(tmp_path / "out"), "--device", "cpu", *options]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_guidance_takes_scenes(tmp_path, capsys):
+    assert train.main(["--out", str(tmp_path / "out"), "--data", str(tmp_path), "--guided"]) == 2
+    assert "--guided takes scenes, whose depth is known" in capsys.readouterr().err
