@@ -258,15 +258,20 @@ def twin(kind, model):
     return distances(model, unet, x, context, y, added)
 
 
-def without_a_unet(fuse):
-    """What is said of a diffusion transformer."""
+def random_flux():
+    """A diffusion transformer."""
     shape = {"image_model": "flux", "in_channels": 4, "out_channels": 4, "vec_in_dim": 8, "context_in_dim": 8,
              "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
              "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False,
              "dtype": torch.float32}  # fmt: skip
     config = comfy.supported_models.Flux(shape)
     config.set_inference_dtype(torch.float32, None)
-    model = comfy.model_patcher.ModelPatcher(comfy.model_base.Flux(config), load_device=CPU, offload_device=CPU)
+    return comfy.model_patcher.ModelPatcher(comfy.model_base.Flux(config), load_device=CPU, offload_device=CPU)
+
+
+def without_a_unet(fuse):
+    """What is said of a diffusion transformer."""
+    model = random_flux()
     try:
         fuse(model)
     except ValueError as error:

@@ -278,3 +278,29 @@ def test_the_server_tells_what_is_wrong_in_words(served):
     [error] = served["wrong"]["refused"]["node_errors"]["2"]["errors"]
     assert error["message"] == "Value 0.9 bigger than max of 0.75"
     assert served["unfused"]["error"].startswith("this model fuses no tokens: put Token Fusion (ToFu) before")
+    assert served["flux"]["error"].startswith("no eligible block in Flux")
+
+
+def test_the_server_shows_the_node_beside_its_own_patches(served):
+    assert served["about"]["display_name"] == "Token Fusion (ToFu)"
+    assert served["about"]["category"] == "model_patches/unet"
+    inputs = served["about"]["input"]["optional"]
+    assert inputs["ratio"][1]["max"] == 0.75
+    assert all(told["tooltip"] for _, told in inputs.values())
+
+
+def test_the_server_draws_the_same_after_a_picture_that_was_interrupted(served):
+    """And what is drawn without the node is not touched by what was drawn with it."""
+    assert served["stopped"]["status"] == "error"  # which is what the program calls it
+    assert served["stopped"]["interrupted"] is True
+    assert served["before"] == served["after"]
+    assert len(set(served["before"])) == 2
+
+
+def test_the_server_runs_the_example_with_a_checkpoint_file(served):
+    """Of SD 1.5's layout and size, which the program's own loader takes for what it is."""
+    assert served["file"]["status"] == "success"
+    assert len(served["file"]["outputs"]["8"]["images"]) == 1
+    assert len(served["file"]["outputs"]["10"]["images"]) == 5
+    assert len(set(served["file"]["pictures"])) == 2  # another picture than without the node
+    assert "UNetModel: mean-r50-w8+p on 5 of 16 transformer blocks" in served["log"][-1]
