@@ -13,6 +13,7 @@ from pathlib import Path
 
 import comfyui_torchvision  # noqa: F401
 import torch
+import twins
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -26,6 +27,7 @@ import comfy.ops  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
+from comfy.ldm.flux.model import FluxParams  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -73,12 +75,7 @@ def random_model(kind):
     config = type("Small", (base,), {"unet_extra_config": {"num_heads": 4, "num_head_channels": -1}})(SHAPES[kind])
     config.set_inference_dtype(torch.float32, None)
     model = (comfy.model_base.BaseModel if kind == "sd15" else comfy.model_base.SDXL)(config).eval()
-    g = torch.Generator().manual_seed(0)
-    for name, weight in model.named_parameters():  # the program leaves them as memory was
-        if weight.ndim > 1:
-            weight.data = torch.randn(weight.shape, generator=g) / weight[0].numel() ** 0.5
-        else:
-            weight.data = torch.full_like(weight, float(name.endswith("weight")))
+    twins.randomize(model)  # the program leaves them as memory was
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
@@ -196,66 +193,25 @@ def stopped(kind, half, first):
     return {"interrupted it is the same again": False}
 
 
-def distances(patcher, unet, x, context, y=None, added=None):
-    """The largest differences between the program's UNet and diffusers', plain and fused; and what fusing does."""
-    import tofu_sd
-    from tofu_sd import TokenFusion
+def drawn_by(patcher, x, t, context, y=None):
+    """What the program's UNet predicts, plain and fused by every method."""
     from tofu_sd.hosts.comfyui import plain
     from tofu_sd.hosts.patcher import patch_model
 
-    t = torch.tensor([500.0, 500.0])
-
-    def there(model):
-        options = {**model.model_options["transformer_options"], "cond_or_uncond": [1, 0], "sigmas": torch.ones(2)}
+    models = {"plain": patcher} | {f.key: patch_model(patcher, f, plain)[0] for f in twins.METHODS}
+    told, drawn = {"cond_or_uncond": [1, 0], "sigmas": torch.ones(2)}, {}
+    for name, model in models.items():
+        options = {**model.model_options["transformer_options"], **told}
         with torch.no_grad():
-            return model.model.diffusion_model(x, t, context=context, y=y, transformer_options=options)
-
-    def here():
-        with torch.no_grad():
-            return unet(x, t[0], encoder_hidden_states=context, added_cond_kwargs=added).sample
-
-    def distance(a, b):
-        return float((a - b).abs().max())
-
-    base, fused, effects = here(), {}, []
-    methods = [
-        TokenFusion(0.5), TokenFusion(0.75), TokenFusion(0.5, early="mean", late="mean", proportional=True, window=8),
-        TokenFusion(0.75, early="mean", late="mean", proportional=True, keys_only=True), TokenFusion(0.5, levels=2),
-    ]  # fmt: skip
-    for fusion in methods:
-        with tofu_sd.patched(unet, fusion, match_on="normed"):
-            expected = here()
-        fused[fusion.key] = distance(there(patch_model(patcher, fusion, plain)[0]), expected)
-        effects.append(distance(expected, base))
-    return {"plain": distance(there(patcher), base), "fused": fused, "effect": min(effects)}
-
-
-DIFFUSERS = {"layers_per_block": 2, "attention_head_dim": 4, "norm_num_groups": 32}
-TWINS = {
-    "sd15": {**DIFFUSERS, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 32},
-    "sdxl": {**DIFFUSERS, "block_out_channels": (32, 64, 64), "cross_attention_dim": 64, "use_linear_projection": True,
-             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-             "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-             "transformer_layers_per_block": (1, 2, 10), "addition_embed_type": "text_time",
-             "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 32 + 6 * 256},
-}  # fmt: skip
+            drawn[name] = model.model.diffusion_model(x, t, context=context, y=y, transformer_options=options)
+    return drawn
 
 
 def twin(kind, model):
     """How far one call of the model is from diffusers' with its weights, plain and fused."""
-    from diffusers import UNet2DConditionModel
-
-    own, unet = model.model.diffusion_model, UNet2DConditionModel(**TWINS[kind]).eval()
-    names, weights = comfy.utils.unet_to_diffusers(SHAPES[kind]), own.state_dict()
-    unet.load_state_dict({name: weights[names[name]] for name in unet.state_dict()})
-    g = torch.Generator().manual_seed(5)
-    x, context = torch.randn(2, 4, 16, 24, generator=g), torch.randn(2, 7, SHAPES[kind]["context_dim"], generator=g)
-    added = y = None
-    if kind == "sdxl":
-        added = {"text_embeds": torch.randn(2, 32, generator=g), "time_ids": torch.full((2, 6), 128.0)}
-        y = torch.cat([added["text_embeds"], unet.add_time_proj(added["time_ids"].flatten()).reshape(2, -1)], dim=1)
-
-    return distances(model, unet, x, context, y, added)
+    given = twins.inputs(kind)
+    drawn = drawn_by(model, given["x"], given["t"], given["context"], given.get("y"))
+    return twins.distances(kind, model.model.diffusion_model.state_dict(), drawn, match_on="normed")
 
 
 def random_flux():
@@ -264,6 +220,8 @@ def random_flux():
              "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
              "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False,
              "dtype": torch.float32}  # fmt: skip
+    if "txt_ids_dims" in FluxParams.__dataclass_fields__:  # in newer ones
+        shape["txt_ids_dims"] = []
     config = comfy.supported_models.Flux(shape)
     config.set_inference_dtype(torch.float32, None)
     return comfy.model_patcher.ModelPatcher(comfy.model_base.Flux(config), load_device=CPU, offload_device=CPU)
@@ -316,7 +274,13 @@ def embedded():
     words = pipe.encode_prompt("A high-quality photograph of a golden torus in the desert", "cpu", 1, True)
     context = torch.cat(words[::-1])
     x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
-    return distances(patcher, unet, x, context)
+
+    def draw():
+        with torch.no_grad():
+            return unet(x, 500.0, encoder_hidden_states=context).sample
+
+    drawn = drawn_by(patcher, x, torch.tensor([500.0, 500.0]), context)
+    return twins.compared(unet, draw, drawn, match_on="normed")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import twins
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM, PYTHON = os.environ.get("FORGE"), os.environ.get("FORGE_PYTHON", sys.executable)
@@ -20,23 +21,20 @@ LAWS = ["ratio 0 is bit-equal", "the model beside it is bit-equal", "two clones 
         "beside the built-in merging nothing is fused twice"]  # fmt: skip
 
 
-def found_by(script):
-    """What a script found, in a process of its own."""
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What was found, in a process of its own, and the folder of what was drawn."""
     if not PROGRAM:
         pytest.skip("FORGE names no checkout of Forge")
     paths = [PROGRAM, f"{PROGRAM}/packages_3rdparty", f"{PROGRAM}/repositories/huggingface_guess",
              str(ROOT), str(ROOT / "tests")]  # fmt: skip
+    folder = tmp_path_factory.mktemp("forge")
     ran = subprocess.run(
-        [PYTHON, str(ROOT / "tests" / script)], capture_output=True, text=True, cwd=PROGRAM, timeout=1500,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        [PYTHON, str(ROOT / "tests" / "forge_run.py"), str(folder)], capture_output=True, text=True, cwd=PROGRAM,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}, timeout=1500,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
-    return json.loads(ran.stdout.splitlines()[-1])
-
-
-@pytest.fixture(scope="module")
-def said():
-    return found_by("forge_run.py")
+    return {"folder": folder, **json.loads(ran.stdout.splitlines()[-1])}
 
 
 @pytest.mark.parametrize(("kind", "blocks"), [("sd15", "5 of 16"), ("sdxl", "10 of 70")])
@@ -49,3 +47,11 @@ def test_in_forge_the_blocks_of_the_highest_resolution_are_fused(said, kind, blo
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_in_forge_the_laws_hold(said, kind, law):
     assert said[kind]["laws"][law] is True
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_in_forge_is_drawn_what_diffusers_draws(said, kind):
+    """The same weights, latent and words, one call of the model; both compare normed tokens. To rounding."""
+    found = twins.read(kind, said["folder"] / kind, match_on="normed")
+    assert max(found["plain"], *found["fused"].values()) < 1e-4, found
+    assert found["effect"] > 1e-2

@@ -1,8 +1,8 @@
 """The extension in web UIs themselves, wherever there is a checkout of one that has been started once.
 
 A1111=/folder/of/stable-diffusion-webui pytest tests/test_hosts_webui_programs.py, by A1111_PYTHON if its packages are
-another environment's; FORGE and REFORGE likewise. Each is started with this repository in its extensions/, and asked for
-pictures.
+another environment's; FORGE and REFORGE likewise. Each is started with this repository in its extensions/, and asked
+for pictures.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ def test_it_draws_with_it_and_without_it(server):
     assert ON in server["drawn"]["on"]["saved"]
     assert said(server, "on", "tofu-r50 on 5 of 16 transformer blocks") == 1
     assert picture(server, "img2img") != picture(server, "img2img off")
+    assert picture(server, "odd") != picture(server, "odd off")  # a latent of 17 x 15
 
 
 def test_a_request_can_name_the_options(server):

@@ -1,8 +1,9 @@
 """Starts a web UI with this repository as an extension, on a CPU, asks it for pictures, and prints what came as JSON.
 
 It is the one whose folder this is run in: AUTOMATIC1111, Forge or reForge. It needs all that the program needs
-(requirements_versions.txt, its repositories/, the tokenizer that AUTOMATIC1111 loads from the hub's cache). What is drawn
-with is a random model in SD 1.5's layout and size, as no checkpoint can be had. See test_hosts_webui_programs.py.
+(requirements_versions.txt, its repositories/, the tokenizer that AUTOMATIC1111 loads from the hub's cache). What is
+drawn with is a random model in SD 1.5's layout and size, as no checkpoint can be had. See
+test_hosts_webui_programs.py.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Server:
         (home / "extensions").mkdir()
         (home / "extensions" / "tofu_sd").symlink_to(ROOT)
         (home / "models" / "Stable-diffusion").mkdir(parents=True)
+        (home / "config.json").write_text(json.dumps({"live_previews_enable": False}))  # they need a net of their own
         made = home / "models" / "Stable-diffusion" / "random.safetensors"
         subprocess.run([sys.executable, str(ROOT / "tests" / "sd15_file.py"), str(made)], check=True, stdout=sys.stderr)
         with socket.socket() as free:
@@ -123,9 +125,7 @@ def look() -> dict:
         axes = grid["args"][0]["choices"]
         faithful = [True, 0.5, 0.5, "mean", "mean", -1, True, False, 1, 0, 1, -1, 8]
         hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.5}
-        if "hr_additional_modules" in server.call("/openapi.json")["components"]["schemas"][
-            "StableDiffusionProcessingTxt2Img"
-        ]["properties"]:
+        if (PROGRAM / "backend").exists():  # Forge asks which text encoder
             hires["hr_additional_modules"] = ["Use same choices"]
         x, nothing = [axes.index("[ToFu] Ratio"), "0,0.5", []], [axes.index("Nothing"), "", []]
         drawn = {
@@ -141,6 +141,8 @@ def look() -> dict:
             "built-in alone": server.draw(override_settings={"token_merging_ratio": 0.3}),
             "img2img off": server.draw(kind="img2img", init_images=[start()]),
             "img2img": server.draw([True], "img2img", init_images=[start()]),
+            "odd off": server.draw(width=136, height=120),
+            "odd": server.draw([True], width=136, height=120),
             "grid": server.draw(script_name="x/y/z plot",
                                 script_args=[*x, *nothing, *nothing, False, True, *[False] * 5, 0, False]),
         }  # fmt: skip
