@@ -100,9 +100,15 @@ def test_interrupted_in_the_middle_it_leaves_nothing_behind(server):
     assert picture(server, "off at last") == picture(server, "off")
 
 
-def test_beside_the_built_in_hypertile_that_of_the_two_counts_that_was_first(server):
+def test_what_hypertile_has_cut_into_tiles_is_left_alone(server):
     if "tiled" not in server["drawn"]:
-        pytest.skip("this program has no HyperTile of its own under that name")
-    assert picture(server, "tiled") == picture(server, "tiled alone")
-    assert said(server, "tiled", "has a `forward` of its own") == 1
-    assert "ToFu ratio: 0," in server["drawn"]["tiled"]["saved"]
+        pytest.skip("this program has no HyperTile of its own")
+    assert picture(server, "tiled") == picture(server, "tiled alone") != picture(server, "off")
+    if server["program"] == "A1111":  # it holds the layers themselves, so nothing is patched
+        assert said(server, "tiled", "has a `forward` of its own") == 1
+        assert "ToFu ratio: 0," in server["drawn"]["tiled"]["saved"]
+
+
+def test_what_was_saved_as_a_default_is_on_the_screen(server):
+    """Written before the start, one field in both tabs."""
+    assert server["saved default"] == [0.25, 0.25]

@@ -45,6 +45,8 @@ class Server:
         (home / "extensions" / "tofu_sd").symlink_to(ROOT)
         (home / "models" / "Stable-diffusion").mkdir(parents=True)
         (home / "config.json").write_text(json.dumps({"live_previews_enable": False}))  # they need a net of their own
+        saved = {f"customscript/tofu_sd_webui.py/{tab}/Hires ratio/value": 0.25 for tab in ("txt2img", "img2img")}
+        (home / "ui-config.json").write_text(json.dumps(saved))  # as Settings, Defaults writes it
         made = home / "models" / "Stable-diffusion" / "random.safetensors"
         subprocess.run([sys.executable, str(ROOT / "tests" / "sd15_file.py"), str(made)], check=True, stdout=sys.stderr)
         with socket.socket() as free:
@@ -92,12 +94,13 @@ class Server:
             begun.result()
         return step
 
-    def draw(self, args: list | None = None, kind: str = "txt2img", **more: object) -> dict:
-        """The pictures, the parameters of the first, and what the log said."""
+    def draw(self, args: list | None = None, kind: str = "txt2img", beside: dict | None = None, **more: object) -> dict:
+        """The pictures, the parameters of the first, and what the log said. beside: the arguments of other scripts."""
         before = len(self.log.read_text())
         body = {**PICTURE, "override_settings": {"token_merging_ratio": 0.0}, **more}
+        body["alwayson_scripts"] = {name: {"args": told} for name, told in (beside or {}).items()}
         if args is not None:
-            body["alwayson_scripts"] = {"token fusion (tofu)": {"args": args}}
+            body["alwayson_scripts"]["token fusion (tofu)"] = {"args": args}
         answer = self.call(f"/sdapi/v1/{kind}", body)
         saved = json.loads(answer["info"])["infotexts"][0].partition("Steps: ")[2]
         said = [line for line in self.log.read_text()[before:].splitlines() if "transformer blocks" in line
@@ -148,13 +151,18 @@ def look() -> dict:
         }  # fmt: skip
         stopped = server.stop(2, args=[True])
         drawn["off at last"] = server.draw()
-        # last, as AUTOMATIC1111's own does not give the layers back
-        tiled = {"token_merging_ratio": 0.0, "hypertile_enable_unet": True}
-        if "hypertile_enable_unet" in server.call("/sdapi/v1/options"):
-            drawn["tiled alone"] = server.draw(override_settings=tiled)
-            drawn["tiled"] = server.draw([True], override_settings=tiled)
+        tiled = {}
+        if "hypertile_enable_unet" in server.call("/sdapi/v1/options"):  # AUTOMATIC1111's
+            tiled = {"override_settings": {"token_merging_ratio": 0.0, "hypertile_enable_unet": True}}
+        elif "hypertile integrated" in [script["name"] for script in scripts]:  # reForge's
+            tiled = {"beside": {"hypertile integrated": [True, 64, 1, 0, False]}}
+        if tiled:  # last, as AUTOMATIC1111's own does not give the layers back
+            drawn["tiled alone"] = server.draw(**tiled)
+            drawn["tiled"] = server.draw([True], **tiled)
+        fields = [part["props"] for part in server.call("/config")["components"]]
         return {
             "arguments": [arg["label"] for arg in ours["args"]], "axes": axes, "drawn": drawn, "stopped at": stopped,
+            "saved default": [field["value"] for field in fields if field.get("label") == "Hires ratio"],
         }  # fmt: skip
 
 
