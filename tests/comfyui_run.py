@@ -198,7 +198,7 @@ def drawn_by(patcher, x, t, context, y=None):
     from tofu_sd.hosts.comfyui import plain
     from tofu_sd.hosts.patcher import patch_model
 
-    models = {"plain": patcher} | {f.key: patch_model(patcher, f, plain)[0] for f in twins.METHODS}
+    models = {"plain": patcher} | {f.key: patch_model(patcher, f, plain)[0] for f in twins.methods()}
     told, drawn = {"cond_or_uncond": [1, 0], "sigmas": torch.ones(2)}, {}
     for name, model in models.items():
         options = {**model.model_options["transformer_options"], **told}

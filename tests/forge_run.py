@@ -76,7 +76,7 @@ def look(kind, folder):
 
     shrunk.set_model_input_block_patch_after_skip(shrink)
     shrunk.set_model_output_block_patch(grow)
-    drawn = {f.key: predict(patch_model(patcher, f, plain)[0], 0) for f in twins.METHODS}
+    drawn = {f.key: predict(patch_model(patcher, f, plain)[0], 0) for f in twins.methods()}
     weights = {f"weights.{name}": weight.contiguous() for name, weight in unet.state_dict().items()}
     save_file({**weights, **drawn, "plain": predict(patcher, 0)}, f"{folder}/{kind}")
     built_in = TomePatcher().patch(patcher, 0.5)

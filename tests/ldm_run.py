@@ -45,18 +45,17 @@ def look(kind, folder):
                 for name, module in model.named_modules()]  # fmt: skip
 
     before, drawn = state(), {"plain": draw()}
-    for fusion in twins.METHODS:
-        headline = ldm.apply(model, fusion).headline
+    headlines = []
+    for fusion in twins.methods():
+        headlines.append(ldm.apply(model, fusion).headline)
         drawn[fusion.key] = draw()
         ldm.restore(model)
-        if fusion == twins.METHODS[0]:
-            first = headline
     save_file({f"weights.{k}": v.contiguous() for k, v in model.state_dict().items()} | drawn, f"{folder}/{kind}")
     laws = {
         "restored it is bit-equal": torch.equal(draw(), drawn["plain"]),
         "nothing is left": state() == before,
     }
-    return {"headline": first, "class": type(model).__module__, "laws": laws}
+    return {"headline": headlines[0], "class": type(model).__module__, "laws": laws}
 
 
 if __name__ == "__main__":

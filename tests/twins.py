@@ -12,12 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tofu_sd import TokenFusion
-
-METHODS = [
-    TokenFusion(0.5), TokenFusion(0.75), TokenFusion(0.5, early="mean", late="mean", proportional=True, window=8),
-    TokenFusion(0.75, early="mean", late="mean", proportional=True, keys_only=True), TokenFusion(0.5, levels=2),
-]  # fmt: skip
 COMMON = {"layers_per_block": 2, "attention_head_dim": 4, "norm_num_groups": 32}  # which is the number of heads
 UNETS = {
     "sd15": {**COMMON, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 32},
@@ -27,6 +21,14 @@ UNETS = {
              "transformer_layers_per_block": (1, 2, 10), "addition_embed_type": "text_time",
              "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 32 + 6 * 256},
 }  # fmt: skip
+
+
+def methods() -> list[Any]:
+    from tofu_sd import TokenFusion  # here, as ComfyUI itself is to load it first
+
+    mean = {"early": "mean", "late": "mean", "proportional": True}
+    return [TokenFusion(0.5), TokenFusion(0.75), TokenFusion(0.5, window=8, **mean),
+            TokenFusion(0.75, keys_only=True, **mean), TokenFusion(0.5, levels=2)]  # fmt: skip
 
 
 def inputs(kind: str) -> dict[str, Tensor]:
@@ -91,7 +93,7 @@ def compared(unet: Any, draw: Callable[[], Tensor], drawn: dict[str, Tensor], ma
         return float((a - b).abs().max())
 
     base, fused, effects = draw(), {}, []
-    for fusion in METHODS:
+    for fusion in methods():
         with tofu_sd.patched(unet, fusion, match_on=match_on):
             expected = draw()
         fused[fusion.key] = distance(drawn[fusion.key], expected)

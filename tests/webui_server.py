@@ -131,6 +131,8 @@ def look() -> dict:
         if (PROGRAM / "backend").exists():  # Forge asks which text encoder
             hires["hr_additional_modules"] = ["Use same choices"]
         x, nothing = [axes.index("[ToFu] Ratio"), "0,0.5", []], [axes.index("Nothing"), "", []]
+        wanted = {"Draw legend": False, "Include Sub Images": True}
+        rest = [wanted.get(arg["label"], arg["value"]) for arg in grid["args"][9:]]
         drawn = {
             "off": server.draw(),
             "off again": server.draw([False]),
@@ -146,8 +148,7 @@ def look() -> dict:
             "img2img": server.draw([True], "img2img", init_images=[start()]),
             "odd off": server.draw(width=136, height=120),
             "odd": server.draw([True], width=136, height=120),
-            "grid": server.draw(script_name="x/y/z plot",
-                                script_args=[*x, *nothing, *nothing, False, True, *[False] * 5, 0, False]),
+            "grid": server.draw(script_name="x/y/z plot", script_args=[*x, *nothing, *nothing, *rest]),
         }  # fmt: skip
         stopped = server.stop(2, args=[True])
         drawn["off at last"] = server.draw()
