@@ -13,6 +13,7 @@ from pathlib import Path
 
 import comfyui_torchvision  # noqa: F401
 import torch
+import twins
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
@@ -26,6 +27,7 @@ import comfy.ops  # noqa: E402
 import comfy.sample  # noqa: E402
 import comfy.supported_models  # noqa: E402
 import comfy.utils  # noqa: E402
+from comfy.ldm.flux.model import FluxParams  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -42,6 +44,17 @@ SHAPES = {
 }  # fmt: skip
 
 
+def node(kind):
+    """A node as a function that gives its first output, whichever interface it was written for."""
+
+    def call(*values, **options):
+        run = kind.execute if hasattr(kind, "define_schema") else getattr(kind(), kind.FUNCTION)
+        given = run(*values, **options)
+        return (given if isinstance(given, tuple) else given.result)[0]
+
+    return call
+
+
 def nodes():
     """The two nodes, as the program loads them from custom_nodes/."""
     import asyncio
@@ -50,9 +63,11 @@ def nodes():
     module = importlib.util.module_from_spec(spec)
     sys.modules["custom_nodes_tofu"] = module
     spec.loader.exec_module(module)
-    extension = asyncio.run(module.comfy_entrypoint())
-    fuse, show = asyncio.run(extension.get_node_list())
-    return (lambda *a, **o: fuse.execute(*a, **o).result[0]), (lambda *a, **o: show.execute(*a, **o).result[0])
+    if hasattr(module, "comfy_entrypoint"):
+        kinds = asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
+    else:
+        kinds = module.NODE_CLASS_MAPPINGS.values()
+    return [node(kind) for kind in kinds]
 
 
 def random_model(kind):
@@ -60,16 +75,13 @@ def random_model(kind):
     config = type("Small", (base,), {"unet_extra_config": {"num_heads": 4, "num_head_channels": -1}})(SHAPES[kind])
     config.set_inference_dtype(torch.float32, None)
     model = (comfy.model_base.BaseModel if kind == "sd15" else comfy.model_base.SDXL)(config).eval()
-    g = torch.Generator().manual_seed(0)
-    for name, weight in model.named_parameters():  # the program leaves them as memory was
-        if weight.ndim > 1:
-            weight.data = torch.randn(weight.shape, generator=g) / weight[0].numel() ** 0.5
-        else:
-            weight.data = torch.full_like(weight, float(name.endswith("weight")))
+    twins.randomize(model)  # the program leaves them as memory was
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
-def sample(model, kind, h=16, w=16, steps=3):
+def sample(model, kind, h=16, w=16, steps=3, callback=None):
+    """A sampling by the program's own sampler, which begins with the same global generator every time."""
+    torch.manual_seed(0)
     latent, g = torch.zeros(1, 4, h, w), torch.Generator().manual_seed(2)
     width = SHAPES[kind]["context_dim"]
     words = [
@@ -82,42 +94,146 @@ def sample(model, kind, h=16, w=16, steps=3):
         for _ in range(2)
     ]
     noise = comfy.sample.prepare_noise(latent, 1)
-    return comfy.sample.sample(model, noise, steps, 5.0, "euler", "normal", *words, latent, disable_pbar=True, seed=1)
+    return comfy.sample.sample(
+        model, noise, steps, 5.0, "euler", "normal", *words, latent, disable_pbar=True, seed=1, callback=callback
+    )
 
 
 def look(kind, fuse):
-    from comfy_extras.nodes_hypertile import HyperTile
-    from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
-
     import tofu_sd.hosts.comfyui as adapter
     from tofu_sd.hosts.ldm import find_sites
 
-    def given(output):
-        return output[0] if isinstance(output, tuple) else output.result[0]
-
     model = random_model(kind)
-    plain = sample(model, kind)
-    told = []
+    plain, told = sample(model, kind), []
+    dice = torch.get_rng_state()
     adapter.logger.info = told.append
     half, three = fuse(model, ratio=0.5), fuse(model, ratio=0.75, keys_only=True, proportional=True)
     first = sample(half, kind)
     other = sample(three, kind)
     drawn = [sample(fuse(model, grid_seed=3), kind) for _ in range(2)]
-    tiled = given(HyperTile.execute(model=half, tile_size=64, swap_size=1, max_depth=0, scale_depth=False))
-    small = given(PatchModelAddDownscale.execute(half, 3, 2.0, 0.0, 1.0, True, "bicubic", "bicubic"))
+    same_dice = torch.equal(torch.get_rng_state(), dice)
     late = sample(fuse(model, start_percent=0.5), kind)
     laws = {
         "ratio 0 is bit-equal": torch.equal(sample(fuse(model, ratio=0.0, proportional=True), kind), plain),
-        "the model beside it is bit-equal": torch.equal(sample(model, kind), plain),
         "two clones at once": torch.equal(sample(half, kind), first) and torch.equal(sample(three, kind), other),
         "the same seed": torch.equal(*drawn) and not torch.equal(drawn[0], first),
+        "nobody else's dice": same_dice,
         "odd latents run": sample(half, kind, 17, 23).shape == (1, 4, 17, 23),
-        "HyperTile beside it": bool(sample(tiled, kind).isfinite().all()),
-        "Deep Shrink beside it": bool(sample(small, kind, 32, 32).isfinite().all()),
         "the window": not (torch.equal(late, plain) or torch.equal(late, first)),
+        **beside(kind, fuse, model),
+        **stopped(kind, half, first),
+        "the model beside it is bit-equal": torch.equal(sample(model, kind), plain),
     }
     assert len(find_sites(model.model.diffusion_model)) == (16 if kind == "sd15" else 70)
-    return {"headline": told[0], "changed": float((first - plain).abs().max()), "laws": laws}
+    changed = float((first - plain).abs().max())
+    return {"headline": told[0], "changed": changed, "laws": laws, "diffusers": twin(kind, model)}
+
+
+def beside(kind, fuse, model):
+    """With the program's own nodes, in both orders."""
+    from comfy_extras.nodes_hypertile import HyperTile
+    from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+    from comfy_extras.nodes_tomesd import TomePatchModel
+
+    from tofu_sd.hosts.comfyui import patches_of
+
+    size = 32 if kind == "sd15" else 64  # so that HyperTile's tiles are smaller than the highest map with attention
+    depth = 0 if kind == "sd15" else 1
+
+    def tiled(model, more=0):
+        return node(HyperTile)(model=model, tile_size=64, swap_size=1, max_depth=depth + more, scale_depth=False)
+
+    def shrunk(model):  # within the blocks that are fused
+        block = 1 if kind == "sd15" else 3
+        return node(PatchModelAddDownscale)(model, block, 2.0, 0.0, 1.0, True, "bicubic", "bicubic")
+
+    def merged(model):
+        return node(TomePatchModel)(model=model, ratio=0.5)
+
+    def draw(model):
+        return sample(model, kind, size, size, steps=1)
+
+    def both_act(together, *alone):
+        return bool(together.isfinite().all()) and not any(torch.equal(together, one) for one in alone)
+
+    half = fuse(model)
+    plain, ours = draw(model), draw(half)
+    tiles, small, tome = draw(tiled(model)), draw(shrunk(model)), draw(merged(model))
+    deeper = tiled(half, more=1)
+    maps, watched = set(), fuse(shrunk(model))
+    patches_of(watched).watcher = lambda place, map, h, w: maps.add((h, w))
+    fused_and_small = draw(watched)
+    top = size if kind == "sd15" else size // 2
+    return {
+        # of the two that want a block the first node has it: a fused map is none of HyperTile's sizes, a tile no map
+        "HyperTile after it": torch.equal(draw(tiled(half)), ours) and not torch.equal(tiles, plain),
+        "HyperTile before it": torch.equal(draw(fuse(tiled(model))), tiles),
+        "HyperTile on other blocks": both_act(draw(deeper), ours, draw(tiled(model, more=1))),
+        "Deep Shrink beside it": both_act(fused_and_small, ours, small)
+        and torch.equal(draw(shrunk(half)), fused_and_small) and maps == {(top, top), (top // 2, top // 2)},
+        # which does nothing on SDXL
+        "beside the built-in merging nothing is fused twice": torch.equal(draw(merged(half)), ours)
+        and torch.equal(draw(fuse(merged(model))), tome if kind == "sd15" else ours)
+        and torch.equal(tome, plain) == (kind == "sdxl"),
+    }  # fmt: skip
+
+
+def stopped(kind, half, first):
+    """A person stops it in the middle."""
+    from comfy.model_management import InterruptProcessingException
+
+    def callback(step, *rest):
+        if step == 1:
+            raise InterruptProcessingException
+
+    try:
+        sample(half, kind, callback=callback)
+    except InterruptProcessingException:
+        return {"interrupted it is the same again": torch.equal(sample(half, kind), first)}
+    return {"interrupted it is the same again": False}
+
+
+def drawn_by(patcher, x, t, context, y=None):
+    """What the program's UNet predicts, plain and fused by every method."""
+    from tofu_sd.hosts.comfyui import plain
+    from tofu_sd.hosts.patcher import patch_model
+
+    models = {"plain": patcher} | {f.key: patch_model(patcher, f, plain)[0] for f in twins.methods()}
+    told, drawn = {"cond_or_uncond": [1, 0], "sigmas": torch.ones(2)}, {}
+    for name, model in models.items():
+        options = {**model.model_options["transformer_options"], **told}
+        with torch.no_grad():
+            drawn[name] = model.model.diffusion_model(x, t, context=context, y=y, transformer_options=options)
+    return drawn
+
+
+def twin(kind, model):
+    """How far one call of the model is from diffusers' with its weights, plain and fused."""
+    given = twins.inputs(kind)
+    drawn = drawn_by(model, given["x"], given["t"], given["context"], given.get("y"))
+    return twins.distances(kind, model.model.diffusion_model.state_dict(), drawn, match_on="normed")
+
+
+def random_flux():
+    """A diffusion transformer."""
+    shape = {"image_model": "flux", "in_channels": 4, "out_channels": 4, "vec_in_dim": 8, "context_in_dim": 8,
+             "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
+             "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False,
+             "dtype": torch.float32}  # fmt: skip
+    if "txt_ids_dims" in FluxParams.__dataclass_fields__:  # in newer ones
+        shape["txt_ids_dims"] = []
+    config = comfy.supported_models.Flux(shape)
+    config.set_inference_dtype(torch.float32, None)
+    return comfy.model_patcher.ModelPatcher(comfy.model_base.Flux(config), load_device=CPU, offload_device=CPU)
+
+
+def without_a_unet(fuse):
+    """What is said of a diffusion transformer."""
+    model = random_flux()
+    try:
+        fuse(model)
+    except ValueError as error:
+        return {"said": str(error), "left as it was": not model.model_options["transformer_options"]}
 
 
 class Widths(float):
@@ -139,10 +255,7 @@ class SixteenGroups(comfy.ops.disable_weight_init):
 
 def embedded():
     """How far the program's UNet with the embedded model's weights is from diffusers', plain and fused."""
-    import tofu_sd
-    from tofu_sd import TokenFusion, demo
-    from tofu_sd.hosts.comfyui import plain
-    from tofu_sd.hosts.patcher import patch_model
+    from tofu_sd import demo
 
     pipe = demo.load()
     unet, (first, *rest) = pipe.unet, pipe.unet.config.block_out_channels
@@ -161,36 +274,19 @@ def embedded():
     words = pipe.encode_prompt("A high-quality photograph of a golden torus in the desert", "cpu", 1, True)
     context = torch.cat(words[::-1])
     x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
-    t = torch.tensor([500.0, 500.0])
 
-    def there(model):
-        options = {**model.model_options["transformer_options"], "cond_or_uncond": [1, 0], "sigmas": torch.ones(2)}
+    def draw():
         with torch.no_grad():
-            return model.model.diffusion_model(x, t, context=context, transformer_options=options)
+            return unet(x, 500.0, encoder_hidden_states=context).sample
 
-    def here():
-        with torch.no_grad():
-            return unet(x, t[0], encoder_hidden_states=context).sample
-
-    def distance(a, b):
-        return float((a - b).abs().max())
-
-    base, fused = here(), {}
-    methods = [
-        TokenFusion(0.5), TokenFusion(0.75), TokenFusion(0.5, early="mean", late="mean", proportional=True, window=8),
-        TokenFusion(0.75, early="mean", late="mean", proportional=True, keys_only=True), TokenFusion(0.5, levels=2),
-    ]  # fmt: skip
-    for fusion in methods:
-        with tofu_sd.patched(unet, fusion, match_on="normed"):
-            expected = here()
-        fused[fusion.key] = distance(there(patch_model(patcher, fusion, plain)[0]), expected)
-        effect = distance(expected, base)
-    return {"plain": distance(there(patcher), base), "fused": fused, "effect": effect}
+    drawn = drawn_by(patcher, x, torch.tensor([500.0, 500.0]), context)
+    return twins.compared(unet, draw, drawn, match_on="normed")
 
 
 if __name__ == "__main__":
     fuse, show = nodes()
     found = {kind: look(kind, fuse) for kind in SHAPES}
+    found["flux"] = without_a_unet(fuse)
     try:
         found["embedded"] = embedded()
     finally:

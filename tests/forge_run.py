@@ -1,4 +1,7 @@
-"""Runs the adapter in Forge's own UNet, on a CPU, and prints what it found as JSON. See test_hosts_forge.py."""
+"""Runs the adapter in Forge's own UNet, on a CPU. See test_hosts_forge.py.
+
+What it drew is written to a folder, what was found is printed as JSON.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,16 @@ import sys
 
 import comfyui_torchvision  # noqa: F401
 import torch
+import twins
 
 torch.set_num_threads(1)
+FOLDER = sys.argv[1]
 sys.argv = ["forge", "--always-cpu", "--all-in-fp32"]
 from backend.attention import attention_function  # noqa: E402
 from backend.misc.tomesd import TomePatcher  # noqa: E402
 from backend.nn.unet import IntegratedUNet2DConditionModel  # noqa: E402
 from backend.patcher.unet import UnetPatcher  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 from tofu_sd import TokenFusion  # noqa: E402
 from tofu_sd.hosts.patcher import patch_model  # noqa: E402
@@ -24,7 +30,8 @@ SHAPES = {
              "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "context_dim": 32},
     "sdxl": {**COMMON, "num_res_blocks": [2] * 3, "channel_mult": (1, 2, 2), "transformer_depth": [0, 0, 2, 2, 10, 10],
              "transformer_depth_output": [0] * 3 + [2] * 3 + [10] * 3, "transformer_depth_middle": 10,
-             "context_dim": 32, "use_linear_in_transformer": True},
+             "context_dim": 64, "use_linear_in_transformer": True, "num_classes": "sequential",
+             "adm_in_channels": 32 + 6 * 256},
 }  # fmt: skip
 
 
@@ -38,25 +45,20 @@ def plain(q, k, v, heads, options):
     return attention_function(q, k, v, heads)
 
 
-def look(kind):
-    torch.manual_seed(0)
-    unet = IntegratedUNet2DConditionModel(**SHAPES[kind]).eval()
-    for name, weight in unet.named_parameters():
-        if weight.ndim > 1:  # as they come, the last layers of blocks are zero
-            weight.data = torch.randn(weight.shape) / weight[0].numel() ** 0.5
-        else:
-            weight.data = torch.full_like(weight, float(name.endswith("weight")))
+def look(kind, folder):
+    unet = twins.randomize(IntegratedUNet2DConditionModel(**SHAPES[kind]))
     cpu = torch.device("cpu")
     patcher = UnetPatcher(Holder(unet), load_device=cpu, offload_device=cpu)
 
     def predict(model, h=16, w=16, sigma=5.0):
-        g = torch.Generator().manual_seed(1)
-        x, context = torch.randn(2, 4, h, w, generator=g), torch.randn(2, 7, 32, generator=g)
+        given = twins.inputs(kind)
+        x = torch.randn(2, 4, h, w, generator=torch.Generator().manual_seed(1)) if h else given["x"]
         told = {"cond_or_uncond": [1, 0], "sigmas": torch.full((2,), sigma)}
         options = {**model.model_options.get("transformer_options", {}), **told}
         with torch.no_grad():
-            t = torch.tensor([500.0, 500.0])
-            return model.model.diffusion_model(x, t, context=context, transformer_options=options)
+            return model.model.diffusion_model(
+                x, given["t"], context=given["context"], y=given.get("y"), transformer_options=options
+            )
 
     def fused(model=patcher, ratio=0.5, **options):
         return patch_model(model, TokenFusion.of(ratio, **options), plain, lambda percent: 10 * (1 - percent))[0]
@@ -74,6 +76,9 @@ def look(kind):
 
     shrunk.set_model_input_block_patch_after_skip(shrink)
     shrunk.set_model_output_block_patch(grow)
+    drawn = {f.key: predict(patch_model(patcher, f, plain)[0], 0) for f in twins.methods()}
+    weights = {f"weights.{name}": weight.contiguous() for name, weight in unet.state_dict().items()}
+    save_file({**weights, **drawn, "plain": predict(patcher, 0)}, f"{folder}/{kind}")
     built_in = TomePatcher().patch(patcher, 0.5)
     laws = {
         "ratio 0 is bit-equal": torch.equal(predict(fused(ratio=0.0, proportional=True)), before),
@@ -100,4 +105,4 @@ def fuses(built_in, fused, predict):
 
 
 if __name__ == "__main__":
-    print(json.dumps({kind: look(kind) for kind in SHAPES}))
+    print(json.dumps({kind: look(kind, FOLDER) for kind in SHAPES}))

@@ -231,20 +231,33 @@ def test_in_comfyui_the_blocks_of_the_highest_resolution_are_fused(said, kind, b
     assert said[kind]["changed"] > 1e-4
 
 
+LAWS = [
+    "ratio 0 is bit-equal", "the model beside it is bit-equal", "two clones at once", "the same seed", "the window",
+    "nobody else's dice", "odd latents run", "interrupted it is the same again", "HyperTile before it",
+    "HyperTile after it", "HyperTile on other blocks", "Deep Shrink beside it",
+    "beside the built-in merging nothing is fused twice",
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-@pytest.mark.parametrize("law", ["ratio 0 is bit-equal", "the model beside it is bit-equal", "two clones at once",
-                                 "the same seed", "odd latents run", "HyperTile beside it", "Deep Shrink beside it",
-                                 "the window"])  # fmt: skip
+@pytest.mark.parametrize("law", LAWS)
 def test_in_comfyui_the_laws_hold(said, kind, law):
     assert said[kind]["laws"][law] is True
 
 
-def test_in_comfyui_the_embedded_model_draws_what_diffusers_draws(said):
+@pytest.mark.parametrize("model", ["sd15", "sdxl", "embedded"])
+def test_in_comfyui_is_drawn_what_diffusers_draws(said, model):
     """The same weights, latent and words, one call of the model; both compare normed tokens."""
-    assert said["embedded"]["plain"] < 1e-4
-    for method, distance in said["embedded"]["fused"].items():
+    found = said["embedded"] if model == "embedded" else said[model]["diffusers"]
+    assert found["plain"] < 1e-4
+    for method, distance in found["fused"].items():
         assert distance < 1e-4, method
-    assert said["embedded"]["effect"] > 1e-3
+    assert found["effect"] > 1e-2
+
+
+def test_comfyuis_diffusion_transformers_are_refused_in_words(said):
+    assert said["flux"]["said"].startswith("no eligible block in Flux: looked in input_blocks")
+    assert said["flux"]["left as it was"] is True
 
 
 def test_the_server_runs_the_example_workflow(served):
@@ -265,3 +278,29 @@ def test_the_server_tells_what_is_wrong_in_words(served):
     [error] = served["wrong"]["refused"]["node_errors"]["2"]["errors"]
     assert error["message"] == "Value 0.9 bigger than max of 0.75"
     assert served["unfused"]["error"].startswith("this model fuses no tokens: put Token Fusion (ToFu) before")
+    assert served["flux"]["error"].startswith("no eligible block in Flux")
+
+
+def test_the_server_shows_the_node_beside_its_own_patches(served):
+    assert served["about"]["display_name"] == "Token Fusion (ToFu)"
+    assert served["about"]["category"] == "model_patches/unet"
+    inputs = served["about"]["input"]["optional"]
+    assert inputs["ratio"][1]["max"] == 0.75
+    assert all(told["tooltip"] for _, told in inputs.values())
+
+
+def test_the_server_draws_the_same_after_a_picture_that_was_interrupted(served):
+    """And what is drawn without the node is not touched by what was drawn with it."""
+    assert served["stopped"]["status"] == "error"  # which is what the program calls it
+    assert served["stopped"]["interrupted"] is True
+    assert served["before"] == served["after"]
+    assert len(set(served["before"])) == 2
+
+
+def test_the_server_runs_the_example_with_a_checkpoint_file(served):
+    """Of SD 1.5's layout and size, which the program's own loader takes for what it is."""
+    assert served["file"]["status"] == "success"
+    assert len(served["file"]["outputs"]["8"]["images"]) == 1
+    assert len(served["file"]["outputs"]["10"]["images"]) == 5
+    assert len(set(served["file"]["pictures"])) == 2  # another picture than without the node
+    assert "UNetModel: mean-r50-w8+p on 5 of 16 transformer blocks" in served["log"][-1]

@@ -142,24 +142,8 @@ def _lora(pipe: Any) -> None:
     pipe.unet.add_adapter(config)
 
 
-def ip_adapter_weights(unet: Any) -> Call:
-    """What an IP-Adapter's file holds: a projection of the image's features and keys and values for every attn2."""
-    dim = unet.config.cross_attention_dim
-    names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
-    layers = {
-        f"{2 * i + 1}.to_{kv}_ip.weight": tiny.noise(16, dim, seed=i) for i in range(len(names)) for kv in ("k", "v")
-    }
-    projection = {
-        "proj.weight": tiny.noise(4 * dim, 8),
-        "proj.bias": torch.zeros(4 * dim),
-        "norm.weight": torch.ones(dim),
-        "norm.bias": torch.zeros(dim),
-    }
-    return {"image_proj": projection, "ip_adapter": layers}
-
-
 def _ip_adapter(pipe: Any) -> None:
-    pipe.unet._load_ip_adapter_weights([ip_adapter_weights(pipe.unet)])
+    pipe.unet._load_ip_adapter_weights([tiny.ip_adapter_weights(pipe.unet)])
     processor = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn2.processor
     assert isinstance(processor, IPAdapterAttnProcessor2_0)
 

@@ -1,12 +1,22 @@
-"""UNets in latent diffusion's layout, patched in place: the same pictures as in diffusers, and nothing left behind."""
+"""UNets in latent diffusion's layout, patched in place: the same pictures as in diffusers, and nothing left behind.
+
+A1111=/folder/of/stable-diffusion-webui pytest tests/test_hosts_ldm.py also tries those that AUTOMATIC1111 draws with,
+by A1111_PYTHON if its packages are another environment's.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import twins
 from patcher_host import CrossAttention, PlainBlock, UNetModel
 from torch import nn
 
@@ -138,3 +148,33 @@ def test_what_cannot_be_fused_here_is_refused_in_words(unets):
 def test_a_program_keeps_one_class_for_each_kind_of_attention():
     assert ldm.fused_attention(CrossAttention) is ldm.fused_attention(CrossAttention)
     assert issubclass(ldm.fused_attention(CrossAttention), CrossAttention)
+
+
+# --- in the UNets of ldm and sgm themselves ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory):
+    """What was found, in a process of its own, and the folder of what was drawn."""
+    program, python = os.environ.get("A1111"), os.environ.get("A1111_PYTHON", sys.executable)
+    there = Path(program or "") / "repositories"
+    if not program or not there.exists():
+        pytest.skip("A1111 names no checkout of AUTOMATIC1111 that has its repositories/")
+    folder, root = tmp_path_factory.mktemp("ldm"), Path(__file__).resolve().parents[1]
+    paths = [there / "stable-diffusion-stability-ai", there / "generative-models", root, root / "tests"]
+    ran = subprocess.run(
+        [python, str(root / "tests" / "ldm_run.py"), str(folder)], capture_output=True, text=True, cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}, timeout=900,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return {"folder": folder, **json.loads(ran.stdout.splitlines()[-1])}
+
+
+@pytest.mark.parametrize(("kind", "module", "blocks"), [("sd15", "ldm", "5 of 16"), ("sdxl", "sgm", "10 of 70")])
+def test_in_the_real_unets_is_drawn_what_diffusers_draws_and_nothing_is_left(said, kind, module, blocks):
+    assert said[kind]["class"].split(".")[0] == module
+    assert f"on {blocks} transformer blocks" in said[kind]["headline"]
+    assert set(said[kind]["laws"].values()) == {True}
+    found = twins.read(kind, said["folder"] / kind, match_on="hidden")
+    assert max(found["plain"], *found["fused"].values()) < 1e-4, found  # to rounding
+    assert found["effect"] > 1e-2

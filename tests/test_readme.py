@@ -35,10 +35,13 @@ DIFFUSERS = (ROOT / "docs" / "diffusers.md").read_text()
 @pytest.fixture
 def small_models(monkeypatch):
     """Every published model is a tiny one of its kind, on the CPU, and draws 64 pixels."""
-    made = {diffusers.ControlNetModel: tiny.controlnet, diffusers.StableDiffusionXLPipeline: tiny.sdxl_pipe}
-    for name in ("", "Img2Img", "Inpaint", "ControlNet"):
-        kind = getattr(diffusers, f"StableDiffusion{name}Pipeline")
-        made[kind] = partial(tiny.sd15_pipe, kind)
+    made = {diffusers.ControlNetModel: tiny.controlnet}
+    for family, pipe, names in (("", tiny.sd15_pipe, ("", "Img2Img", "Inpaint", "ControlNet", "PAG")),
+                                ("XL", tiny.sdxl_pipe, ("", "Img2Img", "Inpaint"))):  # fmt: skip
+        for name in names:
+            kind = getattr(diffusers, f"StableDiffusion{family}{name}Pipeline")
+            made[kind] = partial(pipe, kind)
+    monkeypatch.setattr(diffusers.StableDiffusionPipeline, "load_ip_adapter", tiny.with_ip_adapter)
     for kind, make in made.items():
         monkeypatch.setattr(kind, "from_pretrained", lambda name, torch_dtype=None, make=make, **parts: make(**parts))
     monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda pipe, *where, **how: pipe)

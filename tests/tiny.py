@@ -19,7 +19,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SD15 = {
@@ -166,6 +174,29 @@ def sdxl_pipe(cls: type[Any] = StableDiffusionXLPipeline, **more: Any) -> Any:
 def quiet(pipe: Any) -> Any:
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def ip_adapter_weights(unet: Any) -> dict[str, Any]:
+    """What an IP-Adapter's file holds: a projection of the image's features and keys and values for every attn2."""
+    dim = unet.config.cross_attention_dim
+    names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    layers = {f"{2 * i + 1}.to_{kv}_ip.weight": noise(16, dim, seed=i) for i in range(len(names)) for kv in ("k", "v")}
+    projection = {
+        "proj.weight": noise(4 * dim, 8),
+        "proj.bias": torch.zeros(4 * dim),
+        "norm.weight": torch.ones(dim),
+        "norm.bias": torch.zeros(dim),
+    }
+    return {"image_proj": projection, "ip_adapter": layers}
+
+
+def with_ip_adapter(pipe: Any, *names: str, **more: str) -> None:
+    """pipe.load_ip_adapter, from no file: an encoder of pictures, and what its features are read by."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=32, patch_size=16, projection_dim=8))
+    prepare = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    pipe.register_modules(image_encoder=encoder.eval(), feature_extractor=prepare)
+    pipe.unet._load_ip_adapter_weights([ip_adapter_weights(pipe.unet)])
 
 
 def images(pipe: Any, seed: int = 0, **call: Any) -> Tensor:

@@ -1,7 +1,9 @@
-"""Starts Forge with this repository as an extension, on a CPU, asks it for pictures, and prints what came as JSON.
+"""Starts a web UI with this repository as an extension, on a CPU, asks it for pictures, and prints what came as JSON.
 
-It needs all that Forge needs (requirements_versions.txt, its repositories/). What it draws with is a random model in
-SD 1.5's layout and size, as no checkpoint can be had. See test_hosts_forge.py.
+It is the one whose folder this is run in: AUTOMATIC1111, Forge or reForge. It needs all that the program needs
+(requirements_versions.txt, its repositories/, the tokenizer that AUTOMATIC1111 loads from the hub's cache). What is
+drawn with is a random model in SD 1.5's layout and size, as no checkpoint can be had. See
+test_hosts_webui_programs.py.
 """
 
 from __future__ import annotations
@@ -18,46 +20,19 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = Path.cwd()
-ARGUMENTS = ["--always-cpu", "--all-in-fp32", "--skip-torch-cuda-test"]
+FORGES = (PROGRAM / "modules_forge").exists()  # and reForge's
+ARGUMENTS = ["--skip-prepare-environment", "--skip-torch-cuda-test", "--no-download-sd-model", "--no-hashing", "--api",
+             *(["--always-cpu", "--all-in-fp32"] if FORGES else
+               ["--use-cpu", "all", "--no-half", "--precision", "full", "--do-not-download-clip"])]  # fmt: skip
 PICTURE = {"prompt": "a torus", "seed": 1, "steps": 2, "width": 128, "height": 128, "sampler_name": "Euler"}
 FAITHFUL = {"early": "mean", "late": "mean", "proportional": True, "window": 8}
-
-
-def checkpoint(path: str) -> None:
-    """Random weights, in a process of its own."""
-    import torch
-    from backend.nn.unet import IntegratedUNet2DConditionModel
-    from backend.nn.vae import IntegratedAutoencoderKL
-    from safetensors.torch import save_file
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    published = next(PROGRAM.glob("backend/huggingface/**/stable-diffusion-v1-5"))
-    parts = {
-        "model.diffusion_model.": IntegratedUNet2DConditionModel(
-            in_channels=4, model_channels=320, out_channels=4, num_res_blocks=[2] * 4, channel_mult=(1, 2, 4, 4),
-            num_heads=8, use_spatial_transformer=True, transformer_depth=[1] * 6 + [0] * 2,
-            transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1, context_dim=768),
-        "first_stage_model.": IntegratedAutoencoderKL.from_config(
-            IntegratedAutoencoderKL.load_config(str(published / "vae"))),
-        "cond_stage_model.transformer.": CLIPTextModel(CLIPTextConfig.from_pretrained(str(published / "text_encoder"))),
-    }  # fmt: skip
-    g, weights = torch.Generator().manual_seed(0), {}
-    for prefix, part in parts.items():
-        for name, weight in part.state_dict().items():
-            if weight.is_floating_point():
-                if weight.ndim > 1:
-                    weight = torch.randn(weight.shape, generator=g) * 0.7 / weight[0].numel() ** 0.5
-                else:
-                    weight = torch.full_like(weight, float(name.endswith("weight")))
-                weight = weight.half()
-            weights[prefix + name] = weight.contiguous()
-    save_file(weights, path)
 
 
 class Server:
@@ -69,16 +44,18 @@ class Server:
         (home / "extensions").mkdir()
         (home / "extensions" / "tofu_sd").symlink_to(ROOT)
         (home / "models" / "Stable-diffusion").mkdir(parents=True)
+        (home / "config.json").write_text(json.dumps({"live_previews_enable": False}))  # they need a net of their own
+        saved = {f"customscript/tofu_sd_webui.py/{tab}/Hires ratio/value": 0.25 for tab in ("txt2img", "img2img")}
+        (home / "ui-config.json").write_text(json.dumps(saved))  # as Settings, Defaults writes it
         made = home / "models" / "Stable-diffusion" / "random.safetensors"
-        subprocess.run([sys.executable, __file__, *ARGUMENTS, "--checkpoint", str(made)], check=True, stdout=sys.stderr)
+        subprocess.run([sys.executable, str(ROOT / "tests" / "sd15_file.py"), str(made)], check=True, stdout=sys.stderr)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = home / "log"
         self.process = subprocess.Popen(
-            [sys.executable, "launch.py", "--skip-prepare-environment", "--no-download-sd-model", "--api", *ARGUMENTS,
-             "--data-dir", str(home), "--port", str(port)],
+            [sys.executable, "launch.py", *ARGUMENTS, "--data-dir", str(home), "--port", str(port)],
             stdout=self.log.open("w"), stderr=subprocess.STDOUT,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
         )  # fmt: skip
@@ -106,12 +83,24 @@ class Server:
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.load(answer)
 
-    def draw(self, args: list | None = None, kind: str = "txt2img", **more: object) -> dict:
-        """The pictures, the parameters of the first, and what the log said."""
+    def stop(self, at: int, **more: object) -> int:
+        """Begins a picture, interrupts it at a step, and gives the step that it had come to."""
+        with ThreadPoolExecutor(1) as beside:
+            begun = beside.submit(self.draw, steps=50, **more)
+            while (step := self.call("/sdapi/v1/progress")["state"]["sampling_step"]) < at:
+                assert not begun.done()
+                time.sleep(0.1)
+            self.call("/sdapi/v1/interrupt", {})
+            begun.result()
+        return step
+
+    def draw(self, args: list | None = None, kind: str = "txt2img", beside: dict | None = None, **more: object) -> dict:
+        """The pictures, the parameters of the first, and what the log said. beside: the arguments of other scripts."""
         before = len(self.log.read_text())
         body = {**PICTURE, "override_settings": {"token_merging_ratio": 0.0}, **more}
+        body["alwayson_scripts"] = {name: {"args": told} for name, told in (beside or {}).items()}
         if args is not None:
-            body["alwayson_scripts"] = {"token fusion (tofu)": {"args": args}}
+            body["alwayson_scripts"]["token fusion (tofu)"] = {"args": args}
         answer = self.call(f"/sdapi/v1/{kind}", body)
         saved = json.loads(answer["info"])["infotexts"][0].partition("Steps: ")[2]
         said = [line for line in self.log.read_text()[before:].splitlines() if "transformer blocks" in line
@@ -138,9 +127,12 @@ def look() -> dict:
         grid = next(script for script in scripts if script["name"] == "x/y/z plot")
         axes = grid["args"][0]["choices"]
         faithful = [True, 0.5, 0.5, "mean", "mean", -1, True, False, 1, 0, 1, -1, 8]
-        hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.5,
-                 "hr_additional_modules": ["Use same choices"]}  # fmt: skip
+        hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.5}
+        if (PROGRAM / "backend").exists():  # Forge asks which text encoder
+            hires["hr_additional_modules"] = ["Use same choices"]
         x, nothing = [axes.index("[ToFu] Ratio"), "0,0.5", []], [axes.index("Nothing"), "", []]
+        wanted = {"Draw legend": False, "Include Sub Images": True}
+        rest = [wanted.get(arg["label"], arg["value"]) for arg in grid["args"][9:]]
         drawn = {
             "off": server.draw(),
             "off again": server.draw([False]),
@@ -154,17 +146,26 @@ def look() -> dict:
             "built-in alone": server.draw(override_settings={"token_merging_ratio": 0.3}),
             "img2img off": server.draw(kind="img2img", init_images=[start()]),
             "img2img": server.draw([True], "img2img", init_images=[start()]),
-            "grid": server.draw(script_name="x/y/z plot",
-                                script_args=[*x, *nothing, *nothing, False, True, *[False] * 5, 0, False]),
-            "off at last": server.draw(),
+            "odd off": server.draw(width=136, height=120),
+            "odd": server.draw([True], width=136, height=120),
+            "grid": server.draw(script_name="x/y/z plot", script_args=[*x, *nothing, *nothing, *rest]),
         }  # fmt: skip
-        return {"arguments": [arg["label"] for arg in ours["args"]], "axes": axes, "drawn": drawn}
+        stopped = server.stop(2, args=[True])
+        drawn["off at last"] = server.draw()
+        tiled = {}
+        if "hypertile_enable_unet" in server.call("/sdapi/v1/options"):  # AUTOMATIC1111's
+            tiled = {"override_settings": {"token_merging_ratio": 0.0, "hypertile_enable_unet": True}}
+        elif "hypertile integrated" in [script["name"] for script in scripts]:  # reForge's
+            tiled = {"beside": {"hypertile integrated": [True, 64, 1, 0, False]}}
+        if tiled:  # last, as AUTOMATIC1111's own does not give the layers back
+            drawn["tiled alone"] = server.draw(**tiled)
+            drawn["tiled"] = server.draw([True], **tiled)
+        fields = [part["props"] for part in server.call("/config")["components"]]
+        return {
+            "arguments": [arg["label"] for arg in ours["args"]], "axes": axes, "drawn": drawn, "stopped at": stopped,
+            "saved default": [field["value"] for field in fields if field.get("label") == "Hires ratio"],
+        }  # fmt: skip
 
 
 if __name__ == "__main__":
-    if "--checkpoint" in sys.argv:
-        made = sys.argv.pop()
-        sys.argv.remove("--checkpoint")
-        checkpoint(made)
-    else:
-        print(json.dumps(look()))
+    print(json.dumps(look()))
