@@ -1,7 +1,7 @@
 """`python -m eval.compare A B`: two runs side by side, each against its own full model.
 
-What decides what is drawn has to be the same in both (the model, prompts, seeds, size, steps, guidance, how many); what
-may tell two machines or versions apart is named instead. Times are compared on one machine alone.
+What decides what is drawn has to be the same in both (the model and its type, prompts, seeds, size, steps, guidance,
+how many); what may tell two machines or versions apart is named instead. Times are compared on one machine alone.
 """
 
 from __future__ import annotations
@@ -18,12 +18,21 @@ from rich.table import Table
 
 from . import EvalError, report
 from .files import listed, to_json, without_paths
+from .generate import DERIVED
 from .methods import FULL
 from .options import Help, Parser
 from .table import gap, label, short
 
-SAME = ("model", "pipeline", "prompts", "prompts_hash", "seed", "size", "steps", "guidance", "n")
-TIMED = ("device", "dtype", "attention", "batch", "torch", "diffusers", "transformers")
+SAME = ("model", "prompts", "seed", "size", "steps", "guidance", "dtype", "n", *DERIVED)
+TIMED = ("device", "attention", "batch", "torch", "diffusers", "transformers")
+
+
+EXAMPLES = """examples:
+  python -m eval.compare runs/yesterday runs/today
+      the methods of both, each metric in one and in the other, and the difference on the same pictures
+  python -m eval.compare runs/a runs/b --json
+      the same for a program
+"""
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,10 @@ def _times(a: dict[str, Any], b: dict[str, Any], alike: bool) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
-        prog="python -m eval.compare", description="Two runs of eval.run side by side.", formatter_class=Help
+        prog="python -m eval.compare",
+        description="Two runs of eval.run side by side.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
     )
     parser.add_argument("a", type=Path, help="folder of a run")
     parser.add_argument("b", type=Path, help="folder of another")

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from PIL import Image
@@ -39,6 +39,7 @@ from .team import ALONE, Team
 WARM_UPS, WARM_UP_STEPS = 2, 2
 DRAWING = 1  # to be raised when `draw` draws otherwise than before
 RUNS = "runs"  # the folder of what is told of each run that drew pictures
+DERIVED = ("prompts_hash", "pipeline")  # settings that follow from others: where both differ, those say why
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def claim(out: Path, settings: Settings) -> None:
             raise EvalError(f"--out {out.name}: the folder is not empty and holds no settings.json; give another")
         write_json(out / "settings.json", new)
         return
-    for name in dict.fromkeys([*new, *old]):
+    for name in sorted(dict.fromkeys([*new, *old]), key=DERIVED.__contains__):
         if old.get(name) != new.get(name):
             raise EvalError(
                 f"--out {out.name}: its pictures were made with {name} {old.get(name)!r}, this run has "
@@ -103,7 +104,7 @@ def identity(settings: Settings, method: Method) -> str:
 def record_of(out: Path, settings: Settings, method: Method, request: Request) -> dict[str, Any] | None:
     """The record of a finished picture; None where it is missing, damaged or was made otherwise."""
     record = read_json(out / method.key / f"{request.id}.json")
-    if not isinstance(record, dict) or any(
+    if not _whole(record) or any(
         record.get(name) != value for name, value in _asked(settings, method, request).items()
     ):
         return None
@@ -116,13 +117,24 @@ def damaged(out: Path, method: Method, request: Request) -> bool:
     if not picture.exists() and not told.exists():
         return False
     record = read_json(told)
-    return not isinstance(record, dict) or _sha(picture) != record.get("sha256")
+    return not _whole(record) or _sha(picture) != record.get("sha256")
+
+
+def _whole(record: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a record says all that figures are drawn from."""
+    kinds = {"run": str, "batch": int, "timed": bool, "seconds": float}
+    return isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
 
 
 def runs(out: Path, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is told of the runs that drew the pictures of these records, the first run first, with how many of them."""
     counts = Counter(record["run"] for record in records)
-    found = [{**(read_json(out / RUNS / f"{run}.json") or {}), "run": run, "pictures": n} for run, n in counts.items()]
+
+    def told(run: str) -> dict[str, Any]:
+        found = read_json(out / RUNS / f"{run}.json")
+        return found if isinstance(found, dict) else {}
+
+    found = [{**told(run), "run": run, "pictures": n} for run, n in counts.items()]
     return sorted(found, key=lambda run: str(run.get("started", "")))
 
 

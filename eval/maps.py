@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 import tofu_sd
+from tofu_sd.policy import did_you_mean
 
+from . import EvalError
 from .files import digest, png, read_json, write, write_json
 from .generate import Settings, draw, identity
 from .methods import Method
@@ -22,29 +24,50 @@ CAPTION, GAP = 20, 8  # pixels
 
 
 def save(
-    out: Path, pipe: Any, methods: Sequence[Method], settings: Settings, request: Request, step: int | None = None
+    out: Path,
+    pipe: Any,
+    methods: Sequence[Method],
+    settings: Settings,
+    request: Request,
+    step: int | None = None,
+    block: str | None = None,
 ) -> None:
-    """Draws one picture by each of this package's methods, with the maps of its first and last fused block at a step.
+    """Draws one picture by each of this package's methods, with the maps of two fused blocks at a step.
 
     step: from 1, the middle one by default; where a method fuses nothing in it, the nearest step in which it does.
+    block: a part of a name; the first and the last block of such names, by default of all.
     """
+    asked_for = {"step": step, "block": block}
     there = {m.key: read_json(out / FOLDER / f"{m.key}.json") for m in methods}
-    due = [m for m in methods if m.fusion is not None and there[m.key] != {**_made(settings, m), "step": step}]
+    due = [m for m in methods if m.fusion is not None and there[m.key] != {**_made(settings, m), **asked_for}]
     for method in working(due, "maps"):
         with quiet_patches(), method.applied(pipe), tofu_sd.watch(pipe) as seen:
             [picture], _ = draw(pipe, [request], method, settings, steps=settings.steps)
-        if not seen:  # a step window in which nothing is fused, or maps too small
+        seen = [sighting for sighting in seen if block is None or block in sighting.block]
+        if not seen:  # a step window in which nothing is fused, maps too small, or a block that this method leaves
             continue
         asked = settings.steps // 2 if step is None else step - 1
         at = min({sighting.call for sighting in seen}, key=lambda call: abs(call - asked))
         blocks = [sighting for sighting in seen if sighting.call == at]
         tiles = [(request.prompt, picture)]
-        for sighting in (blocks[0], blocks[-1]):
+        for sighting in (blocks[0], blocks[-1])[: len(blocks)]:
             colours = tofu_sd.merge_map(sighting.map, sighting.h, sighting.w)[-1]  # the positive prompt's, of two
             pixels = (255 * colours.permute(1, 2, 0).numpy()).round().astype(np.uint8)
             tiles.append((f"step {at + 1}, {sighting.block}", Image.fromarray(pixels)))
         write(out / FOLDER / f"{method.key}.png", png(_row(tiles, settings.size)))
-        write_json(out / FOLDER / f"{method.key}.json", {**_made(settings, method), "step": step})
+        write_json(out / FOLDER / f"{method.key}.json", {**_made(settings, method), **asked_for})
+
+
+def check(pipe: Any, methods: Sequence[Method], block: str) -> None:
+    """EvalError where none of the methods fuses a block of such a name, naming those that are."""
+    fused: list[str] = []
+    for method in methods:
+        if method.fusion is not None:
+            with quiet_patches(), method.applied(pipe):
+                fused += [row.name for row in tofu_sd.summary(pipe).rows]
+    if not any(block in name for name in fused):
+        known = list(dict.fromkeys(fused))
+        raise EvalError(f"--map-block is {block!r}{did_you_mean(block, known)}; fused are {', '.join(known) or 'none'}")
 
 
 def saved(out: Path, settings: Settings, method: Method) -> bool:

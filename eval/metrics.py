@@ -179,6 +179,17 @@ def check(names: str, nets: Nets) -> list[str]:
     return asked
 
 
+def too_small(names: str, size: int) -> list[Skipped]:
+    """Those of a list of metrics that cannot measure pictures of this size, known before any is drawn."""
+    asked = check(names, Nets())
+    least = {"ssim": ("SSIM", SSIM_SMALLEST), "ms-ssim": ("MS-SSIM", MS_SSIM_SMALLEST)}
+    return [_too_small(*least[name], size) for name in asked if name in least and size < least[name][1]]
+
+
+def _too_small(name: str, least: int, size: int) -> Skipped:
+    return Skipped(name, f"takes pictures of at least {least} px, these have {size}")
+
+
 def psnr() -> Pairwise:
     def compute(a: Tensor, b: Tensor) -> Tensor:
         error = (a.double() - b.double()).square().mean(dim=(1, 2, 3))  # uint8 differences would wrap around
@@ -190,13 +201,13 @@ def psnr() -> Pairwise:
 def ssim(size: int) -> Metric:
     """Structural similarity (Wang et al. 2004) by pytorch-msssim: other packages crop and pad otherwise."""
     if size < SSIM_SMALLEST:
-        return Skipped("SSIM", f"takes pictures of at least {SSIM_SMALLEST} px, these have {size}")
+        return _too_small("SSIM", SSIM_SMALLEST, size)
     return _structural("SSIM", "ssim")
 
 
 def ms_ssim(size: int) -> Metric:
     if size < MS_SSIM_SMALLEST:
-        return Skipped("MS-SSIM", f"takes pictures of at least {MS_SSIM_SMALLEST} px, these have {size}")
+        return _too_small("MS-SSIM", MS_SSIM_SMALLEST, size)
     return _structural("MS-SSIM", "ms_ssim")
 
 

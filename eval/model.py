@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 
@@ -36,10 +37,21 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype) -> tuple[An
                 ).to(device)
             judge = None
     except (OSError, ValueError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise EvalError(f"cannot load the model {model!r}: {without_paths(reason)[:300]}") from error
+        raise EvalError(f"cannot load the model {model!r}: {_why(error)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe, judge
+
+
+def _why(error: BaseException) -> str:
+    """The reason in one line. diffusers tells of a file that is not there where it was the network that was not."""
+    causes: list[BaseException | None] = [error]
+    while causes[-1] is not None:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)
+    if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
+        return "it is not on this machine, and huggingface.co, where it would come from, cannot be reached"
+    if any(isinstance(cause, HFValidationError) for cause in causes):
+        return "there is no such folder, and no model can have that id"
+    return without_paths(" ".join(str(error).split()))[:300]
 
 
 def try_out(pipe: Any, chosen: Sequence[Method]) -> None:

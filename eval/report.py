@@ -200,6 +200,16 @@ def _embedded(image: Image.Image, most: int) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+EXAMPLES = """examples:
+  python -m eval.report runs/try
+      report.html and grid.png anew
+  python -m eval.report runs/try --markdown --rows full 'tofu 50%' --columns speed-up LPIPS-alex
+      a part of the table, for a page
+  python -m eval.report runs/try --against 'tome 50%'
+      how far every method is from that one, picture by picture
+  python -m eval.report runs/try --frontier
+      the methods that no other beats in both cost and quality, and the call for each
+"""
 TAKES = {  # what of --rows, --columns and --first the parts of a report take
     "markdown": ("rows", "columns"), "against": ("rows",), "frontier": (), "plot": ("rows",), "grid": ("rows", "first"),
 }  # fmt: skip
@@ -209,6 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="python -m eval.report",
         description="Draw the report of a run anew, or print or draw a part of it.",
+        epilog=EXAMPLES,
         formatter_class=Help,
     )
     parser.add_argument("out", type=Path, help="folder that eval.run wrote")

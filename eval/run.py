@@ -87,6 +87,7 @@ def parser() -> Parser:
     p.add_argument("--flops", action="store_true", help="count the floating-point operations of a picture too")
     p.add_argument("--maps", action="store_true", help="show in the report which token stood for which")
     p.add_argument("--map-step", type=at_least(1), metavar="N", help="at this step, from 1 (default: the middle one)")
+    p.add_argument("--map-block", metavar="NAME", help="in blocks of such names (default: the first and the last)")
     stage = p.add_mutually_exclusive_group()
     stage.add_argument("--dry-run", action="store_true", help="say what would be drawn, and draw nothing")
     stage.add_argument("--generate-only", action="store_true", help="draw, and measure nothing")
@@ -238,8 +239,9 @@ def plan(options: argparse.Namespace) -> Job:
         raise EvalError("--shard is for processes that know nothing of each other; these share the work as it is")
     if team.size > 1 and ":" in options.device:
         raise EvalError(f"--device is {options.device!r}; each of {team.size} processes takes a device of its own")
-    if options.map_step is not None and not options.maps:
-        raise EvalError(f"--map-step is {options.map_step}; it takes --maps")
+    for name in ("map_step", "map_block"):
+        if getattr(options, name) is not None and not options.maps:
+            raise EvalError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it takes --maps")
     for method in chosen if team.leads else ():
         if method.missing:
             print(f"{method.key} is skipped: {method.missing}", file=sys.stderr)
@@ -268,6 +270,8 @@ def ready(job: Job) -> tuple[Any, nn.Module | None, Settings, Path]:
     pipe, judge = load_model(job.options.model, job.device, dtype)
     try_out(pipe, job.chosen)
     settings = _settings(job.options, pipe, job.requests, job.device, dtype)
+    for metric in metrics.too_small(job.options.metrics, settings.size) if job.team.leads else ():
+        print(f"{metric.name} is skipped: {metric.reason}", file=sys.stderr)
     return pipe, judge, settings, job.options.out or default_out(settings, job.options.limit)
 
 
@@ -277,6 +281,8 @@ def draw(job: Job, told: dict[str, Any]) -> Drawn:
     pipe, judge, settings, out = ready(job)
     if options.reference and not (options.reference / FULL.key).is_dir():
         raise EvalError(f"--reference {options.reference.name}: there is no folder {FULL.key!r} in it")
+    if options.map_block is not None:
+        maps.check(pipe, job.drawn, options.map_block)
     claim(out, settings)
     if team.leads:
         tidy(out)
@@ -292,7 +298,7 @@ def draw(job: Job, told: dict[str, Any]) -> Drawn:
         if options.flops and part.leads:
             flops.count(out, pipe, job.drawn, settings, job.asked[0])
         if options.maps and part.leads:
-            maps.save(out, pipe, job.drawn, settings, job.asked[0], options.map_step)
+            maps.save(out, pipe, job.drawn, settings, job.asked[0], options.map_step, options.map_block)
     if options.generate_only or options.shard:
         print(f"drew {made} pictures in {out}", file=sys.stderr)
     return Drawn(settings, out, judge, memory)

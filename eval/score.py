@@ -213,11 +213,11 @@ def speed(full: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any] | None:
-    """Median and the 5th and 95th percentile of n batches; None of none."""
+    """Median, mean and the 5th and 95th percentile of n batches; None of none."""
     if not values:
         return None
     low, middle, high = np.percentile(values, [5, 50, 95]).tolist()
-    return {"median": middle, "p5": low, "p95": high, "n": len(values)}
+    return {"median": middle, "mean": float(np.mean(values)), "p5": low, "p95": high, "n": len(values)}
 
 
 def records(out: Path, settings: Settings, method: Method, requests: Sequence[Request]) -> dict[str, dict[str, Any]]:

@@ -49,6 +49,10 @@ def pixels(out, key="full"):
     return np.stack([np.asarray(Image.open(out / key / f"{r.id}.png")).astype(int) for r in REQUESTS])
 
 
+def lose(record, name):
+    files.write_json(record, {key: value for key, value in files.read_json(record).items() if key != name})
+
+
 def test_what_is_there_is_not_made_again(pipe, tmp_path, calls):
     assert run(pipe, tmp_path) == 6
     before = pixels(tmp_path)
@@ -65,8 +69,10 @@ def test_what_is_there_is_not_made_again(pipe, tmp_path, calls):
         lambda folder: (folder / "0002.json").unlink(),
         lambda folder: (folder / "0002.png").write_bytes((folder / "0002.png").read_bytes()[:100]),
         lambda folder: (folder / "0002.json").write_text('{"id": "00'),
+        lambda folder: lose(folder / "0002.json", "run"),
+        lambda folder: lose(folder / "0002.json", "seconds"),
     ],
-    ids=["no picture", "no record", "half a picture", "half a record"],
+    ids=["no picture", "no record", "half a picture", "half a record", "no run", "no time"],
 )
 def test_only_the_damaged_batch_is_made_again_and_alike(pipe, tmp_path, calls, damage):
     run(pipe, tmp_path)
@@ -207,7 +213,22 @@ def test_a_folder_of_other_settings_is_refused_by_the_field(tmp_path):
     generate.claim(tmp_path, SETTINGS)
     with pytest.raises(EvalError, match="steps 2, this run has 50"):
         generate.claim(tmp_path, replace(SETTINGS, steps=50))
+    with pytest.raises(EvalError, match="dtype 'float32', this run has 'float16'"):  # not the hash that follows from it
+        generate.claim(tmp_path, replace(SETTINGS, dtype="float16", pipeline="q"))
+    with pytest.raises(EvalError, match="seed 0, this run has 5"):
+        generate.claim(tmp_path, replace(SETTINGS, seed=5, prompts_hash="i"))
+    with pytest.raises(EvalError, match="pipeline 'p', this run has 'q'"):
+        generate.claim(tmp_path, replace(SETTINGS, pipeline="q"))
     assert (tmp_path / "settings.json").read_bytes() == before
+
+
+def test_what_is_told_of_a_run_may_be_damaged(tmp_path):
+    for content in ("[1]", "{", '{"commit": "abc", "started": "1999"}'):
+        files.write(tmp_path / generate.RUNS / f"{len(content)}.json", content)
+    told = generate.runs(tmp_path, [{"run": str(n)} for n in (3, 1, 36, 36)])
+    assert [(run["run"], run["pictures"], run.get("commit")) for run in told] == [
+        ("3", 1, None), ("1", 1, None), ("36", 2, "abc"),
+    ]  # fmt: skip
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

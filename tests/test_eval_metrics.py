@@ -141,6 +141,29 @@ def test_a_backbone_lands_in_the_layers_of_its_own_numbers():
     assert torch.equal(net.slice2.get_submodule("3").bias, weights["features.3.bias"])
 
 
+@pytest.mark.parametrize("net", metrics.LPIPS_NETS)
+def test_lpips_measures_with_the_file_it_is_given(net, tmp_path):
+    """torchvision's nets with random weights: into lpips's own by their names, and one after the other."""
+    package, models = have("lpips"), have("torchvision.models")
+    layers = {
+        "alex": lambda: models.alexnet().features,
+        "vgg": lambda: models.vgg.make_layers(models.vgg.cfgs["D"]),
+        "squeeze": lambda: models.squeezenet1_1().features,
+    }[net]()
+    torch.save({f"features.{name}": weight for name, weight in layers.state_dict().items()}, tmp_path / "w.pth")
+    measure = metrics.lpips(net, tmp_path / "w.pth", CPU)
+    assert isinstance(measure, metrics.Pairwise), measure
+    theirs = package.LPIPS(net=net, pnet_rand=True, verbose=False)
+    for own, weight in zip(theirs.net.parameters(), layers.parameters(), strict=True):
+        own.data = weight.data
+    a, b = pictures(), pictures(seed=1)
+    with torch.no_grad():
+        expected = theirs(a / 127.5 - 1, b / 127.5 - 1).flatten().double()
+    assert torch.allclose(measure.compute(a, b), expected, rtol=1e-4)
+    assert measure.compute(a, a).tolist() == [0, 0]
+    assert (measure.compute(a, b) > 0).all()
+
+
 def test_a_metric_whose_weights_are_missing_is_skipped_with_the_reason(monkeypatch, tmp_path):
     have("lpips")
     skipped = metrics.lpips("squeeze", tmp_path / "nowhere.pth", CPU)
@@ -234,9 +257,36 @@ def test_inceptions_features_have_a_row_for_each_picture(monkeypatch, tmp_path):
     net = have("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
     monkeypatch.setattr(net, "load_state_dict", lambda *_: None)
     torch.save({}, tmp_path / "w.pth")
+    torch.manual_seed(0)
     metric = fid(tmp_path / "w.pth")
     assert isinstance(metric, metrics.SetMetric), metric
-    assert (metric.name, metric.features.compute(pictures(3)).shape) == ("FID", (3, 2048))
+    found = metric.features.compute(pictures(2))
+    assert (metric.name, found.shape) == ("FID", (2, 2048))
+    torch.manual_seed(0)  # the same random weights
+    theirs = have("torchmetrics.image.fid").FrechetInceptionDistance(feature_extractor_weights_path=tmp_path / "w.pth")
+    assert torch.allclose(found, theirs.inception(pictures(2)), rtol=1e-4, atol=1e-6)  # antialiased, from 0 to 255
+
+
+def test_every_distance_of_sets_rises_with_noise_and_knows_no_order_and_no_batch():
+    a = nn.functional.avg_pool2d(pictures(40, size=32).float(), 9, 1, 4).byte()
+    noise = features(a.numel(), 1).view(a.shape)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+
+    class Looking(ToyJudge):
+        """At a few pixels: noise cancels out of a mean."""
+
+        def features(self, pictures):
+            return pictures[:, :, ::8, ::8].flatten(1)
+
+    judge = Looking()
+    for metric in (metrics.fd_judge(judge, CPU), metrics.kd_judge(judge, CPU)):
+        x = metric.features.compute(a)
+        far = [metric.features.compute((a + sigma * noise).clamp(0, 255).byte()) for sigma in (20, 60, 180)]
+        distances = [metric.distance(x, y) for y in far]
+        assert 0 < distances[0] < distances[1] < distances[2], metric.name
+        assert metric.distance(x[order], far[2][order]) == pytest.approx(distances[2], rel=1e-9)
+        alone = torch.cat([metric.features.compute(picture) for picture in a.split(1)])
+        assert torch.allclose(alone, x, rtol=1e-6), metric.name
 
 
 def test_the_kernel_distance_by_its_formula():

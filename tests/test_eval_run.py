@@ -28,6 +28,7 @@ from eval import (
     prompts,
     report,
     score,
+    statistics,
     suites,
     table,
 )
@@ -356,6 +357,33 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, monkeypatch, capsys
     assert str(tmp_path) not in printed
 
 
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (
+            "nobody/nothing",
+            "it is not on this machine, and huggingface.co, where it would come from, cannot be reached",
+        ),
+        ("./nowhere", "there is no such folder, and no model can have that id"),
+    ],
+)
+def test_a_model_that_is_nowhere_is_told_from_one_that_is_damaged(tmp_path, monkeypatch, capsys, model, said):
+    """The tests run without the network."""
+    monkeypatch.chdir(tmp_path)
+    assert job.main(["--model", model]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: cannot load the model {model!r}: {said}"
+
+
+def test_a_size_that_a_metric_cannot_measure_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
+    assert job.main([*tiny, "--dry-run"]) == 0
+    assert capsys.readouterr().err == "MS-SSIM is skipped: takes pictures of at least 161 px, these have 64\n"
+    monkeypatch.setattr(job, "generate", lambda *_: pytest.fail(capsys.readouterr().err))
+    with pytest.raises(pytest.fail.Exception, match="MS-SSIM is skipped"):
+        job.main(tiny)
+    assert job.main([*tiny, "--metrics", "psnr,ssim", "--dry-run"]) == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_a_model_that_a_method_does_not_fit_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
     monkeypatch.setattr(job, "load_model", lambda *_: (Namespace(transformer=torch.nn.Linear(2, 2)), None))
     arguments = [argument for argument in tiny if argument not in ("--size", "64")]
@@ -508,6 +536,7 @@ def test_a_method_that_is_not_installed_is_told_before_anything_is_drawn(tiny, m
         (["--flops"], "--metrics-only draws nothing, for which --flops is"),
         (["--maps"], "--metrics-only draws nothing, for which --maps is"),
         (["--map-step", "1"], "--map-step is 1; it takes --maps"),
+        (["--map-block", "up"], "--map-block is up; it takes --maps"),
     ],
 )
 def test_measuring_alone_takes_no_other_settings(tiny, capsys, change, said):
@@ -541,6 +570,9 @@ def test_the_runs_that_drew_are_told_not_the_one_that_measured(tiny):
     assert "--generate-only" in told["drawn"][0]["command"]
     assert "--repeats 2" in told["drawn"][1]["command"]
     assert {"commit", "device", "runtime", "packages", "started"} <= told["drawn"][0].keys()
+    page = Path("out/report.html").read_text()
+    assert page.index("--metrics-only") < page.index("4 pictures, from") < page.index("6 pictures, from")
+    assert "--repeats 2" in page
 
 
 def test_drawing_and_measuring_can_be_parted(tiny, monkeypatch, capsys):
@@ -658,7 +690,7 @@ def test_the_report_shows_who_stands_for_whom(tiny, capsys):
     assert [path.name for path in Path("out/maps").glob("*.png")] == ["tofu-r50.png"]
     with Image.open("out/maps/tofu-r50.png") as picture:
         assert picture.size == (3 * 64 + 2 * maps.GAP, 64 + maps.CAPTION)
-    assert Path("out/report.html").read_text().count("Which token stands for which in two blocks") == 1
+    assert Path("out/report.html").read_text().count('alt="Which token stands for which"') == 1
 
 
 def test_what_was_counted_and_drawn_for_the_report_stays(tiny):
@@ -686,6 +718,22 @@ def test_maps_are_of_the_step_asked_for_or_the_nearest(tiny, monkeypatch, method
     options = ["--steps", "4", "--limit", "1", "--maps", *more]
     assert job.main([*tiny, "--method", method, *options, "--generate-only", "--out", "out"]) == 0
     assert [caption.partition(",")[0] for caption in captions if caption.startswith("step")] == [f"step {at}"] * 2
+
+
+def test_maps_are_of_the_block_asked_for(tiny, monkeypatch, capsys):
+    captions = []
+    monkeypatch.setattr(maps, "fit", lambda text, *_: captions.append(text) or text)
+    options = [*tiny, "--limit", "1", "--maps", "--generate-only", "--out", "out"]
+    for asked, blocks in (
+        ("down_blocks.0", ["down_blocks.0.attentions.0", "down_blocks.0.attentions.1"]),
+        ("attentions.2", ["up_blocks.3.attentions.2"]),
+    ):
+        captions.clear()
+        assert job.main([*options, "--method", "tofu", "--map-block", asked]) == 0
+        shown = [caption.partition(", ")[2].removesuffix(".transformer_blocks.0") for caption in captions[1:]]
+        assert shown == blocks
+    assert job.main([*options, "--method", "tofu", "--map-block", "up_block.9"]) == 2
+    assert "--map-block is 'up_block.9'; fused are down_blocks.0.attentions.0" in capsys.readouterr().err
 
 
 def test_a_batch_of_which_a_picture_was_there_is_timed_all_the_same(tiny):
@@ -812,6 +860,7 @@ def test_times_under_another_driver_are_not_compared(tiny, capsys):
     [
         (["--steps", "2"], "a and b cannot be compared: steps is 1 in one, 2 in the other"),
         (["--limit", "3"], "a and b cannot be compared: n is 5 in one, 3 in the other"),
+        (["--seed", "4"], "a and b cannot be compared: seed is 0 in one, 4 in the other"),
         (["--method", "prune"], "a and b have no method in common"),
     ],
 )
@@ -820,6 +869,17 @@ def test_runs_that_were_not_drawn_alike_are_not_compared(tiny, capsys, change, s
     assert job.main([*tiny, "--method", "tofu", "--out", "b", *change]) == 0
     assert compare.main(["a", "b"]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_runs_of_another_type_are_told_by_it(tiny, capsys):
+    """Other weights follow from it, and are not what to look for."""
+    assert job.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "a"]) == 0
+    assert job.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "b"]) == 0
+    found = files.read_json(Path("b/results.json"))
+    found["settings"] |= {"dtype": "float16", "pipeline": "another hash"}
+    files.write_json(Path("b/results.json"), found)
+    assert compare.main(["a", "b"]) == 2
+    assert "cannot be compared: dtype is 'float32' in one, 'float16' in the other" in capsys.readouterr().err
 
 
 def test_what_two_runs_differ_in_is_told_and_costs_the_times_alone(tiny, capsys):
@@ -962,6 +1022,34 @@ def test_few_pictures_have_no_interval():
     assert (figure["value"], figure["low"], figure["high"]) == (35, None, None)
 
 
+def test_intervals_of_a_run_are_over_classes(tiny):
+    """Three pictures of a prompt are drawn together: by pictures, the interval would be another."""
+    assert job.main([*tiny, "--method", "tofu", "--per-prompt", "3", "--metrics", "psnr", "--out", "out"]) == 0
+    with Path("out/per_image.csv").open(encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["key"] == "tofu-r50"]
+    values = torch.tensor([float(line["PSNR"]) for line in lines], dtype=torch.float64)
+    figure = rows(files.read_json(Path("out/results.json")))["tofu-r50"]["metrics"]["PSNR"]
+    assert (figure["low"], figure["high"]) == statistics.bootstrap(values, [line["prompt"] for line in lines])
+    assert (figure["low"], figure["high"]) != statistics.bootstrap(values, [line["id"] for line in lines])
+
+
+def test_how_long_it_takes_is_told(tiny, capsys):
+    assert job.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
+    told = capsys.readouterr().err
+    assert re.search(r"10/10 \[\d+:\d+<00:00, .*(img/s|s/img)\]", told)  # done, of, time, what is left, rate
+
+
+@pytest.mark.parametrize("program", [job, report, compare])
+def test_help_teaches_by_examples_that_are_understood(program, capsys):
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--help"])
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    name = program.__name__.rpartition(".")[2]
+    assert len(re.findall(rf"^  .*-m eval\.{name} \S", told, re.MULTILINE)) >= 2
+    assert "default: []" not in told
+
+
 def test_infinite_values_are_counted_and_not_averaged():
     figure = score.mean(torch.tensor([30.0, float("inf"), 40.0]).double(), ["a", "b", "c"])
     assert (figure["value"], figure["n"], figure["infinite"]) == (35, 2, 1)
@@ -977,7 +1065,8 @@ def test_speed_is_a_ratio_of_neighbours():
     full["e"] = record(9.0, batch=1)
     own = {"a": record(1.0), "b": record(2.0), "c": record(1.0, run="two"), "d": record(1.0, timed=False)}
     own["e"] = record(1.0, batch=1)  # a rest, which costs more a picture
-    assert score.speed(full, own)["speedup"] == {"median": 2.0, "p5": 2.0, "p95": 2.0, "n": 2}
+    assert score.speed(full, own)["speedup"] == {"median": 2.0, "mean": 2.0, "p5": 2.0, "p95": 2.0, "n": 2}
+    assert score.spread([1.0, 1.0, 4.0]) == pytest.approx({"median": 1, "mean": 2, "p5": 1, "p95": 3.7, "n": 3})
 
 
 @pytest.mark.parametrize(
