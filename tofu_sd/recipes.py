@@ -18,9 +18,12 @@ MLERP = TokenFusion(early=mlerp, late=mlerp)  # ToFu Eq. 10 everywhere
 TOFU_FAST = replace(TOFU, window=8)  # ToFu that looks around in squares of 16 x 16 tokens
 TOFU_MAX = replace(TOFU_FAST, levels=2, merge_crossattn=True, merge_mlp=True)  # all layers of two resolutions
 FAITHFUL = replace(TOME, proportional=True, window=8)  # nearest to the full model's pictures at the cost of TOFU_FAST
+ADAPTIVE = replace(FAITHFUL, threshold=0.9)  # ATM's thresholds in Stable Diffusion: of `ratio` what is alike
+CONDENSE = replace(FAITHFUL, temperature=0.1, sx=2, sy=1)  # AdaptiVision's soft clusters, a centroid for each cell
 
 RECIPES = {
     "tofu": TOFU, "tofu-fast": TOFU_FAST, "tofu-max": TOFU_MAX, "faithful": FAITHFUL,
+    "adaptive": ADAPTIVE, "condense": CONDENSE,
     "tome": TOME, "prune": PRUNE, "mlerp": MLERP,
 }  # fmt: skip
 
