@@ -37,7 +37,7 @@ def reduction_named(name: str | Reduction) -> Reduction:
 
 
 def falling_threshold(alpha: float, beta: float, least: float, layer: int) -> float:
-    """The cosine above which tokens of a layer from 0 are alike: max(alpha - (exp(beta layer) - 1), least), ATM Eq. 1."""
+    """The cosine above which tokens are alike in a layer, from 0: max(alpha - (exp(beta layer) - 1), least) (Eq. 1)."""
     return max(alpha - math.expm1(beta * layer), least)
 
 
@@ -66,7 +66,8 @@ class TokenFusion:
             is fused in the first step of a picture. (Known as with `match_every`: steps that are not known to go on
             with a picture are its first.) None fuses `ratio` always.
         threshold_decay, threshold_least: the block at depth l has the threshold max(threshold - (exp(decay l) - 1),
-            least) (ATM Eq. 1).
+            least) (ATM Eq. 1). In Stable Diffusion late blocks are the more alike, so that a decay below 0, which
+            raises it, fuses blocks more evenly.
     To condense instead (AdaptiVision section 3.2)
         temperature: shares every token out among the cells of its `window`, by exp(-squared distance / temperature) to
             the cell's destination, in units of the window's variance; `mean` averages by these shares, and every token
@@ -161,12 +162,12 @@ class TokenFusion:
             raise ValueError("merge_attn, merge_crossattn and merge_mlp are all False: nothing would be fused")
 
     def _check_threshold(self) -> None:
-        limits = {"threshold": (-1, 2), "threshold_decay": (0, math.inf), "threshold_least": (-1, 2)}
+        limits = {"threshold": (-1, 2), "threshold_decay": (-1, 1), "threshold_least": (-1, 2)}
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is None and name == "threshold":
                 continue
-            if not _number(value) or not low <= value <= high or math.isinf(value):
+            if not _number(value) or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; it must be a number from {low} to {high}")
         if self.threshold is None:
             for name, usual in (("threshold_decay", 0), ("threshold_least", -1)):
