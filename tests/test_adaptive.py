@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import blocks
+from test_patch import anatomy
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
@@ -22,6 +23,7 @@ import tofu_sd
 from tofu_sd import TokenFusion, patch, recipes
 from tofu_sd.match import alike
 from tofu_sd.policy import BUCKETS, falling_threshold
+from tofu_sd.reduce import prune
 from tofu_sd.vit import AdaptiveReduction
 
 ALL = {"threshold": -1}  # every cosine is above it
@@ -194,6 +196,28 @@ def test_a_window_of_steps_that_opens_late_begins_with_a_first_step() -> None:
         assert not torch.equal(late[3], plain[3])
 
 
+@pytest.mark.parametrize("options", [SOME, {"temperature": 0.1, "early": "mean", "late": "mean", "window": 3, "sy": 1}])
+def test_remove_patch_leaves_nothing(options: dict[str, Any]) -> None:
+    unet = tiny.sd15_unet()
+    before, plain = anatomy(unet), picture(unet)
+    assert not equal(picture(tofu_sd.apply_patch(unet, **{"ratio": 0.5, **options})), plain)
+    tofu_sd.remove_patch(unet)
+    assert anatomy(unet) == before
+    assert equal(picture(unet), plain)
+
+
+def test_a_block_that_is_passed_over_keeps_its_count() -> None:
+    ran, passed = (patch.SiteFusion(TokenFusion(threshold=0.5), prune, threshold=0.5) for _ in range(2))
+    ran.best = passed.best = torch.tensor([[0.9, 0.6, 0.1], [0.7, 0.1, 0.1]])
+    patch.take_stock([ran, passed], begins=False)
+    ran.best = torch.zeros(2, 3)
+    patch.take_stock([ran, passed], begins=False)
+    assert (ran.alike, passed.alike) == (0, 1.5)
+    ran.best = torch.ones(2, 3)
+    patch.take_stock([ran, passed], begins=True)
+    assert (ran.alike, passed.alike, ran.best) == (0, 0, None)
+
+
 def test_copies_count_for_themselves() -> None:
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), **SOME)
     expected = picture(unet)
@@ -268,7 +292,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "below -1": ({"threshold": -1.5}, r"threshold is -1\.5; it must be a number from -1 to 2"),
     "a word": ({"threshold": "high"}, "threshold is 'high'; it must be a number from -1 to 2"),
     "NaN": ({"threshold": float("nan")}, "threshold is nan; it must be"),
-    "rising": ({"threshold": 0.9, "threshold_decay": -1.5}, r"threshold_decay is -1\.5; it must be a number from -1 to 1"),
+    "rising": ({"threshold": 0.9, "threshold_decay": -1.5}, r"threshold_decay is -1\.5; it must be a number"),
     "infinite": ({"threshold": 0.9, "threshold_decay": float("inf")}, "threshold_decay is inf; it must be a number"),
     "least": ({"threshold": 0.9, "threshold_least": 3}, "threshold_least is 3; it must be a number from -1 to 2"),
     "decay of nothing": ({"threshold_decay": 0.1}, r"threshold_decay is 0\.1 and threshold is None"),

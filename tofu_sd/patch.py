@@ -156,12 +156,15 @@ class SiteFusion:
 def take_stock(sites: Iterable[SiteFusion], begins: bool) -> None:
     """Counts what was alike in each block in the call before: nothing is known where a picture `begins`.
 
-    All counts are read at once, so that a device is waited for once a step.
+    A block that did not run (a cache passed it over) keeps its count. All counts are read at once, so that a device is
+    waited for once a step.
     """
     sites = list(sites)
     seen = [(site, site.best, site.threshold) for site in sites if site.best is not None and not begins]
     for site in sites:
-        site.best, site.alike = None, 0.0
+        site.best = None
+        if begins:
+            site.alike = 0.0
     if seen:
         counts = torch.stack([alike(best, threshold or 0).to(seen[0][1].device) for _, best, threshold in seen])
         for (site, *_), count in zip(seen, counts.tolist(), strict=True):
