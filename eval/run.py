@@ -296,7 +296,7 @@ def draw(job: Job, told: dict[str, Any]) -> Drawn:
         memory = provenance.process_mib() if made else None  # before the metrics' nets come
         team.wait()
         if options.flops and part.leads:
-            flops.count(out, pipe, job.drawn, settings, job.asked[0])
+            flops.count(out, pipe, job.drawn, settings, job.asked)
         if options.maps and part.leads:
             maps.save(out, pipe, job.drawn, settings, job.asked[0], options.map_step, options.map_block)
     if options.generate_only or options.shard:

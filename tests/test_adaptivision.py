@@ -17,8 +17,8 @@ from tofu_sd.adaptivision import (
     TokenSelection,
     alignment_loss,
     pool,
-    soft_assignment,
 )
+from tofu_sd.match import soft_assignment
 
 
 def tokens(*shape, seed=0):

@@ -673,9 +673,9 @@ def test_operations_are_counted_by_hand(pipe):
     """What fusing saves: attention and its projections on half of the tokens of 5 blocks; what it costs: matching."""
     settings = generate.Settings("m", "p", "own", "h", 0, 128, 1, 1.0, 1, "cpu", "float32", "a", "t", "d", "tf")
     request = prompts.Request("0000", "a fox", 0)
-    full, tofu, tofu_windows = (
-        flops.of_picture(pipe, method, settings, request)
-        for method in (generate.FULL, *methods.parse("tofu,tofu@window=4", [0.5]))
+    full, tofu, tofu_windows, condense = (
+        flops.of_pictures(pipe, method, settings, [request])
+        for method in (generate.FULL, *methods.parse("tofu,tofu@window=4,condense", [0.5]))
     )
     N, K, C, blocks = 256, 128, 16, 5
     attention = 4 * C * (N * N - K * K)  # q kᵀ and its product with v
@@ -683,6 +683,22 @@ def test_operations_are_counted_by_hand(pipe):
     matching = 2 * C * 192 * 64
     assert full - tofu == blocks * (attention + projections - matching)
     assert full - tofu_windows == blocks * (attention + projections - matching // 4)  # 4 windows of 48 and 16
+    shares = 2 * C * 2 * 128 * 64  # 2 windows of 128 tokens and 64 centroids: to assign, to average, to unmerge
+    assert full - condense == blocks * (attention + projections - 3 * shares)
+
+
+def test_operations_that_vary_are_the_mean_of_several_pictures(pipe, tmp_path, monkeypatch):
+    """In the batches in which they are drawn, for a batch decides together; what does not vary is counted once."""
+    turns = []
+    monkeypatch.setattr(
+        flops, "of_pictures", lambda pipe, method, settings, turn: turns.append(len(turn)) or 10 * len(turn)
+    )
+    settings = generate.Settings("m", "p", "own", "h", 0, 128, 1, 1.0, 2, "cpu", "float32", "a", "t", "d", "tf")
+    requests = [prompts.Request(f"{i:04}", "a fox", i) for i in range(11)]
+    chosen = methods.parse("tofu,adaptive", [0.5])
+    flops.count(tmp_path, pipe, chosen, settings, requests)
+    assert turns == [1, 2, 2, 2, 2]
+    assert [flops.counted(tmp_path, settings, method) for method in chosen] == [10, 10]
 
 
 def test_the_report_shows_who_stands_for_whom(tiny, capsys):

@@ -35,6 +35,7 @@ OPTIONS = [
     {"start": 0.6},
     {"seed": 3},
     {"share_level": True},
+    {"temperature": 0.1, "early": "mean", "late": "mean", "window": 3, "sy": 1, "proportional": True},
 ]
 
 

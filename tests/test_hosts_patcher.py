@@ -29,6 +29,7 @@ OPTIONS = [
     {"share_level": True},
     {"min_tokens": 10_000},
     {"sx": 4, "sy": 2, "ratio": 0.8},
+    {"temperature": 0.1, "early": "mean", "late": "mean", "window": 3, "sy": 1, "proportional": True},
 ]
 
 
@@ -229,6 +230,7 @@ def test_self_attention_that_something_else_has_replaced_is_not_taken_from_it(un
         ({"merge_crossattn": True}, "merge_crossattn cannot be had here"),
         ({"min_tokens": "auto"}, "min_tokens is 'auto', which is measured in diffusers alone"),
         ({"share_guidance": True}, "share_guidance cannot be had here: these programs decide for themselves"),
+        ({"threshold": 0.0}, "threshold cannot be had here: it counts in one call for the next"),
     ],
 )
 def test_options_that_cannot_be_had_are_refused_by_name(unets, options, said):

@@ -17,13 +17,13 @@ from tofu_sd import patch
 def matched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the batch of every matching that is done."""
     batches: list[int] = []
-    match = patch.bipartite_soft_matching
+    match = patch.most_similar
 
     def counted(x: Any, *rest: Any) -> Any:
         batches.append(len(x))
         return match(x, *rest)
 
-    monkeypatch.setattr(patch, "bipartite_soft_matching", counted)
+    monkeypatch.setattr(patch, "most_similar", counted)
     return batches
 
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .match import soft_assignment
+
 
 @dataclass(frozen=True)
 class Clusters:
@@ -25,17 +27,6 @@ class Clusters:
     weights: Tensor
     used: Tensor
     distance: Tensor
-
-
-def soft_assignment(z: Tensor, centroids: Tensor, temperature: float, used: Tensor | None = None) -> Tensor:
-    """a_ik (Eq. 2) of tokens z [B, N, D] to centroids [B, K, D]: [B, N, K], rows sum to 1.
-
-    used [B, K]: centroids that take part; all if None. As the temperature goes to 0 each token goes to its nearest.
-    """
-    nearness = -torch.cdist(z, centroids).square() / temperature
-    if used is not None:
-        nearness = nearness.masked_fill(~used.unsqueeze(1), -math.inf)
-    return nearness.softmax(dim=-1)
 
 
 class DynamicTokenClustering(nn.Module):

@@ -38,6 +38,7 @@ class Clock:
         self.timestep: Tensor | None = None
         self.open = True  # whether the step lies in the window
         self.anew = True  # whether maps of earlier calls are out of date
+        self.begins = True  # whether a picture begins, as far as is known
         self._step = 0
         self._last: tuple[float, weakref.ref[Tensor], bool] | None = None
         self._layouts: dict[tuple[int, int, torch.device], Layout] = {}
@@ -54,11 +55,12 @@ class Clock:
             self.timestep = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep)
             self._layouts.clear()
         windowed = (fusion.start, fusion.end) != (0.0, 1.0)
-        if not windowed and fusion.match_every == 1:
+        if not windowed and fusion.match_every == 1 and fusion.threshold is None:
             return
         if is_compiling():
+            needs = "match_every needs" if fusion.threshold is None else "threshold needs"
             raise RuntimeError(
-                f"{'start and end need' if windowed else 'match_every needs'} the timestep as a number, which a "
+                f"{'start and end need' if windowed else needs} the timestep as a number, which a "
                 "compiled model cannot read: compile the blocks alone with compile_repeated_blocks()"
             )
         t = float(torch.as_tensor(timestep).flatten()[0])
@@ -84,6 +86,7 @@ class Clock:
             before, shown, made_in = self._last
             goes_on = t < before and shown() is conditioning and made_in == mode
         self._step = self._step + 1 if goes_on else 0
+        self.begins = self._step == 0
         self.anew = self._step % self.fusion.match_every == 0
         self._last = None if conditioning is None else (t, weakref.ref(conditioning), mode)
 
@@ -103,6 +106,11 @@ class Clock:
                 torch._dynamo.maybe_mark_dynamic(index, list(range(index.ndim)))
         return self._layouts[key]
 
+    def thinned(self, layout: Layout, alike: float) -> Layout:
+        """A layout by which no more leave than are `alike`, in one of a few numbers; none of them is a length of 0."""
+        most, device = len(layout.leaving), layout.leaving.device
+        return layout._replace(leaving=self.length(self.fusion.bucket(most, alike), device))
+
     def length(self, n: int, device: torch.device) -> Tensor:
         """A number as the length of a tensor [n], for a block whose graph shall not depend on it."""
         if is_compiling():
@@ -117,7 +125,10 @@ class Clock:
         if fusion.seed is not None and self.timestep is not None:
             draw = self.timestep.flatten()[0].float().mul(1000).long() + fusion.seed * 1_000_003
         parts = partition(h, w, fusion.sx, fusion.sy, device, draw)
-        near = None if fusion.window is None else windows(parts, h, w, fusion.sx, fusion.sy, fusion.window)
+        near = None
+        if fusion.window is not None:
+            everyone = Partition(torch.arange(h * w, device=device), parts.dst)
+            near = windows(parts if fusion.temperature is None else everyone, h, w, fusion.sx, fusion.sy, fusion.window)
         return Layout(parts, torch.empty(fusion.leaving(h, w), device=device), near)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,17 +1,19 @@
 """Who goes where: source and destination tokens on a grid, and the bipartite soft matching between them.
 
-ToMe (ICLR 2023) section 3, ToMe-SD (CVPRW 2023) section 4, ToFu Algorithm 1, lines 4-7.
+ToMe (ICLR 2023) section 3, ToMe-SD (CVPRW 2023) section 4, ToFu Algorithm 1, lines 4-7. How many are alike: ATM section
+3.4. Shared out among all near centroids: AdaptiVision section 3.2.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kernels import assemble, nearest
-from .tokens import TokenMap
+from .tokens import SoftMap, TokenMap
 
 
 class Partition(NamedTuple):
@@ -47,16 +49,20 @@ class Windows(NamedTuple):
     """The same tokens laid out by windows of the map, each with its own destinations.
 
     src [T, S'] and dst [T, D']: raster positions, rows filled up with their first. slot [S]: where each source of the
-    partition stands in `src`, laid flat.
+    partition stands in `src`, laid flat; seat [D]: where each destination stands in `dst`.
     """
 
     src: Tensor
     dst: Tensor
     slot: Tensor
+    seat: Tensor
 
 
 def windows(parts: Partition, h: int, w: int, sx: int, sy: int, side: int) -> Windows:
-    """Squares of side × side cells from the top left; smaller at the far edges, whose leftover sources they take."""
+    """Squares of side × side cells from the top left; smaller at the far edges, whose leftover sources they take.
+
+    The sources may be all tokens, destinations included.
+    """
     rows, cols = max(1, h // sy), max(1, w // sx)
     down, across = -(-rows // side), -(-cols // side)
     n = torch.arange(h * w, device=parts.src.device)
@@ -65,10 +71,11 @@ def windows(parts: Partition, h: int, w: int, sx: int, sy: int, side: int) -> Wi
     # (tokens, cells) along a side of a window in the middle, where there is one, and of the last
     heights = [(side * sy, side)] * (down > 1) + [(h - (down - 1) * side * sy, rows - (down - 1) * side)]
     widths = [(side * sx, side)] * (across > 1) + [(w - (across - 1) * side * sx, cols - (across - 1) * side)]
-    most = max(tall * wide - a * b for tall, a in heights for wide, b in widths)
+    apart = len(parts.src) < h * w
+    most = max(tall * wide - a * b * apart for tall, a in heights for wide, b in widths)
     src, slot = _by_window(parts.src, window, down * across, most)
-    dst, _ = _by_window(parts.dst, window, down * across, min(side, rows) * min(side, cols))
-    return Windows(src, dst, slot)
+    dst, seat = _by_window(parts.dst, window, down * across, min(side, rows) * min(side, cols))
+    return Windows(src, dst, slot, seat)
 
 
 def _by_window(tokens: Tensor, window: Tensor, T: int, most: int) -> tuple[Tensor, Tensor]:
@@ -89,12 +96,22 @@ def _hash(value: Tensor) -> Tensor:
     return (value >> 16) ^ value
 
 
-def bipartite_soft_matching(metric: Tensor, parts: Partition, r: int, windows: Windows | None = None) -> TokenMap:
-    """The r sources most similar to any destination join the destination they are most similar to.
+class Pairs(NamedTuple):
+    """Each source with the destination it is most similar to: their cosine best [B, S], its position target [B, S]."""
 
-    metric: [B, N, C], compared by cosine. r: at most S. windows: where to look for destinations, None for the whole
-    map. Ties go to the earlier source, the earlier destination. Survivors stand in raster order. The map carries no
-    gradient (which token goes where is not differentiable).
+    best: Tensor
+    target: Tensor
+    parts: Partition
+
+    def fused(self, r: int) -> TokenMap:
+        """The map by which the r most similar sources, at most S, join their destinations."""
+        return TokenMap(*assemble(self.best, self.target, *self.parts, r))
+
+
+def most_similar(metric: Tensor, parts: Partition, windows: Windows | None = None) -> Pairs:
+    """The pairs of tokens metric [B, N, C], compared by cosine. Without gradient.
+
+    windows: where to look for destinations, None for the whole map. Ties go to the earlier destination.
     """
     src, dst = parts
     with torch.no_grad():
@@ -102,4 +119,52 @@ def bipartite_soft_matching(metric: Tensor, parts: Partition, r: int, windows: W
             best, target = (found.flatten(1) for found in nearest(metric, src.unsqueeze(0), dst.unsqueeze(0)))  # [B, S]
         else:
             best, target = (found.flatten(1)[:, windows.slot] for found in nearest(metric, windows.src, windows.dst))
-        return TokenMap(*assemble(best, target, src, dst, r))
+        return Pairs(best, target, parts)
+
+
+def alike(best: Tensor, threshold: float) -> Tensor:
+    """How many of the cosines best [B, S] exceed a threshold, the mean over the batch (ATM section 3.4): []."""
+    return (best > threshold).sum() / len(best)
+
+
+def bipartite_soft_matching(metric: Tensor, parts: Partition, r: int, windows: Windows | None = None) -> TokenMap:
+    """The r sources most similar to any destination join the destination they are most similar to.
+
+    metric: [B, N, C], compared by cosine. r: at most S. windows: where to look for destinations, None for the whole
+    map. Ties go to the earlier source, the earlier destination. Survivors stand in raster order. The map carries no
+    gradient (which token goes where is not differentiable).
+    """
+    return most_similar(metric, parts, windows).fused(r)
+
+
+def soft_assignment(z: Tensor, centroids: Tensor, temperature: float, used: Tensor | None = None) -> Tensor:
+    """a_ik (AdaptiVision Eq. 2) of tokens z [..., N, D] to centroids [..., K, D]: [..., N, K], rows sum to 1.
+
+    used [..., K]: centroids that take part; all if None. As the temperature goes to 0 each token goes to its nearest.
+    """
+    nearness = -torch.cdist(z, centroids).square() / temperature
+    if used is not None:
+        nearness = nearness.masked_fill(~used.unsqueeze(-2), -math.inf)
+    return nearness.softmax(dim=-1)
+
+
+def condense(metric: Tensor, windows: Windows, temperature: float) -> SoftMap:
+    """Every token of metric [B, N, C] is shared out among the centroids of its window, the nearer the more.
+
+    The centroids are the destinations, a token of each cell: the paper learns them with its model, and here is none to
+    train; a token has itself at distance 0, so that no centroid is ever empty. windows: of all tokens, destinations
+    included. temperature: in the variance of a window's tokens, their mean squared distance from their average, so that
+    the map does not change with the scale of the tokens. Carries gradients.
+    """
+    src, dst, slot, seat = windows
+    with torch.autocast(metric.device.type, enabled=False):
+        full = metric.to(torch.promote_types(metric.dtype, torch.float32))
+        real = torch.zeros(src.numel(), dtype=torch.bool, device=src.device).index_fill(0, slot, True).view_as(src)
+        used = torch.zeros(dst.numel(), dtype=torch.bool, device=dst.device).index_fill(0, seat, True).view_as(dst)
+        share = (real / real.sum(dim=1, keepdim=True)).to(full.dtype).unsqueeze(-1)  # [T, M, 1], of an average
+        z = full[:, src]  # [B, T, M, C]
+        middle = (z * share).sum(dim=2, keepdim=True)
+        spread = ((z - middle).square() * share).sum(dim=(2, 3), keepdim=True)  # [B, T, 1, 1]
+        scale = spread.clamp_min(torch.finfo(full.dtype).tiny).rsqrt()  # equal tokens are at distance 0, not NaN
+        weights = soft_assignment((z - middle) * scale, (full[:, dst] - middle) * scale, temperature, used)
+        return SoftMap(weights * real.unsqueeze(-1), src, slot, dst.flatten()[seat], seat)

@@ -6,7 +6,7 @@ its `SiteFusion` under the attribute `_tofu`. `detach` swaps it back and removes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,11 +18,11 @@ from torch.utils.hooks import RemovableHandle
 
 from .clock import Clock, Layout
 from .kernels.operators import is_compiling
-from .match import bipartite_soft_matching
+from .match import alike, condense, most_similar
 from .policy import TokenFusion
 from .proportional import key_bias
 from .reduce import Reduction, fuse, number_of, unmerge
-from .tokens import TokenMap
+from .tokens import SoftMap, TokenMap
 
 ATTRIBUTE = "_tofu"
 
@@ -52,7 +52,7 @@ class Relay:
     """Hands the map of the first site that matches to all sites after it."""
 
     def __init__(self) -> None:
-        self.map: TokenMap | None = None
+        self.map: TokenMap | SoftMap | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"map": None}
@@ -61,7 +61,9 @@ class Relay:
 class SiteFusion:
     """What the swapped-in modules of one site share in a forward: tensors and fixed choices, so that it compiles."""
 
-    def __init__(self, fusion: TokenFusion, reduction: Reduction, relay: Relay | None = None):
+    def __init__(
+        self, fusion: TokenFusion, reduction: Reduction, relay: Relay | None = None, threshold: float | None = None
+    ):
         self.reduction = reduction
         self.number = number_of(reduction)
         self.as_length: Tensor | None = None  # [number], from which compiled code reads it
@@ -71,8 +73,13 @@ class SiteFusion:
         self.normed = fusion.match_on == "normed"
         self.share_guidance = fusion.share_guidance
         self.roles = fusion.layers
+        self.temperature = fusion.temperature
+        self.threshold = threshold
+        self.adaptive = threshold is not None  # what a block asks: it shall not depend on the number
+        self.best: Tensor | None = None  # [B, S], cosines of the last call, by which `take_stock` counts
+        self.alike = 0.0  # how many exceeded the threshold in the call before
         self.layout: Layout | None = None
-        self.map: TokenMap | None = None
+        self.map: TokenMap | SoftMap | None = None
         self.watcher: Callable[[TokenMap], None] | None = None  # is shown every map, but by compiled code
 
     def observe(self, x: Tensor) -> None:
@@ -81,44 +88,54 @@ class SiteFusion:
         if self.layout is None or x.shape[1] != len(self.layout.parts.src) + len(self.layout.parts.dst):
             return
         relay = self.relay
-        if relay is not None and relay.map is not None and relay.map.home.shape == x.shape[:2]:
+        if relay is not None and relay.map is not None and relay.map.before == x.shape[:2]:
             self.map = relay.map
         else:
             self.map = self._match(x, self.layout)
             if relay is not None:
                 relay.map = self.map
-        if self.watcher is not None and not is_compiling():
-            self.watcher(self.map)
+        if self.watcher is not None and self.map is not None and not is_compiling():
+            self.watcher(self.map.hard())
 
-    def _match(self, x: Tensor, layout: Layout) -> TokenMap:
-        parts, leaving, windows = layout
+    def _match(self, x: Tensor, layout: Layout) -> TokenMap | SoftMap | None:
         if not self.share_guidance:
-            return bipartite_soft_matching(x, parts, len(leaving), windows)
+            return self._map(x, layout)
         if x.shape[0] % 2:
             raise ValueError(
                 f"share_guidance matches one half of the batch for both, which has {x.shape[0]} samples: it needs the "
                 "negative and the positive prompt in one batch"
             )
-        half = bipartite_soft_matching(x[x.shape[0] // 2 :], parts, len(leaving), windows)
-        return TokenMap(half.kept.repeat(2, 1), half.home.repeat(2, 1))
+        half = self._map(x[x.shape[0] // 2 :], layout)
+        return None if half is None else half.twice()
 
-    def take(self, role: str, x: Tensor) -> TokenMap | None:
+    def _map(self, x: Tensor, layout: Layout) -> TokenMap | SoftMap | None:
+        """The map of the tokens x [B, N, C]; None where a threshold lets none leave."""
+        parts, leaving, windows = layout
+        if self.temperature is not None:
+            assert windows is not None  # TokenFusion sees to it
+            return condense(x, windows, self.temperature)
+        pairs = most_similar(x, parts, windows)
+        if self.adaptive:
+            self.best = pairs.best
+        return pairs.fused(len(leaving)) if len(leaving) else None
+
+    def take(self, role: str, x: Tensor) -> TokenMap | SoftMap | None:
         """The map to fuse x with in the layer `role`, if any. The last layer to take it lets go of it."""
         map = self.map
         if role == self.roles[-1]:
             self.map = None
-        if role not in self.roles or map is None or map.home.shape != x.shape[:2]:
+        if role not in self.roles or map is None or map.before != x.shape[:2]:
             return None
         return map
 
-    def reduce(self, x: Tensor, map: TokenMap) -> Tensor:
+    def reduce(self, x: Tensor, map: TokenMap | SoftMap) -> Tensor:
         """The site's reduction of x [B, N, C]: [B, K, C]."""
         gradient = x.requires_grad and torch.is_grad_enabled()
-        if self.as_length is not None and is_compiling() and not gradient:
+        if isinstance(map, TokenMap) and self.as_length is not None and is_compiling() and not gradient:
             return fuse(x, map.kept, map.home, len(self.as_length))
         return self.reduction(x, map)
 
-    def key_bias(self, x: Tensor, map: TokenMap, sdpa: bool) -> Tensor | None:
+    def key_bias(self, x: Tensor, map: TokenMap | SoftMap, sdpa: bool) -> Tensor | None:
         """log(n_i) for each key as an additive mask [B, 1, K], or None where attention is not weighted."""
         return key_bias(map.size, x.dtype, sdpa) if self.proportional else None
 
@@ -128,11 +145,30 @@ class SiteFusion:
         return layer(x) if map is None else unmerge(layer(self.reduce(x, map)), map)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "layout": None, "map": None, "as_length": None, "watcher": None}
+        passing = {"layout": None, "map": None, "best": None, "alike": 0.0, "as_length": None, "watcher": None}
+        return {**self.__dict__, **passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.number = number_of(self.reduction)  # in this process
+
+
+def take_stock(sites: Iterable[SiteFusion], begins: bool) -> None:
+    """Counts what was alike in each block in the call before: nothing is known where a picture `begins`.
+
+    A block that did not run (a cache passed it over) keeps its count. All counts are read at once, so that a device is
+    waited for once a step.
+    """
+    sites = list(sites)
+    seen = [(site, site.best, site.threshold) for site in sites if site.best is not None and not begins]
+    for site in sites:
+        site.best = None
+        if begins:
+            site.alike = 0.0
+    if seen:
+        counts = torch.stack([alike(best, threshold or 0).to(seen[0][1].device) for _, best, threshold in seen])
+        for (site, *_), count in zip(seen, counts.tolist(), strict=True):
+            site.alike = count
 
 
 def given(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, *names: str) -> Any:
@@ -144,9 +180,10 @@ def given(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, *names: str
 class _Tick:
     """Forward pre-hook of the model: tells the clock the step, where that matters, and lets go of older maps."""
 
-    def __init__(self, clock: Clock, relays: Sequence[Relay]):
+    def __init__(self, clock: Clock, relays: Sequence[Relay], adaptive: Sequence[SiteFusion]):
         self.clock = clock
         self.relays = relays
+        self.adaptive = adaptive  # the sites that have a threshold
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = given(args, kwargs, 1, "timestep", "timesteps")
@@ -155,6 +192,7 @@ class _Tick:
         if self.clock.anew:
             for relay in self.relays:
                 relay.map = None
+        take_stock(self.adaptive, self.clock.begins)
 
 
 class _LayOut:
@@ -172,6 +210,8 @@ class _LayOut:
         layout = self.clock.layout(h, w, x.device) if h * w >= self.least else None
         for site in self.sites:
             site.layout = layout
+            if layout is not None and site.adaptive:
+                site.layout = self.clock.thinned(layout, site.alike)
             site.as_length = self.clock.length(site.number, x.device)
 
 
@@ -213,7 +253,7 @@ def plan(
     relays = tuple(dict.fromkeys(state.relay for _, state in fused if state.relay is not None))
     hooks: list[tuple[nn.Module, _Tick | _LayOut]] = []
     if fusion.timed or relays:
-        hooks.append((model, _Tick(clock, relays)))
+        hooks.append((model, _Tick(clock, relays, [state for _, state in fused if state.adaptive])))
     least = 0 if fusion.min_tokens == "auto" else int(fusion.min_tokens)
     levels = {site.canvas: site.level for site, _ in fused}
     hooks += [(canvas, _LayOut(clock, states, levels[canvas], least)) for canvas, states in canvases.items()]
@@ -230,8 +270,11 @@ def fusions(sites: Sequence[Site], fusion: TokenFusion) -> list[tuple[Site, Site
             return None
         return relays.setdefault(site.level if fusion.share_level else site.name, Relay())
 
-    chosen = [site for site in sites if site.level < fusion.levels]
-    return [(site, SiteFusion(fusion, fusion.reduction(site.depth, down_path), relay(site))) for site in chosen]
+    def state(site: Site) -> SiteFusion:
+        reduction = fusion.reduction(site.depth, down_path)
+        return SiteFusion(fusion, reduction, relay(site), fusion.threshold_at(site.depth))
+
+    return [(site, state(site)) for site in sites if site.level < fusion.levels]
 
 
 def patch_of(model: nn.Module) -> Patch | None:
@@ -327,7 +370,10 @@ def watching(model: nn.Module, patch: Patch) -> Iterator[list[Sighting]]:
 
 @dataclass(frozen=True)
 class Row:
-    """One patched block in a Summary. least: fewer tokens than that are left alone."""
+    """One patched block in a Summary. least: fewer tokens than that are left alone.
+
+    after: what is left of `before` tokens, under a threshold at the least.
+    """
 
     name: str
     depth: int
@@ -336,10 +382,15 @@ class Row:
     after: int
     reduction: str
     least: int = 0
+    threshold: float | None = None
 
     @property
     def alone(self) -> bool:
         return self.before < self.least
+
+    @property
+    def how(self) -> str:
+        return self.reduction if self.threshold is None else f"{self.reduction}, what is above {self.threshold:g}"
 
 
 @dataclass(frozen=True)
@@ -359,6 +410,7 @@ class Summary:
         fused = [row for row in self.rows if not row.alone]
         counts = sorted({(row.before, row.after) for row in fused}, reverse=True)
         tokens = ", ".join(f"{before} -> {after}" for before, after in counts)
+        tokens += " at the least" * (self.fusion.threshold is not None)
         what = f", {'keys and values' if self.fusion.keys_only else 'tokens'} {tokens}" if fused else ""
         alone = sorted({(row.before, row.least) for row in self.rows if row.alone}, reverse=True)
         left = "".join(f", {before} left alone (fewer than {least})" for before, least in alone)
@@ -372,7 +424,7 @@ class Summary:
         width = max((len(row.name) for row in self.rows), default=0)
         lines = [
             f"  {row.depth:>3}  {row.name:<{width}}  {row.size[0]:>4} x {row.size[1]:<4} "
-            f"{row.before:>6} -> {row.after:<6} {'left alone' if row.alone else row.reduction}"
+            f"{row.before:>6} -> {row.after:<6} {'left alone' if row.alone else row.how}"
             for row in self.rows
         ]
         return "\n".join([self.headline, *lines])
@@ -397,5 +449,6 @@ def summarize(
         h, w = (-(-side // site.downsample) for side in latent)  # stride-2 convolutions round up
         fewest = least.get(site.level, 0)
         leaving = fusion.leaving(h, w) if h * w >= fewest else 0
-        rows.append(Row(site.name, site.depth, (h, w), h * w, h * w - leaving, state.reduction.__name__, fewest))
+        how = state.reduction.__name__, fewest, state.threshold
+        rows.append(Row(site.name, site.depth, (h, w), h * w, h * w - leaving, *how))
     return Summary(model, latent, len(sites), fusion, tuple(rows))

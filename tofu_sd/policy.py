@@ -9,7 +9,10 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
-from .reduce import REDUCTIONS, Reduction, mlerp, prune
+from .reduce import REDUCTIONS, Reduction, mean, mlerp, prune
+
+BUCKETS = 8
+"""Under a threshold so many shares of the most that may be fused are told apart: each is a shape of its own."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -33,6 +36,11 @@ def reduction_named(name: str | Reduction) -> Reduction:
     return REDUCTIONS[name]
 
 
+def falling_threshold(alpha: float, beta: float, least: float, layer: int) -> float:
+    """The cosine above which tokens are alike in a layer, from 0: max(alpha - (exp(beta layer) - 1), least) (Eq. 1)."""
+    return max(alpha - math.expm1(beta * layer), least)
+
+
 @dataclass(frozen=True)
 class TokenFusion:
     """How tokens are fused. The default is the paper's ToFu: half the tokens of the highest-resolution self-attention.
@@ -52,6 +60,18 @@ class TokenFusion:
         levels: how many attention resolutions are fused, from the highest that has attention downwards.
         min_tokens: maps of fewer tokens are left alone. "auto" measures, in about a second, from how many tokens on
             fusing is faster on this machine; pictures then depend on the machine.
+    To fuse what is alike, however much it is (ATM section 3.2, for classifiers)
+        threshold: a cosine from -1 on; in each block and step as many tokens are fused as had a destination above it in
+            the step before, the mean over the batch, in steps of an eighth of `ratio`, which is the most then. Nothing
+            is fused in the first step of a picture. (Known as with `match_every`: steps that are not known to go on
+            with a picture are its first.) None fuses `ratio` always.
+        threshold_decay, threshold_least: the block at depth l has the threshold max(threshold - (exp(decay l) - 1),
+            least) (ATM Eq. 1). In Stable Diffusion late blocks are the more alike, so that a decay below 0, which
+            raises it, fuses blocks more evenly.
+    To condense instead (AdaptiVision section 3.2)
+        temperature: shares every token out among the cells of its `window`, by exp(-squared distance / temperature) to
+            the cell's destination, in units of the window's variance; `mean` averages by these shares, and every token
+            gets its shares of the result. Needs early and late mean, a window, and ratio 1 - 1 / (sx * sy).
     To match less (each is an approximation: see docs/performance.md for what it costs)
         window: compare a source with the destinations of its square of window x window cells alone; None with all.
         share_level: match in the first block of each resolution and use its map in all blocks of that resolution.
@@ -85,6 +105,10 @@ class TokenFusion:
     share_level: bool = False
     share_guidance: bool = False
     match_every: int = 1
+    threshold: float | None = None
+    threshold_decay: float = 0.0
+    threshold_least: float = -1.0
+    temperature: float | None = None
     sx: int = 2
     sy: int = 2
     seed: int | None = None
@@ -119,6 +143,8 @@ class TokenFusion:
         if not 0 <= self.ratio <= self.max_ratio:  # NaN fails both comparisons
             why = f"one token in each {self.sx} x {self.sy} cell has to stay, so at most 1 - 1/(sx*sy) can go"
             raise ValueError(f"ratio is {self.ratio}; it must lie between 0 and {self.max_ratio:g}: {why}")
+        self._check_threshold()
+        self._check_temperature()
         for name in ("start", "end"):
             if not _number(getattr(self, name)) or not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must lie between 0 and 1 (sampling progress)")
@@ -134,6 +160,45 @@ class TokenFusion:
             raise ValueError(f"match_on is {self.match_on!r}{hint}; it must be 'hidden' or 'normed'")
         if not self.layers:
             raise ValueError("merge_attn, merge_crossattn and merge_mlp are all False: nothing would be fused")
+
+    def _check_threshold(self) -> None:
+        limits = {"threshold": (-1, 2), "threshold_decay": (-1, 1), "threshold_least": (-1, 2)}
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if value is None and name == "threshold":
+                continue
+            if not _number(value) or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}; it must be a number from {low} to {high}")
+        if self.threshold is None:
+            for name, usual in (("threshold_decay", 0), ("threshold_least", -1)):
+                if getattr(self, name) != usual:
+                    raise ValueError(f"{name} is {getattr(self, name)!r} and threshold is None: it changes nothing")
+        elif self.match_every > 1 or self.share_level:
+            shared = f"match_every is {self.match_every}" if self.match_every > 1 else "share_level is True"
+            raise ValueError(
+                f"{shared} and threshold is {self.threshold!r}, which decides in each block and step: give one of them"
+            )
+
+    def _check_temperature(self) -> None:
+        value = self.temperature
+        if value is None:
+            return
+        if not _number(value) or not 0 < value < math.inf:
+            raise ValueError(f"temperature is {value!r}; it must be None or a number above 0")
+        if self.ratio and not math.isclose(self.ratio, self.max_ratio):
+            raise ValueError(
+                f"ratio is {self.ratio} and temperature is {value!r}: one token is made of each {self.sx} x {self.sy} "
+                f"cell, so ratio must be 1 - 1/(sx*sy), here {self.max_ratio:g}; sx=2, sy=1 gives 0.5"
+            )
+        if (self.early, self.late) != (mean, mean):
+            raise ValueError(f"temperature is {value!r}, which averages: early and late must be 'mean'")
+        if self.window is None:
+            raise ValueError(
+                f"temperature is {value!r} and window is None: tokens are shared out within a window, which must be a "
+                "whole number of cells"
+            )
+        if self.threshold is not None:
+            raise ValueError(f"temperature is {value!r} and threshold is {self.threshold!r}: give one of them")
 
     @classmethod
     def of(cls, ratio: float | TokenFusion = 0.5, /, **options: Any) -> TokenFusion:
@@ -165,6 +230,10 @@ class TokenFusion:
             ("min", self.min_tokens, default.min_tokens),
             ("w", self.window, None),
             ("every", self.match_every, default.match_every),
+            ("above", self.threshold, None),
+            ("decay", self.threshold_decay, default.threshold_decay),
+            ("least", self.threshold_least, default.threshold_least),
+            ("soft", self.temperature, None),
             ("seed", self.seed, None),
         ):
             if value != usual:
@@ -187,7 +256,8 @@ class TokenFusion:
     @property
     def timed(self) -> bool:
         """Whether what is done depends on the timestep."""
-        return self.seed is not None or (self.start, self.end) != (0, 1) or self.match_every > 1
+        several = self.match_every > 1 or self.threshold is not None
+        return self.seed is not None or (self.start, self.end) != (0, 1) or several
 
     def reduction(self, depth: int, down_path: int) -> Reduction:
         """Eq. 7: what a block at `depth` does in a model whose down path has `down_path` transformer blocks."""
@@ -203,9 +273,24 @@ class TokenFusion:
         return tuple(layer for layer, on in merged.items() if on)
 
     def leaving(self, h: int, w: int) -> int:
-        """r: how many tokens of an h x w map leave; never more than its sources, which are few in a thin map."""
+        """r: how many tokens of an h x w map leave; never more than its sources, which are few in a thin map.
+
+        Under a threshold this is the most.
+        """
         sources = h * w - max(1, h // self.sy) * max(1, w // self.sx)
+        if self.temperature is not None:
+            return sources if self.ratio else 0
         return min(int(h * w * self.ratio), sources)
+
+    def bucket(self, most: int, alike: float) -> int:
+        """How many of `most` tokens leave where so many are `alike`: the largest eighth that is not above that."""
+        return max(r for r in (most * eighth // BUCKETS for eighth in range(BUCKETS + 1)) if r <= alike)
+
+    def threshold_at(self, depth: int) -> float | None:
+        """The threshold of the block at `depth`, None where there is none."""
+        if self.threshold is None:
+            return None
+        return falling_threshold(self.threshold, self.threshold_decay, self.threshold_least, depth)
 
 
 _SWITCHES = tuple(field.name for field in fields(TokenFusion) if field.type == "bool")

@@ -18,9 +18,12 @@ MLERP = TokenFusion(early=mlerp, late=mlerp)  # ToFu Eq. 10 everywhere
 TOFU_FAST = replace(TOFU, window=8)  # ToFu that looks around in squares of 16 x 16 tokens
 TOFU_MAX = replace(TOFU_FAST, levels=2, merge_crossattn=True, merge_mlp=True)  # all layers of two resolutions
 FAITHFUL = replace(TOME, proportional=True, window=8)  # nearest to the full model's pictures at the cost of TOFU_FAST
+ADAPTIVE = replace(FAITHFUL, threshold=0.7, threshold_decay=-0.016)  # ATM's thresholds: of `ratio`, what is alike
+CONDENSE = replace(FAITHFUL, temperature=0.03, sx=2, sy=1)  # AdaptiVision's soft clusters, a centroid for each cell
 
 RECIPES = {
     "tofu": TOFU, "tofu-fast": TOFU_FAST, "tofu-max": TOFU_MAX, "faithful": FAITHFUL,
+    "adaptive": ADAPTIVE, "condense": CONDENSE,
     "tome": TOME, "prune": PRUNE, "mlerp": MLERP,
 }  # fmt: skip
 
@@ -52,12 +55,11 @@ def named(name: str, ratio: float = 0.5) -> TokenFusion:
             f"unknown method {name!r}{did_you_mean(recipe, RECIPES)}; known: {', '.join(RECIPES)}, each with a kv: "
             "before it, a +p behind it and any number of @option=value at the end"
         )
-    fusion = replace(RECIPES[recipe], ratio=ratio)
+    options = dict(option(change, name) for change in changes)
+    fusion = TokenFusion.of(RECIPES[recipe], **{"ratio": ratio, **options})  # at once: ratio may need the cells it fits
     if plus:
         fusion = proportional(fusion)
-    if method.startswith("kv:"):
-        fusion = keys_only(fusion)
-    return TokenFusion.of(fusion, **dict(option(change, name) for change in changes))
+    return keys_only(fusion) if method.startswith("kv:") else fusion
 
 
 def option(change: str, method: str) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""Ways to fuse: x [B, N, C] and a TokenMap give [B, K, C]. ToFu (WACV 2024), Eq. 5-10 and Algorithm 1.
+"""Ways to fuse: x [B, N, C] and a map give [B, K, C]. ToFu (WACV 2024), Eq. 5-10 and Algorithm 1.
 
 Each reduction keeps dtype and device, carries gradients, and draws the same bits every time it is run. Averages are
 float32 at least.
@@ -7,14 +7,16 @@ float32 at least.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .kernels import merge, take
 from .kernels.operators import operator
-from .tokens import TokenMap
+from .tokens import SoftMap, TokenMap
 
-Reduction = Callable[[Tensor, TokenMap], Tensor]
+Reduction = Callable[[Tensor, Any], Tensor]  # of a TokenMap; `mean` of a SoftMap too
 
 
 def prune(x: Tensor, map: TokenMap) -> Tensor:
@@ -22,16 +24,30 @@ def prune(x: Tensor, map: TokenMap) -> Tensor:
     return take(x, map.kept)
 
 
-def unmerge(y: Tensor, map: TokenMap) -> Tensor:
+def unmerge(y: Tensor, map: TokenMap | SoftMap) -> Tensor:
     """Every token takes what its survivor has: y [B, K, C] -> [B, N, C].
 
-    prune(unmerge(y, map), map) == y, bit for bit.
+    prune(unmerge(y, map), map) == y, bit for bit. Of a SoftMap, y_i = sum_k a_ik y_k.
     """
+    if isinstance(map, SoftMap):
+        (B, T, _, D), C = map.weights.shape, y.shape[-1]
+        with torch.autocast(y.device.type, enabled=False):
+            full = y.to(map.weights.dtype)
+            seated = full.new_zeros(B, T * D, C).index_copy(1, map.seat, full).view(B, T, D, C)
+            return (map.weights @ seated).flatten(1, 2)[:, map.place].to(y.dtype)
     return take(y, map.home)
 
 
-def mean(x: Tensor, map: TokenMap) -> Tensor:
-    """The average of each group, its survivor included (Eq. 6 and 9): [B, K, C]."""
+def mean(x: Tensor, map: TokenMap | SoftMap) -> Tensor:
+    """The average of each group, its survivor included (Eq. 6 and 9): [B, K, C].
+
+    Of a SoftMap, sum_i a_ik x_i (AdaptiVision Eq. 3) divided by sum_i a_ik: the paper's sums would be as many times
+    larger than tokens as they hold tokens, which a model that is not trained on them does not know.
+    """
+    if isinstance(map, SoftMap):
+        with torch.autocast(x.device.type, enabled=False):
+            sums = map.weights.mT @ x[:, map.tokens].to(map.weights.dtype)  # [B, T, D, C]
+            return (sums.flatten(1, 2)[:, map.seat] / map.size.unsqueeze(-1)).to(x.dtype)
     return merge(x, map.home, map.kept.shape[1], largest_norm=False)
 
 

@@ -1,4 +1,4 @@
-"""The noun everything turns on: which tokens stay, and which of them stands for each of the others.
+"""The nouns everything turns on: which tokens stay, and what stands for each of the others.
 
 Glossary, paper letter -> meaning here
     B, N, C   batch, tokens, channels of the hidden states x [B, N, C]
@@ -29,6 +29,16 @@ class TokenMap(NamedTuple):
     home: Tensor
 
     @property
+    def before(self) -> torch.Size:
+        """[B, N], of the tokens that are fused."""
+        return self.home.shape
+
+    @property
+    def after(self) -> torch.Size:
+        """[B, K], of what they are fused into."""
+        return self.kept.shape
+
+    @property
     def size(self) -> Tensor:
         """Merging size n_i of each survivor, itself included: float32 [B, K]; rows sum to N."""
         ones = torch.ones(self.home.shape, device=self.home.device)
@@ -37,6 +47,58 @@ class TokenMap(NamedTuple):
     def then(self, later: TokenMap) -> TokenMap:
         """This map followed by a map of its K survivors, as one map of the N tokens."""
         return TokenMap(self.kept.gather(1, later.kept), later.home.gather(1, self.home))
+
+    def twice(self) -> TokenMap:
+        """The same map for a batch of two such halves."""
+        return TokenMap(self.kept.repeat(2, 1), self.home.repeat(2, 1))
+
+    def hard(self) -> TokenMap:
+        """Itself: each token has one home."""
+        return self
+
+
+class SoftMap(NamedTuple):
+    """How much of each of N tokens goes into each of K condensed ones, window by window (AdaptiVision Eq. 2).
+
+    weights: [B, T, M, D], a_ik of the M tokens and D centroids of each of T windows, 0 where a row or column only fills
+    up a smaller window; the other rows sum to 1.
+    tokens: [T, M] long, raster positions of the tokens. place: [N] long, where each token stands in `tokens` laid flat.
+    kept: [K] long, raster positions of the centroids. seat: [K] long, where each stands in [T, D] laid flat.
+    """
+
+    weights: Tensor
+    tokens: Tensor
+    place: Tensor
+    kept: Tensor
+    seat: Tensor
+
+    @property
+    def before(self) -> torch.Size:
+        """[B, N], of the tokens that are condensed."""
+        return torch.Size((len(self.weights), len(self.place)))
+
+    @property
+    def after(self) -> torch.Size:
+        """[B, K], of what they are condensed into."""
+        return torch.Size((len(self.weights), len(self.seat)))
+
+    @property
+    def size(self) -> Tensor:
+        """Merging size sum_i a_ik of each condensed token, no whole number: [B, K]; rows sum to N."""
+        return self.weights.sum(dim=2).flatten(1)[:, self.seat]
+
+    def twice(self) -> SoftMap:
+        """The same map for a batch of two such halves."""
+        return self._replace(weights=self.weights.repeat(2, 1, 1, 1))
+
+    def hard(self) -> TokenMap:
+        """Every token wholly to the centroid that has most of it, a centroid's own token to itself."""
+        (B, T, _, D), K = self.weights.shape, len(self.seat)
+        n = torch.arange(K, device=self.seat.device)
+        number = n.new_zeros(T * D).index_copy(0, self.seat, n).view(T, 1, D)  # of each centroid among all
+        nearest = self.weights.argmax(dim=-1, keepdim=True)  # [B, T, M, 1]
+        home = number.expand(B, T, self.weights.shape[2], D).gather(-1, nearest).flatten(1)[:, self.place]
+        return TokenMap(self.kept.expand(B, -1), home.index_copy(1, self.kept, n.expand(B, -1)))
 
 
 def merge_map(map: TokenMap, h: int, w: int) -> Tensor:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels import assemble, nearest, take
-from .match import Partition, bipartite_soft_matching
-from .policy import reduction_named
+from .kernels import take
+from .match import Partition, alike, bipartite_soft_matching, most_similar
+from .policy import falling_threshold, reduction_named
 from .reduce import Reduction, mean, mlerp, prune
 from .tokens import TokenMap
 
@@ -124,7 +124,7 @@ class AdaptiveReduction:
 
     def threshold(self, layer: int) -> float:
         """Eq. 1, of a layer from 0."""
-        return max(self.alpha - math.expm1(self.beta * layer), self.least)
+        return falling_threshold(self.alpha, self.beta, self.least, layer)
 
     def reduction(self, layer: int) -> Reduction:
         return mean
@@ -149,10 +149,9 @@ class AdaptiveReduction:
 
     def _alike(self, layer: int, keys: Tensor, parts: Partition) -> TokenMap | None:
         """The pairs of the highest cosines, as many as exceed the layer's threshold in a picture of the batch."""
-        src, dst = parts
-        best, target = (found.flatten(1) for found in nearest(keys, src.unsqueeze(0), dst.unsqueeze(0)))
-        r = round((best > self.threshold(layer)).sum().item() / len(keys))
-        return TokenMap(*assemble(best, target, src, dst, r)) if r else None
+        pairs = most_similar(keys, parts)
+        r = round(alike(pairs.best, self.threshold(layer)).item())
+        return pairs.fused(r) if r else None
 
     def ends(self, layer: int, layers: int) -> bool:
         return self.class_only and layer == layers - 1

@@ -96,6 +96,11 @@ def apply(unet: Any, fusion: TokenFusion) -> Summary:
     """
     restore(unet)
     number_of_tokens(fusion)
+    if fusion.threshold is not None:
+        raise ValueError(
+            f"threshold is {fusion.threshold!r}, which counts in one step for the next: this program makes its "
+            "conditioning anew in every step, so that none is known to follow another"
+        )
     sites = find_sites(unet)
     attach(unet, plan(unet, list(sites.values()), fusion, swap, train_steps=1000))
     return told(unet, sites, fusion)

@@ -19,7 +19,7 @@ from ..patch import Site, SiteFusion, Summary, fusions
 from ..policy import TokenFusion
 from ..proportional import weighted_attention
 from ..reduce import unmerge
-from ..tokens import TokenMap
+from ..tokens import SoftMap, TokenMap
 from .ldm import Place, find_sites, number_of_tokens, told
 
 Options = Mapping[str, Any]  # what a patch is told: block, block_index, activations_shape, sigmas, cond_or_uncond, ...
@@ -27,6 +27,7 @@ UNSUPPORTED = {
     "merge_crossattn": "these programs tell patches of self-attention alone",
     "merge_mlp": "these programs tell patches of self-attention alone",
     "share_guidance": "these programs decide for themselves which prompts go into a batch",
+    "threshold": "it counts in one call for the next, and these programs may call a model several times a step",
 }
 
 
@@ -53,7 +54,7 @@ class AttentionPatches:
         self.plain = plain
         self.clock = Clock(replace(fusion, start=0.0, end=1.0))  # the window is in noise levels here
         self.open = True
-        self.map: TokenMap | None = None  # of the block that is running
+        self.map: TokenMap | SoftMap | None = None  # of the block that is running
         self.watcher: Callable[[Place, TokenMap, int, int], None] | None = None  # is shown every map, of h x w tokens
 
     def before(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,7 +77,7 @@ class AttentionPatches:
         if map is None or place is None:
             return q, k, v
         if self.watcher is not None:
-            self.watcher(place, map, *size)
+            self.watcher(place, map.hard(), *size)
         fused = {id(x): x for x in (q, k, v)}  # one tensor, most times
         fused = {key: state.reduce(x, map) for key, x in fused.items()}
         return (q if self.fusion.keys_only else fused[id(q)]), fused[id(k)], fused[id(v)]
@@ -84,14 +85,14 @@ class AttentionPatches:
     def after(self, out: Tensor, options: Options) -> Tensor:
         """attn1_output_patch: the attention's result for all tokens [B, N, C]."""
         map, self.map = self.map, None
-        if map is None or self.fusion.keys_only or out.shape[:2] != map.kept.shape:
+        if map is None or self.fusion.keys_only or out.shape[:2] != map.after:
             return out
         return unmerge(out, map)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         """attn1_replace: attention of the projected q, k, v [B, N, C], the keys weighted by what they stand for."""
         heads, map = options["n_heads"], self.map
-        if map is None or k.shape[:2] != map.kept.shape:
+        if map is None or k.shape[:2] != map.after:
             assert self.plain is not None
             return self.plain(q, k, v, heads, options)
         dtype = v.dtype
@@ -158,7 +159,7 @@ def patch_model(
     """
     model = patcher.model.diffusion_model
     for name, why in UNSUPPORTED.items():
-        if getattr(fusion, name):
+        if getattr(fusion, name) is not None and getattr(fusion, name) is not False:
             raise ValueError(f"{name} cannot be had here: {why}")
     sites = find_sites(model)
     window = math.inf, -math.inf
