@@ -217,7 +217,7 @@ class Bench:
     def judge(self, one: Classifier, method: Method) -> Judged:
         weights = provenance.weights_hash(one.model)
         made = {
-            "weights": weights, "method": repr(method.told), "data": self.data.name, "n": self.n, "batch": self.batch,
+            "weights": weights, "method": method.settings, "data": self.data.name, "n": self.n, "batch": self.batch,
             "device": self.device.type, "torch": str(torch.__version__), "code": code(),
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
@@ -228,7 +228,7 @@ class Bench:
             kept = {"made": made, "right": "".join(map(str, right.int().tolist())), "flops": flops, "tokens": tokens}
             write_json(path, kept)
         right = torch.tensor([mark == "1" for mark in kept["right"]])
-        return Judged(right, kept["flops"], kept["tokens"], repr(method.told))
+        return Judged(right, kept["flops"], kept["tokens"], method.settings)
 
     def groups(self) -> list[str]:
         """The class of each picture."""

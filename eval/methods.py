@@ -102,8 +102,8 @@ def _stacked(name: str, peer_name: str, inner: Method) -> Method:
     return Method(name, key, inner.ratio, identity, applied, inner.fusion, cycle=cycle, whole=True)
 
 
-def fusion_fields(fusion: TokenFusion) -> dict[str, Any]:
-    """A TokenFusion's fields, functions by their names, so that it reads the same in every process."""
+def fusion_fields(fusion: Any) -> dict[str, Any]:
+    """The fields of a TokenFusion or its like, functions by their names, so that it reads the same in every process."""
     return {name: getattr(value, "__name__", value) for name, value in vars(fusion).items()}
 
 

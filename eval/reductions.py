@@ -16,6 +16,7 @@ from tofu_sd.policy import did_you_mean
 from tofu_sd.vit import RECIPES, AdaptiveReduction, TokenReduction
 
 from . import EvalError
+from .methods import fusion_fields
 
 LETTERS = {"P": "prune", "A": "mean", "M": "mlerp"}
 PATTERN = re.compile(r"([PAM])(\1*)(?:([PAM])(\3*))?")
@@ -34,6 +35,11 @@ class Method:
     @property
     def label(self) -> str:
         return self.name if self.r is None else f"{self.name}, r = {self.r}"
+
+    @property
+    def settings(self) -> str:
+        """All that decides what it does, the same in every process."""
+        return "" if self.told is None else f"{type(self.told).__name__} {fusion_fields(self.told)}"
 
     @property
     def adaptive(self) -> bool:

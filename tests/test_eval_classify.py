@@ -250,6 +250,13 @@ def test_thresholds_are_set_to_the_operations_of_tome(trained, pictures, tmp_pat
         assert 0.9 < share <= 1.01  # as many tokens leave in whole numbers, so the last few operations are not met
 
 
+def test_a_method_is_known_again_by_another_process():
+    """What was judged is kept by it: an address of a function in it would never be met again."""
+    methods = reductions.parse("tome,tofu,atm", [4], 4)
+    assert len({method.settings for method in methods}) == 3
+    assert all("0x" not in method.settings for method in methods)
+
+
 def test_what_was_judged_is_not_judged_again(trained, pictures, tmp_path, monkeypatch):
     first = run(trained, pictures, tmp_path, "--method", "tome", "--r", "8")
     monkeypatch.setattr(classify, "judge", None)  # is not called
