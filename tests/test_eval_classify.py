@@ -356,3 +356,17 @@ def test_a_broken_folder_of_weights_is_named(trained, tmp_path, capsys):
     (broken / classifiers.ABOUT).unlink()
     assert classify.main(["--model", str(broken), "--device", "cpu"]) == 2
     assert "the folder 'broken' holds no classifier" in capsys.readouterr().err
+
+
+def test_the_embedded_classifiers_are_what_their_page_says():
+    """Three, each of its seed, right on the share of fresh scenes that stands in the page; here on a few of them."""
+    page = (classifiers.EMBEDDED.parent / "README.md").read_text()
+    found = classifiers.load("demo", torch.device("cpu"))
+    assert [one.seed for one in found] == [0, 1, 2]
+    scenes = torch.stack([render([CLASSES[i]], [10_000_000 + i], 112)[0] for i in range(0, 96, 4)])
+    for one in found:
+        figures = json.loads((classifiers.EMBEDDED / f"seed-{one.seed}" / classifiers.ABOUT).read_text())["figures"]
+        assert f"{100 * figures['accuracy']:.2f}" in page
+        assert figures["n"] == 3840
+        right = (one.model(scenes).argmax(-1) == torch.arange(0, 96, 4)).float().mean()
+        assert right >= 22 / 24  # two of them may be hard; each misses one in three hundred
