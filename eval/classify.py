@@ -16,13 +16,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
@@ -125,12 +128,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True)
 class Judged:
-    """What one classifier did under one method. right [n]: bool. flops, tokens: of a picture, on average.
+    """What one classifier did under one method. right [n]: bool. seen [n, C]: what its last linear layer was shown.
 
-    tokens: patch tokens that come out of the last layer but one. told: the method's settings, thresholds as found.
+    flops, tokens: of a picture, on average; tokens: patch tokens that come out of the last layer but one. told: the
+    method's settings, thresholds as found.
     """
 
     right: Tensor
+    seen: Tensor
     flops: float
     tokens: float
     told: str
@@ -221,37 +226,54 @@ class Bench:
             "device": self.device.type, "torch": str(torch.__version__), "code": code(),
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
-        path = self.out / "judged" / f"{key}.json"
-        kept = read_json(path)
-        if not isinstance(kept, dict) or kept.get("made") != made:
-            right, flops, tokens = judge(one.model, method, self.batches(self.n), self.device)
-            kept = {"made": made, "right": "".join(map(str, right.int().tolist())), "flops": flops, "tokens": tokens}
-            write_json(path, kept)
-        right = torch.tensor([mark == "1" for mark in kept["right"]])
-        return Judged(right, kept["flops"], kept["tokens"], method.settings)
+        path = self.out / "judged" / f"{key}.safetensors"
+        kept = _kept(path, made)
+        if kept is None:
+            kept = judge(one.model, method, self.batches(self.n), self.device)
+            told = {"made": json.dumps(made), "flops": repr(kept.flops), "tokens": repr(kept.tokens)}
+            write(path, save({"right": kept.right, "seen": kept.seen}, told))
+        return kept
 
     def groups(self) -> list[str]:
         """The class of each picture."""
         return [self.data.classes[label] for label in self.data.labels[: self.n]]
 
 
+def _kept(path: Path, made: dict[str, Any]) -> Judged | None:
+    """What was judged before, and by all of this; None where nothing was, or the file is broken."""
+    try:
+        with safe_open(path, "pt") as file:
+            told = file.metadata()
+            if json.loads(told["made"]) == made:
+                right, seen = file.get_tensor("right"), file.get_tensor("seen")
+                return Judged(right, seen, float(told["flops"]), float(told["tokens"]), made["method"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
 @torch.no_grad()
-def judge(
-    model: nn.Module, method: Method, batches: DataLoader[Any], device: torch.device
-) -> tuple[Tensor, float, float]:
-    """(which pictures are named right, operations of a picture, its patch tokens behind the last layer but one)."""
-    right, left = [], []
-    blocks = host.find_blocks(model)
+def judge(model: nn.Module, method: Method, batches: DataLoader[Any], device: torch.device) -> Judged:
+    """Shows a classifier the pictures under a method."""
+    right: list[Tensor] = []
+    seen: list[Tensor] = []
+    left: list[int] = []
     prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+    last, head = host.find_blocks(model)[-1], cast(nn.Module, model.head)
     with method.applied(model), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        last = blocks[-1].register_forward_pre_hook(lambda m, args: left.append(len(args[0]) * args[0].shape[1]))
+        handles = [
+            last.register_forward_pre_hook(lambda m, args: left.append(len(args[0]) * args[0].shape[1])),
+            head.register_forward_pre_hook(lambda m, args: seen.append(args[0].float().cpu())),
+        ]
         try:
             for _, (pictures, labels) in zip(working(range(len(batches)), method.label), batches, strict=True):
                 right.append(model(pictures.to(device)).argmax(-1).cpu() == labels)
         finally:
-            last.remove()
+            for handle in handles:
+                handle.remove()
     n = sum(map(len, right))
-    return torch.cat(right), counter.get_total_flops() / n, sum(left) / n - prefix
+    flops, tokens = counter.get_total_flops() / n, sum(left) / n - prefix
+    return Judged(torch.cat(right), torch.cat(seen), flops, tokens, method.settings)
 
 
 @dataclass(frozen=True)
@@ -273,6 +295,15 @@ class Entry:
         """Which pictures each classifier names right: float64 [classifiers, n] of 0 and 1."""
         return torch.stack([each.right for each in self.judged]).double()
 
+    def moved(self, full: Entry) -> Tensor:
+        """How far what the last linear layer is shown lies from the full model's, 1 - cosine, by picture: [n].
+
+        The mean over the classifiers. It tells methods apart where accuracy no longer does (ATM Fig. 2 measures it).
+        """
+        pairs = zip(self.judged, full.judged, strict=True)
+        apart = [1 - F.cosine_similarity(own.seen.double(), whole.seen.double(), dim=-1) for own, whole in pairs]
+        return torch.stack(apart).mean(0)
+
     def row(self, entries: Sequence[Entry], groups: Sequence[str], batch: int) -> dict[str, Any]:
         """Of the results. entries: all of them, the full model's first. groups: the class of each picture."""
         tome = next((e for e in entries if (e.method.name, e.method.r) == ("tome", self.method.r)), None)
@@ -286,6 +317,7 @@ class Entry:
             "told": [each.told for each in self.judged],
             "accuracy": {**interval(self.rights.mean(0), groups), "by_classifier": self.rights.mean(1).tolist()},
             "ahead_of_tome": ahead,
+            "moved": None if self is entries[0] else interval(self.moved(entries[0]), groups),
             "flops": mean(each.flops for each in self.judged), "tokens": mean(each.tokens for each in self.judged),
             "images_per_second": spread(rates) if rates else None, "speedup": spread(ratios) if ratios else None,
         }  # fmt: skip
@@ -305,7 +337,7 @@ def settle(bench: Bench, one: Classifier, method: Method) -> Method:
     held = [(pictures.to(bench.device), labels) for pictures, labels in batches]
 
     def flops(asked: Method) -> float:
-        return judge(one.model, asked, held, bench.device)[1]  # type: ignore[arg-type]
+        return judge(one.model, asked, held, bench.device).flops  # type: ignore[arg-type]
 
     (like,) = parse("tome", [method.r], len(host.find_blocks(one.model)))
     aim = flops(like)
@@ -388,7 +420,7 @@ def read(out: Path) -> dict[str, Any]:
 def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(titles, the texts of each row)."""
     full = next(row for row in found["rows"] if row["method"] == FULL.name)
-    titles = ["method", "accuracy, %", "GFLOP / image", "of the full model's", "tokens left"]
+    titles = ["method", "accuracy, %", "features moved, 10⁻³", "GFLOP / image", "of the full model's", "tokens left"]
     ahead = any(row["ahead_of_tome"] for row in found["rows"])
     timed = any(row["speedup"] for row in found["rows"])
     titles += ["ahead of tome, %"] * ahead + ["images / s", "speed-up"] * timed
@@ -397,7 +429,7 @@ def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         a, gap = row["accuracy"], row["ahead_of_tome"]
         between = f" ({100 * a['low']:.1f}–{100 * a['high']:.1f})" if a["low"] is not None else ""
         line = [
-            row["label"], f"{100 * a['value']:.2f}{between}", f"{row['flops'] / 1e9:.3f}",
+            row["label"], f"{100 * a['value']:.2f}{between}", _moved(row["moved"]), f"{row['flops'] / 1e9:.3f}",
             f"{row['flops'] / full['flops']:.3f}", f"{row['tokens']:.0f}",
         ]  # fmt: skip
         if ahead:
@@ -408,6 +440,13 @@ def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             line += [f"{rate['median']:.0f}", f"{faster['median']:.2f}× ({faster['p5']:.2f}–{faster['p95']:.2f})"]
         lines.append(line)
     return titles, lines
+
+
+def _moved(figure: dict[str, float] | None) -> str:
+    if figure is None:
+        return "–"
+    between = f" ({1e3 * figure['low']:.3g}–{1e3 * figure['high']:.3g})" if figure["low"] is not None else ""
+    return f"{1e3 * figure['value']:.3g}{between}"
 
 
 def straightness(found: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
@@ -437,8 +476,9 @@ def notes(found: dict[str, Any]) -> list[str]:
         f"{trained} · {s['n']} pictures of {s['classes']} classes ({s['data']}), {s['side']} px, batches of "
         f"{s['batch']} · float32 on {s['device']} · torch {s['torch']}, timm {s['timm']} · commit "
         f"{p['commit'] or 'unknown'}.",
-        "Accuracy: mean over the classifiers, 95 % interval over classes; operations by torch's counter, matching "
-        "included; tokens: of patches, before the last layer.",
+        "Accuracy: mean over the classifiers, 95 % interval over classes. Features moved: 1 - cosine of what the last "
+        "linear layer is shown to what the full model shows it, mean and interval alike. Operations: by torch's "
+        "counter, matching included; tokens: of patches, before the last layer.",
     ]
     if any(row["speedup"] for row in found["rows"]):
         lines.append(f"Images / s, speed-up: medians of {s['rounds']} rounds in turns, 5th to 95th percentile.")
@@ -451,29 +491,38 @@ def notes(found: dict[str, Any]) -> list[str]:
 
 
 def plot(found: dict[str, Any]) -> str:
-    """Accuracy against operations and, where there were rounds, against images a second (ToFu Fig. 4)."""
+    """Accuracy, and how far features moved, against operations and, where there were rounds, images a second.
+
+    The upper half is ToFu's Fig. 4.
+    """
     full = next(row for row in found["rows"] if row["method"] == FULL.name)
-    kinds: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
-        ("GFLOP / image", lambda row: row["flops"] / 1e9),
-    ]
+    costs: list[tuple[str, Callable[[dict[str, Any]], float]]] = [("GFLOP / image", lambda row: row["flops"] / 1e9)]
     if full["images_per_second"]:
-        kinds.append(("images / s", lambda row: row["images_per_second"]["median"]))
+        costs.append(("images / s", lambda row: row["images_per_second"]["median"]))
+    values: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+        ("accuracy, %", lambda row: 100 * row["accuracy"]["value"]),
+        ("features moved", lambda row: row["moved"]["value"]),
+    ]
     names = list(dict.fromkeys(row["method"] for row in found["rows"] if row is not full))
     with plots.style():
-        figure = Figure(figsize=(0.5 + 4.2 * len(kinds), 3.6), layout="constrained")
-        axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-        for ax, (title, cost) in zip(axes, kinds, strict=True):
-            plots.bare(ax)
-            ax.axhline(100 * full["accuracy"]["value"], color="#60646c", linewidth=0.8, linestyle=":")
-            ax.plot(cost(full), 100 * full["accuracy"]["value"], "k*", label="full")
-            for i, name in enumerate(names):
-                own = sorted((row for row in found["rows"] if row["method"] == name), key=cost)
-                colour = COLOURS[i % len(COLOURS)]
-                ax.plot([cost(r) for r in own], [100 * r["accuracy"]["value"] for r in own], "o-", color=colour,
-                        markersize=4, linewidth=1.2, label=name)  # fmt: skip
+        figure = Figure(figsize=(0.5 + 4.2 * len(costs), 6), layout="constrained")
+        axes = figure.subplots(len(values), len(costs), sharey="row", sharex="col", squeeze=False)
+        for line, (title, value) in zip(axes, values, strict=True):
+            line[0].set_ylabel(title)
+            for ax, (_, cost) in zip(line, costs, strict=True):
+                plots.bare(ax)
+                for i, name in enumerate(names):
+                    own = sorted((row for row in found["rows"] if row["method"] == name), key=cost)
+                    colour = COLOURS[i % len(COLOURS)]
+                    ax.plot([cost(r) for r in own], [value(r) for r in own], "o-", color=colour, markersize=4,
+                            linewidth=1.2, label=name)  # fmt: skip
+        for ax, (_, cost) in zip(axes[0], costs, strict=True):
+            ax.axhline(values[0][1](full), color="#60646c", linewidth=0.8, linestyle=":")
+            ax.plot(cost(full), values[0][1](full), "k*", label="full")
+        for ax, (title, _) in zip(axes[-1], costs, strict=True):
             ax.set_xlabel(title)
-        axes[0].set_ylabel("accuracy, %")
-        axes[-1].legend(frameon=False, fontsize=8)
+            ax.set_yscale("log")
+        axes[0][-1].legend(frameon=False, fontsize=8)
         return plots.svg(figure)
 
 

@@ -239,8 +239,28 @@ def test_the_table_counts_what_is_right(trained, pictures, tmp_path):
         assert rows[f"{name}, r = 0"]["flops"] == rows["full"]["flops"]
         assert rows[f"{name}, r = 8"]["tokens"] == 64 - 3 * 8
         assert rows[f"{name}, r = 8"]["flops"] < rows["full"]["flops"]
+        assert rows[f"{name}, r = 0"]["moved"]["value"] == pytest.approx(0, abs=1e-9)
+        assert 0 < rows[f"{name}, r = 8"]["moved"]["value"] < 1
     ahead = rows["tofu, r = 8"]["ahead_of_tome"]["value"]
     assert ahead == pytest.approx(rows["tofu, r = 8"]["accuracy"]["value"] - rows["tome, r = 8"]["accuracy"]["value"])
+
+
+def test_how_far_features_moved_is_the_cosine_of_what_the_head_is_shown(trained, pictures, tmp_path):
+    one = classifiers.load(trained, torch.device("cpu"))[0]
+    data = labelled.folder(pictures / "val", labelled.plain(32))
+    bench = classify.Bench(data, 6, 64, torch.device("cpu"), tmp_path)
+    full, tome = (classify.Entry.of(bench, [one], m) for m in reductions.parse("full,tome", [12], 4))
+    batch = torch.stack([data.pictures[i][0] for i in range(6)])
+    with torch.no_grad():
+        whole = one.model.forward_head(one.model.forward_features(batch), pre_logits=True)
+        with tome.settled[0].applied(one.model):
+            less = one.model.forward_head(one.model.forward_features(batch), pre_logits=True)
+    expected = 1 - (whole * less).sum(-1) / (whole.norm(dim=-1) * less.norm(dim=-1))
+    assert torch.allclose(tome.moved(full).float(), expected, atol=1e-5)
+    broken = next((tmp_path / "judged").iterdir())
+    broken.write_bytes(b"nothing")  # is judged anew
+    again = classify.Entry.of(bench, [one], tome.method)
+    assert torch.equal(again.moved(full), tome.moved(full))
 
 
 def test_thresholds_are_set_to_the_operations_of_tome(trained, pictures, tmp_path):
