@@ -187,7 +187,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         if options.plot:
             write(options.plot, drawing)
     if options.maps:
-        write(options.maps, png(maps(bench, models[0], [m for m in chosen if m is not FULL])))
+        write(options.maps, png(maps(bench, models[0], [entry.settled[0] for entry in entries[1:]])))
     return found, out
 
 
@@ -540,7 +540,7 @@ def maps(bench: Bench, one: Classifier, methods: Sequence[Method]) -> Image.Imag
         picture = bench.data.pictures[i][0]
         shown = [(picture, 0)]
         for method in methods:
-            with settle(bench, one, method).applied(model), host.watch(model) as seen:
+            with method.applied(model), host.watch(model) as seen:
                 model(picture.unsqueeze(0).to(bench.device))
             home = seen[-1][1].home[0].cpu() if seen else torch.arange(model.patch_embed.num_patches)
             shown.append((outlined(picture, home), int(home.max()) + 1))
