@@ -256,6 +256,7 @@ def plan(options: argparse.Namespace) -> Job:
 def dry(job: Job) -> dict[str, Any]:
     """What there would be to draw, and what of it is there."""
     _, _, settings, out = ready(job)
+    tell_too_small(job, settings)
     pictures = {m.key: len(records(out, settings, m, job.asked)) for m in job.drawn}
     return {
         "out": str(out),
@@ -270,9 +271,13 @@ def ready(job: Job) -> tuple[Any, nn.Module | None, Settings, Path]:
     pipe, judge = load_model(job.options.model, job.device, dtype)
     try_out(pipe, job.chosen)
     settings = _settings(job.options, pipe, job.requests, job.device, dtype)
+    return pipe, judge, settings, job.options.out or default_out(settings, job.options.limit)
+
+
+def tell_too_small(job: Job, settings: Settings) -> None:
+    """Which metrics these pictures will be too small for, before hours of drawing."""
     for metric in metrics.too_small(job.options.metrics, settings.size) if job.team.leads else ():
         print(f"{metric.name} is skipped: {metric.reason}", file=sys.stderr)
-    return pipe, judge, settings, job.options.out or default_out(settings, job.options.limit)
 
 
 def draw(job: Job, told: dict[str, Any]) -> Drawn:
@@ -284,6 +289,7 @@ def draw(job: Job, told: dict[str, Any]) -> Drawn:
     if options.map_block is not None:
         maps.check(pipe, job.drawn, options.map_block)
     claim(out, settings)
+    tell_too_small(job, settings)
     if team.leads:
         tidy(out)
     if options.reference and team.leads:
