@@ -392,7 +392,7 @@ def part(found: dict[str, Any], scopes: str | None, methods: str | None) -> dict
 
 
 def quality(folders: Sequence[Path]) -> dict[str, dict[str, str]]:
-    """By a method's key, in folders of eval.run: its PSNR and LPIPS with their intervals."""
+    """By a method's key, in folders of eval.run: its PSNR and LPIPS with their intervals, and of how many."""
     by_key: dict[str, dict[str, str]] = {}
     for folder in folders:
         found = report.read(folder)[0]
@@ -400,13 +400,15 @@ def quality(folders: Sequence[Path]) -> dict[str, dict[str, str]]:
         for row in found["rows"]:
             figures = {f"{m['name']} {'↓' if m['lower_is_better'] else '↑'}": m for m in metrics}
             own = {title: short(row.get("metrics", {}).get(m["name"]), m["digits"]) for title, m in figures.items()}
+            own["n"] = str(found["settings"]["n"])
             by_key.setdefault(row["key"], own)
     return by_key
 
 
 def markdown(found: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
     """A table for each setup, for a page; with what each method costs in quality, where that was measured."""
-    metrics = list(dict.fromkeys(title for own in figures.values() for title in own))
+    metrics = list(dict.fromkeys(title for own in figures.values() for title in own if title != "n"))
+    shown = [figures[row["key"]]["n"] for row in found["rows"] if row.get("key") in figures]
     lines = []
     for title, rows in _setups(found):
         columns = _columns(rows)
@@ -422,7 +424,8 @@ def markdown(found: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
         lines.append("")
     lines += [circumstances(found)]
     if metrics:
-        lines += ["PSNR, LPIPS: of the embedded model's pictures, against the full ones (docs/results.md)."]
+        n = " or ".join(sorted(set(shown), key=int))
+        lines += [f"PSNR, LPIPS: of {n} of the embedded model's pictures, against the full ones (docs/results.md)."]
     return "\n".join([*lines, "", f"`{found['provenance']['command']}`"]) + "\n"
 
 
