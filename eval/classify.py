@@ -53,6 +53,7 @@ FRESH = 40  # scenes a class
 CALIBRATION = 128  # pictures by which thresholds are set; their labels are not looked at
 HALVINGS = 12  # of the range of thresholds
 SHOWN = 8  # pictures of --maps
+LEAST_SPAN = 4.0  # % of accuracy that a drawing shows at least
 
 EXAMPLES = """examples:
   python -m eval.classify --method full,tome,tofu-avg,tofu --r 8,12,16,20
@@ -92,7 +93,7 @@ def parser() -> Parser:
     add_device(p)
     p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: runs/classify-MODEL)")
     p.add_argument("--maps", type=Path, metavar="FILE", help="draw which tokens are one in the last layers, as PNG")
-    p.add_argument("--plot", type=Path, metavar="FILE", help="also write the drawing there, as SVG")
+    p.add_argument("--plot", type=Path, metavar="FILE", help="write the drawing there, as SVG")
     show = p.add_mutually_exclusive_group()
     show.add_argument("--table", type=Path, metavar="DIR", help="measure nothing; print a folder's table for a page")
     show.add_argument("--linearity", type=Path, metavar="DIR", help="the same of each layer's functional linearity")
@@ -107,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.table:
             found = read(options.table)
             print(markdown_rows(*cells(found), notes(found)), end="")
+            if options.plot:
+                write(options.plot, plot(found))
             return 0
         if options.linearity:
             print(markdown_rows(*straightness(read(options.linearity))), end="")
@@ -453,7 +456,7 @@ def straightness(found: dict[str, Any]) -> tuple[list[str], list[list[str]], lis
     """(titles, rows, notes) of the functional linearity of each layer (ToFu Fig. 3), and the split it suggests."""
     layers = [list(values) for values in zip(*found["linearity"], strict=True)]
     lines = [
-        [str(layer), f"{mean(values):.3f}", f"{min(values):.3f}–{max(values):.3f}"]
+        [str(layer), f"{mean(values):.5f}", f"{min(values):.5f}–{max(values):.5f}"]
         for layer, values in enumerate(layers)
     ]
     d = best_split({layer: mean(values) for layer, values in enumerate(layers)})
@@ -522,6 +525,10 @@ def plot(found: dict[str, Any]) -> str:
         for ax, (title, _) in zip(axes[-1], costs, strict=True):
             ax.set_xlabel(title)
             ax.set_yscale("log")
+        low, high = axes[0][0].get_ylim()
+        if high - low < LEAST_SPAN:  # differences of a picture or two shall not fill the panel
+            top = min(100.2, (low + high + LEAST_SPAN) / 2)
+            axes[0][0].set_ylim(top - LEAST_SPAN, top)
         axes[0][-1].legend(frameon=False, fontsize=8)
         return plots.svg(figure)
 
