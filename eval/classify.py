@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
     terminal_rows("", *cells(found), notes(found), Console(width=None if sys.stdout.isatty() else 120))
-    print(f"results: {out / 'results.json'}", file=sys.stderr)
+    print(f"results: {out / 'classify.json'}", file=sys.stderr)
     return 0
 
 
@@ -145,7 +145,7 @@ class Judged:
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any], Path]:
-    """(what results.json holds, the folder). EvalError for what cannot be, before anything is measured."""
+    """(what classify.json holds, the folder). EvalError for what cannot be, before anything is measured."""
     device = pick_device(options.device)
     told = provenance.begin("eval.classify", argv, device)
     models = classifiers.load(options.model, device)
@@ -183,7 +183,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     held = next(iter(DataLoader(Subset(data.pictures, range(min(CALIBRATION, n))), CALIBRATION)))[0].to(device)
     straight = [host.linearity(one.model, held).mean(dim=1).tolist() for one in models]
     found = {"schema": SCHEMA, "settings": settings, "rows": rows, "linearity": straight, "provenance": told}
-    write_json(out / "results.json", found)
+    write_json(out / "classify.json", found)
     if not options.stress:
         drawing = plot(found)
         write(out / "plot.svg", drawing)
@@ -414,7 +414,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def read(out: Path) -> dict[str, Any]:
-    found = read_json(out / "results.json")
+    found = read_json(out / "classify.json")
     if not isinstance(found, dict) or found.get("schema") != SCHEMA or "stress" not in found.get("settings", {}):
         raise EvalError(f"{out.name} holds no results of eval.classify")
     return found

@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
-    """What results.json holds, of the variants of the tables asked for."""
+    """What condensation.json holds, of the variants of the tables asked for."""
     device = pick_device(options.device)
     tables = choices(options.of, TITLES, "table")
     told = provenance.begin("eval.condensation", argv, device)
@@ -133,7 +133,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
                 "clusters": options.clusters, "n": rights.shape[1], "classes": len(fresh.classes),
                 "device": provenance.device_name(device), "torch": str(torch.__version__)}  # fmt: skip
     found = {"schema": SCHEMA, "settings": settings, "rows": rows, "provenance": told}
-    write_json(options.out / "results.json", found)
+    write_json(options.out / "condensation.json", found)
     return found
 
 
@@ -161,7 +161,7 @@ def cost(model: nn.Module, fresh: Labelled, device: torch.device) -> tuple[float
 
 
 def read(out: Path) -> dict[str, Any]:
-    found = read_json(out / "results.json")
+    found = read_json(out / "condensation.json")
     if not isinstance(found, dict) or found.get("schema") != SCHEMA or "clusters" not in found.get("settings", {}):
         raise EvalError(f"{out.name} holds no results of eval.condensation")
     return found

@@ -65,7 +65,7 @@ def trained(pictures, tmp_path_factory):
 def run(trained, pictures, out, *more):
     assert classify.main(["--model", trained, "--data", str(pictures / "val"), "--out", str(out), "--device", "cpu",
                           "--rounds", "0", *more]) == 0  # fmt: skip
-    return json.loads((out / "results.json").read_text())
+    return json.loads((out / "classify.json").read_text())
 
 
 def by_label(found):

@@ -29,7 +29,7 @@ def few(tmp_path_factory):
 def run(out, *more):
     few_samples = ["--samples", "32", "--depth", "1", "--seeds", "0", "--device", "cpu"]
     assert condensation.main(["--out", str(out), *few_samples, *more]) == 0
-    return json.loads((out / "results.json").read_text())
+    return json.loads((out / "condensation.json").read_text())
 
 
 @pytest.fixture(scope="module")
