@@ -46,12 +46,7 @@ class Comparison:
 def compare(a: Path, b: Path) -> Comparison:
     """EvalError where the two were not drawn alike, naming what differs."""
     (first, first_images), (second, second_images) = report.read(a), report.read(b)
-    for name in SAME:
-        ours, theirs = first["settings"][name], second["settings"][name]
-        if ours != theirs:
-            raise EvalError(
-                f"{a.name} and {b.name} cannot be compared: {name} is {ours!r} in one, {theirs!r} in the other"
-            )
+    report.alike(a, first, b, second, SAME)
     told = {
         name: (first["settings"][name], second["settings"][name])
         for name in TIMED
@@ -71,13 +66,6 @@ def compare(a: Path, b: Path) -> Comparison:
     }
     measured = {m["name"]: m for m in first["metrics"] if "skipped" not in m}
     shared = [measured[m["name"]] for m in second["metrics"] if m["name"] in measured and "skipped" not in m]
-    for metric in second["metrics"]:
-        mine = measured.get(metric["name"], {}).get("implementation")
-        if "skipped" not in metric and mine is not None and mine != metric["implementation"]:
-            raise EvalError(
-                f"{a.name} and {b.name} cannot be compared: {metric['name']} is measured by {mine} in one, by "
-                f"{metric['implementation']} in the other; measure one of them again with --metrics-only"
-            )
     alike = not told.keys() & {*TIMED, *runtimes[0], *runtimes[1]}
     others = {row["key"]: row for row in second["rows"] if "skipped" not in row}
     rows = []

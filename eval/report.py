@@ -101,6 +101,57 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     return found, list(csv.DictReader(io.StringIO(content.decode(), newline="")))
 
 
+def alike(a: Path, first: dict[str, Any], b: Path, second: dict[str, Any], names: Sequence[str]) -> None:
+    """EvalError where the figures of two runs must not stand side by side: settings of these names, or how a metric is
+    measured, differ."""
+    cannot = f"{a.name} and {b.name} cannot be compared"
+    for name in names:
+        ours, theirs = first["settings"][name], second["settings"][name]
+        if ours != theirs:
+            raise EvalError(f"{cannot}: {name} is {ours!r} in one, {theirs!r} in the other")
+    measured = {m["name"]: m["implementation"] for m in first["metrics"] if "skipped" not in m}
+    for metric in second["metrics"]:
+        mine = measured.get(metric["name"])
+        if "skipped" not in metric and mine is not None and mine != metric["implementation"]:
+            raise EvalError(
+                f"{cannot}: {metric['name']} is measured by {mine} in one, by {metric['implementation']} in the other; "
+                "measure one of them again with --metrics-only"
+            )
+
+
+def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """The rows of several runs of the same settings as those of one; of a method that two have, the first one's.
+
+    A row keeps the speed-up over the full model of its own run. EvalError where settings differ.
+    """
+    found, images = read(outs[0])
+    for out in outs[1:]:
+        other, its_images = read(out)
+        alike(outs[0], found, out, other, list(found["settings"]))
+        if (mine := _measured(found)) != (its := _measured(other)):
+            raise EvalError(
+                f"{outs[0].name} and {out.name} cannot be compared: {', '.join(sorted(mine ^ its))} is measured in "
+                "one alone; measure the other again with --metrics-only"
+            )
+        keys = {row["key"] for row in found["rows"]}
+        told, its = found["provenance"], other["provenance"]
+        found = {
+            **found,
+            "rows": [*found["rows"], *(row for row in other["rows"] if row["key"] not in keys)],
+            "provenance": {
+                **told,
+                "drawn": [*(told.get("drawn") or [told]), *(its.get("drawn") or [its])],
+                "joined": [*told.get("joined", []), its["command"]],
+            },
+        }
+        images += [image for image in its_images if image["key"] not in keys]
+    return found, images
+
+
+def _measured(found: dict[str, Any]) -> set[str]:
+    return {metric["name"] for metric in found["metrics"] if "skipped" not in metric}
+
+
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
@@ -207,8 +258,8 @@ EXAMPLES = """examples:
       a part of the table, for a page
   python -m eval.report runs/try --against 'tome 50%'
       how far every method is from that one, picture by picture
-  python -m eval.report runs/try --frontier
-      the methods that no other beats in both cost and quality, and the call for each
+  python -m eval.report runs/half runs/quarter --frontier
+      the methods that no other beats in both cost and quality, and the call for each, of two runs of the same settings
 """
 TAKES = {  # what of --rows, --columns and --first the parts of a report take
     "markdown": ("rows", "columns"), "against": ("rows",), "frontier": (), "plot": ("rows",), "grid": ("rows", "first"),
@@ -222,7 +273,9 @@ def main(argv: list[str] | None = None) -> int:
         epilog=EXAMPLES,
         formatter_class=Help,
     )
-    parser.add_argument("out", type=Path, help="folder that eval.run wrote")
+    parser.add_argument(
+        "out", type=Path, nargs="+", help="folder that eval.run wrote; several of the same settings for a table or plot"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--markdown", action="store_true", help="print the table for a README, write nothing")
     what.add_argument("--against", metavar="ROW", help="print how each row differs from this one, say 'tome 50%%'")
@@ -238,7 +291,10 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("rows", "columns", "first"):
             if getattr(options, name) and name not in TAKES.get(part, ()):
                 raise EvalError(f"--{name} says nothing of {f'--{part}' if part else 'the whole report'}")
-        found, images = read(options.out)
+        out = options.out[0]
+        if len(options.out) > 1 and part in ("", "grid"):
+            raise EvalError(f"{'--grid' if part else 'the whole report'} shows the pictures of one folder")
+        found, images = joined(options.out)
         found = with_rows(found, options.rows)
         if options.against is not None:
             print(markdown_against(found, images, options.against), end="")
@@ -249,10 +305,10 @@ def main(argv: list[str] | None = None) -> int:
         elif options.plot:
             write(options.plot, frontier.svg(found))
         elif options.grid:
-            write(options.grid, png(grid(options.out, found, images, options.first or GRID_ROWS)))
+            write(options.grid, png(grid(out, found, images, options.first or GRID_ROWS)))
         else:
-            draw(options.out)
-            print(f"wrote {options.out / 'report.html'} and {options.out / 'grid.png'}", file=sys.stderr)
+            draw(out)
+            print(f"wrote {out / 'report.html'} and {out / 'grid.png'}", file=sys.stderr)
     except (EvalError, OSError) as error:
         print(f"error: {without_paths(str(error))}", file=sys.stderr)
         return 2

@@ -127,6 +127,12 @@ def circumstances(found: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
+def commands(found: dict[str, Any]) -> str:
+    """What made the figures, for a page: a command, or one for each of the runs that were joined."""
+    told = found["provenance"]
+    return "\n\n".join(f"`{command}`" for command in (told["command"], *told.get("joined", [])))
+
+
 def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
     """What has to be said below the table. timed: whether it shows times."""
     lines = ["Against the full model's pictures under the same seeds; intervals of the metrics: 95 %."]
@@ -251,8 +257,7 @@ def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
     metrics = [metric for metric in found["metrics"] if not columns or metric["name"] in shown]
     timed = not shown.isdisjoint({"speed-up", "s/image"})
     lines += ["", circumstances(found) + ".", *notes({**found, "metrics": metrics}, timed)]
-    lines += ["", f"`{found['provenance']['command']}`"]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", commands(found)]) + "\n"
 
 
 def _known(what: str, asked: Sequence[str], known: Sequence[str]) -> Sequence[str]:

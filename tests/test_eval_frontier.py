@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tiny import sd15_pipe
 from eval import EvalError, files, frontier, report, sweep
 from eval import run as job
 from eval.frontier import Point
+from eval.score import Scores
 
 FIGURE = st.floats(0, 1, allow_nan=False).map(lambda x: round(x, 1))  # coarse, so that some are equal
 
@@ -122,6 +124,55 @@ def test_a_plot_is_the_same_every_time_and_a_file_if_asked_for(swept: Path, tmp_
     found, _ = report.read(swept)
     assert report.main([str(swept), "--plot", str(tmp_path / "plot.svg")]) == 0
     assert (tmp_path / "plot.svg").read_text() == frontier.svg(found)
+
+
+def part(swept: Path, out: Path, keep: Callable[[dict[str, Any]], bool], **settings: Any) -> Path:
+    """A folder that holds some rows of a run, as a run of those methods alone would have left it."""
+    found, images = report.read(swept)
+    rows = [row for row in found["rows"] if row["key"] == "full" or keep(row)]
+    keys = {row["key"] for row in rows}
+    found = {**found, "rows": rows, "settings": {**found["settings"], **settings}}
+    found["provenance"] = {**found["provenance"], "command": f"draw {out.name}"}
+    report.save(out, found, Scores(rows, [image for image in images if image["key"] in keys], []))
+    return out
+
+
+def test_two_runs_of_a_grid_read_as_the_whole(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that a grid may grow: what is on the frontier is decided among all its rows, not within each run."""
+    monkeypatch.setattr(report, "draw", lambda out: None)  # the pictures are not what is asked for here
+    found, images = report.read(swept)
+    low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25)
+    high = part(swept, tmp_path / "high", lambda row: row["ratio"] != 0.25)
+    both, their_images = report.joined([low, high])
+    assert sorted(row["key"] for row in both["rows"]) == sorted(row["key"] for row in found["rows"])
+    assert sorted(i["key"] + i["id"] for i in their_images) == sorted(i["key"] + i["id"] for i in images)
+    front = {point.row["key"] for point in frontier.best(found)[2]}
+    assert {point.row["key"] for point in frontier.best(both)[2]} == front
+    for asked in (["--frontier"], ["--markdown"]):
+        assert report.main([str(low), str(high), *asked]) == 0
+        assert capsys.readouterr().out.endswith("\n\n`draw low`\n\n`draw high`\n")
+    assert report.main([str(low), str(high), "--against", "tofu 25%", "--rows", "tofu 25%", "todo"]) == 0
+    assert "| todo |" in capsys.readouterr().out
+
+
+def test_runs_of_other_settings_or_metrics_are_not_joined(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "draw", lambda out: None)
+    low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25)
+    other = part(swept, tmp_path / "other", lambda row: row["ratio"] != 0.25, device="another")
+    assert report.main([str(low), str(other), "--frontier"]) == 2
+    assert "low and other cannot be compared: device is 'cpu" in capsys.readouterr().err
+    fewer = part(swept, tmp_path / "fewer", lambda row: row["ratio"] != 0.25)
+    found = files.read_json(fewer / "results.json")
+    files.write_json(fewer / "results.json", {**found, "metrics": found["metrics"][:1]})
+    assert report.main([str(low), str(fewer), "--frontier"]) == 2
+    assert "low and fewer cannot be compared: SSIM is measured in one alone" in capsys.readouterr().err
+    for asked, said in (([], "the whole report"), (["--grid", str(tmp_path / "grid.png")], "--grid")):
+        assert report.main([str(low), str(fewer), *asked]) == 2
+        assert f"{said} shows the pictures of one folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
