@@ -104,6 +104,19 @@ def test_tables_are_what_their_commands_print(page, monkeypatch):
     assert pages.filled(text) == text
 
 
+def test_the_frontier_is_drawn_of_what_the_table_below_it_is_of(tmp_path, monkeypatch):
+    """The texts: what is numbered, the families and the axes. Where ink lies may change with matplotlib."""
+    monkeypatch.chdir(ROOT)
+    folders = re.search(r"<!-- python -m eval\.report (.*) --frontier -->", README)[1].split()
+    assert report.main([*folders, "--plot", str(tmp_path / "plot.svg")]) == 0
+    drawn, kept = (
+        re.findall(r"<text[^>]*>([^<]+)</text>", path.read_text())
+        for path in (tmp_path / "plot.svg", ROOT / "docs" / "frontier.svg")
+    )
+    assert len(kept) > 50
+    assert drawn == kept
+
+
 def test_a_table_is_written_anew_and_the_page_around_it_stays(monkeypatch):
     monkeypatch.setattr(report, "main", lambda argv: print("|", *argv, "|"))
     page = "# A\n<!-- python -m eval.report runs/x --rows 'tofu 50%' -->\nold\n<!-- end -->\nb <!-- end -->\n"
