@@ -39,7 +39,7 @@ from tofu_sd.calibrate import synchronize
 from . import EvalError, methods, provenance, report, shapes
 from .files import read_json, to_json, write
 from .methods import FULL, Method
-from .options import Help, Parser, add_device, at_least, choices, pick_device, pick_dtype
+from .options import Help, Parser, add_device, at_least, choices, command, pick_device, pick_dtype
 from .peers import fused_attentions
 from .shapes import CASES, Call, Case
 from .table import short
@@ -101,23 +101,16 @@ def parser() -> Parser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command(goes_on=False)
+def main(argv: Sequence[str]) -> int:
     """Measures; 0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        options = parser().parse_args(argv)
-        if options.table:
-            found = part(read(options.table), options.scope, options.method)
-            print(markdown(found, quality(options.quality)), end="")
-            return 0
-        with contextlib.redirect_stdout(sys.stderr) if options.json else nullcontext():
-            found = bench(options, argv)
-    except EvalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
+    options = parser().parse_args(argv)
+    if options.table:
+        found = part(read(options.table), options.scope, options.method)
+        print(markdown(found, quality(options.quality)), end="")
+        return 0
+    with contextlib.redirect_stdout(sys.stderr) if options.json else nullcontext():
+        found = bench(options, argv)
     if options.out:
         write(options.out, to_json(found))
     if options.json:

@@ -39,7 +39,7 @@ class ConvolutionStem(nn.Module):
     def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **_: Any):
         super().__init__()
         if patch_size % self.STRIDE:
-            raise ValueError(f"patch is {patch_size}; before convolutions it must be a multiple of {self.STRIDE}")
+            raise EvalError(f"patch is {patch_size}; before convolutions it must be a multiple of {self.STRIDE}")
         self.pool = patch_size // self.STRIDE
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -78,23 +78,25 @@ class Architecture:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"kind is {self.kind!r}; it must be {' or '.join(KINDS)}")
+            raise EvalError(f"kind is {self.kind!r}; it must be {' or '.join(KINDS)}")
         if self.stem not in STEMS:
-            raise ValueError(f"stem is {self.stem!r}; it must be {' or '.join(STEMS)}")
+            raise EvalError(f"stem is {self.stem!r}; it must be {' or '.join(STEMS)}")
         if self.side % self.patch:
-            raise ValueError(f"side is {self.side}; it must be a multiple of the patch's {self.patch} pixels")
+            raise EvalError(f"side is {self.side}; it must be a multiple of the patch's {self.patch} pixels")
         if self.width % self.heads:
-            raise ValueError(f"width is {self.width}; it must be a multiple of the {self.heads} heads")
+            raise EvalError(f"width is {self.width}; it must be a multiple of the {self.heads} heads")
 
     def build(self) -> nn.Module:
-        """With weights as they begin, which torch's seed decides."""
+        """With weights as they begin, which torch's seed decides. EvalError for options that the model refuses."""
         if self.kind == "adaptivision":
             stem = None
             if self.stem == "convolutions":
                 stem = ConvolutionStem(self.side, self.patch, 3, self.width)
-            return AdaptiVision(
-                self.side, self.patch, self.width, self.depth, self.heads, self.classes, embed=stem, **self.options
-            )
+            sizes = (self.side, self.patch, self.width, self.depth, self.heads, self.classes)
+            try:
+                return AdaptiVision(*sizes, embed=stem, **self.options)
+            except ValueError as error:
+                raise EvalError(str(error)) from error
         return VisionTransformer(
             img_size=self.side, patch_size=self.patch, embed_dim=self.width, depth=self.depth, num_heads=self.heads,
             num_classes=self.classes, embed_layer=STEMS[self.stem],

@@ -43,7 +43,7 @@ from .flops import FORMULAS
 from .frontier import COLOURS
 from .labelled import Labelled
 from .methods import code
-from .options import Help, Parser, add_device, at_least, pick_device, whole_numbers, working
+from .options import Help, Parser, add_device, at_least, command, pick_device, whole_numbers, working
 from .reductions import FULL, Method, parse
 from .statistics import bootstrap
 from .table import markdown_rows, terminal_rows
@@ -100,27 +100,20 @@ def parser() -> Parser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command(goes_on=True)
+def main(argv: Sequence[str]) -> int:
     """0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        options = parser().parse_args(argv)
-        if options.table:
-            found = read(options.table)
-            print(markdown_rows(*cells(found), notes(found)), end="")
-            if options.plot:
-                write(options.plot, plot(found))
-            return 0
-        if options.linearity:
-            print(markdown_rows(*straightness(read(options.linearity))), end="")
-            return 0
-        found, out = run(options, argv)
-    except EvalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    options = parser().parse_args(argv)
+    if options.table:
+        found = read(options.table)
+        print(markdown_rows(*cells(found), notes(found)), end="")
+        if options.plot:
+            write(options.plot, plot(found))
+        return 0
+    if options.linearity:
+        print(markdown_rows(*straightness(read(options.linearity))), end="")
+        return 0
+    found, out = run(options, argv)
     terminal_rows("", *cells(found), notes(found), Console(width=None if sys.stdout.isatty() else 120))
     print(f"results: {out / 'classify.json'}", file=sys.stderr)
     return 0

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from . import EvalError, report
-from .files import listed, to_json, without_paths
+from .files import listed, to_json
 from .generate import DERIVED
 from .methods import FULL
-from .options import Help, Parser
+from .options import Help, Parser, command
 from .table import gap, label, short
 
 SAME = ("model", "prompts", "seed", "size", "steps", "guidance", "dtype", "n", *DERIVED)
@@ -105,7 +105,8 @@ def _times(a: dict[str, Any], b: dict[str, Any], alike: bool) -> dict[str, str]:
     return {"a": first, "b": "–" if y is None else f"{y:.2f}", "b - a": gap}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command(goes_on=False)
+def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m eval.compare",
         description="Two runs of eval.run side by side.",
@@ -115,12 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("a", type=Path, help="folder of a run")
     parser.add_argument("b", type=Path, help="folder of another")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
-    try:
-        options = parser.parse_args(argv)
-        found = compare(options.a, options.b)
-    except (EvalError, OSError) as error:
-        print(f"error: {without_paths(str(error))}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(argv)
+    found = compare(options.a, options.b)
     if options.json:
         print(to_json({"differ": found.told, "rows": found.rows}), end="")
         return 0

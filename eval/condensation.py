@@ -28,7 +28,7 @@ from .classifiers import WEIGHTS
 from .files import read_json, write_json
 from .flops import FORMULAS
 from .labelled import PIECE, Labelled
-from .options import Help, Parser, add_device, at_least, choices, pick_device, whole_numbers
+from .options import Help, Parser, add_device, at_least, choices, command, pick_device, whole_numbers
 from .statistics import bootstrap
 from .table import markdown_rows, terminal_rows
 
@@ -77,21 +77,14 @@ def parser() -> Parser:
     return p
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command(goes_on=True)
+def main(argv: Sequence[str]) -> int:
     """0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        options = parser().parse_args(argv)
-        if options.table:
-            print(markdown(read(options.table), choices(options.of, TITLES, "table")), end="")
-            return 0
-        found = run(options, argv)
-    except (EvalError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    options = parser().parse_args(argv)
+    if options.table:
+        print(markdown(read(options.table), choices(options.of, TITLES, "table")), end="")
+        return 0
+    found = run(options, argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for table in choices(options.of, TITLES, "table"):
         terminal_rows(TITLES[table], *cells(found, table), notes(found), console)

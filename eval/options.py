@@ -7,9 +7,10 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from functools import wraps
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -22,6 +23,39 @@ from .files import without_paths
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+class Main(Protocol):
+    """A program: its arguments, sys.argv's where none are given, and its exit code."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
+
+
+def command(goes_on: bool) -> Callable[[Callable[[Sequence[str]], int]], Main]:
+    """Makes a program of what takes its arguments: it ends with 2, after one line, where what was asked for cannot be,
+    and with 130 where it was interrupted.
+
+    goes_on: whether the same command, given again, takes up what was begun; what stops it then says so.
+    """  # fmt: skip
+    again = "; the same command goes on from here" if goes_on else ""
+
+    def made(work: Callable[[Sequence[str]], int]) -> Main:
+        @wraps(work)
+        def main(argv: Sequence[str] | None = None) -> int:
+            try:
+                return work(sys.argv[1:] if argv is None else list(argv))
+            except EvalError as error:
+                print(f"error: {error}", file=sys.stderr)
+            except OSError as error:
+                print(f"error: {without_paths(str(error))}{again}", file=sys.stderr)
+            except KeyboardInterrupt:
+                print(f"\nstopped{again}", file=sys.stderr)
+                return 130
+            return 2
+
+        return main
+
+    return made
 
 
 class Parser(argparse.ArgumentParser):

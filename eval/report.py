@@ -21,11 +21,11 @@ import markupsafe
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from . import EvalError, frontier, plots
-from .files import png, read_json, to_json, without_paths, write
+from .files import png, read_json, to_json, write
 from .generate import Settings
 from .maps import FOLDER, fit
 from .methods import FULL
-from .options import Help, Parser, at_least
+from .options import Help, Parser, at_least, command
 from .score import Scores
 from .table import circumstances, label, markdown, markdown_against, notes, table, with_rows
 
@@ -266,7 +266,8 @@ TAKES = {  # what of --rows, --columns and --first the parts of a report take
 }  # fmt: skip
 
 
-def main(argv: list[str] | None = None) -> int:
+@command(goes_on=False)
+def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="python -m eval.report",
         description="Draw the report of a run anew, or print or draw a part of it.",
@@ -285,33 +286,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of the table, say full 'tofu 50%%'")
     parser.add_argument("--columns", nargs="+", default=[], metavar="TITLE", help="of the table, say speed-up PSNR")
     parser.add_argument("--first", type=at_least(1), metavar="N", help=f"so many prompts in the grid ({GRID_ROWS})")
-    try:
-        options = parser.parse_args(argv)
-        part = next((name for name in TAKES if getattr(options, name)), "")
-        for name in ("rows", "columns", "first"):
-            if getattr(options, name) and name not in TAKES.get(part, ()):
-                raise EvalError(f"--{name} says nothing of {f'--{part}' if part else 'the whole report'}")
-        out = options.out[0]
-        if len(options.out) > 1 and part in ("", "grid"):
-            raise EvalError(f"{'--grid' if part else 'the whole report'} shows the pictures of one folder")
-        found, images = joined(options.out)
-        found = with_rows(found, options.rows)
-        if options.against is not None:
-            print(markdown_against(found, images, options.against), end="")
-        elif options.markdown:
-            print(markdown(found, options.columns), end="")
-        elif options.frontier:
-            print(frontier.markdown(found), end="")
-        elif options.plot:
-            write(options.plot, frontier.svg(found))
-        elif options.grid:
-            write(options.grid, png(grid(out, found, images, options.first or GRID_ROWS)))
-        else:
-            draw(out)
-            print(f"wrote {out / 'report.html'} and {out / 'grid.png'}", file=sys.stderr)
-    except (EvalError, OSError) as error:
-        print(f"error: {without_paths(str(error))}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(argv)
+    part = next((name for name in TAKES if getattr(options, name)), "")
+    for name in ("rows", "columns", "first"):
+        if getattr(options, name) and name not in TAKES.get(part, ()):
+            raise EvalError(f"--{name} says nothing of {f'--{part}' if part else 'the whole report'}")
+    out = options.out[0]
+    if len(options.out) > 1 and part in ("", "grid"):
+        raise EvalError(f"{'--grid' if part else 'the whole report'} shows the pictures of one folder")
+    found, images = joined(options.out)
+    found = with_rows(found, options.rows)
+    if options.against is not None:
+        print(markdown_against(found, images, options.against), end="")
+    elif options.markdown:
+        print(markdown(found, options.columns), end="")
+    elif options.frontier:
+        print(frontier.markdown(found), end="")
+    elif options.plot:
+        write(options.plot, frontier.svg(found))
+    elif options.grid:
+        write(options.grid, png(grid(out, found, images, options.first or GRID_ROWS)))
+    else:
+        draw(out)
+        print(f"wrote {out / 'report.html'} and {out / 'grid.png'}", file=sys.stderr)
     return 0
 
 

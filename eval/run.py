@@ -26,11 +26,11 @@ from tofu_sd import demo, recipes
 from tofu_sd.environment import check_torchvision
 
 from . import EvalError, flops, maps, methods, metrics, peers, prompts, provenance, report, suites, table
-from .files import listed, tidy, to_json, without_paths
+from .files import listed, tidy, to_json
 from .generate import Settings, claim, generate, runs, settings_of, take_over
 from .methods import FULL, SCALE, Method
 from .model import load_model, own_size, try_out
-from .options import Help, Parser, add_device, at_least, enough_memory, finite, pick_device, pick_dtype
+from .options import Help, Parser, add_device, at_least, command, enough_memory, finite, pick_device, pick_dtype
 from .prompts import Request
 from .score import Scores, check_complete, describe, load, records, score
 from .team import Team, assemble
@@ -129,26 +129,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command(goes_on=True)
+def main(argv: Sequence[str]) -> int:
     """Runs the job. 0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted.
 
     1 under --strict if something was skipped.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        options = parse(argv)
-        # whatever a library prints must not end up between the results
-        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-            outcome = run(options, argv)
-    except EvalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    except OSError as error:
-        print(f"error: {without_paths(str(error))}; the same command goes on from here", file=sys.stderr)
-        return 2
+    options = parse(argv)
+    # whatever a library prints must not end up between the results
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        outcome = run(options, argv)
     if options.json and (outcome.found or outcome.planned):
         print(to_json(outcome.found or outcome.planned), end="")
     elif outcome.found:

@@ -31,7 +31,7 @@ from . import EvalError, labelled
 from .classifiers import ABOUT, STEMS, WEIGHTS, Architecture, ConvolutionStem, described
 from .files import read_json, to_json, write, write_json
 from .labelled import Labelled
-from .options import Help, Parser, add_device, at_least, finite, pick_device, working
+from .options import Help, Parser, add_device, at_least, command, finite, pick_device, working
 
 RECIPE = "recipe.json"
 PER_CLASS, FRESH = 200, 40  # scenes of a class to learn from and to be judged by
@@ -74,16 +74,10 @@ def clusters(text: str) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        options = parser().parse_args(sys.argv[1:] if argv is None else argv)
-        figures = train(options)
-    except (EvalError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        return 130
+@command(goes_on=True)
+def main(argv: Sequence[str]) -> int:
+    options = parser().parse_args(argv)
+    figures = train(options)
     print(f"{options.out.name}: {100 * figures['accuracy']:.2f} % of {figures['n']} fresh pictures", file=sys.stderr)
     return 0
 
@@ -128,7 +122,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def asked_for(options: argparse.Namespace, classes: int, guided: int) -> Architecture:
-    """Of a training of so many classes, with guidance of this width. ValueError for sizes that do not fit."""
+    """Of a training of so many classes, with guidance of this width. EvalError for sizes that do not fit."""
     sizes = {name: getattr(options, name) for name in SIZES}
     own: dict[str, Any] = {}
     if options.kind == "adaptivision":

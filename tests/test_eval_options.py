@@ -1,0 +1,56 @@
+"""What every program of eval ends with."""
+
+import sys
+
+import pytest
+
+from eval import EvalError
+from eval.options import command
+
+
+def ending(raised: BaseException | None, goes_on: bool) -> int:
+    @command(goes_on=goes_on)
+    def program(argv):
+        if raised is not None:
+            raise raised
+        return len(argv)
+
+    return program(["a", "b", "c"])
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (EvalError("no such method"), 2, "error: no such method\n"),
+        (OSError(28, "No space left on device", "/a/private/place/picture.png"), 2, "error: [Errno 28] No space left"),
+        (KeyboardInterrupt(), 130, "\nstopped"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_a_code(raised, code, said, goes_on, capsys):
+    """A refusal is never taken up by the same command, whatever was begun is; and no path of the machine is shown."""
+    assert ending(raised, goes_on) == code
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(said)
+    assert told.err.strip().count("\n") == 0
+    assert "private" not in told.err
+    assert ("the same command goes on from here" in told.err) == (goes_on and not isinstance(raised, EvalError))
+
+
+def test_what_is_wrong_with_a_program_itself_is_not_hidden():
+    with pytest.raises(ValueError, match="a bug"):
+        ending(ValueError("a bug"), True)
+
+
+def test_arguments_are_those_typed_where_none_are_given(monkeypatch):
+    assert ending(None, False) == 3
+    monkeypatch.setattr(sys, "argv", ["program", "one"])
+
+    @command(goes_on=False)
+    def program(argv):
+        """What it does."""
+        return len(argv)
+
+    assert program() == 1
+    assert (program.__name__, program.__doc__) == ("program", "What it does.")
