@@ -1,4 +1,4 @@
-"""Runs the adapter in Forge's own UNet, on a CPU. See test_hosts_forge.py.
+"""Runs the adapter in Forge's own UNet, or in reForge's, on a CPU. See test_hosts_forge.py.
 
 What it drew is written to a folder, what was found is printed as JSON.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import comfyui_torchvision  # noqa: F401
 import torch
@@ -15,16 +16,27 @@ import twins
 torch.set_num_threads(1)
 FOLDER = sys.argv[1]
 sys.argv = ["forge", "--always-cpu", "--all-in-fp32"]
-from backend.attention import attention_function  # noqa: E402
-from backend.misc.tomesd import TomePatcher  # noqa: E402
-from backend.nn.unet import IntegratedUNet2DConditionModel  # noqa: E402
-from backend.patcher.unet import UnetPatcher  # noqa: E402
+COMMON = {"in_channels": 4, "model_channels": 32, "out_channels": 4, "num_heads": 4, "use_spatial_transformer": True}
+if Path("backend").is_dir():
+    from backend.attention import attention_function
+    from backend.misc.tomesd import TomePatcher
+    from backend.nn.unet import IntegratedUNet2DConditionModel as UNetModel
+    from backend.patcher.unet import UnetPatcher
+else:
+    from ldm_patched.modules.args_parser import args
+
+    args.always_cpu = args.all_in_fp32 = True  # reForge leaves its command line unread until it is started as a whole
+    from ldm_patched.contrib.nodes_tomesd import TomePatcher
+    from ldm_patched.ldm.modules.attention import optimized_attention as attention_function
+    from ldm_patched.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from modules_forge.unet_patcher import UnetPatcher
+
+    COMMON |= {"image_size": 32, "legacy": False}
 from safetensors.torch import save_file  # noqa: E402
 
 from tofu_sd import TokenFusion  # noqa: E402
 from tofu_sd.hosts.patcher import patch_model  # noqa: E402
 
-COMMON = {"in_channels": 4, "model_channels": 32, "out_channels": 4, "num_heads": 4, "use_spatial_transformer": True}
 SHAPES = {
     "sd15": {**COMMON, "num_res_blocks": [2] * 4, "channel_mult": (1, 2, 2, 2), "transformer_depth": [1] * 6 + [0] * 2,
              "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "context_dim": 32},
@@ -46,7 +58,7 @@ def plain(q, k, v, heads, options):
 
 
 def look(kind, folder):
-    unet = twins.randomize(IntegratedUNet2DConditionModel(**SHAPES[kind]))
+    unet = twins.randomize(UNetModel(**SHAPES[kind]))
     cpu = torch.device("cpu")
     patcher = UnetPatcher(Holder(unet), load_device=cpu, offload_device=cpu)
 

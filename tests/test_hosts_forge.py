@@ -1,6 +1,7 @@
-"""The adapter in Forge's own UNet, where there is a checkout of it.
+"""The adapter in Forge's own UNet, and in reForge's, where there is a checkout of it.
 
-FORGE=/folder/of/forge pytest tests/test_hosts_forge.py, by FORGE_PYTHON if its packages are another environment's.
+FORGE=/folder/of/forge pytest tests/test_hosts_forge.py, by FORGE_PYTHON if its packages are another environment's;
+REFORGE likewise.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ import pytest
 import twins
 
 ROOT = Path(__file__).resolve().parents[1]
-PROGRAM, PYTHON = os.environ.get("FORGE"), os.environ.get("FORGE_PYTHON", sys.executable)
 LAWS = ["ratio 0 is bit-equal", "the model beside it is bit-equal", "two clones at once", "the same seed", "the window",
         "odd latents run", "a map made smaller in between",
         "beside the built-in merging nothing is fused twice"]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def said(tmp_path_factory):
+@pytest.fixture(scope="module", params=["FORGE", "REFORGE"])
+def said(request, tmp_path_factory):
     """What was found, in a process of its own, and the folder of what was drawn."""
-    if not PROGRAM:
-        pytest.skip("FORGE names no checkout of Forge")
-    paths = [PROGRAM, f"{PROGRAM}/packages_3rdparty", f"{PROGRAM}/repositories/huggingface_guess",
+    program, python = os.environ.get(request.param), os.environ.get(f"{request.param}_PYTHON", sys.executable)
+    if not program:
+        pytest.skip(f"{request.param} names no checkout")
+    paths = [program, f"{program}/packages_3rdparty", f"{program}/repositories/huggingface_guess",
              str(ROOT), str(ROOT / "tests")]  # fmt: skip
     folder = tmp_path_factory.mktemp("forge")
     ran = subprocess.run(
-        [PYTHON, str(ROOT / "tests" / "forge_run.py"), str(folder)], capture_output=True, text=True, cwd=PROGRAM,
+        [python, str(ROOT / "tests" / "forge_run.py"), str(folder)], capture_output=True, text=True, cwd=program,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}, timeout=1500,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
