@@ -103,7 +103,7 @@ def test_interrupted_in_the_middle_it_leaves_nothing_behind(server):
 def test_what_hypertile_has_cut_into_tiles_is_left_alone(server):
     if "tiled" not in server["drawn"]:
         pytest.skip("this program has no HyperTile of its own")
-    assert picture(server, "tiled") == picture(server, "tiled alone") != picture(server, "off")
+    assert picture(server, "tiled") == picture(server, "tiled alone") != picture(server, "untiled")
     if server["program"] == "A1111":  # it holds the layers themselves, so nothing is patched
         assert said(server, "tiled", "has a `forward` of its own") == 1
         assert "ToFu ratio: 0," in server["drawn"]["tiled"]["saved"]

@@ -158,8 +158,10 @@ def look() -> dict:
         elif "hypertile integrated" in [script["name"] for script in scripts]:  # reForge's
             tiled = {"beside": {"hypertile integrated": [True, 64, 1, 0, False]}}
         if tiled:  # last, as AUTOMATIC1111's own does not give the layers back
-            drawn["tiled alone"] = server.draw(**tiled)
-            drawn["tiled"] = server.draw([True], **tiled)
+            large = {"width": 256, "height": 256}  # no tile is smaller than 128 pixels
+            drawn["untiled"] = server.draw(**large)
+            drawn["tiled alone"] = server.draw(**tiled, **large)
+            drawn["tiled"] = server.draw([True], **tiled, **large)
         fields = [part["props"] for part in server.call("/config")["components"]]
         return {
             "arguments": [arg["label"] for arg in ours["args"]], "axes": axes, "drawn": drawn, "stopped at": stopped,
