@@ -154,7 +154,8 @@ def look() -> dict:
         drawn["off at last"] = server.draw()
         tiled = {}
         if "hypertile_enable_unet" in server.call("/sdapi/v1/options"):  # AUTOMATIC1111's
-            tiled = {"override_settings": {"token_merging_ratio": 0.0, "hypertile_enable_unet": True}}
+            tiling = {"hypertile_enable_unet": True, "hypertile_max_tile_unet": 128}
+            tiled = {"override_settings": {"token_merging_ratio": 0.0, **tiling}}
         elif "hypertile integrated" in [script["name"] for script in scripts]:  # reForge's
             tiled = {"beside": {"hypertile integrated": [True, 64, 1, 0, False]}}
         if tiled:  # last, as AUTOMATIC1111's own does not give the layers back
