@@ -134,14 +134,14 @@ def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
                 "one alone; measure the other again with --metrics-only"
             )
         keys = {row["key"] for row in found["rows"]}
-        told, its = found["provenance"], other["provenance"]
+        told, also = found["provenance"], other["provenance"]
         found = {
             **found,
             "rows": [*found["rows"], *(row for row in other["rows"] if row["key"] not in keys)],
             "provenance": {
                 **told,
-                "drawn": [*(told.get("drawn") or [told]), *(its.get("drawn") or [its])],
-                "joined": [*told.get("joined", []), its["command"]],
+                "drawn": [*(told.get("drawn") or [told]), *(also.get("drawn") or [also])],
+                "joined": [*told.get("joined", []), also["command"]],
             },
         }
         images += [image for image in its_images if image["key"] not in keys]
