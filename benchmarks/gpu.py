@@ -1,6 +1,6 @@
-"""All figures that wait for a GPU, in one command meant to end within nine minutes: `python -m benchmarks.gpu`.
+"""All figures that wait for a GPU, in one command: `python -m benchmarks.gpu`, about six minutes on an H200.
 
-Writes benchmarks/results/bench-cuda.json, for the tables of docs/performance.md, and proportional-cuda.md.
+Writes benchmarks/results/bench-cuda*.json, for the tables of docs/performance.md, and proportional-cuda.md.
 """
 
 import argparse
@@ -9,25 +9,24 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-CASES = "sd15-512,sd15-768,sd15-1024,sdxl-1024,sdxl-2048"
-METHODS = "tomesd,tome,tofu,tofu-fast,tofu+p,faithful,kv:tome+p"
+METHODS = "tomesd,tofu,tofu-fast,faithful,kv:tome+p,tofu-max,deepcache,deepcache:tofu-fast"
+RUNS = {  # what is asked for in each, and after how many minutes nothing new is begun
+    "bench-cuda.json": ["--case", "sd15-512,sd15-1024,sdxl-1024,sdxl-2048", "--method", METHODS, "--minutes", "3"],
+    "bench-cuda-batch.json": ["--case", "sd15-512", "--batch", "16", "--method", METHODS, "--minutes", "1"],
+    "bench-cuda-graphs.json": ["--case", "sd15-512,sd15-1024", "--scope", "attention", "--compile", "reduce-overhead",
+                               "--method", "tofu,tofu-fast,faithful", "--minutes", "2"],
+}  # fmt: skip
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--device", default="cuda")
     p.add_argument("--dtype", default="bfloat16")
-    p.add_argument("--case", default=CASES)
     p.add_argument("--rounds", default="10")
-    p.add_argument("--minutes", default="7", help="begin nothing new after so many")
     o = p.parse_args()
-    on = ["--device", o.device, "--dtype", o.dtype]
-    told = python(
-        "benchmarks.proportional", *on, "--rounds", o.rounds, "--most", "20000" if o.device == "cuda" else "5000"
-    )
-    (RESULTS / f"proportional-{o.device}.md").write_text(told)
-    python("eval.bench", *on, "--case", o.case, "--method", METHODS, "--compile", "no,default", "--rounds", o.rounds,
-           "--minutes", o.minutes, "--out", str(RESULTS / f"bench-{o.device}.json"))  # fmt: skip
+    on = ["--device", "cuda", "--dtype", o.dtype, "--rounds", o.rounds]
+    for name, asked in RUNS.items():
+        python("eval.bench", *on, *asked, "--out", str(RESULTS / name))
+    (RESULTS / "proportional-cuda.md").write_text(python("benchmarks.proportional", *on))
 
 
 def python(module: str, *arguments: str) -> str:

@@ -90,6 +90,29 @@ def test_the_map_is_the_references(h: int, w: int, share: float) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_the_map_of_more_sources_than_are_looked_at_at_once(share: float) -> None:
+    """What is counted is carried over from block to block; cosines of both signs and both zeros are in order."""
+    parts = partition(80, 80, 2, 2, DEVICE)
+    best = tokens(60, 80, 1)[..., 0].mul(4).round().div(8)  # many ties, of them many zeros
+    best = best.where(best != 0, torch.tensor([0.0, -0.0], device=DEVICE).repeat(2, 2400))
+    target = parts.dst[torch.randint(0, len(parts.dst), best.shape, generator=torch.Generator().manual_seed(1))]
+    expected = reference.assemble(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
+    found = fused.assemble(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("largest_norm", [False, True], ids=["mean", "mlerp"])
+@pytest.mark.parametrize("K", [1, 3, 200])
+def test_groups_of_any_size_are_merged(K: int, largest_norm: bool) -> None:
+    """A sky is one large group, read a few rows at a time; a group can begin anywhere among the sorted tokens."""
+    x = tokens(20, 30, 24)
+    home = torch.cat((torch.arange(K), torch.randint(0, K, (600 - K,), generator=torch.Generator().manual_seed(2))))
+    home = home.expand(2, -1).to(DEVICE)
+    exact = reference.merge(x.double(), home, K, largest_norm)
+    assert error(fused.merge(x, home, K, largest_norm), exact) < 1e-5
+
+
 def grouped(h: int, w: int, C: int) -> tuple[Tensor, Tensor, int]:
     x, parts = tokens(h, w, C), partition(h, w, 2, 2, DEVICE)
     r = len(parts.src) // 2 + 1

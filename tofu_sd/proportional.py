@@ -1,7 +1,8 @@
 """Proportional attention by the fastest way a device has: log(n_i) on the logit of a key that stands for n_i tokens.
 
 A bias on the keys costs CUDA's scaled-dot-product attention its flash kernel. The same number adds to the logits as one
-more channel, log(n_i) in the keys and constant in the queries, which flash takes. On a CPU the bias is faster.
+more channel, log(n_i) in the keys and constant in the queries, which flash takes. On a CPU, and where there is cuDNN's
+kernel, which takes a bias, the bias is faster.
 
 Hosts pass a bias to `scaled_dot_product_attention` as a mask, and know of nothing else. So a mask that is a `KeyBias`
 takes that call over, as `torch.nn.attention.bias.CausalBias` does.
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from .kernels.operators import is_compiling
 
@@ -55,7 +57,8 @@ def key_bias(size: Tensor, dtype: torch.dtype, sdpa: bool) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **more: Any) -> Tensor:
     """scaled_dot_product_attention with a mask [B, H, 1, K] that is the same for every query, by the faster way."""
-    return (by_channel if flash_takes(query, **more) else by_mask)(query, key, value, attn_mask, **more)
+    by_flash = flash_takes(query, **more) and not cudnn_takes(query, key, value, attn_mask, **more)
+    return (by_channel if by_flash else by_mask)(query, key, value, attn_mask, **more)
 
 
 def weighted_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, size: Tensor) -> Tensor:
@@ -78,6 +81,14 @@ def flash_takes(query: Tensor, dropout_p: float = 0.0, is_causal: bool = False, 
         return True
     enabled = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
     return bool(enabled) and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def cudnn_takes(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None = None, **_: Any) -> bool:
+    """Whether scaled_dot_product_attention gives this, bias and all, to cuDNN, of all kernels that torch has here."""
+    if is_compiling() or not hasattr(SDPBackend, "CUDNN_ATTENTION"):  # cannot ask; has none
+        return False
+    chosen = torch._fused_sdp_choice(query, key, value, bias.to(query.dtype), scale=scale)
+    return bool(chosen == SDPBackend.CUDNN_ATTENTION.value)
 
 
 def by_mask(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, **more: Any) -> Tensor:

@@ -41,8 +41,8 @@ class TokenMap(NamedTuple):
     @property
     def size(self) -> Tensor:
         """Merging size n_i of each survivor, itself included: float32 [B, K]; rows sum to N."""
-        ones = torch.ones(self.home.shape, device=self.home.device)
-        return torch.zeros(self.kept.shape, device=self.home.device).scatter_add(1, self.home, ones)
+        one = torch.ones((), device=self.home.device).expand_as(self.home)
+        return torch.zeros(self.kept.shape, device=self.home.device).scatter_add(1, self.home, one)
 
     def then(self, later: TokenMap) -> TokenMap:
         """This map followed by a map of its K survivors, as one map of the N tokens."""

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The same as Triton kernels: nothing is stored that is read once, and each step is one launch.
+"""The same as Triton kernels: nothing is stored that is read once, and each step is a launch or two.
 
 `reference` defines what they compute; `can_fuse` says where they run. Sums are float32, in an order that repeats.
 """
@@ -11,39 +11,58 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import bags
-
 
 def nearest(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.nearest` without scores in memory: each program keeps the best destination of its sources so far."""
+    """`reference.nearest` without scores in memory: each program keeps the best destination of its sources so far.
+
+    On an H200 the tiles below were the fastest of 48 at 4,096 and 16,384 tokens, and a launch before for the lengths of
+    all tokens saved a quarter, but for windows, whose destinations are read by few.
+    """
     (B, N, C), (T, S), D = metric.shape, src.shape, dst.shape[1]
     metric, src, dst = metric.contiguous(), src.contiguous(), dst.contiguous()
     best = torch.empty(B, T, S, dtype=torch.float32, device=metric.device)
     target = torch.empty(B, T, S, dtype=torch.long, device=metric.device)
     wide = metric.dtype == torch.float32  # whose products run on fewer units, and whose tiles are twice as large
     rows, cols = (32, 64) if wide else (64, 128)
+    measured = cols < D
+    length = torch.empty(B, N if measured else 0, dtype=torch.float32, device=metric.device)
+    if measured:
+        _lengths[(triton.cdiv(B * N, 4),)](
+            metric, length, B * N, C, ROWS=4, CHANNELS=triton.next_power_of_2(C), num_warps=4
+        )  # fmt: skip
     _nearest[(B * T, triton.cdiv(S, rows))](
-        metric, src, dst, best, target, N, C, T, S, D,
+        metric, length, src, dst, best, target, N, C, T, S, D, MEASURED=measured,
         ROWS=rows, COLS=min(cols, max(16, triton.next_power_of_2(D))), CHANNELS=32 if wide else 64, num_warps=4,
     )  # fmt: skip
     return best, target
 
 
 @triton.jit
+def _lengths(x_ptr, length_ptr, M, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, CHANNELS)
+    x = tl.load(x_ptr + row[:, None] * C + c[None, :], mask=(row < M)[:, None] & (c < C)[None, :], other=0.0)
+    x = x.to(tl.float32)
+    tl.store(length_ptr + row, tl.sqrt(tl.sum(x * x, axis=1)), mask=row < M)
+
+
+@triton.jit
 def _nearest(
-    x_ptr, src_ptr, dst_ptr, best_ptr, target_ptr, N, C, T, S, D,
+    x_ptr, length_ptr, src_ptr, dst_ptr, best_ptr, target_ptr, N, C, T, S, D, MEASURED: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     sample, window = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
     x_ptr += sample * N * C
+    length_ptr += sample * N
+    dst_ptr += window * D
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     src = tl.load(src_ptr + window * S + row, mask=row < S, other=0)
-    best = tl.full([ROWS], float("-inf"), tl.float32)
-    target = tl.zeros([ROWS], tl.int64) + tl.load(dst_ptr + window * D)
+    best = tl.full([ROWS, COLS], float("-inf"), tl.float32)
+    order = tl.zeros([ROWS, COLS], tl.int32)  # of the destinations, of which the earlier wins
     length = tl.zeros([ROWS], tl.float32)
     for start in range(0, D, COLS):
         col = start + tl.arange(0, COLS)
-        dst = tl.load(dst_ptr + window * D + col, mask=col < D, other=0)
+        dst = tl.load(dst_ptr + col, mask=col < D, other=0)
         scores = tl.zeros([ROWS, COLS], tl.float32)
         toward = tl.zeros([COLS], tl.float32)
         length = tl.zeros([ROWS], tl.float32)
@@ -52,117 +71,157 @@ def _nearest(
             a = tl.load(x_ptr + src[:, None] * C + c[None, :], mask=c[None, :] < C, other=0.0)
             b = tl.load(x_ptr + dst[:, None] * C + c[None, :], mask=c[None, :] < C, other=0.0)
             scores += tl.dot(a, tl.trans(b), input_precision="ieee")
-            length += tl.sum(a.to(tl.float32) * a.to(tl.float32), axis=1)
-            toward += tl.sum(b.to(tl.float32) * b.to(tl.float32), axis=1)
-        scores = scores / tl.maximum(tl.sqrt(toward), 1.1754944e-38)[None, :]
+            if not MEASURED:
+                length += tl.sum(a.to(tl.float32) * a.to(tl.float32), axis=1)
+                toward += tl.sum(b.to(tl.float32) * b.to(tl.float32), axis=1)
+        toward = tl.load(length_ptr + dst, mask=col < D, other=1.0) if MEASURED else tl.sqrt(toward)
+        scores = scores / tl.maximum(toward, 1.1754944e-38)[None, :]
         scores = tl.where(
             scores == scores, scores, 0.0
         )  # what is no number, and does not equal itself, is like nothing
         scores = tl.where(col[None, :] < D, scores, float("-inf"))
-        here, at = tl.max(scores, axis=1, return_indices=True, return_indices_tie_break_left=True)
-        better = here > best
-        found = tl.load(dst_ptr + window * D + start + at, mask=better, other=0)
-        target = tl.where(better, found, target)
-        best = tl.where(better, here, best)
-    best = best / tl.maximum(tl.sqrt(length), 1.1754944e-38)
-    finite = (length < float("inf")) & (tl.abs(best) < float("inf"))  # a NaN is not less than anything
+        better = scores > best
+        best = tl.where(better, scores, best)
+        order = tl.where(better, col[None, :], order)
+    highest = tl.max(best, axis=1)
+    first = tl.min(tl.where(best == highest[:, None], order, D - 1), axis=1)
+    target = tl.load(dst_ptr + first)
+    length = tl.load(length_ptr + src) if MEASURED else tl.sqrt(length)
+    highest = highest / tl.maximum(length, 1.1754944e-38)
+    finite = (length < float("inf")) & (tl.abs(highest) < float("inf"))  # a NaN is not less than anything
     out = tl.program_id(0).to(tl.int64) * S + row
-    tl.store(best_ptr + out, tl.where(finite, best, -1.0), mask=row < S)
+    tl.store(best_ptr + out, tl.where(finite, highest, -1.0), mask=row < S)
     tl.store(target_ptr + out, target, mask=row < S)
 
 
 def assemble(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """`reference.assemble` in one launch: a program for each sample counts through its sources."""
+    """`reference.assemble` in one launch: a program for each sample goes over its sources a few times."""
     (B, S), D = best.shape, len(dst)
     kept = torch.empty(B, S + D - r, dtype=torch.long, device=best.device)
     home = torch.empty(B, S + D, dtype=torch.long, device=best.device)
-    least = best.topk(r, dim=1, sorted=False).values.amin(dim=1) if r else best.new_full((B,), float("inf"))
-    before = torch.searchsorted(src, dst)  # how many sources come before each destination
-    gone = torch.empty(B, S + 1, dtype=torch.int32, device=best.device)
     _assemble[(B,)](
-        best.contiguous(), target.contiguous(), least, src.contiguous(), dst.contiguous(), before, gone, kept, home,
-        r, S, D, BLOCK=1024, num_warps=8,
+        best.contiguous(), target.contiguous(), src.contiguous(), dst.contiguous(), kept, home, r, S, D,
+        BLOCK=min(4096, max(128, triton.next_power_of_2(S + D))), num_warps=16,
     )  # fmt: skip
     return kept, home
 
 
 @triton.jit
-def _assemble(
-    best_ptr, target_ptr, least_ptr, src_ptr, dst_ptr, before_ptr, gone_ptr, kept_ptr, home_ptr, r, S, D,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
+def _sortable(best_ptr, j, S):
+    """Numbers of [0, 2³²) in the order of the cosines, of which none is negative zero; 0 behind the end."""
+    best = tl.load(best_ptr + j, mask=j < S, other=0.0)
+    bits = tl.where(best == 0.0, 0.0, best).to(tl.uint32, bitcast=True)
+    number = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    return tl.where(j < S, number.to(tl.int64), 0)
+
+
+@triton.jit
+def _assemble(best_ptr, target_ptr, src_ptr, dst_ptr, kept_ptr, home_ptr, r, S, D, BLOCK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     best_ptr += sample * S
     target_ptr += sample * S
-    gone_ptr += sample * (S + 1)
     kept_ptr += sample * (S + D - r)
     home_ptr += sample * (S + D)
-    least = tl.load(least_ptr + sample)
-    above = 0
+    # the r-th largest cosine, found eight bits at a time: how many of those that begin like it have which bits next
+    least = tl.full([], 0, tl.int64)
+    room = r  # how many are still to be found among those that begin like it
+    bins = tl.arange(0, 512)
+    for digit in tl.static_range(4):
+        count = tl.zeros([512], tl.int32)
+        for start in range(0, S, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            number = _sortable(best_ptr, j, S)
+            alike = (j < S) & ((number >> (32 - 8 * digit)) == least)
+            count += tl.histogram(tl.where(alike, (number >> (24 - 8 * digit)) & 255, 511).to(tl.int32), 512)
+        count = tl.where(bins < 256, count, 0)
+        above = tl.sum(count, axis=0) - tl.cumsum(count, axis=0)  # [512] that exceed each bin
+        at = tl.max(tl.where((above + count >= room) & (bins < 256), bins, 0), axis=0)
+        room -= tl.sum(tl.where(bins == at, above, 0), axis=0)
+        least = least * 256 + at
+    # 1 in home for those that leave
+    level = 0
     for start in range(0, S, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        best = tl.load(best_ptr + j, mask=j < S, other=float("-inf"))
-        above += tl.sum((best > least).to(tl.int32), axis=0)
-    room = r - above
-    # gone[j]: how many of the first j sources leave
-    gone, level = 0, 0
-    tl.store(gone_ptr, 0)
-    for start in range(0, S, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        best = tl.load(best_ptr + j, mask=j < S, other=float("-inf"))
-        equal = ((best == least) & (j < S)).to(tl.int32)
-        leaves = ((best > least) | ((equal > 0) & (level + tl.cumsum(equal, axis=0) <= room))).to(tl.int32)
-        tl.store(gone_ptr + j + 1, gone + tl.cumsum(leaves, axis=0), mask=j < S)
+        number = _sortable(best_ptr, j, S)
+        equal = ((number == least) & (j < S)).to(tl.int32)
+        leaves = (number > least) | ((equal > 0) & (level + tl.cumsum(equal, axis=0) <= room))
         level += tl.sum(equal, axis=0)
-        gone += tl.sum(leaves, axis=0)
-    tl.debug_barrier()
+        token = tl.load(src_ptr + j, mask=j < S, other=0)
+        tl.store(home_ptr + token, leaves.to(tl.int64), mask=j < S)
     for start in range(0, D, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        token = tl.load(dst_ptr + i, mask=i < D, other=0)
-        left = tl.load(gone_ptr + tl.load(before_ptr + i, mask=i < D, other=0), mask=i < D, other=0)
-        tl.store(home_ptr + token, token - left, mask=i < D)
-        tl.store(kept_ptr + token - left, token, mask=i < D)
+        tl.store(home_ptr + tl.load(dst_ptr + i, mask=i < D, other=0), tl.zeros([BLOCK], tl.int64), mask=i < D)
+    tl.debug_barrier()
+    # places among the survivors; -1 for those that leave
+    gone = 0
+    for start in range(0, S + D, BLOCK):
+        n = start + tl.arange(0, BLOCK)
+        leaves = tl.load(home_ptr + n, mask=n < S + D, other=0).to(tl.int32)
+        place = n - gone - tl.cumsum(leaves, axis=0)
+        tl.store(home_ptr + n, tl.where(leaves > 0, -1, place).to(tl.int64), mask=n < S + D)
+        tl.store(kept_ptr + place, n.to(tl.int64), mask=(n < S + D) & (leaves == 0))
+        gone += tl.sum(leaves, axis=0)
     tl.debug_barrier()
     for start in range(0, S, BLOCK):
         j = start + tl.arange(0, BLOCK)
         token = tl.load(src_ptr + j, mask=j < S, other=0)
-        left = tl.load(gone_ptr + j, mask=j < S, other=0)
-        stays = tl.load(gone_ptr + j + 1, mask=j < S, other=0) == left
-        joined = tl.load(home_ptr + tl.load(target_ptr + j, mask=j < S, other=0), mask=j < S, other=0)
-        tl.store(home_ptr + token, tl.where(stays, token - left, joined), mask=j < S)
-        tl.store(kept_ptr + token - left, token, mask=(j < S) & stays)
+        leaves = (tl.load(home_ptr + token, mask=j < S, other=0) < 0) & (j < S)
+        joined = tl.load(home_ptr + tl.load(target_ptr + j, mask=leaves, other=0), mask=leaves, other=0)
+        tl.store(home_ptr + token, joined, mask=leaves)
 
 
 def merge(x: Tensor, home: Tensor, K: int, largest_norm: bool) -> Tensor:
     """`reference.merge`: each program adds up one group and, for MLERP, keeps its largest norm on the way."""
-    B, _, C = x.shape
-    tokens, ends = bags(home, K)
+    B, N, C = x.shape
+    # short numbers are sorted in fewer passes; with what stands alike in raster order, sums repeat
+    group, token = home.to(torch.int16 if K < 2**15 else torch.int32).sort(dim=1, stable=True)
     out = torch.empty(B, K, C, dtype=x.dtype, device=x.device)
-    _merge[(len(ends),)](
-        x.contiguous(), tokens, ends, out, C, LARGEST_NORM=largest_norm, CHANNELS=triton.next_power_of_2(C), num_warps=4
-    )
+    channels = triton.next_power_of_2(C)
+    _merge[(K, B)](
+        x.contiguous(), group, token, out, N, K, C,
+        LARGEST_NORM=largest_norm, CHANNELS=channels, ROWS=4,
+        STRIDE=triton.next_power_of_2(triton.cdiv(N, 256)), num_warps=max(1, min(8, channels // 512)),
+    )  # fmt: skip
     return out
 
 
 @triton.jit
-def _merge(x_ptr, tokens_ptr, ends_ptr, out_ptr, C, LARGEST_NORM: tl.constexpr, CHANNELS: tl.constexpr):
-    group = tl.program_id(0).to(tl.int64)
-    start = tl.load(ends_ptr + group - 1, mask=group > 0, other=0)
-    end = tl.load(ends_ptr + group)
+def _merge(
+    x_ptr, group_ptr, token_ptr, out_ptr, N, K, C,
+    LARGEST_NORM: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    k, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    x_ptr += sample * N * C
+    group_ptr += sample * N
+    token_ptr += sample * N
+    # where the group begins: among every STRIDE-th of the sorted tokens, then among those between
+    far = tl.arange(0, 256) * STRIDE
+    before = tl.sum((tl.load(group_ptr + far, mask=far < N, other=K) < k).to(tl.int32), axis=0)
+    near = tl.maximum(before - 1, 0) * STRIDE + tl.arange(0, STRIDE)
+    at = tl.maximum(before - 1, 0) * STRIDE + tl.sum(
+        (tl.load(group_ptr + near, mask=near < N, other=K) < k).to(tl.int32), axis=0
+    )
     c = tl.arange(0, CHANNELS)
     total = tl.zeros([CHANNELS], tl.float32)
-    largest = 0.0
-    for i in range(start, end):
-        token = tl.load(tokens_ptr + i)
-        x = tl.load(x_ptr + token * C + c, mask=c < C, other=0.0).to(tl.float32)
-        total += x
-        largest = tl.maximum(largest, tl.sqrt(tl.sum(x * x, axis=0)))
-    mean = total / (end - start).to(tl.float32)
+    largest, members, more = 0.0, 0, 1
+    while more > 0:
+        i = at + members + tl.arange(0, ROWS)
+        mine = (tl.load(group_ptr + i, mask=i < N, other=K) == k) & (i < N)
+        token = tl.load(token_ptr + i, mask=mine, other=0)
+        x = tl.load(x_ptr + token[:, None] * C + c[None, :], mask=mine[:, None] & (c < C)[None, :], other=0.0)
+        x = x.to(tl.float32)
+        total += tl.sum(x, axis=0)
+        if LARGEST_NORM:
+            largest = tl.maximum(largest, tl.max(tl.sqrt(tl.sum(x * x, axis=1)), axis=0))
+        found = tl.sum(mine.to(tl.int32), axis=0)
+        members += found
+        more = tl.where(found == ROWS, 1, 0)
+    mean = total / members.to(tl.float32)
     if LARGEST_NORM:
         own = tl.sqrt(tl.sum(mean * mean, axis=0))
         pointing = own > 1.1754944e-38 * tl.maximum(largest, 1.0)
         mean = mean * (largest / tl.where(pointing, own, 1.0))
-    tl.store(out_ptr + group * C + c, mean.to(out_ptr.dtype.element_ty), mask=c < C)
+    tl.store(out_ptr + (sample * K + k) * C + c, mean.to(out_ptr.dtype.element_ty), mask=c < C)
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
