@@ -216,7 +216,7 @@ def _merge(
         found = tl.sum(mine.to(tl.int32), axis=0)
         members += found
         more = tl.where(found == ROWS, 1, 0)
-    mean = total / members.to(tl.float32)
+    mean = total / tl.cast(members, tl.float32)
     if LARGEST_NORM:
         own = tl.sqrt(tl.sum(mean * mean, axis=0))
         pointing = own > 1.1754944e-38 * tl.maximum(largest, 1.0)
