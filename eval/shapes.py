@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def top_level(
 ) -> tuple[nn.Module, Call]:
     """A TopLevel and the arguments of one pass through it."""
     with torch.device("meta"):
-        model = TopLevel(case.shape, attention_alone)
+        model = TopLevel(case, attention_alone)
     return _filled(model, device, dtype), _call(
         case, batch, model.channels, case.latent // model.downsample, device, dtype
     )
@@ -93,15 +94,17 @@ def top_level(
 class TopLevel(ModelMixin):  # type: ignore[misc]
     """The transformers of a UNet's highest resolution with attention, one after the other and nothing between.
 
-    shape: arguments of UNet2DConditionModel. attention_alone: without all that is not self-attention, its norm and its
+    attention_alone: without all that is not self-attention, its norm and its
     residual. Laid out as the UNet lays them out, so that every patch finds in it what it would find there.
     """
 
-    def __init__(self, shape: dict[str, Any], attention_alone: bool):
+    def __init__(self, case: Case, attention_alone: bool):
         super().__init__()
+        shape = case.shape
         level = next(i for i, kind in enumerate(shape["down_block_types"]) if "CrossAttn" in kind)
         self.channels = shape["block_out_channels"][level]
         self.downsample = 2**level
+        self.config = SimpleNamespace(sample_size=case.latent // self.downsample)  # of the map it is given
         heads, layers = (
             value[level] if isinstance(value, tuple) else value
             for value in (shape["attention_head_dim"], shape.get("transformer_layers_per_block", 1))

@@ -31,7 +31,7 @@ def test_the_top_level_is_the_real_models(case: Case) -> None:
     """Same blocks at the same sizes, in the same order, of the same weights."""
     with torch.device("meta"):
         whole = UNet2DConditionModel(sample_size=case.latent, **case.shape)
-        part = shapes.TopLevel(case.shape, attention_alone=False)
+        part = shapes.TopLevel(case, attention_alone=False)
     real = tofu_sd.summary(tofu_sd.apply_patch(whole, 0.5)).rows
     ours = tofu_sd.summary(tofu_sd.apply_patch(part, 0.5), (case.latent // part.downsample,) * 2).rows
     assert [(r.before, r.after, r.reduction) for r in real] == [(r.before, r.after, r.reduction) for r in ours]

@@ -61,7 +61,7 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) 
         fusion = _fusion(sites, ratio, options)
         if fusion.depth_split == "auto":
             fusion = replace(fusion, depth_split=measure_split(model, sites, fusion))
-        patch = plan(unet, sites, fusion, swap, train_steps)
+        patch = plan(unet, sites, fusion, swap, train_steps, host.latent_size(unet))
         attach(unet, patch)
         if patch.fusion.min_tokens == "auto":
             leave_alone(unet, break_even(unet))

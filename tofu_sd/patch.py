@@ -47,6 +47,11 @@ class Site:
     parts: dict[str, nn.Module]
     block: type[nn.Module]
 
+    def map_size(self, latent: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of its map under a latent's: stride-2 convolutions round up."""
+        h, w = latent
+        return -(-h // self.downsample), -(-w // self.downsample)
+
 
 class Relay:
     """Hands the map of the first site that matches to all sites after it."""
@@ -232,11 +237,13 @@ def plan(
     fusion: TokenFusion,
     swap: Callable[[Site, str], type[nn.Module]],
     train_steps: int | None,
+    latent: tuple[int, int] | None = None,
 ) -> Patch:
     """The patch that fuses the tokens of `sites` under `fusion`; touches nothing.
 
     swap(site, role) gives the class to swap in or raises. train_steps: where the timesteps count down from; None where
-    they do not, which a step window refuses with ValueError.
+    they do not, which a step window refuses with ValueError. latent: height and width of the latent to expect, where
+    the model may be compiled.
     """
     if train_steps is None and (fusion.start, fusion.end) != (0, 1):
         raise ValueError(
@@ -257,6 +264,10 @@ def plan(
     least = 0 if fusion.min_tokens == "auto" else int(fusion.min_tokens)
     levels = {site.canvas: site.level for site, _ in fused}
     hooks += [(canvas, _LayOut(clock, states, levels[canvas], least)) for canvas, states in canvases.items()]
+    if latent is not None:
+        device = next(model.parameters()).device
+        for size in sorted({site.map_size(latent) for site, _ in fused}):
+            clock.expect(*size, device)
     return Patch(fusion, tuple(site for site, _ in fused), tuple(swaps), tuple(hooks))
 
 
@@ -446,7 +457,7 @@ def summarize(
         return Summary(model, latent, len(sites), None, ())
     rows = []
     for site, state in fusions(sites, fusion):
-        h, w = (-(-side // site.downsample) for side in latent)  # stride-2 convolutions round up
+        h, w = site.map_size(latent)
         fewest = least.get(site.level, 0)
         leaving = fusion.leaving(h, w) if h * w >= fewest else 0
         how = state.reduction.__name__, fewest, state.threshold
