@@ -110,6 +110,27 @@ def several(requests: list[Request], per_prompt: int, of: int) -> list[Request]:
     return _unique([*requests, *again], f"--per-prompt {per_prompt}")
 
 
+def only(requests: Sequence[Request], asked: str) -> list[Request]:
+    """Those of a list that are asked for by id ("0007_1"), by class ("7", all its pictures) or by a range of classes.
+
+    A picture's class is the number its id begins with. EvalError for what is not in the list.
+    """
+    numbers = [int(found[1]) if (found := re.match(r"(\d+)(_|$)", request.id)) else None for request in requests]
+    wanted: set[str] = set()
+    for part in (part.strip() for part in asked.split(",")):
+        ends = [int(end) for end in part.split("-")] if re.fullmatch(r"\d+(-\d+)?", part) else []
+        by_id = {request.id for request in requests if request.id == part}
+        if not by_id and not (ends and set(ends) <= set(numbers)):
+            ids = sorted(request.id for request in requests)
+            raise EvalError(
+                f"--only {part}: there is no such picture; the ids go from {ids[0]} to {ids[-1]}, and classes are the "
+                "numbers they begin with"
+            )
+        classes = range(ends[0], ends[-1] + 1) if ends else ()
+        wanted |= by_id or {request.id for request, n in zip(requests, numbers, strict=True) if n in classes}
+    return [request for request in requests if request.id in wanted]
+
+
 def digest(requests: Sequence[Request]) -> str:
     """Says whether two lists ask for the same pictures."""
     text = json.dumps([(r.id, r.prompt, r.seed) for r in requests])

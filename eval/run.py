@@ -72,6 +72,7 @@ def parser() -> Parser:
     p.add_argument("--seed", type=at_least(0, 2**62), default=0, help="seed of the first picture; the others count on")
     p.add_argument("--batch", type=at_least(1), default=4, help="pictures drawn at once")
     p.add_argument("--limit", type=at_least(1), metavar="N", help="the first N of the list only (default: all)")
+    p.add_argument("--only", metavar="ID,A-B", help="pictures of these ids or classes of the list only: 0007_1,20-29")
     p.add_argument(
         "--guidance",
         type=finite,
@@ -219,7 +220,8 @@ def plan(options: argparse.Namespace) -> Job:
     """EvalError for what cannot be, whatever the model is. What will be skipped is told before hours of drawing."""
     chosen = methods.parse(options.method, _ratios(options.ratio)) + [SCALE] * bool(options.scale_row)
     requests = prompts.load(options.prompts, options.seed)
-    asked = prompts.several(requests[: options.limit], options.per_prompt, len(requests))
+    part = requests if options.only is None else prompts.only(requests, options.only)
+    asked = prompts.several(part[: options.limit], options.per_prompt, len(requests))
     nets = metrics.Nets(
         options.lpips_net, options.lpips_backbone, options.inception_weights, options.clip_model, options.dino_model
     )
@@ -261,13 +263,23 @@ def ready(job: Job) -> tuple[Any, nn.Module | None, Settings, Path]:
     pipe, judge = load_model(job.options.model, job.device, dtype)
     try_out(pipe, job.chosen)
     settings = _settings(job.options, pipe, job.requests, job.device, dtype)
-    return pipe, judge, settings, job.options.out or default_out(settings, job.options.limit)
+    return pipe, judge, settings, job.options.out or default_out(settings, job.options.limit, job.options.only)
 
 
 def tell_too_small(job: Job, settings: Settings) -> None:
     """Which metrics these pictures will be too small for, before hours of drawing."""
     for metric in metrics.too_small(job.options.metrics, settings.size) if job.team.leads else ():
         print(f"{metric.name} is skipped: {metric.reason}", file=sys.stderr)
+
+
+def tell_missing(job: Job, settings: Settings) -> None:
+    """Which metrics lack weights or packages, before hours of drawing: their nets are loaded once for it."""
+    names = ",".join(name for name in metrics.check(job.options.metrics, job.nets) if name != "judge")
+    told = {metric.name for metric in metrics.too_small(job.options.metrics, settings.size)}
+    cpu = torch.device("cpu")
+    for metric in metrics.choose(names, job.nets, size=settings.size, prompts=(), device=cpu) if names else ():
+        if isinstance(metric, metrics.Skipped) and metric.name not in told:
+            print(f"{metric.name} will be skipped: {metric.reason}", file=sys.stderr)
 
 
 def draw(job: Job, told: dict[str, Any]) -> Drawn:
@@ -280,6 +292,8 @@ def draw(job: Job, told: dict[str, Any]) -> Drawn:
         maps.check(pipe, job.drawn, options.map_block)
     claim(out, settings)
     tell_too_small(job, settings)
+    if team.leads and not (options.generate_only or options.shard):
+        tell_missing(job, settings)
     if team.leads:
         tidy(out)
     if options.reference and team.leads:
@@ -378,15 +392,16 @@ def _model_name(model: str) -> str:
     return Path(model).name if Path(model).is_dir() else model
 
 
-def default_out(settings: Settings, limit: int | None) -> Path:
+def default_out(settings: Settings, limit: int | None, only: str | None) -> Path:
     """Other settings, another folder; the same command again goes on in the same one.
 
     A limited run has a folder of its own, so that a quick try does not replace the figures of a long run.
     """
     digest = hashlib.sha256(json.dumps(asdict(settings)).encode()).hexdigest()[:6]
     model = re.sub(r"[^\w.-]+", "-", settings.model)
-    first = "" if limit is None else f"-first{limit}"
-    return Path("runs") / f"{model}-{settings.size}px-{settings.steps}steps{first}-{digest}"
+    part = "" if only is None else f"-only{hashlib.sha256(only.encode()).hexdigest()[:6]}"
+    part += "" if limit is None else f"-first{limit}"
+    return Path("runs") / f"{model}-{settings.size}px-{settings.steps}steps{part}-{digest}"
 
 
 def _ratios(text: str) -> list[float]:

@@ -133,3 +133,21 @@ def test_more_of_each_prompt_begin_with_one_of_each():
 def test_more_of_each_prompt_need_names_of_their_own():
     with pytest.raises(EvalError, match="two prompts have the id 'a_1'"):
         prompts.several([prompts.Request("a", "x", 0), prompts.Request("a_1", "y", 1)], 2, 2)
+
+
+def test_some_classes_of_a_list_keep_their_ids_and_seeds():
+    """So that a part of a run is a part of its files, and can be drawn first."""
+    whole = [prompts.Request(f"{i:04d}_{k}", f"a {i}", 2 * i + k) for i in range(12) for k in range(2)]
+    chosen = prompts.only(whole, "3, 0007_1,9-10")
+    assert [r.id for r in chosen] == ["0003_0", "0003_1", "0007_1", "0009_0", "0009_1", "0010_0", "0010_1"]
+    assert set(chosen) <= set(whole)
+    named = [prompts.Request("dog", "a dog", 0), prompts.Request("7", "a cat", 1)]
+    assert prompts.only(named, "dog") == named[:1]
+    assert prompts.only(named, "7") == named[1:]
+
+
+@pytest.mark.parametrize("asked", ["12", "9-12", "0003_2", "", "dog", "10-9-8"])
+def test_what_a_list_does_not_hold_is_refused(asked):
+    whole = [prompts.Request(f"{i:04d}_{k}", f"a {i}", 2 * i + k) for i in range(12) for k in range(2)]
+    with pytest.raises(EvalError, match="the ids go from 0000_0 to 0011_1"):
+        prompts.only(whole, f"1,{asked}")

@@ -384,6 +384,23 @@ def test_a_size_that_a_metric_cannot_measure_is_told_before_anything_is_drawn(ti
     assert capsys.readouterr().err == ""
 
 
+def test_a_metric_that_lacks_its_weights_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "_inception", lambda *_: "no Inception weights")
+    monkeypatch.setattr(job, "generate", lambda *_: pytest.fail(capsys.readouterr().err))
+    with pytest.raises(pytest.fail.Exception, match="FID will be skipped: no Inception weights"):
+        job.main([*tiny, "--metrics", "psnr,fid"])
+
+
+def test_a_part_of_a_list_is_a_part_of_its_pictures(tiny, capsys):
+    assert job.main([*tiny, "--method", "tofu", "--only", "1-2", "--metrics", "psnr", "--out", "out"]) == 0
+    assert {path.stem for path in Path("out/full").glob("*.png")} == {"0001", "0002"}
+    told = files.read_json(Path("out/results.json"))
+    assert (told["settings"]["n"], told["settings"]["of"]) == (2, 5)
+    capsys.readouterr()
+    assert job.main([*tiny, "--method", "tofu", "--dry-run", "--json", "--out", "out"]) == 0
+    assert [method["there"] for method in json.loads(capsys.readouterr().out)["methods"]] == [2, 2]
+
+
 def test_a_model_that_a_method_does_not_fit_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
     monkeypatch.setattr(job, "load_model", lambda *_: (Namespace(transformer=torch.nn.Linear(2, 2)), None))
     arguments = [argument for argument in tiny if argument not in ("--size", "64")]
