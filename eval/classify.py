@@ -43,7 +43,7 @@ from .flops import FORMULAS
 from .frontier import COLOURS
 from .labelled import Labelled
 from .methods import code
-from .options import Help, Parser, add_device, at_least, command, pick_device, whole_numbers, working
+from .options import Help, Parser, add_device, at_least, command, finite, pick_device, whole_numbers, working
 from .reductions import FULL, Method, parse
 from .statistics import bootstrap
 from .table import markdown_rows, terminal_rows
@@ -62,6 +62,8 @@ EXAMPLES = """examples:
       the same on ImageNet's validation pictures, a folder of 1,000 folders
   python -m eval.classify --method full,PPPPPPAAAAAA,AAAAAAPPPPPP --r 16
       ToFu's table 3: which layers prune, which average
+  python -m eval.classify --noise 0.18
+      pictures that are harder to name, where accuracy says more
   python -m eval.classify --method tome,tofu,atm --stress
       ATM's table 1: the most that each saves without losing accuracy
 """
@@ -87,6 +89,13 @@ def parser() -> Parser:
         "--r", type=whole_numbers, default="8,12,16,20", metavar="N,N", help="tokens that leave in each layer"
     )
     p.add_argument("--limit", type=at_least(1), metavar="N", help="the first N pictures only (default: all)")
+    p.add_argument(
+        "--noise",
+        type=deviation,
+        default=0.0,
+        metavar="SIGMA",
+        help="Gaussian noise on pictures in 0..1 (default: none)",
+    )
     p.add_argument("--batch", type=at_least(1), default=64, help="pictures at once, which share ATM's numbers")
     p.add_argument("--rounds", type=at_least(0), default=10, help="timed batches of each method, in turns; 0 for none")
     p.add_argument("--stress", action="store_true", help="find the most each method saves at the full accuracy")
@@ -144,7 +153,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     models = classifiers.load(options.model, device)
     layers = len(host.find_blocks(models[0].model))
     chosen = parse(options.method, options.r, layers)
-    data = pictures_for(models[0], options.data)
+    data = pictures_for(models[0], options.data, options.noise)
     n = min(options.limit or len(data), len(data))
     for method in chosen:
         for one in models:
@@ -187,8 +196,21 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     return found, out
 
 
-def pictures_for(classifier: Classifier, name: str) -> Labelled:
-    """The pictures that a classifier is judged by. EvalError where their classes are not as many as it knows."""
+def deviation(text: str) -> float:
+    """A standard deviation of noise, as an argument's type."""
+    sigma = finite(text)
+    if sigma < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is below 0")
+    return sigma
+
+
+def pictures_for(classifier: Classifier, name: str, noise: float = 0) -> Labelled:
+    """The pictures that a classifier is judged by, under noise of a deviation.
+
+    EvalError where their classes are not as many as it knows, or noise is to lie on what is no longer 0..1.
+    """
+    if noise and not classifier.own:
+        raise EvalError(f"--noise is {noise:g}; it takes pictures in 0..1, which {classifier.name!r} does not")
     if name == "scenes":
         data = labelled.rendered(classifier.side, FRESH, TEST_SEED)
     elif classifier.own:
@@ -199,7 +221,7 @@ def pictures_for(classifier: Classifier, name: str) -> Labelled:
     knows = getattr(classifier.model, "num_classes", None)
     if knows is not None and knows != len(data.classes):
         raise EvalError(f"{data.name!r} has {len(data.classes)} classes, and {classifier.name!r} tells {knows} apart")
-    return data
+    return labelled.noisy(data, noise) if noise else data
 
 
 @dataclass(frozen=True)
