@@ -188,6 +188,28 @@ def test_a_folder_without_classes_is_refused(tmp_path):
 # --- methods --------------------------------------------------------------------------------------------------------
 
 
+def test_noise_is_the_same_every_time_and_of_its_deviation(pictures):
+    clear = labelled.folder(pictures / "val", labelled.plain(32))
+    noisy = labelled.noisy(clear, 0.1)
+    assert noisy.labels == clear.labels
+    assert noisy.name == "val, noise 0.1"
+    for i in (0, 5):
+        assert torch.equal(noisy.pictures[i][0], noisy.pictures[i][0])
+    assert not torch.equal(noisy.pictures[0][0] - clear.pictures[0][0], noisy.pictures[1][0] - clear.pictures[1][0])
+    middle = [i for i in range(len(clear)) if clear.labels[i] == 2]  # so bright that nothing is cut off
+    apart = torch.stack([noisy.pictures[i][0] - clear.pictures[i][0] for i in middle])
+    assert apart.std().item() == pytest.approx(0.1, rel=0.02)
+    everything = torch.stack([labelled.noisy(clear, 9).pictures[i][0] for i in range(4)])
+    assert everything.min() == 0
+    assert everything.max() == 1
+
+
+def test_noise_makes_pictures_harder_to_name(trained, pictures, tmp_path):
+    clear, noisy = (run(trained, pictures, tmp_path, "--method", "full", "--noise", sigma) for sigma in ("0", "0.5"))
+    assert noisy["rows"][0]["accuracy"]["value"] < clear["rows"][0]["accuracy"]["value"]
+    assert noisy["settings"]["data"] == "val, noise 0.5"
+
+
 def test_methods_are_read_as_they_are_written():
     full, tofu, word, atm = reductions.parse("full,tofu@depth_split=3,PPPA,atm@beta=0.1", [4], 4)
     assert full is reductions.FULL
@@ -345,6 +367,8 @@ def test_the_table_of_a_folder_is_a_page_s(trained, pictures, tmp_path, capsys):
         (["--r", "many"], "argument --r: 'many' is not a whole number, nor several"),
         (["--r", "33"], "r is 33; of 64 patch tokens at most 32 can leave in a layer"),
         (["--data", "nowhere"], "there is no folder 'nowhere' of pictures"),
+        (["--noise", "-1"], "argument --noise: '-1' is below 0"),
+        (["--noise", "loud"], "argument --noise: 'loud' is not a finite number"),
         (["--model", "no_such_model_of_timms"], "called 'no_such_model_of_timms'"),
         (["--table", "nowhere"], "nowhere holds no results of eval.classify"),
     ],
