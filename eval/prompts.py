@@ -120,7 +120,7 @@ def only(requests: Sequence[Request], asked: str) -> list[Request]:
     for part in (part.strip() for part in asked.split(",")):
         ends = [int(end) for end in part.split("-")] if re.fullmatch(r"\d+(-\d+)?", part) else []
         by_id = {request.id for request in requests if request.id == part}
-        if not by_id and not (ends and set(ends) <= set(numbers)):
+        if not by_id and not (ends and ends[0] <= ends[-1] and set(ends) <= set(numbers)):
             ids = sorted(request.id for request in requests)
             raise EvalError(
                 f"--only {part}: there is no such picture; the ids go from {ids[0]} to {ids[-1]}, and classes are the "

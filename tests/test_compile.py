@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 
 import tofu_sd
 from tofu_sd import TokenFusion
+from tofu_sd.match import partition
 from tofu_sd.recipes import named
 from tofu_sd.reduce import prune
 
@@ -163,3 +164,12 @@ def test_a_compiled_pipeline_draws_what_an_eager_one_draws() -> None:
     pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     assert torch.equal(tiny.images(pipe), fused)
     assert torch.equal(tiny.images(tofu_sd.remove_patch(pipe)), plain)
+
+
+def test_the_operator_of_the_map_lies_in_memory_as_a_compiler_is_told() -> None:
+    """Inductor asserts the strides of what an operator returns, and does not look at its values to find them."""
+    parts = partition(8, 8, 2, 2, torch.device("cpu"))
+    best = torch.rand(3, len(parts.src), generator=torch.Generator().manual_seed(0))
+    target = parts.dst[torch.zeros(3, len(parts.src), dtype=torch.long)]
+    for r in (0, 10, len(parts.src)):
+        torch.library.opcheck(torch.ops.tofu_sd.assemble.default, (best, target, *parts, r))

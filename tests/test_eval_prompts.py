@@ -146,7 +146,7 @@ def test_some_classes_of_a_list_keep_their_ids_and_seeds():
     assert prompts.only(named, "7") == named[1:]
 
 
-@pytest.mark.parametrize("asked", ["12", "9-12", "0003_2", "", "dog", "10-9-8"])
+@pytest.mark.parametrize("asked", ["12", "9-12", "0003_2", "", "dog", "10-9-8", "9-3"])
 def test_what_a_list_does_not_hold_is_refused(asked):
     whole = [prompts.Request(f"{i:04d}_{k}", f"a {i}", 2 * i + k) for i in range(12) for k in range(2)]
     with pytest.raises(EvalError, match="the ids go from 0000_0 to 0011_1"):

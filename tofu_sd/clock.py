@@ -51,7 +51,8 @@ class Clock:
         Nothing is laid out where it depends on the step, or no token leaves.
         """
         if self.fusion.seed is None and self.fusion.leaving(h, w):
-            layout = self._lay_out(h, w, device)
+            with torch.inference_mode(False):  # else it could not be used in training
+                layout = self._lay_out(h, w, device)
             for index in (*layout.parts, *(layout.windows or ())):
                 torch._dynamo.mark_static_address(index)  # a CUDA graph reads it where it is
             self._expected = (*self._expected, (h, w, layout))

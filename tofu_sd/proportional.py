@@ -2,7 +2,7 @@
 
 A bias on the keys costs CUDA's scaled-dot-product attention its flash kernel. The same number adds to the logits as one
 more channel, log(n_i) in the keys and constant in the queries, which flash takes. On a CPU, and where there is cuDNN's
-kernel, which takes a bias, the bias is faster.
+kernel, which takes a bias, the bias is faster. Compiled code cannot ask for kernels, and takes the channel.
 
 Hosts pass a bias to `scaled_dot_product_attention` as a mask, and know of nothing else. So a mask that is a `KeyBias`
 takes that call over, as `torch.nn.attention.bias.CausalBias` does.
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend
 
 from .kernels.operators import is_compiling
 
+SDPBackend = getattr(torch._C, "_SDPBackend", None)  # torch.nn.attention, which has it too, came with torch 2.3
 FLASH_DEVICE, FLASH_TYPES = "cuda", (torch.float16, torch.bfloat16)
 FLASH_CHANNELS = 256  # of a head, at most
 EXTRA = 8  # channels more: flash takes multiples of 8
@@ -85,10 +85,10 @@ def flash_takes(query: Tensor, dropout_p: float = 0.0, is_causal: bool = False, 
 
 def cudnn_takes(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None = None, **_: Any) -> bool:
     """Whether scaled_dot_product_attention gives this, bias and all, to cuDNN, of all kernels that torch has here."""
-    if is_compiling() or not hasattr(SDPBackend, "CUDNN_ATTENTION"):  # cannot ask; has none
+    cudnn = getattr(SDPBackend, "CUDNN_ATTENTION", None)
+    if cudnn is None or is_compiling():  # has none; cannot ask
         return False
-    chosen = torch._fused_sdp_choice(query, key, value, bias.to(query.dtype), scale=scale)
-    return bool(chosen == SDPBackend.CUDNN_ATTENTION.value)
+    return bool(torch._fused_sdp_choice(query, key, value, bias.to(query.dtype), scale=scale) == int(cudnn))
 
 
 def by_mask(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, **more: Any) -> Tensor:

@@ -59,7 +59,7 @@ def assemble(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> 
     raster = torch.arange(N, device=best.device).expand(B, -1)
     slot = place.where(stays, N - r)  # all that leave fall into one slot behind the survivors
     kept = place.new_empty(B, N - r + 1).scatter(1, slot, raster)[:, : N - r]
-    return kept, home
+    return kept.contiguous(), home  # as a compiler is told that it lies
 
 
 def _largest(best: Tensor, r: int) -> Tensor:

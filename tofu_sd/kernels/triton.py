@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import reference
+
 
 def nearest(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.nearest` without scores in memory: each program keeps the best destination of its sources so far.
@@ -96,12 +98,15 @@ def _nearest(
 
 def assemble(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """`reference.assemble` in one launch: a program for each sample goes over its sources a few times."""
+    if not hasattr(tl, "histogram"):  # before Triton 3
+        return reference.assemble(best, target, src, dst, r)
     (B, S), D = best.shape, len(dst)
     kept = torch.empty(B, S + D - r, dtype=torch.long, device=best.device)
     home = torch.empty(B, S + D, dtype=torch.long, device=best.device)
+    block = min(4096, max(128, triton.next_power_of_2(S + D)))
     _assemble[(B,)](
         best.contiguous(), target.contiguous(), src.contiguous(), dst.contiguous(), kept, home, r, S, D,
-        BLOCK=min(4096, max(128, triton.next_power_of_2(S + D))), num_warps=16,
+        BLOCK=block, num_warps=min(16, block // 32),
     )  # fmt: skip
     return kept, home
 
@@ -159,7 +164,7 @@ def _assemble(best_ptr, target_ptr, src_ptr, dst_ptr, kept_ptr, home_ptr, r, S, 
         leaves = tl.load(home_ptr + n, mask=n < S + D, other=0).to(tl.int32)
         place = n - gone - tl.cumsum(leaves, axis=0)
         tl.store(home_ptr + n, tl.where(leaves > 0, -1, place).to(tl.int64), mask=n < S + D)
-        tl.store(kept_ptr + place, n.to(tl.int64), mask=(n < S + D) & (leaves == 0))
+        tl.store(kept_ptr + place, n.to(tl.int64), mask=(n < S + D) & (leaves == 0) & (place < S + D - r))
         gone += tl.sum(leaves, axis=0)
     tl.debug_barrier()
     for start in range(0, S, BLOCK):
@@ -216,7 +221,7 @@ def _merge(
         found = tl.sum(mine.to(tl.int32), axis=0)
         members += found
         more = tl.where(found == ROWS, 1, 0)
-    mean = total / tl.cast(members, tl.float32)
+    mean = total / members.to(tl.float32)  # type: ignore[attr-defined]
     if LARGEST_NORM:
         own = tl.sqrt(tl.sum(mean * mean, axis=0))
         pointing = own > 1.1754944e-38 * tl.maximum(largest, 1.0)
