@@ -63,7 +63,7 @@ EXAMPLES = """examples:
   python -m eval.classify --method full,PPPPPPAAAAAA,AAAAAAPPPPPP --r 16
       ToFu's table 3: which layers prune, which average
   python -m eval.classify --noise 0.18
-      pictures that are harder to name, where accuracy says more
+      the same on pictures that are harder to name
   python -m eval.classify --method tome,tofu,atm --stress
       ATM's table 1: the most that each saves without losing accuracy
 """

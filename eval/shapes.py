@@ -94,8 +94,8 @@ def top_level(
 class TopLevel(ModelMixin):  # type: ignore[misc]
     """The transformers of a UNet's highest resolution with attention, one after the other and nothing between.
 
-    attention_alone: without all that is not self-attention, its norm and its
-    residual. Laid out as the UNet lays them out, so that every patch finds in it what it would find there.
+    attention_alone: without all that is not self-attention, its norm and its residual. Laid out as the UNet lays them
+    out, so that every patch finds in it what it would find there.
     """
 
     def __init__(self, case: Case, attention_alone: bool):

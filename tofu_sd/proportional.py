@@ -57,8 +57,12 @@ def key_bias(size: Tensor, dtype: torch.dtype, sdpa: bool) -> Tensor:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **more: Any) -> Tensor:
     """scaled_dot_product_attention with a mask [B, H, 1, K] that is the same for every query, by the faster way."""
-    by_flash = flash_takes(query, **more) and not cudnn_takes(query, key, value, attn_mask, **more)
-    return (by_channel if by_flash else by_mask)(query, key, value, attn_mask, **more)
+    if flash_takes(query, **more):
+        mask = attn_mask.to(query.dtype)
+        if not cudnn_takes(query, key, value, mask, **more):
+            return by_channel(query, key, value, attn_mask, **more)
+        attn_mask = mask
+    return by_mask(query, key, value, attn_mask, **more)
 
 
 def weighted_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, size: Tensor) -> Tensor:
@@ -83,12 +87,12 @@ def flash_takes(query: Tensor, dropout_p: float = 0.0, is_causal: bool = False, 
     return bool(enabled) and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def cudnn_takes(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float | None = None, **_: Any) -> bool:
-    """Whether scaled_dot_product_attention gives this, bias and all, to cuDNN, of all kernels that torch has here."""
+def cudnn_takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None, **_: Any) -> bool:
+    """Whether scaled_dot_product_attention gives this, mask and all, to cuDNN, of all kernels that torch has here."""
     cudnn = getattr(SDPBackend, "CUDNN_ATTENTION", None)
     if cudnn is None or is_compiling():  # has none; cannot ask
         return False
-    return bool(torch._fused_sdp_choice(query, key, value, bias.to(query.dtype), scale=scale) == int(cudnn))
+    return bool(torch._fused_sdp_choice(query, key, value, mask, scale=scale) == int(cudnn))
 
 
 def by_mask(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, **more: Any) -> Tensor:
