@@ -221,6 +221,8 @@ def generate(
             for method in due:
                 progress.set_description(method.key, refresh=False)
                 with method.applied(pipe):
+                    if len(due) > 1:  # what the first step after a switch lays out or fetches anew is not the method's
+                        draw(pipe, batch, method, settings, steps=1, output="latent")
                     images, cost = draw(pipe, batch, method, settings, steps=settings.steps)
                     for _ in range(repeats - 1):
                         again = draw(pipe, batch, method, settings, steps=settings.steps)[1]
@@ -237,11 +239,12 @@ def generate(
 
 
 def draw(
-    pipe: Any, requests: Sequence[Request], method: Method, settings: Settings, *, steps: int
-) -> tuple[list[Image.Image], dict[str, Any]]:
+    pipe: Any, requests: Sequence[Request], method: Method, settings: Settings, *, steps: int, output: str = "pil"
+) -> tuple[Any, dict[str, Any]]:
     """The pictures, and what one cost: seconds, those in the denoiser, and on CUDA bytes beyond those held before.
 
-    Every picture has a CPU generator of its own, so that it does not depend on its neighbours in the batch.
+    Every picture has a CPU generator of its own, so that it does not depend on its neighbours in the batch. output: as
+    diffusers' output_type; 'latent' decodes nothing.
     """
     device = torch.device(pipe.device)
     generators = [torch.Generator("cpu").manual_seed(request.seed + method.seed_shift) for request in requests]
@@ -261,7 +264,7 @@ def draw(
             num_inference_steps=steps,
             height=settings.size,
             width=settings.size,
-            output_type="pil",
+            output_type=output,
             **guidance,
         ).images
         synchronize(device)

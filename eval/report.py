@@ -27,12 +27,13 @@ from .maps import FOLDER, fit
 from .methods import FULL
 from .options import Help, Parser, at_least, command
 from .score import Scores
-from .table import circumstances, label, markdown, markdown_against, notes, table, with_rows
+from .table import circumstances, commits, label, markdown, markdown_against, notes, table, with_rows
 
 SCHEMA = 1
 RESULTS, PER_IMAGE = "results.json", "per_image.csv"
 PAIRS = 10  # the worst and the best of each method
 GRID_ROWS = 6
+TIMES = ("seconds", "denoising", "speedup")  # of a row
 THUMBNAIL, SMALL, MANY = 512, 160, 8  # pixels, at most; small ones for more methods than so many: a page must open
 THREE = 1600  # of three pictures side by side
 MAGNIFY = 4  # of the difference pictures
@@ -148,6 +149,25 @@ def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
     return found, images
 
 
+def with_times(found: dict[str, Any], out: Path, times: Path) -> dict[str, Any]:
+    """The results of `out` with the times of another run of the same settings, whatever its number of pictures.
+
+    For a grid that grew by several runs: one in which all its methods took turns tells how fast they are. A row that it
+    has not timed has no times. EvalError where settings differ.
+    """
+    other, _ = read(times)
+    alike(out, found, times, other, [name for name in found["settings"] if name not in ("n", "of")])
+    timed = {row["key"]: row for row in other["rows"]}
+    rows = [
+        row if "skipped" in row else {**row, **{name: timed.get(row["key"], {}).get(name) for name in TIMES}}
+        for row in found["rows"]
+    ]
+    told = found["provenance"]
+    joined = [*told.get("joined", []), other["provenance"]["command"]]
+    timing = {"pictures": other["settings"]["n"], "commit": commits(other)}
+    return {**found, "rows": rows, "provenance": {**told, "joined": joined, "timing": timing}}
+
+
 def _measured(found: dict[str, Any]) -> set[str]:
     return {metric["name"] for metric in found["metrics"] if "skipped" not in metric}
 
@@ -260,9 +280,12 @@ EXAMPLES = """examples:
       how far every method is from that one, picture by picture
   python -m eval.report runs/half runs/quarter --frontier
       the methods that no other beats in both cost and quality, and the call for each, of two runs of the same settings
+  python -m eval.report runs/half runs/quarter --times runs/speed --plot frontier.svg
+      the same as a drawing, by the times of a third run, in which all their methods took turns
 """
-TAKES = {  # what of --rows, --columns and --first the parts of a report take
-    "markdown": ("rows", "columns"), "against": ("rows",), "frontier": (), "plot": ("rows",), "grid": ("rows", "first"),
+TAKES = {  # what of --rows, --columns, --times and --first the parts of a report take
+    "markdown": ("rows", "columns", "times"), "against": ("rows",), "frontier": ("times",), "plot": ("rows", "times"),
+    "grid": ("rows", "first"),
 }  # fmt: skip
 
 
@@ -285,16 +308,19 @@ def main(argv: Sequence[str]) -> int:
     what.add_argument("--grid", type=Path, metavar="FILE", help="write the pictures of --rows side by side, as PNG")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of the table, say full 'tofu 50%%'")
     parser.add_argument("--columns", nargs="+", default=[], metavar="TITLE", help="of the table, say speed-up PSNR")
+    parser.add_argument("--times", type=Path, metavar="DIR", help="take the times from this run, of the same settings")
     parser.add_argument("--first", type=at_least(1), metavar="N", help=f"so many prompts in the grid ({GRID_ROWS})")
     options = parser.parse_args(argv)
     part = next((name for name in TAKES if getattr(options, name)), "")
-    for name in ("rows", "columns", "first"):
+    for name in ("rows", "columns", "times", "first"):
         if getattr(options, name) and name not in TAKES.get(part, ()):
             raise EvalError(f"--{name} says nothing of {f'--{part}' if part else 'the whole report'}")
     out = options.out[0]
     if len(options.out) > 1 and part in ("", "grid"):
         raise EvalError(f"{'--grid' if part else 'the whole report'} shows the pictures of one folder")
     found, images = joined(options.out)
+    if options.times:
+        found = with_times(found, out, options.times)
     found = with_rows(found, options.rows)
     if options.against is not None:
         print(markdown_against(found, images, options.against), end="")

@@ -114,7 +114,7 @@ def _extent(rows: list[dict[str, Any]], metric: str) -> tuple[float, float] | No
 
 def circumstances(found: dict[str, Any]) -> str:
     """One line without which the figures mean nothing."""
-    s, p = found["settings"], found["provenance"]
+    s = found["settings"]
     guidance = "default" if s["guidance"] is None else s["guidance"]
     parts = [
         f"{s['model']}, {s['n']} pictures" + (f" of {s['of']}" if s["n"] < s["of"] else ""),
@@ -122,9 +122,15 @@ def circumstances(found: dict[str, Any]) -> str:
         f"{s['steps']} steps, {s['size']} px, guidance {guidance}, batch {s['batch']}",
         f"{s['dtype']} on {s['device']}",
         f"torch {s['torch']}, diffusers {s['diffusers']}",
-        f"commit {', '.join(dict.fromkeys(run.get('commit') or 'unknown' for run in p.get('drawn') or [p]))}",
+        f"commit {commits(found)}",
     ]
     return " · ".join(parts)
+
+
+def commits(found: dict[str, Any]) -> str:
+    """Those that drew the pictures."""
+    told = found["provenance"]
+    return ", ".join(dict.fromkeys(run.get("commit") or "unknown" for run in told.get("drawn") or [told]))
 
 
 def commands(found: dict[str, Any]) -> str:
@@ -136,8 +142,14 @@ def commands(found: dict[str, Any]) -> str:
 def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
     """What has to be said below the table. timed: whether it shows times."""
     lines = ["Against the full model's pictures under the same seeds; intervals of the metrics: 95 %."]
+    timing = found["provenance"].get("timing")
     if timed:
-        lines[0] += " Speed-up and s/image: median over batches, 5th to 95th percentile."
+        lines[0] += " Speed-up and s/image: median over batches, 5th to 95th percentile"
+        lines[0] += (
+            f", of {timing['pictures']} pictures a row drawn in turns in one run, commit {timing['commit']}."
+            if timing
+            else "."
+        )
     lines += ["; ".join(f"{m['name']}: {m['implementation']}" for m in found["metrics"] if "skipped" not in m) + "."]
     lines += [f"{m['name']}: skipped: {m['skipped']}" for m in found["metrics"] if "skipped" in m]
     lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
@@ -146,8 +158,13 @@ def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
         for row in found["rows"]
         if row.get("blank")
     ]
+    lacking = (
+        "it is not in the run that times are of"
+        if timing
+        else "its pictures were not made in one run with the full model's"
+    )
     lines += [
-        f"{label(row)}: no speed-up, its pictures were not made in one run with the full model's"
+        f"{label(row)}: no speed-up, {lacking}"
         for row in found["rows"]
         if timed and "skipped" not in row and row["speedup"] is None
     ]

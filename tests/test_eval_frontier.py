@@ -126,9 +126,14 @@ def test_a_plot_is_the_same_every_time_and_a_file_if_asked_for(swept: Path, tmp_
     assert (tmp_path / "plot.svg").read_text() == frontier.svg(found)
 
 
-def part(swept: Path, out: Path, keep: Callable[[dict[str, Any]], bool], **settings: Any) -> Path:
-    """A folder that holds some rows of a run, as a run of those methods alone would have left it."""
+def part(swept: Path, out: Path, keep: Callable[[dict[str, Any]], bool], gain: float = 0, **settings: Any) -> Path:
+    """A folder that holds some rows of a run, as a run of those methods alone would have left it.
+
+    gain: the speed-up of every row, if given.
+    """
     found, images = report.read(swept)
+    if gain:
+        found["rows"] = [{**row, "speedup": {**row["speedup"], "median": gain}} for row in found["rows"]]
     rows = [row for row in found["rows"] if row["key"] == "full" or keep(row)]
     keys = {row["key"] for row in rows}
     found = {**found, "rows": rows, "settings": {**found["settings"], **settings}}
@@ -157,6 +162,31 @@ def test_two_runs_of_a_grid_read_as_the_whole(
     assert "| todo |" in capsys.readouterr().out
 
 
+def test_times_can_be_those_of_one_run_in_which_all_took_turns(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of a grid that grew were not drawn beside the full model, and say nothing of speed themselves."""
+    monkeypatch.setattr(report, "draw", lambda out: None)
+    low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25, gain=2)
+    high = part(swept, tmp_path / "high", lambda row: row["ratio"] != 0.25, gain=3)
+    speed = part(swept, tmp_path / "speed", lambda row: row["method"] != "todo", gain=4, n=3)  # of fewer pictures
+    assert report.main([str(low), str(high), "--times", str(speed), "--markdown", "--columns", "speed-up", "PSNR"]) == 0
+    table = capsys.readouterr().out
+    gains = {line.split(" | ")[0]: line.split(" | ")[1][:5] for line in table.splitlines() if "%" in line[:20]}
+    assert len(gains) == 8
+    assert set(gains.values()) == {"4.00×"}
+    assert "| todo | – |" in table
+    assert "todo: no speed-up, it is not in the run that times are of" in table
+    assert "of 3 pictures a row drawn in turns in one run" in table
+    assert table.endswith("\n\n`draw low`\n\n`draw high`\n\n`draw speed`\n")
+    drawing = tmp_path / "plot.svg"
+    assert report.main([str(low), str(high), "--times", str(speed), "--plot", str(drawing)]) == 0
+    assert drawing.exists()
+    other = part(swept, tmp_path / "other", lambda row: True, device="another")
+    assert report.main([str(low), "--times", str(other), "--frontier"]) == 2
+    assert "low and other cannot be compared: device is 'cpu" in capsys.readouterr().err
+
+
 def test_runs_of_other_settings_or_metrics_are_not_joined(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,6 +211,7 @@ def test_runs_of_other_settings_or_metrics_are_not_joined(
         (["--frontier", "--rows", "tofu 25%"], "--rows says nothing of --frontier"),  # of some it would be another one
         (["--against", "tofu 25%", "--columns", "PSNR"], "--columns says nothing of --against"),
         (["--markdown", "--first", "2"], "--first says nothing of --markdown"),
+        (["--against", "tofu 25%", "--times", "run"], "--times says nothing of --against"),
         (["--rows", "tofu 25%"], "--rows says nothing of the whole report"),
         (["--markdwn"], "unrecognized arguments: --markdwn"),
     ],

@@ -107,15 +107,27 @@ def test_the_methods_take_turns_on_each_batch(pipe, tmp_path, monkeypatch):
     order = []
     draw = generate.draw
 
-    def noting(pipe, requests, method, settings, *, steps):
-        order.append((method.key, len(requests)))
-        return draw(pipe, requests, method, settings, steps=steps)
+    def noting(pipe, requests, method, settings, *, steps, output="pil"):
+        order.append((method.key, len(requests), steps, output))
+        return draw(pipe, requests, method, settings, steps=steps, output=output)
 
     monkeypatch.setattr(generate, "draw", noting)
     run(pipe, tmp_path)
     turns = [("full", 2), (TOFU.key, 2), ("full", 1), (TOFU.key, 1)]
-    assert sorted(order[:8]) == sorted(2 * turns)  # two warm-ups of each method at each batch size
-    assert order[8:] == turns
+    assert sorted(turn[:2] for turn in order[:8]) == sorted(2 * turns)  # two warm-ups of each method and batch size
+    assert order[8:] == [(*turn, *how) for turn in turns for how in ((1, "latent"), (2, "pil"))]  # after each switch
+
+
+@pytest.mark.parametrize("name", ["tofu", "adaptive", "deepcache"])
+def test_a_method_in_turns_draws_what_it_draws_alone(pipe, tmp_path, name):
+    """Those too that keep something from one step to the next: what warms up after a switch leaves nothing behind."""
+    if name == "deepcache":
+        pytest.importorskip("DeepCache")
+    (method,) = methods.parse(name, [0.5])
+    settings = replace(SETTINGS, steps=5)
+    run(pipe, tmp_path / "turns", (FULL, method), settings)
+    run(pipe, tmp_path / "alone", (method,), settings)
+    assert (pixels(tmp_path / "turns", method.key) == pixels(tmp_path / "alone", method.key)).all()
 
 
 def test_a_picture_does_not_depend_on_its_batch(pipe, tmp_path):
