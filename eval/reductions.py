@@ -45,6 +45,11 @@ class Method:
     def adaptive(self) -> bool:
         return isinstance(self.told, AdaptiveReduction)
 
+    def at(self, r: int) -> Method:
+        """The same at another r."""
+        told = replace(self.told, r=r) if isinstance(self.told, TokenReduction) else self.told
+        return replace(self, told=told, r=r)
+
     def shifted(self, alpha: float) -> Method:
         """The same with the curve of its thresholds moved so that it begins at alpha."""
         assert isinstance(self.told, AdaptiveReduction)
