@@ -105,7 +105,9 @@ def parser() -> Parser:
     p.add_argument("--plot", type=Path, metavar="FILE", help="write the drawing there, as SVG")
     show = p.add_mutually_exclusive_group()
     show.add_argument("--table", type=Path, metavar="DIR", help="measure nothing; print a folder's table for a page")
-    show.add_argument("--linearity", type=Path, metavar="DIR", help="the same of each layer's functional linearity")
+    show.add_argument(
+        "--linearity", type=Path, metavar="DIR", help="the same of each layer's functional linearity (ToFu Fig. 3)"
+    )
     return p
 
 
@@ -120,7 +122,10 @@ def main(argv: Sequence[str]) -> int:
             write(options.plot, plot(found))
         return 0
     if options.linearity:
-        print(markdown_rows(*straightness(read(options.linearity))), end="")
+        found = read(options.linearity)
+        print(markdown_rows(*straightness(found)), end="")
+        if options.plot:
+            write(options.plot, curve(found))
         return 0
     found, out = run(options, argv)
     terminal_rows("", *cells(found), notes(found), Console(width=None if sys.stdout.isatty() else 120))
@@ -467,6 +472,22 @@ def straightness(found: dict[str, Any]) -> tuple[list[str], list[list[str]], lis
         f"of `depth_split='auto'`: d = {d}" + (", average in all layers." if d == 0 else ".")
     )
     return ["layer", "functional linearity", "over the classifiers"], lines, [note]
+
+
+def curve(found: dict[str, Any]) -> str:
+    """The same as a drawing (ToFu Fig. 3): the mean over the classifiers, and from the least to the most of them."""
+    layers = torch.tensor(found["linearity"], dtype=torch.float64)  # [classifiers, layers]
+    low, high = layers.aminmax(dim=0)
+    with plots.style():
+        figure = Figure(figsize=(4.7, 3), layout="constrained")
+        ax = figure.subplots()
+        plots.bare(ax)
+        ax.fill_between(range(len(low)), low.tolist(), high.tolist(), color=COLOURS[0], alpha=0.15, linewidth=0)
+        ax.plot(layers.mean(dim=0).tolist(), "o-", color=COLOURS[0], markersize=4, linewidth=1.2)
+        ax.ticklabel_format(axis="y", useOffset=False)
+        ax.set_xlabel("layer")
+        ax.set_ylabel("functional linearity of its MLP")
+        return plots.svg(figure)
 
 
 def notes(found: dict[str, Any]) -> list[str]:

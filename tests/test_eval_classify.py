@@ -364,6 +364,9 @@ def test_the_table_of_a_folder_is_a_page_s(trained, pictures, tmp_path, capsys):
     assert [line.split(" | ")[0] for line in lines if line[:3] in ("| 0", "| 1", "| 2", "| 3")] == [
         "| 0", "| 1", "| 2", "| 3",
     ]  # fmt: skip
+    for what, axis in (("--table", "features moved"), ("--linearity", "functional linearity")):
+        assert classify.main([what, str(tmp_path), "--plot", str(tmp_path / "drawn.svg")]) == 0
+        assert axis in (tmp_path / "drawn.svg").read_text()
 
 
 @pytest.mark.parametrize(
