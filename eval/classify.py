@@ -46,19 +46,29 @@ from .methods import code
 from .options import Help, Parser, add_device, at_least, command, finite, pick_device, whole_numbers, working
 from .reductions import FULL, Method, parse
 from .statistics import bootstrap
-from .table import markdown_rows, terminal_rows
+from .table import known, markdown_rows, terminal_rows
 
 SCHEMA = 1
 FRESH = 40  # scenes a class
-CALIBRATION = 128  # pictures by which thresholds are set; their labels are not looked at
-HALVINGS = 12  # of the range of thresholds
+CALIBRATION = 64  # pictures by which thresholds are set; their labels are not looked at
+CURVES = (
+    (1.0, 0.0),
+    (1.0, 0.1),
+    (1.0, 0.5),
+    (0.0, 1.0),
+)  # of thresholds: how far they begin below 1, how fast they fall
+SCALES, HALVINGS = (1e-6, 1.0), 10  # of a curve, on a logarithmic scale
 SHOWN = 8  # pictures of --maps
 LEAST_SPAN = 4.0  # % of accuracy that a drawing shows at least
 
+THRESHOLDS = (
+    "atm: of four curves of thresholds, each at ToMe's operations at that r, the one that moves features least, on "
+    "pictures held apart."
+)
 EXAMPLES = """examples:
   python -m eval.classify --method full,tome,tofu-avg,tofu --r 8,12,16,20
       ToFu's tables 1 and 2 on the embedded classifiers
-  python -m eval.classify --method full,tome,tofu-avg,tofu --r 8,12,16,20 --model vit_base_patch16_224.mae --data val
+  python -m eval.classify --method full,tome,tofu --r 8,13 --model deit_small_patch16_224.fb_in1k --data imagenet/val
       the same on ImageNet's validation pictures, a folder of 1,000 folders
   python -m eval.classify --method full,PPPPPPAAAAAA,AAAAAAPPPPPP --r 16
       ToFu's table 3: which layers prune, which average
@@ -103,6 +113,7 @@ def parser() -> Parser:
     p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: runs/classify-MODEL)")
     p.add_argument("--maps", type=Path, metavar="FILE", help="draw which tokens are one in the last layers, as PNG")
     p.add_argument("--plot", type=Path, metavar="FILE", help="write the drawing there, as SVG")
+    p.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of --table, say full 'tome, r = 16'")
     show = p.add_mutually_exclusive_group()
     show.add_argument("--table", type=Path, metavar="DIR", help="measure nothing; print a folder's table for a page")
     show.add_argument(
@@ -115,9 +126,11 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     """0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
     options = parser().parse_args(argv)
+    if options.rows and not options.table:
+        raise EvalError("--rows is of --table alone")
     if options.table:
         found = read(options.table)
-        print(markdown_rows(*cells(found), notes(found)), end="")
+        print(markdown_rows(*cells({**found, "rows": named(found["rows"], options.rows)}), notes(found)), end="")
         if options.plot:
             write(options.plot, plot(found))
         return 0
@@ -156,8 +169,11 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     device = pick_device(options.device)
     told = provenance.begin("eval.classify", argv, device)
     models = classifiers.load(options.model, device)
-    layers = len(host.find_blocks(models[0].model))
-    chosen = parse(options.method, options.r, layers)
+    try:
+        layers = min(len(host.find_blocks(one.model)) for one in models)
+    except ValueError as error:
+        raise EvalError(f"--model {options.model}: {error}") from error
+    chosen = parse(options.method, [0] if options.stress else options.r, layers)
     data = pictures_for(models[0], options.data, options.noise)
     n = min(options.limit or len(data), len(data))
     for method in chosen:
@@ -167,12 +183,14 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
                     pass
             except (ValueError, TypeError) as error:
                 raise EvalError(f"method {method.name!r} does not fit {one.name!r}: {error}") from error
+    given = next((method.name for method in chosen if method.adaptive and method.r is None), None)
+    if options.stress and given:
+        raise EvalError(f"--stress finds the thresholds itself, and {given!r} gives them")
     out = options.out or Path("runs") / f"classify-{Path(options.model.partition(',')[0]).name}"
     bench = Bench(data, n, options.batch, device, out)
     if options.stress:
         full = Entry.of(bench, models, FULL)
-        families = {method.name: method for method in chosen if method is not FULL}.values()
-        best = [most_saving(bench, models, method, full) for method in families]
+        best = [most_saving(bench, models, method, full) for method in chosen if method is not FULL]
         entries = [full, *best]
     else:
         entries = [Entry.of(bench, models, method) for method in dict.fromkeys([FULL, *chosen])]
@@ -242,10 +260,17 @@ class Bench:
     def batches(self, n: int) -> DataLoader[Any]:
         return DataLoader(Subset(self.data.pictures, range(n)), self.batch)
 
+    def held(self) -> list[Any]:
+        """Batches of pictures to set thresholds by, of those that are not judged if they are enough."""
+        rest = range(self.n, len(self.data))
+        pool = rest if len(rest) >= CALIBRATION else range(len(self.data))
+        chosen = [pool[i * len(pool) // CALIBRATION] for i in range(min(CALIBRATION, len(pool)))]
+        return list(DataLoader(Subset(self.data.pictures, chosen), self.batch))
+
     def judge(self, one: Classifier, method: Method) -> Judged:
         weights = provenance.weights_hash(one.model)
         made = {
-            "weights": weights, "method": method.settings, "data": self.data.name, "n": self.n, "batch": self.batch,
+            "weights": weights, "method": method.settings, "data": self.data.key, "n": self.n, "batch": self.batch,
             "device": self.device.type, "torch": str(torch.__version__), "code": code(),
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
@@ -276,7 +301,7 @@ def _kept(path: Path, made: dict[str, Any]) -> Judged | None:
 
 
 @torch.no_grad()
-def judge(model: nn.Module, method: Method, batches: DataLoader[Any], device: torch.device) -> Judged:
+def judge(model: nn.Module, method: Method, batches: Any, device: torch.device) -> Judged:
     """Shows a classifier the pictures under a method."""
     right: list[Tensor] = []
     seen: list[Tensor] = []
@@ -324,8 +349,7 @@ class Entry:
         The mean over the classifiers. It tells methods apart where accuracy no longer does (ATM Fig. 2 measures it).
         """
         pairs = zip(self.judged, full.judged, strict=True)
-        alike = [F.cosine_similarity(own.seen.double(), whole.seen.double(), dim=-1) for own, whole in pairs]
-        return (1 - torch.stack(alike)).clamp_min(0).mean(0)  # equal features may have a cosine over 1, by rounding
+        return torch.stack([apart(own.seen, whole.seen) for own, whole in pairs]).mean(0)
 
     def row(self, entries: Sequence[Entry], groups: Sequence[str], batch: int) -> dict[str, Any]:
         """Of the results. entries: all of them, the full model's first. groups: the class of each picture."""
@@ -352,23 +376,37 @@ def interval(values: Tensor, groups: Sequence[str]) -> dict[str, float | None]:
     return {"value": values.mean().item(), "low": low, "high": high}
 
 
+@torch.no_grad()
 def settle(bench: Bench, one: Classifier, method: Method) -> Method:
-    """A method whose thresholds are such that it has ToMe's operations at its r; any other as it is."""
+    """A method whose thresholds are set to ToMe's operations at its r; any other as it is.
+
+    ATM's authors sweep three parameters for each amount of operations, and keep what names most pictures right. Here no
+    label is looked at: each of `CURVES` is scaled until it has ToMe's operations on pictures held apart, and the one by
+    which their features move least is taken.
+    """
     if not method.adaptive or method.r is None:
         return method
-    batches = DataLoader(Subset(bench.data.pictures, range(min(CALIBRATION, bench.n))), bench.batch)
-    held = [(pictures.to(bench.device), labels) for pictures, labels in batches]
+    held = bench.held()
 
-    def flops(asked: Method) -> float:
-        return judge(one.model, asked, held, bench.device).flops  # type: ignore[arg-type]
+    def judged(asked: Method) -> Judged:
+        return judge(one.model, asked, held, bench.device)
 
-    (like,) = parse("tome", [method.r], len(host.find_blocks(one.model)))
-    aim = flops(like)
-    low, high = -1.0, 2.0  # all are merged, none are
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if flops(method.shifted(middle)) <= aim else (low, middle)
-    return method.shifted(low)
+    def scaled(curve: tuple[float, float]) -> Method:
+        low, high = (math.log(scale) for scale in SCALES)  # hardly anything is fused, all that can be
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            few = judged(method.falling(curve, math.exp(middle))).flops > aim
+            low, high = (middle, high) if few else (low, middle)
+        return method.falling(curve, math.exp(high))
+
+    aim = judged(parse("tome", [method.r], len(host.find_blocks(one.model)))[0]).flops
+    full = judged(FULL).seen
+    return min((scaled(curve) for curve in CURVES), key=lambda m: apart(judged(m).seen, full).mean().item())
+
+
+def apart(own: Tensor, full: Tensor) -> Tensor:
+    """How far features [n, C] lie from the full model's, 1 - cosine: float64 [n]. Equal ones may round beyond 1."""
+    return (1 - F.cosine_similarity(own.double(), full.double(), dim=-1)).clamp_min(0)
 
 
 def most_saving(bench: Bench, models: Sequence[Classifier], method: Method, full: Entry) -> Entry:
@@ -387,7 +425,8 @@ def most_saving(bench: Bench, models: Sequence[Classifier], method: Method, full
 
 def most_of(model: Any) -> int:
     """The largest r that tells anything: beyond it all but one token are gone before the last layer."""
-    return min(model.patch_embed.num_patches // 2, math.ceil(model.patch_embed.num_patches / (len(model.blocks) - 1)))
+    fusing = max(1, len(model.blocks) - 1)
+    return min(model.patch_embed.num_patches // 2, math.ceil(model.patch_embed.num_patches / fusing))
 
 
 @torch.no_grad()
@@ -423,6 +462,12 @@ def read(out: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("schema") != SCHEMA or "stress" not in found.get("settings", {}):
         raise EvalError(f"{out.name} holds no results of eval.classify")
     return found
+
+
+def named(rows: list[dict[str, Any]], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of these labels, in this order; all where none are named. The full model's always comes first."""
+    by_label = {row["label"]: row for row in rows}
+    return [by_label[label] for label in dict.fromkeys([FULL.name, *known("row", labels, list(by_label))])]
 
 
 def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
@@ -509,10 +554,10 @@ def notes(found: dict[str, Any]) -> list[str]:
     if s["stress"]:
         lines.append(
             "Each method at the largest r at which its accuracy, to a tenth of a percent, is the full model's or "
-            "higher; atm: thresholds moved together to ToMe's operations at that r."
+            f"higher. {THRESHOLDS}"
         )
-    elif any(row["method"].startswith("atm") for row in found["rows"]):
-        lines.append("atm: thresholds moved together to ToMe's operations at that r.")
+    elif any(row["method"].startswith("atm") and row["r"] is not None for row in found["rows"]):
+        lines.append(THRESHOLDS)
     lines += ["", f"`{p['command']}`"]
     return lines
 

@@ -33,6 +33,7 @@ from .statistics import bootstrap
 from .table import markdown_rows, terminal_rows
 
 SCHEMA = 1
+RATE = 5e-4  # of the trainings
 COUNTED = 64  # pictures of which operations and clusters are counted
 TITLES = {
     "components": "What each part adds (AdaptiVision, table 7)",
@@ -108,7 +109,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         judged = []
         for seed in options.seeds:
             one = asked[variant, seed]
-            if not (one.out / WEIGHTS).exists():
+            if (one.out / WEIGHTS).exists():
+                train.claim(one.out, train.recipe(one, train.data("scenes", one.side, one.guided)[0]))
+            else:
                 train.train(one)
             (net,) = classifiers.load(str(one.out), device)
             fresh = train.data("scenes", net.side, one.guided)[1]
@@ -136,7 +139,7 @@ def trained_as(variant: Variant, seed: int, options: argparse.Namespace) -> argp
     return train.parser().parse_args([
         "--kind", "adaptivision", "--samples", str(options.samples), "--depth", str(options.depth),
         "--clusters", options.clusters, *variant.options, "--seed", str(seed), "--out", str(folder),
-        "--device", options.device,
+        "--rate", str(RATE), "--device", options.device,
     ])  # fmt: skip
 
 

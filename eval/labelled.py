@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +29,8 @@ CHUNK = 32  # scenes rendered at once
 
 @dataclass(frozen=True)
 class Labelled:
-    """pictures: a dataset of (float [3, side, side], label). classes: their names. name: for tables and files.
+    """pictures: a dataset of (float [3, side, side], label). classes: their names. name: for tables. key: of what the
+    pictures are, wherever they lie; pictures of two names can have the same, and of one name two.
 
     guidance [n, M, G]: what else is known of each picture, as tokens; None for nothing.
     """
@@ -34,6 +38,7 @@ class Labelled:
     pictures: Dataset[tuple[Tensor, int]]
     classes: tuple[str, ...]
     name: str
+    key: str
     guidance: Tensor | None = None
 
     def __len__(self) -> int:
@@ -79,13 +84,15 @@ def noisy(data: Labelled, sigma: float) -> Labelled:
     """The same pictures under noise (as in ImageNet-C, Hendrycks & Dietterich, ICLR 2019): where all are named right,
     accuracy tells nothing apart.
     """  # fmt: skip
-    return replace(data, pictures=Noisy(data.pictures, sigma), name=f"{data.name}, noise {sigma:g}")
+    told = f", noise {sigma:g}"
+    return replace(data, pictures=Noisy(data.pictures, sigma), name=data.name + told, key=data.key + told)
 
 
 def rendered(side: int, per_class: int, first_seed: int, cache: Path = CACHE) -> Labelled:
     """Scenes of all 96 classes, side pixels wide, seeds from `first_seed` on. Rendered once and kept in `cache`."""
     rows = _kept(cache, f"{side}px", scenes.render, side, per_class, first_seed)
-    return Labelled(Renders(rows), tuple(kind.name for kind in CLASSES), "scenes")
+    key = f"scenes {digest(Path(scenes.__file__))}, {side} px, {len(rows)} from {first_seed}"
+    return Labelled(Renders(rows), tuple(kind.name for kind in CLASSES), "scenes", key)
 
 
 DEPTH, PIECE = 28, 4  # pixels a side of a picture of nearness, and of a piece of it
@@ -120,6 +127,28 @@ def _kept(
     return np.load(path, mmap_mode="r")
 
 
+class Mixed(Dataset[tuple[Tensor, int]]):
+    """A folder's pictures, the first of every class, then the second of every class, and so on: a part is as mixed as
+    all. found: torchvision's ImageFolder, which has them class by class.
+    """  # fmt: skip
+
+    def __init__(self, found: Any):
+        self.found = found
+        seen: Counter[int] = Counter()
+        rank = []
+        for label in found.targets:
+            rank.append(seen[label])
+            seen[label] += 1
+        self.order = sorted(range(len(rank)), key=lambda i: (rank[i], found.targets[i]))
+        self.targets = [found.targets[i] for i in self.order]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self.found[self.order[i]]
+
+
 def plain(side: int) -> Callable[[Any], Tensor]:
     """Of a PIL image, the middle square as a float tensor [3, side, side] in 0..1."""
     from torchvision.transforms import v2
@@ -136,10 +165,14 @@ def folder(path: Path, transform: Callable[[Any], Tensor]) -> Labelled:
     from torchvision.datasets import ImageFolder
 
     if not path.is_dir():
-        raise EvalError(f"there is no folder {path.name!r} of pictures; it holds a folder of them for each class")
+        raise EvalError(f"there is no folder {str(path)!r} of pictures; it holds a folder of them for each class")
     try:
         found = ImageFolder(str(path), transform)
     except FileNotFoundError as error:
         reason = without_paths(str(error))
-        raise EvalError(f"the folder {path.name!r} holds no folder of pictures for each class: {reason}") from error
-    return Labelled(found, tuple(found.classes), path.name)
+        raise EvalError(f"the folder {str(path)!r} holds no folder of pictures for each class: {reason}") from error
+    # by names, sizes and dates, as packers know files: to read all of ImageNet would take minutes
+    told = [(str(Path(name).relative_to(path)), stat.st_size, stat.st_mtime_ns)
+            for name, stat in ((name, os.stat(name)) for name, _ in found.samples)]  # fmt: skip
+    key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    return Labelled(Mixed(found), tuple(found.classes), path.name, key)

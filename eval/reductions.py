@@ -19,6 +19,7 @@ from . import EvalError
 from .methods import fusion_fields
 
 LETTERS = {"P": "prune", "A": "mean", "M": "mlerp"}
+CURVE = {"alpha", "beta", "least"}  # given, thresholds are as they are told; else those of an r
 PATTERN = re.compile(r"([PAM])(\1*)(?:([PAM])(\3*))?")
 
 
@@ -50,11 +51,11 @@ class Method:
         told = replace(self.told, r=r) if isinstance(self.told, TokenReduction) else self.told
         return replace(self, told=told, r=r)
 
-    def shifted(self, alpha: float) -> Method:
-        """The same with the curve of its thresholds moved so that it begins at alpha."""
+    def falling(self, curve: tuple[float, float], scale: float) -> Method:
+        """The same with thresholds that begin curve[0] × `scale` below 1 and fall at a rate of curve[1] × `scale`."""
         assert isinstance(self.told, AdaptiveReduction)
-        least = max(-1.0, min(1.0, self.told.least + alpha - self.told.alpha))
-        return replace(self, told=replace(self.told, alpha=alpha, least=least))
+        told = replace(self.told, alpha=1 - curve[0] * scale, beta=curve[1] * scale, least=-1.0)
+        return replace(self, told=told)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -75,8 +76,9 @@ FULL = Method("full")
 def parse(names: str, rs: Sequence[int], layers: int) -> list[Method]:
     """The methods of a list such as "full,tofu,PPPPPPAAAAAA,atm@beta=0.03", each at every r, each once.
 
-    A word of P (prune), A (average) and M (MLERP), as many as the model has layers, is ToFu's table 3. EvalError for an
-    unknown method or option, or a value out of range.
+    Thresholds that are given in full or in part are as they are told, whatever r. A word of P (prune), A (average) and
+    M (MLERP), as many as the model has layers, is ToFu's table 3. EvalError for an unknown method or option, or a value
+    out of range.
     """
     found: dict[str, Method] = {}
     for name in (part.strip() for part in names.split(",")):
@@ -103,7 +105,7 @@ def _one(name: str, r: int, layers: int) -> Method:
             )
         told = RECIPES[recipe]
         if isinstance(told, AdaptiveReduction):
-            return Method(name, replace(told, **options), r)
+            return Method(name, replace(told, **options), None if CURVE & options.keys() else r)
         told = TokenReduction.of(told, **{"r": r, **options})
         return Method(name, told, told.r)
     except (ValueError, TypeError) as error:

@@ -252,7 +252,7 @@ def terminal_rows(
 def with_rows(found: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """The results with these rows alone, in this order; all of them where none are named."""
     rows = {label(row): row for row in found["rows"]}
-    return {**found, "rows": [rows[name] for name in _known("row", labels, list(rows))]}
+    return {**found, "rows": [rows[name] for name in known("row", labels, list(rows))]}
 
 
 def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
@@ -262,7 +262,7 @@ def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
     """
     all_columns, rows = table(found)
     titles = [column.title.rstrip(" ↓↑") for column in all_columns]
-    chosen = [titles.index(title) for title in _known("column", columns, titles)]
+    chosen = [titles.index(title) for title in known("column", columns, titles)]
     lines = [
         "| method | " + " | ".join(all_columns[i].title for i in chosen) + " |",
         "|---|" + "--:|" * len(chosen),
@@ -277,12 +277,12 @@ def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
     return "\n".join([*lines, "", commands(found)]) + "\n"
 
 
-def _known(what: str, asked: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+def known(what: str, asked: Sequence[str], there: Sequence[str]) -> Sequence[str]:
     """What was asked for, or all; EvalError where there is no such thing."""
     for name in asked:
-        if name not in known:
-            raise EvalError(f"this run has no {what} {name!r}{did_you_mean(name, known)}; it has {', '.join(known)}")
-    return asked or known
+        if name not in there:
+            raise EvalError(f"this run has no {what} {name!r}{did_you_mean(name, there)}; it has {', '.join(there)}")
+    return asked or there
 
 
 def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], base: str) -> str:

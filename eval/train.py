@@ -58,10 +58,18 @@ def parser() -> Parser:
     own.add_argument("--guided", action="store_true", help="fuse tokens of a depth camera, which scenes have")
     p.add_argument("--coarse", type=at_least(0), default=32_000, metavar="N", help="samples at twice the patch's size")
     p.add_argument("--samples", type=at_least(1), default=12_800, metavar="N", help="samples at its own size")
-    p.add_argument("--rate", type=float, default=1e-3, help="learning rate")
+    p.add_argument("--rate", type=positive, default=1e-3, help="learning rate")
     p.add_argument("--seed", type=at_least(0, 2**31), default=0, help="of the first weights and of the batches")
     add_device(p)
     return p
+
+
+def positive(text: str) -> float:
+    """A finite number above 0, as an argument's type."""
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return value
 
 
 def clusters(text: str) -> tuple[int, int] | None:
@@ -85,11 +93,11 @@ def main(argv: Sequence[str]) -> int:
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """The figures of the training, which stand in the folder beside the weights."""
     device = pick_device(options.device)
-    learnt, fresh = data(options.data, options.side, options.guided)
+    learnt, fresh = data(options.data, options.side, wants_guidance(options))
     architecture = asked_for(options, len(learnt.classes), 0 if learnt.guidance is None else learnt.guidance.shape[-1])
     torch.manual_seed(options.seed)
     model = begun(architecture, learnt)
-    claim(options.out, {**vars(options), "out": None, "data": learnt.name})
+    claim(options.out, recipe(options, learnt))
     figures: dict[str, Any] = {"data": learnt.name, "pictures": len(learnt), "torch": str(torch.__version__)}
 
     def stage(name: str, model: nn.Module, samples: int, rate: float) -> None:
@@ -107,11 +115,12 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             name, model, loss, samples=samples, batch=BATCH, rate=rate, work=options.out, seed=options.seed
         )
 
-    if architecture.kind == "vit" and options.coarse:
+    coarse_first = architecture.kind == "vit" and options.coarse > 0
+    if coarse_first:
         coarse = begun(replace(architecture, patch=2 * architecture.patch), learnt).to(device)
         stage("coarse", coarse, options.coarse, options.rate)
         refine(coarse, model)
-    stage("fine", model.to(device), options.samples, options.rate / 2 if options.coarse else options.rate)
+    stage("fine", model.to(device), options.samples, options.rate / 2 if coarse_first else options.rate)
     model.eval()
     right = torch.cat(correct(model, fresh, device))
     figures |= {"accuracy": right.double().mean().item(), "n": len(right)}
@@ -140,6 +149,18 @@ def begun(architecture: Architecture, learnt: Labelled) -> nn.Module:
     if learnt.name == "scenes" and isinstance(stem, ConvolutionStem):
         stem.begin_as(demo.judge())
     return model
+
+
+def recipe(options: argparse.Namespace, learnt: Labelled) -> dict[str, Any]:
+    """All that decides a training, as its folder tells it."""
+    return {**vars(options), "out": None, "data": learnt.name, "pictures": learnt.key}
+
+
+def wants_guidance(options: argparse.Namespace) -> bool:
+    """EvalError where it is asked for by a model that has no place for it."""
+    if options.guided and options.kind != "adaptivision":
+        raise EvalError(f"--guided is of adaptivision, and --kind is {options.kind}")
+    return bool(options.guided)
 
 
 def claim(out: Path, recipe: dict[str, Any]) -> None:

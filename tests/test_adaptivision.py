@@ -202,15 +202,21 @@ def test_gradients_are_right():
     torch.nn.init.normal_(layer.rows.weight)
     s = tokens(1, 3, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda s: layer(s, torch.ones(1, 3, dtype=torch.bool)), s)
+    assert torch.autograd.gradcheck(lambda z: clustering(z).distance, z)
+    fusion = CrossModalTokenFusion(4, 2).double()
+    guidance = tokens(1, 2, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s, e: fusion(s, e), (s, guidance))
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"clusters": (8, 4)}, "least is 8 and most is 4"),
+        ({"clusters": (8, 4)}, r"clusters is \(8, 4\); it must be the fewest and the most"),
         ({"clusters": (2, 17)}, r"clusters is \(2, 17\); a picture has 16 patches"),
         ({"side": 18}, "side is 18; it must be a multiple of the patch's 4 pixels"),
         ({"heads": 3}, "width is 8; it must be a multiple of the 3 heads"),
+        ({"clusters": (8, 4), "strategy": "random"}, r"clusters is \(8, 4\); it must be the fewest and the most"),
+        ({"clusters": (0, 0), "strategy": "importance"}, r"clusters is \(0, 0\); it must be the fewest and the most"),
         ({"strategy": "luck"}, "strategy is 'luck'; it must be one of clusters, random, importance"),
         ({"temperature": 0}, "temperature is 0; it must be above 0"),
     ],

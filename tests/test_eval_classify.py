@@ -100,7 +100,39 @@ def test_a_folder_of_another_training_is_left_alone(pictures, tmp_path, capsys):
     weights = (tmp_path / "a" / classifiers.WEIGHTS).read_bytes()
     assert train.main(["--out", str(tmp_path / "a"), *few, "--seed", "1"]) == 2
     assert "a holds a training with seed 0, not 1" in capsys.readouterr().err
+    shutil.copytree(pictures, tmp_path / "others")  # of the same names; the folder's name does not tell them apart
+    (tmp_path / "others" / "train" / "shade0" / "0.png").unlink()
+    few[1] = str(tmp_path / "others")
+    assert train.main(["--out", str(tmp_path / "a"), *few]) == 2
+    assert "a holds a training with pictures " in capsys.readouterr().err
     assert (tmp_path / "a" / classifiers.WEIGHTS).read_bytes() == weights
+
+
+def test_a_rate_is_what_it_is_called_where_there_is_no_coarse_stage(pictures, tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr(train, "fit", lambda name, model, loss, **told: rates.append((name, told["rate"])))
+    sizes = ["--data", str(pictures), *SMALL, "--clusters", "2,4", "--samples", "1", "--rate", "0.001"]
+    for kind in ("adaptivision", "vit"):
+        assert train.main(["--out", str(tmp_path / kind), *sizes, "--kind", kind, "--coarse", "64"]) == 0
+    assert rates == [("fine", 0.001), ("coarse", 0.001), ("fine", 0.0005)]
+
+
+def test_a_classifier_that_cannot_be_patched_is_a_line(pictures, tmp_path, capsys):
+    sizes = ["--data", str(pictures), *SMALL, "--clusters", "2,4", "--samples", "32", "--kind", "adaptivision"]
+    assert train.main(["--out", str(tmp_path / "a"), *sizes]) == 0
+    capsys.readouterr()
+    asked = ["--model", str(tmp_path / "a"), "--data", str(pictures / "val"), "--device", "cpu"]
+    assert classify.main([*asked, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: --model ")
+    assert "AdaptiVision has no blocks to fuse tokens in" in said
+
+
+def test_a_model_of_one_layer_can_be_stressed(pictures, tmp_path):
+    sizes = ["--data", str(pictures), *SMALL, "--depth", "1", "--coarse", "0", "--samples", "32"]
+    assert train.main(["--out", str(tmp_path / "a"), *sizes]) == 0
+    found = run(str(tmp_path / "a"), pictures, tmp_path / "out", "--stress", "--method", "tome", "--limit", "6")
+    assert 0 <= found["rows"][1]["r"] <= 32
 
 
 SIZES = {"side": 32, "width": 24, "depth": 2, "heads": 2}
@@ -133,7 +165,7 @@ def test_on_scenes_convolutions_begin_as_the_judge_s(tmp_path):
     maps = demo.judge().maps(picture)[2]  # [2, 80, 4, 4]
     tokens = stem.proj(maps).flatten(2).mT
     assert torch.allclose(stem(picture), tokens, atol=1e-5)
-    other = train.begun(architecture, labelled.Labelled(scenes.pictures, scenes.classes, "mine")).patch_embed
+    other = train.begun(architecture, labelled.Labelled(scenes.pictures, scenes.classes, "mine", "")).patch_embed
     assert not torch.allclose(other(picture), tokens, atol=1e-2)
 
 
@@ -153,7 +185,10 @@ def test_every_picture_of_a_batch_is_lit_and_cut_by_its_generator_alone():
         (["--stem", "convolutions"], "patch is 4; before convolutions it must be a multiple of 8"),
         (["--heads", "5"], "width is 24; it must be a multiple of the 5 heads"),
         (["--kind", "swin"], "kind is 'swin'; it must be vit or adaptivision"),
-        (["--data", "nowhere"], "there is no folder 'train' of pictures"),
+        (["--data", "nowhere"], "there is no folder 'nowhere/train' of pictures"),
+        (["--rate", "nan"], "argument --rate: 'nan' is not a finite number"),
+        (["--rate", "-1"], "argument --rate: '-1' is not above 0"),
+        (["--guided"], "--guided is of adaptivision, and --kind is vit"),
     ],
 )
 def test_a_training_that_cannot_be_is_refused_in_a_line_and_leaves_nothing(pictures, tmp_path, capsys, options, said):
@@ -218,8 +253,9 @@ def test_methods_are_read_as_they_are_written():
     assert word.told == TokenReduction(4, early=prune, late=mean, depth_split=3)
     assert atm.told == AdaptiveReduction(beta=0.1)
     assert [m.label for m in (full, tofu, word, atm)] == [
-        "full", "tofu@depth_split=3, r = 4", "PPPA, r = 4", "atm@beta=0.1, r = 4",
+        "full", "tofu@depth_split=3, r = 4", "PPPA, r = 4", "atm@beta=0.1",
     ]  # fmt: skip
+    assert len(reductions.parse("atm@alpha=0.98@beta=0.035@least=0.93", [4, 8], 4)) == 1  # as ATM's table A2 tells it
     several = reductions.parse("full,tome", [2, 4], 4)
     assert [m.label for m in several] == ["full", "tome, r = 2", "tome, r = 4"]
     (all_alike,) = reductions.parse("AAAA", [1], 4)
@@ -286,11 +322,78 @@ def test_how_far_features_moved_is_the_cosine_of_what_the_head_is_shown(trained,
     assert torch.equal(again.moved(full), tome.moved(full))
 
 
+def test_thresholds_that_are_given_are_not_set_anew(trained, pictures, tmp_path):
+    rows = by_label(run(trained, pictures, tmp_path, "--method", "atm@alpha=0.9@beta=0.04@least=0.86", "--r", "2,4"))
+    (told,) = set(rows["atm@alpha=0.9@beta=0.04@least=0.86"]["told"])
+    assert "'alpha': 0.9, 'beta': 0.04, 'least': 0.86" in told
+
+
+def test_of_the_curves_of_thresholds_the_one_that_moves_features_least_is_taken(trained, pictures, tmp_path):
+    one = classifiers.load(trained, torch.device("cpu"))[0]
+    data = labelled.folder(pictures / "val", labelled.plain(32))
+    bench = classify.Bench(data, 24, 64, torch.device("cpu"), tmp_path)
+    (asked,) = reductions.parse("atm@class_only=False", [8], 4)
+    taken = classify.settle(bench, one, asked)
+    held = bench.held()
+    full = classify.judge(one.model, reductions.FULL, held, bench.device).seen
+
+    def moved(method):
+        return classify.apart(classify.judge(one.model, method, held, bench.device).seen, full).mean().item()
+
+    each = []
+    for curve in classify.CURVES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(classify, "CURVES", (curve,))
+            each.append(moved(classify.settle(bench, one, asked)))
+    assert len(set(each)) > 1
+    assert moved(taken) == min(each)
+    assert 0 <= taken.told.threshold(0) <= 1  # above 1 nothing would be fused
+
+
+def test_thresholds_are_set_by_pictures_that_are_not_judged(pictures):
+    data = labelled.folder(pictures / "val", labelled.plain(32))
+
+    def held(n, calibration):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(classify, "CALIBRATION", calibration)
+            batches = classify.Bench(data, n, 5, torch.device("cpu"), pictures).held()
+            return torch.cat([labels for _, labels in batches]), torch.cat([shown for shown, _ in batches])
+
+    labels, shown = held(24, 12)
+    judged = torch.stack([data.pictures[i][0] for i in range(24)])
+    assert len(shown) == 12
+    assert len(set(labels.tolist())) > 1
+    assert not any(torch.equal(a, b) for a in shown for b in judged)
+    assert len(held(48, 12)[0]) == 12  # all are judged: those are all there are
+    assert len(held(48, 99)[0]) == 48
+
+
 def test_thresholds_are_set_to_the_operations_of_tome(trained, pictures, tmp_path):
     rows = by_label(run(trained, pictures, tmp_path, "--method", "tome,atm@class_only=False", "--r", "4,12"))
     for r in (4, 12):
         share = rows[f"atm@class_only=False, r = {r}"]["flops"] / rows[f"tome, r = {r}"]["flops"]
         assert 0.9 < share <= 1.01  # as many tokens leave in whole numbers, so the last few operations are not met
+
+
+def test_pictures_of_another_folder_of_the_same_name_are_judged_anew(trained, pictures, tmp_path):
+    """What was judged is kept by what the pictures are; by the folder's name 0 % came out as 100."""
+    swapped = tmp_path / "other" / "val"
+    shutil.copytree(pictures / "val", swapped)
+    folders = sorted(swapped.iterdir())
+    folders[0].rename(swapped / "aside")
+    folders[1].rename(folders[0])
+    (swapped / "aside").rename(folders[1])
+    first = run(trained, pictures, tmp_path / "out", "--method", "full")
+    second = run(trained, swapped.parent, tmp_path / "out", "--method", "full")
+    lost = first["rows"][0]["accuracy"]["value"] - second["rows"][0]["accuracy"]["value"]
+    assert lost > 0.1  # two of six classes are called what they are not
+
+
+def test_a_part_of_a_folder_is_of_all_its_classes(pictures):
+    data = labelled.folder(pictures / "val", labelled.plain(32))
+    assert data.labels[:SHADES] == list(range(SHADES)) == data.labels[SHADES : 2 * SHADES]
+    assert sorted(data.labels) == sorted(list(range(SHADES)) * 8)
+    assert [data.pictures[i][1] for i in range(len(data))] == data.labels
 
 
 def test_a_method_is_known_again_by_another_process():
@@ -318,6 +421,7 @@ def test_under_stress_each_method_fuses_the_most_that_loses_nothing(
         return replace(found, right=torch.zeros_like(found.right)) if method.r in loses else found
 
     monkeypatch.setattr(classify, "judge", losing)
+    monkeypatch.setattr(classify, "CURVES", classify.CURVES[:1])
     monkeypatch.setattr(classify, "_kept", lambda *_: None)  # thresholds can be the same at several r
     full, *others = run(trained, pictures, tmp_path, "--method", "tome,tofu,atm", "--stress", "--limit", "24")["rows"]
     assert classify.most_of(classifiers.load(trained, torch.device("cpu"))[0].model) == 22
@@ -364,6 +468,12 @@ def test_the_table_of_a_folder_is_a_page_s(trained, pictures, tmp_path, capsys):
     assert [line.split(" | ")[0] for line in lines if line[:3] in ("| 0", "| 1", "| 2", "| 3")] == [
         "| 0", "| 1", "| 2", "| 3",
     ]  # fmt: skip
+    capsys.readouterr()
+    assert classify.main(["--table", str(tmp_path), "--rows", "tome, r = 8"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")][1:] == ["| full", "| tome, r = 8"]
+    assert classify.main(["--table", str(tmp_path), "--rows", "tome, r = 9"]) == 2
+    assert "no row 'tome, r = 9' (did you mean 'tome, r = 8'?)" in capsys.readouterr().err
     for what, axis in (("--table", "features moved"), ("--linearity", "functional linearity")):
         assert classify.main([what, str(tmp_path), "--plot", str(tmp_path / "drawn.svg")]) == 0
         assert axis in (tmp_path / "drawn.svg").read_text()
@@ -380,6 +490,8 @@ def test_the_table_of_a_folder_is_a_page_s(trained, pictures, tmp_path, capsys):
         (["--noise", "loud"], "argument --noise: 'loud' is not a finite number"),
         (["--model", "no_such_model_of_timms"], "called 'no_such_model_of_timms'"),
         (["--table", "nowhere"], "nowhere holds no results of eval.classify"),
+        (["--rows", "full"], "--rows is of --table alone"),
+        (["--stress", "--method", "atm@beta=0.02"], "--stress finds the thresholds itself, and 'atm@beta=0.02' gives"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line_before_anything_is_written(

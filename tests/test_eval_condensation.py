@@ -63,6 +63,14 @@ def test_every_variant_is_what_it_is_called_and_trained_once(few, trained, monke
     assert run(tmp_path, "--of", "components,strategy")["rows"] == found["rows"]
 
 
+def test_trainings_of_other_options_are_not_passed_off(few, trained, capsys):
+    tmp_path, _ = trained
+    for other, said in (("--samples", "samples 32, not 6400"), ("--depth", "depth 1, not 6400")):
+        asked = ["--out", str(tmp_path), "--samples", "32", "--depth", "1", "--seeds", "0", "--device", "cpu"]
+        assert condensation.main([*asked, other, "6400", "--of", "components"]) == 2
+        assert f"holds a training with {said}" in capsys.readouterr().err
+
+
 def test_a_variant_is_trained_as_often_as_there_are_seeds(few, tmp_path):
     only = [v for v in condensation.VARIANTS if v.name == "random patches"]
     with pytest.MonkeyPatch.context() as patch:
@@ -97,7 +105,7 @@ def test_guidance_is_of_the_pictures_beside_it(few, tmp_path):
         (["--of", "colours"], "unknown table 'colours'"),
         (["--seeds", "one"], "'one' is not a whole number"),
         (["--clusters", "48"], "'48' is neither two numbers such as 16,64 nor none"),
-        (["--clusters", "48,12"], "least is 48 and most is 12"),
+        (["--clusters", "48,12"], "clusters is (48, 12); it must be the fewest and the most"),
         (["--table", "nowhere"], "nowhere holds no results of eval.condensation"),
     ],
 )
@@ -108,5 +116,7 @@ def test_what_cannot_be_is_told_in_a_line(few, tmp_path, capsys, options, said):
 
 
 def test_guidance_takes_scenes(tmp_path, capsys):
-    assert train.main(["--out", str(tmp_path / "out"), "--data", str(tmp_path), "--guided"]) == 2
+    assert (
+        train.main(["--out", str(tmp_path / "out"), "--data", str(tmp_path), "--guided", "--kind", "adaptivision"]) == 2
+    )
     assert "--guided takes scenes, whose depth is known" in capsys.readouterr().err

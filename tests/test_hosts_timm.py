@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from tofu_sd.linearity import best_split
 from tofu_sd.reduce import mean, mlerp, prune
 from tofu_sd.tokens import TokenMap
 from tofu_sd.vit import AdaptiveReduction, TokenReduction, alternating, merging_error, reduce_sized
@@ -149,6 +150,98 @@ def test_it_trains(model, host, images):
     host.apply_patch(model, 8).train()
     model(images).square().mean().backward()
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
+
+
+def test_it_trains_with_checkpoints(model, host, images):
+    """A layer that is run again for its gradients meets the tokens it met before, not those of the last layer."""
+    gradients = []
+    for checkpoints in (False, True):
+        model.set_grad_checkpointing(checkpoints)
+        model.zero_grad()
+        host.apply_patch(model.train(), r=8).forward(images).square().sum().backward()
+        gradients.append(model.patch_embed.proj.weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
+def test_tokens_are_laid_out_as_maps_only_where_there_are_enough(model, host, images):
+    """timm would put those that are left where they do not belong, without a word."""
+    before = model.forward_intermediates(images, intermediates_only=True)[-1]
+    host.apply_patch(model, r=8)
+    for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(ValueError, match="too few for maps: output_fmt='NLC' gives them as they are"):
+            copied.forward_intermediates(images)
+        tokens = copied.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)[-1]
+        assert tokens.shape[1] == TOKENS - 8 * LAYERS
+    host.remove_patch(model)
+    assert torch.equal(model.forward_intermediates(images, intermediates_only=True)[-1], before)
+
+
+def test_by_its_name_a_model_is_made_and_patched(host, images, monkeypatch):
+    timm = host.timm
+    asked = []
+    made = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=7)
+
+    def create(name, **options):
+        asked.append((name, options))
+        return made
+
+    monkeypatch.setattr(timm, "create_model", create)
+    assert host.apply_patch("deit_tiny_patch16_224", r=8) is made
+    assert asked == [("deit_tiny_patch16_224", {"pretrained": True})]
+    with host.watch(made) as seen:
+        predict(made, images)
+    assert seen[0][1].kept.shape[1] == TOKENS - 8
+
+
+def test_the_split_is_measured_on_pictures(model, host, images):
+    """Averaging pays above 1/sqrt 2: below the first layer whose MLP is as good as linear, all prune."""
+    d = host.measured_split(model, images)
+    assert d == best_split(dict(enumerate(host.linearity(model, images).mean(dim=1).tolist())))
+    host.apply_patch(model, r=8, depth_split="auto", pictures=images)
+    fused = predict(model, images)
+    assert torch.equal(fused, predict(host.apply_patch(model, r=8, depth_split=d), images))
+
+
+def test_a_crooked_layer_is_pruned_and_a_straight_one_averaged(host, images):
+    class Crooked(nn.Module):
+        def forward(self, x):
+            return (300 * x).sin()
+
+    timm = host.timm
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, depth=6)
+    for block in model.blocks[:2]:
+        block.mlp = Crooked()
+    for block in model.blocks[2:]:
+        block.mlp = nn.Linear(192, 192)
+    assert host.measured_split(model, images) == 2
+
+
+@pytest.mark.parametrize("r", [0, TOKENS // 2 + 1])
+def test_linearity_takes_pairs_that_there_are(model, host, images, r):
+    with pytest.raises(ValueError, match=f"r is {r}; of these patch tokens from 1 to {TOKENS // 2} can be fused"):
+        host.linearity(model, images, r)
+
+
+def test_a_split_that_cannot_be_measured_leaves_the_model_as_it_was(model, host, images):
+    plain = predict(host.apply_patch(model, r=8), images)
+    with pytest.raises(ValueError, match="give some as pictures=, or a number"):
+        host.apply_patch(model, depth_split="auto")
+    with pytest.raises(ValueError, match="pictures are given, and depth_split is not 'auto'"):
+        host.apply_patch(model, pictures=images)
+    with pytest.raises((RuntimeError, AssertionError)):  # timm's word on pictures of another size
+        host.apply_patch(model, depth_split="auto", pictures=images[:, :, :20, :20])
+    assert torch.equal(predict(model, images), plain)
+
+
+def test_attention_without_its_keys_is_refused_before_anything_is_patched(model, host, images):
+    norm = model.blocks[2].attn.k_norm
+    del model.blocks[2].attn.k_norm
+    before = state(model)
+    with pytest.raises(ValueError, match="no keys to compare tokens by: its attention is Attention, without timm's"):
+        host.apply_patch(model, r=8)
+    assert state(model) == before
+    model.blocks[2].attn.k_norm = norm
+    host.apply_patch(model, r=8)
 
 
 def test_linearity_is_of_the_pairs_that_would_be_fused(model, host, images):
@@ -344,6 +437,8 @@ def test_the_merging_error_lies_within_its_bounds(seed, n1, n2):
         ({"beta": -0.1}, "beta is -0.1; it must be a number from 0"),
         ({"least": float("nan")}, "least is nan; it must be a number from -1 to 1"),
         ({"split": 1.5}, "split is 1.5; it must be a number from 0 to 1"),
+        ({"beta": 1000}, "beta is 1000; it must be a number from 0 to 1"),
+        ({"beta": math.inf}, "beta is inf; it must be a number from 0 to 1"),
         ({"class_only": 1}, "class_only is 1; it must be True or False"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -203,3 +205,47 @@ def test_the_command_says_what_is_wrong(pipe, monkeypatch, capsys, tmp_path):
     assert "ratio is 2.0" in capsys.readouterr().err
     assert linearity.main(["--table", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    for arguments, said in (
+        (["--table", str(tmp_path / "other.json")], "other.json holds no measurements of this program"),
+        (["--ratio", "0"], "ratio is 0; pairs are measured that would be fused, so it must be above 0"),
+        (["--steps", "0"], "steps is 0; it must be at least 1"),
+        (["--pictures", str(tmp_path), "--steps", "3"], "--steps is of text-to-image models, and --pictures of"),
+        (["--pictures", str(tmp_path)], "there are no pictures in"),
+    ):
+        assert linearity.main(arguments) == 2
+        told = capsys.readouterr().err
+        assert said in told
+        assert told.count("\n") == 1
+
+
+def test_the_command_measures_a_classifier_on_pictures(monkeypatch, capsys, tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
+    from PIL import Image
+
+    made = timm.create_model("vit_tiny_patch16_224", depth=3)
+    for i in range(2):
+        Image.effect_noise((300, 260), 90).convert("RGB").save(tmp_path / f"{i}.png")
+    assert linearity.main(["--model", "vit_tiny_patch16_224"]) == 2
+    assert "has to be shown some: --pictures DIR" in capsys.readouterr().err
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: made)
+    kept, drawn = str(tmp_path / "curve.json"), tmp_path / "curve.svg"
+    asked = ["--model", "vit_tiny_patch16_224", "--pictures", str(tmp_path), "--out", kept, "--plot", str(drawn)]
+    assert linearity.main(asked) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("| depth | block | feed-forward |\n")
+    assert said.count("| blocks.") == 3
+    assert "vit_tiny_patch16_224: 2 pictures" in said
+    curve = linearity.Curve.read(kept)
+    assert f"depth_split={curve.depth_split}, by the feed-forward of the layers" in said
+    assert {(one.call, one.depth) for one in curve.measured} == {(c, d) for c in range(2) for d in range(3)}
+    assert "<svg" in drawn.read_text()
+
+
+def test_the_package_does_not_bring_its_program_with_it():
+    """Python warns of a module that is run and was imported already."""
+    told = subprocess.run(
+        [sys.executable, "-m", "tofu_sd.linearity", "--table", "none"], capture_output=True, text=True
+    )
+    assert told.returncode == 2
+    assert "RuntimeWarning" not in told.stderr

@@ -205,6 +205,8 @@ class AdaptiVision(nn.Module):
         if side % patch:
             raise ValueError(f"side is {side}; it must be a multiple of the patch's {patch} pixels")
         tokens = (side // patch) ** 2
+        if clusters is not None and not 1 <= clusters[0] <= clusters[1]:
+            raise ValueError(f"clusters is {clusters}; it must be the fewest and the most, from 1 on")
         if clusters is not None and clusters[1] > tokens:
             raise ValueError(f"clusters is {clusters}; a picture has {tokens} patches, so at most as many")
         if strategy not in STRATEGIES:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from .calibrate import break_even
 from .environment import check_torchvision
-from .linearity import measure_split
 from .patch import (
     Sighting,
     Site,
@@ -60,6 +59,8 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) 
         swap = partial(host.swap, ours={part for part, *_ in before.swaps} if before else set())
         fusion = _fusion(sites, ratio, options)
         if fusion.depth_split == "auto":
+            from .linearity import measure_split  # here: `python -m tofu_sd.linearity` begins with this package
+
             fusion = replace(fusion, depth_split=measure_split(model, sites, fusion))
         patch = plan(unet, sites, fusion, swap, train_steps, host.latent_size(unet))
         attach(unet, patch)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -221,24 +222,32 @@ EXAMPLES = """examples:
       the model that comes with the package
   python -m tofu_sd.linearity --model stabilityai/stable-diffusion-2-1-base --steps 20 --out linearity.json
       another one, every measurement kept
+  python -m tofu_sd.linearity --model vit_small_patch16_224.augreg_in1k --pictures imagenet/val
+      a classifier of timm's (ToFu Fig. 3)
   python -m tofu_sd.linearity --table linearity.json --plot linearity.svg
       its table again, and its curve over the depth
 """
+SHOWN = 64  # pictures of a classifier, at most
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+TITLES = {"attn": "attention", "mlp": "feed-forward"}
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m tofu_sd.linearity",
-        description="Functional linearity (ToFu Eq. 8) of every block of a text-to-image model, on the pairs of tokens "
-        "that would be fused, and the depth from which on to average.",
+        description="Functional linearity (ToFu Eq. 8) of every block of a model, on the pairs of tokens that would be "
+        "fused, and the depth from which on to average.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--model", default="demo", help="demo, or what from_pretrained takes (demo)")
-    p.add_argument("--prompt", action="append", help="may be given more than once; four of its own if not")
-    p.add_argument("--steps", type=int, default=STEPS, help=f"of the sampling ({STEPS})")
-    p.add_argument("--ratio", type=float, default=0.5, help="share of tokens that would be fused away (0.5)")
-    p.add_argument("--seed", type=int, default=0, help="of the pictures (0)")
+    p.add_argument("--model", default="demo", help="demo, what from_pretrained takes, or a classifier of timm's (demo)")
+    drawn = p.add_argument_group("of a text-to-image model")
+    drawn.add_argument("--prompt", action="append", help="may be given more than once; four of its own if not")
+    drawn.add_argument("--steps", type=int, help=f"of the sampling ({STEPS})")
+    drawn.add_argument("--ratio", type=float, help="share of tokens that would be fused away (0.5)")
+    drawn.add_argument("--seed", type=int, help="of the pictures (0)")
+    shown = p.add_argument_group("of a classifier")
+    shown.add_argument("--pictures", metavar="DIR", help=f"a folder to show it pictures of, {SHOWN} at most")
     p.add_argument("--out", metavar="FILE", help="keep every measurement as JSON")
     p.add_argument("--table", metavar="FILE", help="measure nothing; print the table of such a file")
     p.add_argument("--plot", metavar="FILE", help="draw it over the depth, as SVG or PNG (needs matplotlib)")
@@ -247,60 +256,112 @@ def parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class Curve:
-    """A model's linearity, and how it was measured. fused: the depths of the blocks that are fused by default."""
+    """A model's linearity, and how it was measured. fused: the depths of the blocks that are fused by default.
+
+    prompts, steps, ratio, seed: of what a text-to-image model drew. pictures: that a classifier was shown.
+    """
 
     model: str
-    prompts: list[str]
-    steps: int
-    ratio: float
-    seed: int
     versions: str
     fused: list[int]
     measured: list[Linearity]
+    prompts: list[str] = field(default_factory=list)
+    steps: int = 0
+    ratio: float = 0.0
+    seed: int = 0
+    pictures: int = 0
+
+    @property
+    def roles(self) -> list[str]:
+        return [role for role in ROLES if any(one.role == role for one in self.measured)]
 
     @property
     def depth_split(self) -> int:
-        own = by_depth(self.measured, ["attn"])
+        """By what works on fused tokens: attention, and in a classifier, whose tokens stay fused behind it, the MLP."""
+        own = by_depth(self.measured, self.roles[:1])
         return best_split({depth: own[depth] for depth in self.fused})
 
     @classmethod
     def read(cls, file: str) -> Curve:
-        told = json.loads(Path(file).read_text(encoding="utf-8"))
-        return cls(**{**told, "measured": [Linearity(**one) for one in told["measured"]]})
+        """ValueError for a file that holds none."""
+        try:
+            told = json.loads(Path(file).read_text(encoding="utf-8"))
+            return cls(**{**told, "measured": [Linearity(**one) for one in told["measured"]]})
+        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            raise ValueError(f"{Path(file).name} holds no measurements of this program") from error
 
     def __str__(self) -> str:
         """A line for each block: the mean over the calls of each layer's FL, and from the least to the most of them."""
-        lines = ["| depth | block | attention | feed-forward |", "|--:|---|--:|--:|"]
+        roles = self.roles
+        lines = [f"| depth | block | {' | '.join(TITLES[role] for role in roles)} |", "|--:|---|" + "--:|" * len(roles)]
         for depth, name in sorted({(one.depth, one.block) for one in self.measured}):
             cells = []
-            for role in ROLES:
+            for role in roles:
                 values = [one.value for one in self.measured if (one.depth, one.role) == (depth, role)]
                 cells.append(f"{mean(values):.4f} ({min(values):.4f}–{max(values):.4f})" if values else "–")
-            mark = " \\*" if depth in self.fused else ""
+            mark = " \\*" if depth in self.fused and len(self.fused) < len({one.depth for one in self.measured}) else ""
             lines.append(f"| {depth}{mark} | {name.replace('.transformer_blocks', '')} | {' | '.join(cells)} |")
         split = self.depth_split
+        if self.pictures:
+            how = f"{self.pictures} pictures, pairs of patch tokens that would be fused first; means over the pictures"
+            fused = "layers"
+        else:
+            how = (
+                f"{len(self.prompts)} pictures, {self.steps} steps, seed {self.seed}, pairs at a ratio of "
+                f"{self.ratio:g}; means over the steps"
+            )
+            fused = "fused blocks"
+        marked = " \\* fused by default." if any(" \\* |" in line for line in lines) else ""
         return "\n".join([
             *lines, "",
-            f"{self.model}: {len(self.prompts)} pictures, {self.steps} steps, seed {self.seed}, pairs at a ratio of "
-            f"{self.ratio:g}; means over the steps, and the least and the most; {self.versions}. \\* fused by default.",
-            f"depth_split={split}, by the attention of the fused blocks" + ": average everywhere." * (not split),
+            f"{self.model}: {how}, and the least and the most; {self.versions}.{marked}",
+            f"depth_split={split}, by the {TITLES[roles[0]]} of the {fused}" + ": average everywhere." * (not split),
         ])  # fmt: skip
 
 
 def measure(model: str, prompts: Sequence[str], steps: int, ratio: float, seed: int) -> Curve:
-    """The curve of a model, by its name, over a sampling of a picture of each prompt."""
+    """The curve of a text-to-image model, by its name, over a sampling of a picture of each prompt."""
     import diffusers
 
     from .hosts.diffusers import find_sites, unwrap
 
     fusion = TokenFusion(ratio, depth_split=0)
+    if not ratio:
+        raise ValueError("ratio is 0; pairs are measured that would be fused, so it must be above 0")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1")
     pipe = _load(model)
     fused = [site.depth for site, _ in fusions(find_sites(unwrap(pipe)[0]), fusion)]
     with measuring(pipe, fusion) as found:
         generator = torch.Generator().manual_seed(seed)
         pipe(list(prompts), num_inference_steps=steps, generator=generator, output_type="latent")
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
-    return Curve(model, list(prompts), steps, ratio, seed, versions, fused, found)
+    return Curve(model, versions, fused, found, list(prompts), steps, ratio, seed)
+
+
+def measure_classifier(name: str, folder: str) -> Curve:
+    """The curve of a classifier of timm's, with its pretrained weights, over pictures spread evenly over a folder."""
+    import timm
+    from PIL import Image
+
+    from .hosts import timm as host
+
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in ENDINGS)
+    if not files:
+        raise ValueError(f"there are no pictures in {folder!r}; looked for {', '.join(ENDINGS)}")
+    files = [files[i] for i in sorted({round(i) for i in torch.linspace(0, len(files) - 1, SHOWN).tolist()})]
+    model = timm.create_model(name, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    found: list[Linearity] = []
+    for call, file in enumerate(files):
+        with Image.open(file) as image:
+            values = host.linearity(model, transform(image.convert("RGB")).unsqueeze(0))[:, 0].tolist()
+        found += [
+            Linearity(f"blocks.{depth}", depth, "mlp", call, math.nan, value, host.PAIRS)
+            for depth, value in enumerate(values)
+        ]
+    versions = f"torch {torch.__version__}, timm {timm.__version__}"
+    return Curve(name, versions, list(range(len(values))), found, pictures=len(files))
 
 
 def _load(model: str) -> Any:
@@ -319,10 +380,10 @@ def plot(curve: Curve, file: str) -> None:
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     ax = figure.subplots()
-    for role, name in zip(ROLES, ("attention", "feed-forward"), strict=True):
+    for role in curve.roles:
         line = by_depth(curve.measured, [role])
         ends = [[one.value for one in curve.measured if (one.depth, one.role) == (d, role)] for d in line]
-        ax.plot(list(line), list(line.values()), marker="o", label=name)
+        ax.plot(list(line), list(line.values()), marker="o", label=TITLES[role])
         ax.fill_between(list(line), [min(end) for end in ends], [max(end) for end in ends], alpha=0.15)
     ax.set_xlabel("depth of the block")
     ax.set_ylabel("functional linearity")
@@ -333,20 +394,38 @@ def plot(curve: Curve, file: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
     try:
-        curve = (
-            Curve.read(options.table)
-            if options.table
-            else measure(options.model, options.prompt or PROMPTS, options.steps, options.ratio, options.seed)
-        )
+        curve = Curve.read(options.table) if options.table else _measured(options)
         if options.out:
             Path(options.out).write_text(json.dumps(asdict(curve), indent=1) + "\n", encoding="utf-8")
         if options.plot:
             plot(curve, options.plot)
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:  # timm raises RuntimeError for names
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(curve)
     return 0
+
+
+def _measured(options: argparse.Namespace) -> Curve:
+    """ValueError for options that say nothing of the model that is asked for."""
+    drawn: dict[str, Any] = {"steps": STEPS, "ratio": 0.5, "seed": 0}
+    given = [name for name in ("prompt", *drawn) if getattr(options, name) is not None]
+    if options.pictures is not None:
+        if given:
+            raise ValueError(f"--{given[0]} is of text-to-image models, and --pictures of classifiers")
+        return measure_classifier(options.model, options.pictures)
+    if _of_timm(options.model):
+        raise ValueError(f"{options.model} is a classifier of timm's, which has to be shown some: --pictures DIR")
+    told = {name: usual if getattr(options, name) is None else getattr(options, name) for name, usual in drawn.items()}
+    return measure(options.model, options.prompt or PROMPTS, **told)
+
+
+def _of_timm(model: str) -> bool:
+    try:
+        import timm
+    except ImportError:
+        return False
+    return bool(timm.is_model(model))
 
 
 if __name__ == "__main__":

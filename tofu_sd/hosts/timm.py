@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from inspect import signature
 from typing import Any, TypeVar
 
 import timm
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels import take
-from ..linearity import functional_linearity
+from ..linearity import best_split, functional_linearity
 from ..match import bipartite_soft_matching
 from ..patch import ATTRIBUTE
 from ..tokens import TokenMap
 from ..vit import AdaptiveReduction, Reducer, TokenReduction, alternating
 
 Model = TypeVar("Model", bound=nn.Module)
+PAIRS = 5  # of a picture, in each layer, of which linearity is measured (ToFu section 3.1)
 
 
 class FusedBlock(Block):  # type: ignore[misc]
@@ -63,6 +65,12 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """The blocks of a vision transformer of timm's. ValueError where they are not its plain ones."""
     blocks = list(getattr(model, "blocks", ()))
     other = next((block for block in blocks if type(block) not in (Block, FusedBlock)), None)
+    bare = next((block for block in blocks if other is None and not hasattr(block.attn, "k_norm")), None)
+    if bare is not None:
+        raise ValueError(
+            f"{type(model).__name__} has no keys to compare tokens by: its attention is {type(bare.attn).__name__}, "
+            "without timm's `k_norm`"
+        )
     if not blocks or other is not None or not hasattr(model, "num_prefix_tokens"):
         what = (
             f"its blocks are {type(other).__module__}.{type(other).__qualname__}" if other is not None else "none found"
@@ -74,17 +82,34 @@ def find_blocks(model: nn.Module) -> list[Block]:
     return blocks
 
 
-def apply_patch(model: nn.Module | str, r: int | TokenReduction | AdaptiveReduction = 8, **options: Any) -> Any:
+def apply_patch(
+    model: nn.Module | str,
+    r: int | TokenReduction | AdaptiveReduction = 8,
+    *,
+    pictures: Tensor | None = None,
+    **options: Any,
+) -> Any:
     """Fuses tokens in a classifier from the next call on, and returns it. One that is patched is patched anew.
 
     model: a vision transformer of timm's, or the name of one, which is made with its pretrained weights. r: tokens that
-    leave in each layer, or a TokenReduction, whose fields the options are; or an AdaptiveReduction.
+    leave in each layer, or a TokenReduction, whose fields the options are; or an AdaptiveReduction. pictures
+    [B, 3, H, W], as the model is shown them: for depth_split="auto", which sets the split by the functional linearity
+    of its MLPs on them (`measured_split`).
 
     ValueError for a value out of range, more than half of the model's tokens for r, or a model without such blocks;
     TypeError for an unknown option. The model is then as it was.
     """
     made: Any = timm.create_model(model, pretrained=True) if isinstance(model, str) else model
     blocks = find_blocks(made)
+    auto = options.get("depth_split") == "auto"
+    if auto != (pictures is not None):
+        raise ValueError(
+            "depth_split is 'auto', which measures the model on pictures: give some as pictures=, or a number"
+            if auto
+            else "pictures are given, and depth_split is not 'auto', which alone takes some"
+        )
+    if auto:
+        options["depth_split"] = 0  # for the time being
     told = replace(r, **options) if isinstance(r, AdaptiveReduction) else TokenReduction.of(r, **options)
     tokens = getattr(getattr(made, "patch_embed", None), "num_patches", None)
     if isinstance(told, TokenReduction) and tokens is not None and told.r > tokens // 2:
@@ -94,7 +119,17 @@ def apply_patch(model: nn.Module | str, r: int | TokenReduction | AdaptiveReduct
             f"class_only is True, and {type(made).__name__} classifies by its patch tokens (global_pool is "
             f"{getattr(made, 'global_pool', None)!r}): set class_only=False"
         )
+    before = vars(made).get(ATTRIBUTE)
     remove_patch(made)
+    if pictures is not None and isinstance(told, TokenReduction):  # the other has no split
+        try:
+            told = replace(told, depth_split=measured_split(made, pictures))
+        except Exception:
+            if isinstance(before, _Patch):
+                apply_patch(made, before.reducer.told)
+            raise
+    if hasattr(made, "forward_intermediates"):
+        made.forward_intermediates = _NoMaps(made)
     reducer = Reducer(told, len(blocks), int(made.num_prefix_tokens))
     for layer, block in enumerate(blocks):
         block.__class__ = FusedBlock
@@ -114,17 +149,43 @@ def remove_patch(model: Model) -> Model:
             vars(block).pop(ATTRIBUTE, None)
             block.__class__ = Block
         delattr(model, ATTRIBUTE)
+        vars(model).pop("forward_intermediates", None)
     return model
 
 
+class _NoMaps:
+    """Stands before a patched model's `forward_intermediates`: tokens are too few to be laid out as maps."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        original = type(self.model).forward_intermediates  # type: ignore[attr-defined]
+        told = signature(original).bind(self.model, *args, **kwargs)
+        told.apply_defaults()
+        if told.arguments.get("output_fmt") == "NCHW":
+            raise ValueError("a patched model's tokens are too few for maps: output_fmt='NLC' gives them as they are")
+        return original(self.model, *args, **kwargs)
+
+
+def measured_split(model: nn.Module, pictures: Tensor) -> int:
+    """d (ToFu Eq. 7): from which layer on averaging is better than pruning, by the `linearity` of the layers' MLPs."""
+    layers = linearity(model, pictures).mean(dim=1).tolist()
+    return best_split(dict(enumerate(layers)))
+
+
 @torch.no_grad()
-def linearity(model: nn.Module, pictures: Tensor, r: int = 5) -> Tensor:
+def linearity(model: nn.Module, pictures: Tensor, r: int = PAIRS) -> Tensor:
     """Functional linearity (ToFu Eq. 8, Fig. 3) of each block's MLP: [blocks, B], the mean over a picture's pairs.
 
     The pairs are the r patch tokens that would be fused before the MLP in that block, each with the one it is most
-    like; the model itself runs with all of them. ValueError for a patched model, or as `find_blocks` raises it.
+    like; the model itself runs with all of them. ValueError for a patched model, an r that is not a number of its
+    sources, or as `find_blocks` raises it.
     """
     blocks = find_blocks(model)
+    most = int(model.patch_embed.num_patches) // 2  # type: ignore[union-attr, arg-type]
+    if not 1 <= r <= most:
+        raise ValueError(f"r is {r}; of these patch tokens from 1 to {most} can be fused")
     if isinstance(vars(model).get(ATTRIBUTE), _Patch):
         raise ValueError(f"{type(model).__name__} is patched: linearity is the model's own, remove_patch comes first")
     prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
