@@ -23,8 +23,8 @@ from .methods import FULL
 from .options import Help, Parser, command
 from .table import gap, label, short
 
-SAME = ("model", "prompts", "seed", "size", "steps", "guidance", "dtype", "n", *DERIVED)
-TIMED = ("device", "attention", "batch", "torch", "diffusers", "transformers")
+SAME = ("model", "prompts", "seed", "size", "steps", "guidance", "dtype", "batch", "attention", "n", *DERIVED)
+TIMED = ("device", "torch", "diffusers", "transformers")
 
 
 EXAMPLES = """examples:

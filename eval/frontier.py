@@ -17,7 +17,7 @@ from tofu_sd import TokenFusion, recipes
 
 from . import EvalError, plots
 from .methods import FULL, SCALE
-from .table import circumstances, commands, label, short
+from .table import circumstances, commands, label, short, timing
 
 FORMS = {"fused": "o", "with log n (+p)": "^", "keys and values (kv:)": "s", "both": "D"}
 COLOURS = ("#3358d4", "#d6409f", "#30a46c", "#f76b15", "#8e4ec6", "#12a594", "#978365", "#60646c")
@@ -246,7 +246,7 @@ def markdown(found: dict[str, Any]) -> str:
         cells = [f"{point.cost:.3f}", f"{gain['median']:.2f}×" if gain else "–"]
         cells += [short(point.row["metrics"].get(m["name"]), m["digits"]) for m in shown]
         lines.append(f"| {label(point.row)} | {' | '.join(cells)} | {how(point.row)} |")
-    return "\n".join([*lines, "", circumstances(found) + ".", "", commands(found)]) + "\n"
+    return "\n".join([*lines, "", circumstances(found) + ".", timing(found), "", commands(found)]) + "\n"
 
 
 def how(row: dict[str, Any]) -> str:

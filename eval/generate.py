@@ -65,6 +65,12 @@ class Settings:
 
 def claim(out: Path, settings: Settings) -> None:
     """Makes `out` a folder of pictures under these settings, or refuses one that holds pictures under others."""
+    if refuse_others(out, settings):
+        write_json(out / "settings.json", asdict(settings))
+
+
+def refuse_others(out: Path, settings: Settings) -> bool:
+    """EvalError for a folder that holds something else, naming what differs. True for one that holds nothing yet."""
     new = asdict(settings)
     if out.exists() and not out.is_dir():
         raise EvalError(f"--out {out.name}: there is a file of that name")
@@ -74,14 +80,14 @@ def claim(out: Path, settings: Settings) -> None:
     if not isinstance(old, dict):
         if others:
             raise EvalError(f"--out {out.name}: the folder is not empty and holds no settings.json; give another")
-        write_json(out / "settings.json", new)
-        return
+        return True
     for name in sorted(dict.fromkeys([*new, *old]), key=DERIVED.__contains__):
         if old.get(name) != new.get(name):
             raise EvalError(
                 f"--out {out.name}: its pictures were made with {name} {old.get(name)!r}, this run has "
                 f"{new.get(name)!r}; give another folder or delete it"
             )
+    return False
 
 
 def settings_of(out: Path) -> Settings | None:

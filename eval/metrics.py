@@ -236,6 +236,10 @@ def lpips(net: str, backbone: Path | None, device: torch.device) -> Metric:
             model = package.LPIPS(net=net, pnet_rand=backbone is not None, verbose=False)
         if backbone is not None:
             load_backbone(model.net, torch.load(backbone, map_location="cpu", weights_only=True))
+    except KeyError as error:
+        return Skipped(
+            name, f"the weights of {backbone.name if backbone else net} are not torchvision's {net}: no {error}"
+        )
     except ImportError as error:
         return Skipped(name, _missing(error, "lpips"))
     except _BROKEN as error:

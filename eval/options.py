@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,7 +44,12 @@ def command(goes_on: bool) -> Callable[[Callable[[Sequence[str]], int]], Main]:
         @wraps(work)
         def main(argv: Sequence[str] | None = None) -> int:
             try:
-                return work(sys.argv[1:] if argv is None else list(argv))
+                code = work(sys.argv[1:] if argv is None else list(argv))
+                sys.stdout.flush()
+                return code
+            except BrokenPipeError:  # who reads has had enough, as `head` does
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                return 0
             except EvalError as error:
                 print(f"error: {error}", file=sys.stderr)
             except OSError as error:

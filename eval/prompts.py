@@ -16,6 +16,7 @@ from tofu_sd.demo.scenes import PROMPT
 from tofu_sd.policy import did_you_mean
 
 from . import EvalError
+from .options import command
 
 IMAGENET_HASH = "0b0f9fee7c952f25"  # start of the SHA-256 of the 1000 names, joined by newlines
 IMAGENET_IMAGES = 2  # of each class
@@ -164,19 +165,14 @@ def _unique(requests: list[Request], source: str) -> list[Request]:
     return requests
 
 
-def main(argv: list[str]) -> int:
+@command(goes_on=False)
+def main(argv: Sequence[str]) -> int:
     if len(argv) != 1:
-        print(f"usage: python -m eval.prompts {{{','.join(KNOWN)}}}", file=sys.stderr)
-        return 2
-    try:
-        requests = load(argv[0])
-    except EvalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for request in requests:
+        raise EvalError(f"usage: python -m eval.prompts {{{','.join(KNOWN)}}}")
+    for request in load(argv[0]):
         print(request.prompt)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

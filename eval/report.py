@@ -13,15 +13,18 @@ import io
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jsonschema
 import markupsafe
+from jsonschema.exceptions import best_match
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from . import EvalError, frontier, plots
-from .files import png, read_json, to_json, write
+from .files import listed, png, read_json, to_json, write
 from .generate import Settings
 from .maps import FOLDER, fit
 from .methods import FULL
@@ -90,9 +93,10 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
         raise EvalError(f"{out.name}/{RESULTS} has schema {schema}, this program reads {SCHEMA}")
-    for name in ("settings", "metrics", "rows", "provenance"):
-        if name not in found:
-            raise EvalError(f"{out.name}/{RESULTS} has no {name!r}: {again}")
+    wrong = best_match(_schema().iter_errors(found))
+    if wrong is not None:
+        at = "".join(f"[{part!r}]" for part in wrong.absolute_path)
+        raise EvalError(f"{out.name}/{RESULTS} is damaged: {at and f'in {at} '}{wrong.message[:200]}: {again}")
     try:
         content = (out / PER_IMAGE).read_bytes()
     except FileNotFoundError as error:
@@ -100,6 +104,11 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     if found.get("per_image_sha256") not in (None, hashlib.sha256(content).hexdigest()):  # older ones do not name it
         raise EvalError(f"{out.name}: {RESULTS} and {PER_IMAGE} are of two runs: {again}")
     return found, list(csv.DictReader(io.StringIO(content.decode(), newline="")))
+
+
+@cache
+def _schema() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(read_json(Path(__file__).parent / "results.schema.json"))
 
 
 def alike(a: Path, first: dict[str, Any], b: Path, second: dict[str, Any], names: Sequence[str]) -> None:
@@ -129,6 +138,9 @@ def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
     for out in outs[1:]:
         other, its_images = read(out)
         alike(outs[0], found, out, other, list(found["settings"]))
+        ids, others = ({image["id"] for image in some} for some in (images, its_images))
+        if ids != others:
+            raise EvalError(f"{outs[0].name} and {out.name} are of other pictures: {listed(sorted(ids ^ others))}")
         if (mine := _measured(found)) != (its := _measured(other)):
             raise EvalError(
                 f"{outs[0].name} and {out.name} cannot be compared: {', '.join(sorted(mine ^ its))} is measured in "
@@ -164,7 +176,7 @@ def with_times(found: dict[str, Any], out: Path, times: Path) -> dict[str, Any]:
     ]
     told = found["provenance"]
     joined = [*told.get("joined", []), other["provenance"]["command"]]
-    timing = {"pictures": other["settings"]["n"], "commit": commits(other)}
+    timing = {"commit": commits(other)}
     return {**found, "rows": rows, "provenance": {**told, "joined": joined, "timing": timing}}
 
 
@@ -258,9 +270,10 @@ def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except FileNotFoundError as error:
-        gone = f"{path.parent.name}/{path.name}"
-        raise EvalError(f"the picture {gone} is gone: python -m eval.run makes it again") from error
+    except OSError as error:
+        why = "is gone" if isinstance(error, FileNotFoundError) else "is damaged"
+        again = "the same command of eval.run draws it again"
+        raise EvalError(f"the picture {path.parent.name}/{path.name} {why}: {again}") from error
 
 
 def _embedded(image: Image.Image, most: int) -> str:

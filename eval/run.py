@@ -27,7 +27,7 @@ from tofu_sd.environment import check_torchvision
 
 from . import EvalError, flops, maps, methods, metrics, peers, prompts, provenance, report, suites, table
 from .files import listed, tidy, to_json
-from .generate import Settings, claim, generate, runs, settings_of, take_over
+from .generate import Settings, claim, damaged, generate, refuse_others, runs, settings_of, take_over
 from .methods import FULL, SCALE, Method
 from .model import load_model, own_size, try_out
 from .options import Help, Parser, add_device, at_least, command, enough_memory, finite, pick_device, pick_dtype
@@ -140,8 +140,8 @@ def main(argv: Sequence[str]) -> int:
     # whatever a library prints must not end up between the results
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         outcome = run(options, argv)
-    if options.json and (outcome.found or outcome.planned):
-        print(to_json(outcome.found or outcome.planned), end="")
+    if options.json:
+        print(to_json(outcome.found or outcome.planned or {"out": str(outcome.out), "drawn": outcome.drawn}), end="")
     elif outcome.found:
         table.terminal(outcome.found, Console(width=None if sys.stdout.isatty() else 120))
     elif outcome.planned:
@@ -174,11 +174,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures to be measured. judge: the classifier that goes with the model. memory: MiB that drawing took."""
+    """Pictures to be measured. judge: the classifier that goes with the model. made: how many of them by this process,
+    memory: MiB that it took.
+    """  # fmt: skip
 
     settings: Settings
     out: Path
     judge: nn.Module | None
+    made: int = 0
     memory: int | None = None
 
 
@@ -186,10 +189,11 @@ class Drawn:
 class Outcome:
     """found: the results, where this process measured. planned: what would be drawn, under --dry-run.
 
-    skipped: whether a method or a metric was.
+    drawn: pictures, by this process. skipped: whether a method or a metric was.
     """
 
     out: Path
+    drawn: int = 0
     found: dict[str, Any] | None = None
     planned: dict[str, Any] | None = None
     skipped: bool = False
@@ -205,15 +209,15 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> Outcome:
         return Outcome(Path(planned["out"]), planned=planned, skipped=without)
     drawn = drawn_before(job) if options.metrics_only else draw(job, told)
     if options.generate_only or options.shard:
-        return Outcome(drawn.out, skipped=without)
+        return Outcome(drawn.out, drawn.made, skipped=without)
     measured = measure(job, drawn)
     if measured is None:
-        return Outcome(drawn.out)
+        return Outcome(drawn.out, drawn.made)
     scores, described = measured
     told |= {"process_mib": drawn.memory, "ended": provenance.now(), "drawn": runs(drawn.out, scores.records)}
     of = len(job.requests) * options.per_prompt
     found = report.save(drawn.out, report.results(drawn.settings, scores, described, told, of=of), scores)
-    return Outcome(drawn.out, found, skipped=without or any("skipped" in metric for metric in described))
+    return Outcome(drawn.out, drawn.made, found, skipped=without or any("skipped" in metric for metric in described))
 
 
 def plan(options: argparse.Namespace) -> Job:
@@ -248,6 +252,7 @@ def plan(options: argparse.Namespace) -> Job:
 def dry(job: Job) -> dict[str, Any]:
     """What there would be to draw, and what of it is there."""
     _, _, settings, out = ready(job)
+    refuse_others(out, settings)
     tell_too_small(job, settings)
     pictures = {m.key: len(records(out, settings, m, job.asked)) for m in job.drawn}
     return {
@@ -311,7 +316,7 @@ def draw(job: Job, told: dict[str, Any]) -> Drawn:
             maps.save(out, pipe, job.drawn, settings, job.asked[0], options.map_step, options.map_block)
     if options.generate_only or options.shard:
         print(f"drew {made} pictures in {out}", file=sys.stderr)
-    return Drawn(settings, out, judge, memory)
+    return Drawn(settings, out, judge, made, memory)
 
 
 def drawn_before(job: Job) -> Drawn:
@@ -339,7 +344,9 @@ def drawn_before(job: Job) -> Drawn:
         other = [r.id for r in job.asked if r.id not in found and (options.out / method.key / f"{r.id}.png").exists()]
         if other:
             names = listed([f"{id}.png" for id in other])
-            raise EvalError(f"{method.key}: {names} were drawn by other code; without --metrics-only they are anew")
+            broken = any(damaged(options.out, method, request) for request in job.asked if request.id in other)
+            why = "are damaged, or their records" if broken else "were drawn by other code"
+            raise EvalError(f"{method.key}: {names} {why}; without --metrics-only they are drawn anew")
         check_complete(job.asked, found, method.key)
     return Drawn(settings, options.out, demo.judge(device=job.device) if settings.model == "demo" else None)
 
@@ -352,7 +359,7 @@ def measure(job: Job, drawn: Drawn) -> tuple[Scores, list[dict[str, Any]]] | Non
     )
     with enough_memory("--metrics-only --device cpu measures without the accelerator"):
         loaded = metrics.usable(loaded, load(out / FULL.key, job.asked[:2]), wanted[:2])
-        scores = score(out, settings, job.asked, job.chosen, loaded, job.team)
+        scores = score(out, settings, job.asked, job.chosen, loaded, job.team, job.options.reference)
     if not job.team.leads:
         return None
     by_key = {method.key: method for method in job.drawn}

@@ -52,8 +52,11 @@ def score(
     methods: Sequence[Method],
     metrics: Sequence[Metric],
     team: Team = ALONE,
+    other: Path | None = None,
 ) -> Scores:
     """Figures of `methods`. FULL among them is compared with itself; otherwise it has only what needs no reference.
+
+    other: a run's folder that the full model's pictures are of, in which they may have been measured.
 
     Every process of a team looks at its share of the pictures, and the first of them draws the figures from all; the
     others get empty Scores.
@@ -74,7 +77,7 @@ def score(
         compared = method is not FULL or FULL in methods
         mine = team.share(list(enumerate(_chunks(requests))))
         shown = working(mine, f"measuring {method.key}", quiet=not team.leads)
-        own = [(i, _measure(out, chunk, method, there, metrics, compared)) for i, chunk in shown]
+        own = [(i, _measure(out, chunk, method, there, metrics, compared, other)) for i, chunk in shown]
         parts = [part for _, part in sorted((p for ps in team.gather(own) for p in ps), key=lambda p: p[0])]
         if not team.leads:
             continue
@@ -108,6 +111,7 @@ def _measure(
     there: dict[str, dict[str, dict[str, Any]]],
     metrics: Sequence[Metric],
     compared: bool,
+    other: Path | None,
 ) -> Part:
     prompts = [request.prompt for request in requests]
     full, own = (cache(partial(load, out / key, requests)) for key in (FULL.key, method.key))  # read if need be
@@ -123,7 +127,7 @@ def _measure(
         **{name: partial(lambda compute: compute(own()), compute) for name, compute in nets.items()},
     }
     content = [there[key][request.id]["sha256"] for key in (FULL.key, method.key) for request in requests]
-    found = recall(out, [*content, *prompts], wanted)
+    found = recall(out, [*content, *prompts], wanted, other)
     return Part(
         {m.name: found[f"{m.name}: {m.implementation}"] for m in judging},
         {name: found[name] for name in nets},

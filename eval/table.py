@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from rich.text import Text
 from tofu_sd.policy import did_you_mean
 
 from . import EvalError
+from .files import listed
 from .methods import FULL, SCALE
 from .statistics import bootstrap
 
@@ -40,11 +42,16 @@ def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any
     rows = [row for row in found["rows"] if "skipped" not in row]
     columns = [Column("speed-up", "median over batches, full model / method in the same run; 5th to 95th percentile"),
                Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
-    cells = [[_spread(row["speedup"], 2, "×"), _spread(row["seconds"], 2)] for row in rows]
+    # what was timed beside no full model is no time to read beside others
+    timed = [row["speedup"] is not None for row in rows]
+    cells = [
+        [_spread(row["speedup"], 2, "×"), _spread(row["seconds"] if own else None, 2)]
+        for row, own in zip(rows, timed, strict=True)
+    ]
     if any(row.get("denoising") for row in rows):
         columns.append(Column("denoising", "seconds of it in the UNet; median over batches"))
-        for row, line in zip(rows, cells, strict=True):
-            line.append(_spread(row.get("denoising"), 2))
+        for row, line, own in zip(rows, cells, timed, strict=True):
+            line.append(_spread(row.get("denoising") if own else None, 2))
     if any(row.get("flops") for row in rows):
         columns.append(Column("TFLOP/image", "of matrices and convolutions, by torch's counter"))
         for row, line in zip(rows, cells, strict=True):
@@ -142,15 +149,10 @@ def commands(found: dict[str, Any]) -> str:
 def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
     """What has to be said below the table. timed: whether it shows times."""
     lines = ["Against the full model's pictures under the same seeds; intervals of the metrics: 95 %."]
-    timing = found["provenance"].get("timing")
     if timed:
-        lines[0] += " Speed-up and s/image: median over batches, 5th to 95th percentile"
-        lines[0] += (
-            f", of {timing['pictures']} pictures a row drawn in turns in one run, commit {timing['commit']}."
-            if timing
-            else "."
-        )
-    lines += ["; ".join(f"{m['name']}: {m['implementation']}" for m in found["metrics"] if "skipped" not in m) + "."]
+        lines[0] += f" {timing(found)}"
+    measured = [f"{m['name']}: {m['implementation']}" for m in found["metrics"] if "skipped" not in m]
+    lines += ["; ".join(measured) + "."] if measured else []
     lines += [f"{m['name']}: skipped: {m['skipped']}" for m in found["metrics"] if "skipped" in m]
     lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
     lines += [
@@ -160,11 +162,11 @@ def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
     ]
     lacking = (
         "it is not in the run that times are of"
-        if timing
+        if "timing" in found["provenance"]
         else "its pictures were not made in one run with the full model's"
     )
     lines += [
-        f"{label(row)}: no speed-up, {lacking}"
+        f"{label(row)}: no times, {lacking}"
         for row in found["rows"]
         if timed and "skipped" not in row and row["speedup"] is None
     ]
@@ -176,6 +178,19 @@ def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
     elif timed and (held := max(row.get("held_bytes") or 0 for row in found["rows"])):
         lines.append(f"Memory: the most of any batch, beyond the {held / 2**20:,.0f} MiB that the model itself holds.")
     return lines
+
+
+def timing(found: dict[str, Any]) -> str:
+    """Of how many batches the times are, and whose. A row of fewer batches than most is named with its own number."""
+    numbers = {label(row): row["speedup"]["n"] for row in found["rows"] if row.get("speedup")}
+    if not numbers:
+        return "No times."
+    usual = Counter(numbers.values()).most_common(1)[0][0]
+    fewer = [f"{name} of {n}" for name, n in numbers.items() if n != usual]
+    but = f" ({listed(fewer)})" if fewer else ""
+    said = f"Speed-up: median of {usual} batches{but}; it and s/image with the 5th to 95th percentile"
+    other = found["provenance"].get("timing")
+    return said + (f"; all of another run, of commit {other['commit']}." if other else ".")
 
 
 FEW_FOR_KID = 1000

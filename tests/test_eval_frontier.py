@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import sd15_pipe
 
-from eval import EvalError, files, frontier, report, sweep
+from eval import EvalError, files, frontier, report, sweep, table
 from eval import run as job
 from eval.frontier import Point
 from eval.score import Scores
@@ -176,15 +176,48 @@ def test_times_can_be_those_of_one_run_in_which_all_took_turns(
     assert len(gains) == 8
     assert set(gains.values()) == {"4.00×"}
     assert "| todo | – |" in table
-    assert "todo: no speed-up, it is not in the run that times are of" in table
-    assert "of 3 pictures a row drawn in turns in one run" in table
+    assert "todo: no times, it is not in the run that times are of" in table
+    assert (
+        "Speed-up: median of 1 batches; it and s/image with the 5th to 95th percentile; all of another run, of" in table
+    )
     assert table.endswith("\n\n`draw low`\n\n`draw high`\n\n`draw speed`\n")
+    assert report.main([str(low), str(high), "--times", str(speed), "--frontier"]) == 0
+    assert "all of another run, of commit" in capsys.readouterr().out
     drawing = tmp_path / "plot.svg"
     assert report.main([str(low), str(high), "--times", str(speed), "--plot", str(drawing)]) == 0
     assert drawing.exists()
     other = part(swept, tmp_path / "other", lambda row: True, device="another")
     assert report.main([str(low), "--times", str(other), "--frontier"]) == 2
     assert "low and other cannot be compared: device is 'cpu" in capsys.readouterr().err
+
+
+def test_of_how_many_batches_times_are_is_told(swept: Path) -> None:
+    """A row of three batches has the narrowest spread, and looks like the best measured."""
+    found, _ = report.read(swept)
+    n = found["rows"][0]["speedup"]["n"]
+    found["rows"][2]["speedup"]["n"] = n + 1
+    assert f"Speed-up: median of {n} batches (tofu 50% of {n + 1}); it and s/image" in table.markdown(found)
+
+
+def test_what_was_timed_beside_no_full_model_has_no_times(swept: Path) -> None:
+    found, _ = report.read(swept)
+    found["rows"][1]["speedup"] = None
+    (line,) = (line for line in table.markdown(found).splitlines() if line.startswith("| tofu 25% "))
+    assert line.startswith("| tofu 25% | – | – | – |")
+    assert "tofu 25%: no times, its pictures were not made in one run with the full model's" in table.markdown(found)
+
+
+def test_runs_of_other_pictures_are_not_joined(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "draw", lambda out: None)
+    low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25)
+    other = part(swept, tmp_path / "other", lambda row: row["ratio"] != 0.25)
+    found, images = report.read(other)
+    moved = [{**image, "id": image["id"].replace("0004", "0009")} for image in images]
+    report.save(other, found, Scores(found["rows"], moved, []))
+    assert report.main([str(low), str(other), "--against", "tofu 25%"]) == 2
+    assert "low and other are of other pictures: 0004, 0009" in capsys.readouterr().err
 
 
 def test_runs_of_other_settings_or_metrics_are_not_joined(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,3 +153,10 @@ def test_what_a_list_does_not_hold_is_refused(asked):
     whole = [prompts.Request(f"{i:04d}_{k}", f"a {i}", 2 * i + k) for i in range(12) for k in range(2)]
     with pytest.raises(EvalError, match="the ids go from 0000_0 to 0011_1"):
         prompts.only(whole, f"1,{asked}")
+
+
+def test_who_reads_the_list_may_stop():
+    """As `head` does."""
+    listing = f"{sys.executable} -m eval.prompts imagenet1k | head -1"
+    told = subprocess.run(["bash", "-c", f"set -o pipefail; {listing}"], capture_output=True, text=True)
+    assert (told.returncode, told.stdout.count("\n"), told.stderr) == (0, 1, "")

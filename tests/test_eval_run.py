@@ -1033,12 +1033,67 @@ def test_killed_while_it_writes_the_figures_a_run_is_not_taken_for_whole(tiny, m
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("[1]", "has schema None"), ('{"schema": 9}', "has schema 9"), ('{"schema": 1}', "has no 'settings'")],
+    [
+        ("[1]", "has schema None"),
+        ('{"schema": 9}', "has schema 9"),
+        ('{"schema": 1}', "results.json is damaged: 'settings' is a required property"),
+    ],
 )
 def test_results_that_are_none_are_a_line(tmp_path, capsys, content, said):
     (tmp_path / "results.json").write_text(content)
     assert report.main([str(tmp_path)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_results_that_lack_a_figure_are_a_line(tiny, capsys):
+    assert job.main([*tiny, "--metrics", "psnr", "--out", "out"]) == 0
+    found = files.read_json(Path("out/results.json"))
+    del found["rows"][1]["speedup"]
+    files.write_json(Path("out/results.json"), found)
+    for program in (lambda: report.main(["out", "--markdown"]), lambda: compare.main(["out", "out"])):
+        capsys.readouterr()
+        assert program() == 2
+        assert capsys.readouterr().err.startswith("error: out/results.json is damaged: in ['rows'][1] ")
+
+
+def test_a_dry_run_refuses_what_a_run_would(tiny, capsys):
+    assert job.main([*tiny, "--generate-only", "--out", "out"]) == 0
+    before = Path("out/settings.json").read_text()
+    capsys.readouterr()
+    assert job.main([*tiny, "--batch", "1", "--dry-run", "--out", "out"]) == 2
+    assert "its pictures were made with batch" in capsys.readouterr().err
+    assert Path("out/settings.json").read_text() == before
+
+
+def test_a_damaged_record_is_not_called_other_code(tiny, capsys):
+    assert job.main([*tiny, "--generate-only", "--out", "out"]) == 0
+    Path("out/full/0002.json").write_text('{"id": "00')
+    capsys.readouterr()
+    assert job.main([*tiny, "--metrics-only", "--out", "out"]) == 2
+    assert "full: 0002.png are damaged, or their records; without --metrics-only" in capsys.readouterr().err
+
+
+def test_a_damaged_picture_of_a_report_is_named(tiny, capsys):
+    assert job.main([*tiny, "--metrics", "psnr", "--out", "out"]) == 0
+    Path("out/full/0000.png").write_bytes(b"no picture")
+    capsys.readouterr()
+    assert report.main(["out"]) == 2
+    assert "the picture full/0000.png is damaged: the same command of eval.run" in capsys.readouterr().err
+
+
+def test_a_stage_tells_a_program_what_it_drew(tiny, capsys, monkeypatch):
+    assert job.main([*tiny, "--method", "tofu", "--generate-only", "--json", "--out", "out"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"out": "out", "drawn": 10}
+
+
+def test_what_a_reference_has_measured_is_not_measured_again(tiny, monkeypatch):
+    assert job.main([*tiny, "--method", "full", "--metrics", "psnr", "--out", "first"]) == 0
+    seen = []
+    load = score.load
+    monkeypatch.setattr(score, "load", lambda folder, requests: seen.append(folder.name) or load(folder, requests))
+    asked = ["--method", "full", "--metrics", "psnr", "--reference", "first", "--out", "second"]
+    assert job.main([*tiny, *asked]) == 0
+    assert seen == []
 
 
 def test_settings_that_cannot_be_read_are_not_overwritten(tiny, capsys):
