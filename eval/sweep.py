@@ -20,7 +20,8 @@ REDUCTIONS = ("tofu", "tome", "prune", "mlerp")
 
 EXAMPLES = """examples:
   python -m eval.sweep
-      prune, mean, MLERP and the hybrid, with log n or not, of all or of keys and values, at three ratios, and all peers
+      prune, mean, MLERP and the hybrid, with log n or not, of all or of keys and values, and `faithful`, at three
+      ratios; and all peers
   python -m eval.sweep --reduction tofu,tome --form plain,p --ratio 0.5 --with window=8 --with match_every=3
       two of them, each also in windows, each also matched every third step
   python -m eval.sweep --model MODEL --prompts imagenet1k --limit 200 --dry-run
@@ -44,7 +45,7 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--also",
-        default=",".join(PEERS),
+        default=",".join(ALSO),
         metavar="A,B",
         help="methods beside the grid, as eval.run takes them, or none",
     )
@@ -52,6 +53,7 @@ def parser() -> Parser:
 
 
 PEERS = (*peers.ALONE, *peers.STACKED, *(f"{name}:tofu" for name in peers.STACKED))
+ALSO = ("faithful", *PEERS)  # it is recommended, and no point of the grid
 
 
 def grid(reductions: str, forms: str, options: Sequence[str], also: str) -> str:
