@@ -383,7 +383,7 @@ def test_a_net_saved_in_half_precision_measures_in_float32(clip_folder):
     assert half.implementation != saved.implementation  # other weights
 
 
-def test_dino_distance_is_zero_on_equal_pictures_alone(tmp_path):
+def test_dino_distance_is_zero_on_equal_pictures_and_rises_with_noise(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
     torch.manual_seed(0)
@@ -394,6 +394,10 @@ def test_dino_distance_is_zero_on_equal_pictures_alone(tmp_path):
     assert isinstance(metric, metrics.Pairwise), metric
     assert metric.compute(pictures(), pictures()).abs().max() < 1e-6
     assert (metric.compute(pictures(), pictures(seed=1)) > 1e-4).all()
+    a = nn.functional.avg_pool2d(pictures(3, size=56).float(), 9, 1, 4).byte()
+    noise = features(a.numel(), 1).view(a.shape)
+    far = [metric.compute(a, (a + sigma * noise).clamp(0, 255).byte()).mean() for sigma in (5, 20, 80)]
+    assert far[0] < far[1] < far[2]
 
 
 def test_a_net_of_another_kind_is_skipped(tmp_path):
