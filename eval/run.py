@@ -140,8 +140,10 @@ def main(argv: Sequence[str]) -> int:
     # whatever a library prints must not end up between the results
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         outcome = run(options, argv)
+    stage = None if outcome.drawn is None else {"out": str(outcome.out), "drawn": outcome.drawn}
+    told = outcome.found or outcome.planned or stage
     if options.json:
-        print(to_json(outcome.found or outcome.planned or {"out": str(outcome.out), "drawn": outcome.drawn}), end="")
+        print(to_json(told) if told else "", end="")
     elif outcome.found:
         table.terminal(outcome.found, Console(width=None if sys.stdout.isatty() else 120))
     elif outcome.planned:
@@ -187,13 +189,12 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Outcome:
-    """found: the results, where this process measured. planned: what would be drawn, under --dry-run.
-
-    drawn: pictures, by this process. skipped: whether a method or a metric was.
-    """
+    """found: the results. planned: what would be drawn, under --dry-run. drawn: how many pictures were, by a stage that
+    measures none. Of a team, the first process alone has these. skipped: whether a method or a metric was.
+    """  # fmt: skip
 
     out: Path
-    drawn: int = 0
+    drawn: int | None = None
     found: dict[str, Any] | None = None
     planned: dict[str, Any] | None = None
     skipped: bool = False
@@ -206,18 +207,19 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> Outcome:
     without = any(method.missing for method in job.chosen)
     if options.dry_run:
         planned = dry(job)
-        return Outcome(Path(planned["out"]), planned=planned, skipped=without)
+        return Outcome(Path(planned["out"]), planned=planned if job.team.leads else None, skipped=without)
     drawn = drawn_before(job) if options.metrics_only else draw(job, told)
     if options.generate_only or options.shard:
-        return Outcome(drawn.out, drawn.made, skipped=without)
+        made = sum(job.team.gather(drawn.made))
+        return Outcome(drawn.out, made if job.team.leads else None, skipped=without)
     measured = measure(job, drawn)
     if measured is None:
-        return Outcome(drawn.out, drawn.made)
+        return Outcome(drawn.out)
     scores, described = measured
     told |= {"process_mib": drawn.memory, "ended": provenance.now(), "drawn": runs(drawn.out, scores.records)}
     of = len(job.requests) * options.per_prompt
     found = report.save(drawn.out, report.results(drawn.settings, scores, described, told, of=of), scores)
-    return Outcome(drawn.out, drawn.made, found, skipped=without or any("skipped" in metric for metric in described))
+    return Outcome(drawn.out, found=found, skipped=without or any("skipped" in metric for metric in described))
 
 
 def plan(options: argparse.Namespace) -> Job:

@@ -33,6 +33,7 @@ from eval import (
     table,
 )
 from eval import run as job
+from eval.team import Team
 from tofu_sd import demo
 
 PROMPTS = ['a <script>alert("x")</script> & co', "a bee", "an old oak", "a kite", "a pond"]
@@ -1084,6 +1085,18 @@ def test_a_damaged_picture_of_a_report_is_named(tiny, capsys):
 def test_a_stage_tells_a_program_what_it_drew(tiny, capsys, monkeypatch):
     assert job.main([*tiny, "--method", "tofu", "--generate-only", "--json", "--out", "out"]) == 0
     assert json.loads(capsys.readouterr().out) == {"out": "out", "drawn": 10}
+
+
+def test_of_a_team_one_process_prints(tiny, capsys, monkeypatch):
+    for rank, lines in ((0, 1), (1, 0)):
+        monkeypatch.setattr(job, "assemble", lambda cpu, rank=rank: Team(rank, 2))
+        monkeypatch.setattr(Team, "wait", lambda self: None)
+        monkeypatch.setattr(Team, "gather", lambda self, value: [value, 3])
+        for stage in ("--dry-run", "--generate-only"):
+            assert job.main([*tiny, stage, "--json", "--device", "cpu", "--out", "out"]) == 0
+            printed = capsys.readouterr().out
+            assert printed.count('"out": "out"') == lines
+    assert '"drawn"' not in printed
 
 
 def test_what_a_reference_has_measured_is_not_measured_again(tiny, monkeypatch):
