@@ -424,7 +424,7 @@ def most_saving(bench: Bench, models: Sequence[Classifier], method: Method, full
 
 
 def most_of(model: Any) -> int:
-    """The largest r that tells anything: beyond it all but one token are gone before the last layer."""
+    """The largest r of the stress test: beyond it a constant r finds too few tokens before the last layer."""
     fusing = max(1, len(model.blocks) - 1)
     return min(model.patch_embed.num_patches // 2, math.ceil(model.patch_embed.num_patches / fusing))
 
@@ -554,7 +554,7 @@ def notes(found: dict[str, Any]) -> list[str]:
     if s["stress"]:
         lines.append(
             "Each method at the largest r at which its accuracy, to a tenth of a percent, is the full model's or "
-            f"higher. {THRESHOLDS}"
+            f"higher, of those at which ToMe's patch tokens last to the last layer. {THRESHOLDS}"
         )
     elif any(row["method"].startswith("atm") and row["r"] is not None for row in found["rows"]):
         lines.append(THRESHOLDS)
