@@ -30,7 +30,7 @@ CHUNK = 32  # scenes rendered at once
 @dataclass(frozen=True)
 class Labelled:
     """pictures: a dataset of (float [3, side, side], label). classes: their names. name: for tables. key: of what the
-    pictures are, wherever they lie; pictures of two names can have the same, and of one name two.
+    pictures are: the name alone can be that of others.
 
     guidance [n, M, G]: what else is known of each picture, as tokens; None for nothing.
     """
@@ -171,7 +171,8 @@ def folder(path: Path, transform: Callable[[Any], Tensor]) -> Labelled:
     except FileNotFoundError as error:
         reason = without_paths(str(error))
         raise EvalError(f"the folder {str(path)!r} holds no folder of pictures for each class: {reason}") from error
-    # by names, sizes and dates, as packers know files: to read all of ImageNet would take minutes
+    # by names, sizes and dates, as packers know files: to read all of ImageNet would take minutes, and a copy is at
+    # worst judged anew
     told = [(str(Path(name).relative_to(path)), stat.st_size, stat.st_mtime_ns)
             for name, stat in ((name, os.stat(name)) for name, _ in found.samples)]  # fmt: skip
     key = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]

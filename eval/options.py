@@ -48,8 +48,8 @@ def command(goes_on: bool) -> Callable[[Callable[[Sequence[str]], int]], Main]:
                 sys.stdout.flush()
                 return code
             except BrokenPipeError:  # who reads has had enough, as `head` does
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                return 0
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+                return 141  # as a shell says of what SIGPIPE ended
             except EvalError as error:
                 print(f"error: {error}", file=sys.stderr)
             except OSError as error:

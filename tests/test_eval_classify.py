@@ -350,6 +350,33 @@ def test_of_the_curves_of_thresholds_the_one_that_moves_features_least_is_taken(
     assert 0 <= taken.told.threshold(0) <= 1  # above 1 nothing would be fused
 
 
+def test_a_curve_that_cannot_fuse_as_much_is_not_taken_for_moving_less(trained, pictures, tmp_path):
+    """One that begins at 1 fuses nothing in the first layer, and so misses a large r of few layers."""
+    one = classifiers.load(trained, torch.device("cpu"))[0]
+    data = labelled.folder(pictures / "val", labelled.plain(32))
+    bench = classify.Bench(data, 24, 64, torch.device("cpu"), tmp_path)
+    asked, tome = reductions.parse("atm@class_only=False,tome", [22], 4)
+
+    def flops(method):
+        return classify.judge(one.model, method, bench.held(), bench.device).flops
+
+    assert flops(classify.settle(bench, one, asked)) <= flops(tome)
+
+
+def test_a_method_that_loses_at_every_r_is_a_line(trained, pictures, tmp_path, monkeypatch, capsys):
+    judge = classify.judge
+
+    def losing(model, method, *rest):
+        found = judge(model, method, *rest)
+        return found if method.told is None else replace(found, right=torch.zeros_like(found.right))
+
+    monkeypatch.setattr(classify, "judge", losing)
+    monkeypatch.setattr(classify, "CURVES", classify.CURVES[:1])
+    asked = ["--model", trained, "--data", str(pictures / "val"), "--device", "cpu", "--limit", "6"]
+    assert classify.main([*asked, "--out", str(tmp_path), "--stress", "--method", "atm@class_only=False"]) == 2
+    assert "--stress: 'atm@class_only=False' loses accuracy at every r" in capsys.readouterr().err
+
+
 def test_thresholds_are_set_by_pictures_that_are_not_judged(pictures):
     data = labelled.folder(pictures / "val", labelled.plain(32))
 

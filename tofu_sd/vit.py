@@ -217,15 +217,20 @@ class Reducer:
         self.begun = 0  # patch tokens of a picture
         self.keys: Tensor | None = None  # [B, N, d] of the layer that runs, averaged over the heads
         self.total: TokenMap | None = None  # of the patch tokens the model began with
-        self.after: dict[int, TokenMap | None] = {}  # the same behind each layer
+        self.last = -1  # the layer that ran last
         self.watcher: Callable[[int, TokenMap], None] | None = None  # is shown the total map after each layer
 
     def begin(self, layer: int, x: Tensor) -> None:
-        """A layer is about to run on the tokens x [B, N, C]."""
+        """A layer is about to run on the tokens x [B, N, C]. RuntimeError where it is not the next one."""
         if layer == 0:
+            self.total = None
             self.begun = x.shape[1] - self.prefix
-        # looked up, not carried on: with gradient checkpoints a layer runs again when those behind it have run
-        self.total = self.after[layer - 1] if layer else None
+        elif layer != self.last + 1:  # the maps of the layers before it are gone, or are another call's
+            raise RuntimeError(
+                f"layer {layer} of a patched model ran after layer {self.last}: its layers run in turn, and gradient "
+                "checkpoints run them again; set_grad_checkpointing(False), or remove_patch"
+            )
+        self.last = layer
 
     def bias(self, x: Tensor) -> Tensor | None:
         """log(n_i) for the keys of the tokens x, as attention's mask [B, 1, 1, N]; None where nothing is weighted."""
@@ -237,7 +242,6 @@ class Reducer:
     def reduce(self, layer: int, x: Tensor) -> Tensor:
         """The tokens x [B, N, C] after a layer's attention, fewer."""
         keys, self.keys = self.keys, None
-        self.after[layer] = self.total
         prefix, patches = x[:, : self.prefix], x[:, self.prefix :]
         if self.told.ends(layer, self.layers):
             return prefix
@@ -248,10 +252,10 @@ class Reducer:
             return x
         size = patches.new_ones(patches.shape[:2]) if self.total is None else self.total.size
         fused = reduce_sized(self.told.reduction(layer), patches, map, size)
-        self.total = self.after[layer] = map if self.total is None else self.total.then(map)
+        self.total = map if self.total is None else self.total.then(map)
         if self.watcher is not None:
             self.watcher(layer, self.total)
         return torch.cat([prefix, fused], dim=1)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "keys": None, "total": None, "after": {}, "watcher": None}
+        return {**self.__dict__, "keys": None, "total": None, "last": -1, "watcher": None}

@@ -121,7 +121,7 @@ def apply_patch(
         )
     before = vars(made).get(ATTRIBUTE)
     remove_patch(made)
-    if pictures is not None and isinstance(told, TokenReduction):  # the other has no split
+    if pictures is not None and isinstance(told, TokenReduction):
         try:
             told = replace(told, depth_split=measured_split(made, pictures))
         except Exception:
