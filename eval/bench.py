@@ -39,7 +39,7 @@ from tofu_sd.calibrate import synchronize
 from . import EvalError, methods, provenance, report, shapes
 from .files import read_json, to_json, write
 from .methods import FULL, Method
-from .options import Help, Parser, add_device, at_least, choices, command, pick_device, pick_dtype
+from .options import Help, Parser, add_device, add_dtype, at_least, choices, command, pick_device, pick_dtype
 from .peers import fused_attentions
 from .shapes import CASES, Call, Case
 from .table import short
@@ -89,6 +89,7 @@ def parser() -> Parser:
         "--quick", action="store_true", help="attention of sd15-512 alone, within three minutes on two cores"
     )
     add_device(p)
+    add_dtype(p)
     p.add_argument("--out", type=Path, metavar="FILE", help="also write the results there, as JSON")
     p.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else on stdout")
     p.add_argument(

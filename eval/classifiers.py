@@ -117,7 +117,7 @@ class Classifier:
     own: bool = True
 
 
-def load(name: str, device: torch.device) -> list[Classifier]:
+def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Classifier]:
     """The classifiers of a name: "demo" is the embedded ones, of three trainings; a folder that eval.train wrote, or
     several with commas between; else timm's of that name, with its pretrained weights.
     """  # fmt: skip
@@ -126,11 +126,11 @@ def load(name: str, device: torch.device) -> list[Classifier]:
     else:
         folders = [Path(part) for part in name.split(",")]
         if not any(folder.is_dir() for folder in folders):
-            return [_of_timm(name, device)]
-    return [_of_folder(folder, name, device) for folder in folders]
+            return [_of_timm(name, device, dtype)]
+    return [_of_folder(folder, name, device, dtype) for folder in folders]
 
 
-def _of_folder(folder: Path, name: str, device: torch.device) -> Classifier:
+def _of_folder(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> Classifier:
     about = read_json(folder / ABOUT)
     if not isinstance(about, dict) or "architecture" not in about:
         raise EvalError(f"the folder {folder.name!r} holds no classifier: {ABOUT} is not there, or is broken")
@@ -142,17 +142,17 @@ def _of_folder(folder: Path, name: str, device: torch.device) -> Classifier:
     except (OSError, SafetensorError, RuntimeError) as error:
         raise EvalError(f"cannot read the weights of {folder.name!r}: {without_paths(str(error))[:300]}") from error
     shown = name if name == "demo" else folder.name
-    return Classifier(shown, model.to(device).eval().requires_grad_(False), architecture.side, about["seed"])
+    return Classifier(shown, model.to(device, dtype).eval().requires_grad_(False), architecture.side, about["seed"])
 
 
-def _of_timm(name: str, device: torch.device) -> Classifier:
+def _of_timm(name: str, device: torch.device, dtype: torch.dtype) -> Classifier:
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # an unknown name, a hub that cannot be reached: timm raises many kinds
         reason = " ".join(without_paths(str(error)).split())[:200]
         raise EvalError(f"no folder and no model of timm's that can be had is called {name!r}: {reason}") from error
     side = timm.data.resolve_model_data_config(model)["input_size"][-1]
-    return Classifier(name, model.to(device).eval().requires_grad_(False), side, own=False)
+    return Classifier(name, model.to(device, dtype).eval().requires_grad_(False), side, own=False)
 
 
 def described(

@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -43,7 +44,19 @@ from .flops import FORMULAS
 from .frontier import COLOURS
 from .labelled import Labelled
 from .methods import code
-from .options import Help, Parser, add_device, at_least, command, finite, pick_device, whole_numbers, working
+from .options import (
+    Help,
+    Parser,
+    add_device,
+    add_dtype,
+    at_least,
+    command,
+    finite,
+    pick_device,
+    pick_dtype,
+    whole_numbers,
+    working,
+)
 from .reductions import FULL, Method, parse
 from .statistics import bootstrap
 from .table import known, markdown_rows, terminal_rows
@@ -110,6 +123,7 @@ def parser() -> Parser:
     p.add_argument("--rounds", type=at_least(0), default=10, help="timed batches of each method, in turns; 0 for none")
     p.add_argument("--stress", action="store_true", help="find the most that each method fuses at the full accuracy")
     add_device(p)
+    add_dtype(p)
     p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: runs/classify-MODEL)")
     p.add_argument("--maps", type=Path, metavar="FILE", help="draw which tokens are one in the last layers, as PNG")
     p.add_argument("--plot", type=Path, metavar="FILE", help="write the drawing there, as SVG")
@@ -168,7 +182,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     """(what classify.json holds, the folder). EvalError for what cannot be, before anything is measured."""
     device = pick_device(options.device)
     told = provenance.begin("eval.classify", argv, device)
-    models = classifiers.load(options.model, device)
+    dtype = pick_dtype(options.dtype, device)
+    models = classifiers.load(options.model, device, dtype)
     try:
         layers = min(len(host.find_blocks(one.model)) for one in models)
     except ValueError as error:
@@ -202,11 +217,12 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         "classifiers": len(models), "seeds": [one.seed for one in models],
         "weights": [provenance.weights_hash(one.model) for one in models],
         "data": data.name, "n": n, "classes": len(data.classes), "batch": options.batch, "side": models[0].side,
-        "stress": options.stress, "rounds": options.rounds,
+        "stress": options.stress, "rounds": options.rounds, "dtype": str(dtype).removeprefix("torch."),
         "device": provenance.device_name(device), "torch": str(torch.__version__), "timm": timm.__version__,
     }  # fmt: skip
     held = next(iter(DataLoader(Subset(data.pictures, range(min(CALIBRATION, n))), CALIBRATION)))[0].to(device)
-    straight = [host.linearity(one.model, held).mean(dim=1).tolist() for one in models]
+    # what half precision rounds away would be taken for a bend
+    straight = [host.linearity(deepcopy(one.model).float(), held).mean(dim=1).tolist() for one in models]
     found = {"schema": SCHEMA, "settings": settings, "rows": rows, "linearity": straight, "provenance": told}
     write_json(out / "classify.json", found)
     if not options.stress:
@@ -277,7 +293,7 @@ class Bench:
         path = self.out / "judged" / f"{key}.safetensors"
         kept = _kept(path, made)
         if kept is None:
-            kept = judge(one.model, method, self.batches(self.n), self.device)
+            kept = judge(one.model, method, self.batches(self.n))
             told = {"made": json.dumps(made), "flops": repr(kept.flops), "tokens": repr(kept.tokens)}
             write(path, save({"right": kept.right, "seen": kept.seen}, told))
         return kept
@@ -301,12 +317,13 @@ def _kept(path: Path, made: dict[str, Any]) -> Judged | None:
 
 
 @torch.no_grad()
-def judge(model: nn.Module, method: Method, batches: Any, device: torch.device) -> Judged:
+def judge(model: nn.Module, method: Method, batches: Any) -> Judged:
     """Shows a classifier the pictures under a method."""
     right: list[Tensor] = []
     seen: list[Tensor] = []
     left: list[int] = []
     prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
+    like = next(model.parameters())
     last, head = host.find_blocks(model)[-1], cast(nn.Module, model.head)
     with method.applied(model), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         handles = [
@@ -315,7 +332,7 @@ def judge(model: nn.Module, method: Method, batches: Any, device: torch.device) 
         ]
         try:
             for _, (pictures, labels) in zip(working(range(len(batches)), method.label), batches, strict=True):
-                right.append(model(pictures.to(device)).argmax(-1).cpu() == labels)
+                right.append(model(pictures.to(like)).argmax(-1).cpu() == labels)
         finally:
             for handle in handles:
                 handle.remove()
@@ -389,7 +406,7 @@ def settle(bench: Bench, one: Classifier, method: Method) -> Method:
     held = bench.held()
 
     def judged(asked: Method) -> Judged:
-        return judge(one.model, asked, held, bench.device)
+        return judge(one.model, asked, held)
 
     def scaled(curve: tuple[float, float]) -> Method:
         low, high = (math.log(scale) for scale in SCALES)  # hardly anything is fused, all that can be
@@ -442,7 +459,7 @@ def time_in_turns(bench: Bench, one: Classifier, entries: Sequence[Entry], round
     falls on all alike.
     """  # fmt: skip
     pictures, _ = next(iter(bench.batches(min(bench.n, bench.batch))))
-    pictures = pictures.to(bench.device)
+    pictures = pictures.to(next(one.model.parameters()))
     for turn in working(range(rounds + 1 if rounds else 0), "rounds"):
         for i in range(len(entries)):
             entry = entries[(i + turn) % len(entries)]
@@ -550,7 +567,7 @@ def notes(found: dict[str, Any]) -> list[str]:
         trained += f", {s['classifiers']} classifiers of seeds {', '.join(map(str, s['seeds']))}"
     lines = [
         f"{trained} · {s['n']} pictures of {s['classes']} classes ({s['data']}), {s['side']} px, batches of "
-        f"{s['batch']} · float32 on {s['device']} · torch {s['torch']}, timm {s['timm']} · commit "
+        f"{s['batch']} · {s.get('dtype', 'float32')} on {s['device']} · torch {s['torch']}, timm {s['timm']} · commit "
         f"{p['commit'] or 'unknown'}.",
         "Accuracy: mean over the classifiers, 95 % interval over classes. Features moved: 1 - cosine of what the last "
         "linear layer is shown to what the full model shows it, mean and interval alike. Operations: by torch's "
@@ -624,7 +641,7 @@ def maps(bench: Bench, one: Classifier, methods: Sequence[Method]) -> Image.Imag
         shown = [(picture, 0)]
         for method in methods:
             with method.applied(model), host.watch(model) as seen:
-                model(picture.unsqueeze(0).to(bench.device))
+                model(picture.unsqueeze(0).to(next(model.parameters())))
             home = seen[-1][1].home[0].cpu() if seen else torch.arange(model.patch_embed.num_patches)
             shown.append((outlined(picture, home), int(home.max()) + 1))
         columns.append(shown)

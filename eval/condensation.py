@@ -110,7 +110,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         for seed in options.seeds:
             one = asked[variant, seed]
             if (one.out / WEIGHTS).exists():
-                train.claim(one.out, train.recipe(one, train.data("scenes", one.side, one.guided)[0]))
+                train.claim(one.out, train.recipe(one, train.data("scenes", one.side, one.guided)[0], device))
             else:
                 train.train(one)
             (net,) = classifiers.load(str(one.out), device)

@@ -79,8 +79,12 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 def add_device(parser: Parser) -> None:
-    """--device and --dtype, for pick_device and pick_dtype."""
+    """--device, for pick_device."""
     parser.add_argument("--device", default="auto", help=f"auto, {', '.join(DEVICES)}")
+
+
+def add_dtype(parser: Parser) -> None:
+    """--dtype, for pick_dtype."""
     parser.add_argument("--dtype", default="auto", help=f"auto (float16 on cuda, else float32), {', '.join(DTYPES)}")
 
 

@@ -30,7 +30,18 @@ from .files import listed, tidy, to_json
 from .generate import Settings, claim, damaged, generate, refuse_others, runs, settings_of, take_over
 from .methods import FULL, SCALE, Method
 from .model import load_model, own_size, try_out
-from .options import Help, Parser, add_device, at_least, command, enough_memory, finite, pick_device, pick_dtype
+from .options import (
+    Help,
+    Parser,
+    add_device,
+    add_dtype,
+    at_least,
+    command,
+    enough_memory,
+    finite,
+    pick_device,
+    pick_dtype,
+)
 from .prompts import Request
 from .score import Scores, check_complete, describe, load, records, score
 from .team import Team, assemble
@@ -79,6 +90,7 @@ def parser() -> Parser:
         help=f"classifier-free guidance (default: the pipeline's; {demo.GUIDANCE:g} for demo)",
     )
     add_device(p)
+    add_dtype(p)
     p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: one in runs/ named after the settings)")
     p.add_argument("--reference", type=Path, metavar="DIR", help="of an earlier run, to take the full model's pictures")
     p.add_argument(

@@ -17,7 +17,6 @@ from rich.text import Text
 from tofu_sd.policy import did_you_mean
 
 from . import EvalError
-from .files import listed
 from .methods import FULL, SCALE
 from .statistics import bootstrap
 
@@ -181,13 +180,16 @@ def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
 
 
 def timing(found: dict[str, Any]) -> str:
-    """Of how many batches the times are, and whose. A row of fewer batches than most is named with its own number."""
+    """Of how many batches the times are, and whose. Rows of more or fewer than most are named with their own number."""
     numbers = {label(row): row["speedup"]["n"] for row in found["rows"] if row.get("speedup")}
     if not numbers:
         return "No times."
     usual = Counter(numbers.values()).most_common(1)[0][0]
-    fewer = [f"{name} of {n}" for name, n in numbers.items() if n != usual]
-    but = f" ({listed(fewer)})" if fewer else ""
+    others = [
+        f"{', '.join(name for name, own in numbers.items() if own == n)} of {n}"
+        for n in sorted(set(numbers.values()) - {usual}, reverse=True)
+    ]
+    but = f" ({'; '.join(others)})" if others else ""
     said = f"Speed-up: median of {usual} batches{but}; it and s/image with the 5th to 95th percentile"
     other = found["provenance"].get("timing")
     return said + (f"; all of another run, of commit {other['commit']}." if other else ".")

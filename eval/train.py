@@ -97,7 +97,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     architecture = asked_for(options, len(learnt.classes), 0 if learnt.guidance is None else learnt.guidance.shape[-1])
     torch.manual_seed(options.seed)
     model = begun(architecture, learnt)
-    claim(options.out, recipe(options, learnt))
+    claim(options.out, recipe(options, learnt, device))
     figures: dict[str, Any] = {"data": learnt.name, "pictures": len(learnt), "torch": str(torch.__version__)}
 
     def stage(name: str, model: nn.Module, samples: int, rate: float) -> None:
@@ -151,9 +151,9 @@ def begun(architecture: Architecture, learnt: Labelled) -> nn.Module:
     return model
 
 
-def recipe(options: argparse.Namespace, learnt: Labelled) -> dict[str, Any]:
+def recipe(options: argparse.Namespace, learnt: Labelled, device: torch.device) -> dict[str, Any]:
     """All that decides a training, as its folder tells it."""
-    return {**vars(options), "out": None, "data": learnt.name, "pictures": learnt.key}
+    return {**vars(options), "out": None, "device": str(device), "data": learnt.name, "pictures": learnt.key}
 
 
 def wants_guidance(options: argparse.Namespace) -> bool:

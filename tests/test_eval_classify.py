@@ -108,6 +108,25 @@ def test_a_folder_of_another_training_is_left_alone(pictures, tmp_path, capsys):
     assert (tmp_path / "a" / classifiers.WEIGHTS).read_bytes() == weights
 
 
+def test_a_training_goes_on_from_a_copy_of_its_pictures_on_the_device_it_began_on(pictures, tmp_path):
+    """As on a cluster, whose jobs copy what they read to where they run; "auto" is the device that it finds."""
+    few = ["--out", str(tmp_path / "a"), *SMALL, "--coarse", "64", "--samples", "64"]
+    assert train.main([*few, "--data", str(pictures)]) == 0
+    copied = tmp_path / "copied" / pictures.name
+    shutil.copytree(pictures, copied, copy_function=shutil.copyfile)  # with dates of its own
+    assert train.main([*few, "--data", str(copied), "--device", "cpu"]) == 0
+
+
+def test_pictures_of_the_same_names_and_sizes_have_another_key(tmp_path):
+    keys = set()
+    for name, shade in (("a", 0), ("b", 0), ("c", 255)):
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "0.ppm"
+        file.write_bytes(b"P6 1 1 255\n" + bytes([shade] * 3))
+        keys.add(labelled.key_of([file], tmp_path / name))
+    assert len(keys) == 2
+
+
 def test_a_rate_is_what_it_is_called_where_there_is_no_coarse_stage(pictures, tmp_path, monkeypatch):
     rates = []
     monkeypatch.setattr(train, "fit", lambda name, model, loss, **told: rates.append((name, told["rate"])))
@@ -335,10 +354,10 @@ def test_of_the_curves_of_thresholds_the_one_that_moves_features_least_is_taken(
     (asked,) = reductions.parse("atm@class_only=False", [8], 4)
     taken = classify.settle(bench, one, asked)
     held = bench.held()
-    full = classify.judge(one.model, reductions.FULL, held, bench.device).seen
+    full = classify.judge(one.model, reductions.FULL, held).seen
 
     def moved(method):
-        return classify.apart(classify.judge(one.model, method, held, bench.device).seen, full).mean().item()
+        return classify.apart(classify.judge(one.model, method, held).seen, full).mean().item()
 
     each = []
     for curve in classify.CURVES:
@@ -358,7 +377,7 @@ def test_a_curve_that_cannot_fuse_as_much_is_not_taken_for_moving_less(trained, 
     asked, tome = reductions.parse("atm@class_only=False,tome", [22], 4)
 
     def flops(method):
-        return classify.judge(one.model, method, bench.held(), bench.device).flops
+        return classify.judge(one.model, method, bench.held()).flops
 
     assert flops(classify.settle(bench, one, asked)) <= flops(tome)
 
@@ -457,6 +476,18 @@ def test_under_stress_each_method_fuses_the_most_that_loses_nothing(
         assert row["accuracy"]["value"] >= full["accuracy"]["value"]
         assert row["flops"] <= full["flops"]
         assert row["moved"]["value"] >= 0
+
+
+def test_half_precision_is_what_runs_and_what_is_said(trained, pictures, tmp_path, capsys):
+    asked = ["--method", "tome", "--r", "16", "--limit", "24"]
+    whole = run(trained, pictures, tmp_path, *asked)
+    assert "float32 on cpu" in capsys.readouterr().out
+    half = run(trained, pictures, tmp_path, *asked, "--dtype", "bfloat16")
+    assert "bfloat16 on cpu" in capsys.readouterr().out
+    straight = [torch.tensor(found["linearity"]) for found in (whole, half)]
+    torch.testing.assert_close(*straight, atol=1e-4, rtol=0)  # of rounded weights, but not by rounded steps
+    moved = [found["rows"][1]["moved"]["value"] for found in (whole, half)]
+    assert moved[0] != moved[1] == pytest.approx(moved[0], rel=0.5)
 
 
 def test_it_is_timed_in_turns_and_drawn(trained, pictures, tmp_path):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -206,8 +208,10 @@ def test_the_command_says_what_is_wrong(pipe, monkeypatch, capsys, tmp_path):
     assert linearity.main(["--table", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
     (tmp_path / "other.json").write_text('{"rows": []}')
+    (tmp_path / "empty.json").write_text('{"model": "a", "versions": "b", "fused": [], "measured": []}')
     for arguments, said in (
         (["--table", str(tmp_path / "other.json")], "other.json holds no measurements of this program"),
+        (["--table", str(tmp_path / "empty.json")], "empty.json holds no measurements of this program"),
         (["--ratio", "0"], "ratio is 0; pairs are measured that would be fused, so it must be above 0"),
         (["--steps", "0"], "steps is 0; it must be at least 1"),
         (["--pictures", str(tmp_path), "--steps", "3"], "--steps is of text-to-image models, and --pictures of"),
@@ -236,6 +240,7 @@ def test_the_command_measures_a_classifier_on_pictures(monkeypatch, capsys, tmp_
     assert said.startswith("| depth | block | feed-forward |\n")
     assert said.count("| blocks.") == 3
     assert "vit_tiny_patch16_224: 2 pictures" in said
+    json.loads(Path(kept).read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     curve = linearity.Curve.read(kept)
     assert f"depth_split={curve.depth_split}, by the feed-forward of the layers" in said
     assert {(one.call, one.depth) for one in curve.measured} == {(c, d) for c in range(2) for d in range(3)}

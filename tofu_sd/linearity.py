@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,14 +52,14 @@ class Linearity:
     """The mean FL of a layer over the matched pairs of one call of the model.
 
     block: its name. depth: its place among all blocks. role: 'attn' or 'mlp'. call: of the model, from 0. timestep: of
-    the schedule. pairs: how many.
+    the schedule; None in a classifier. pairs: how many.
     """
 
     block: str
     depth: int
     role: str
     call: int
-    timestep: float
+    timestep: float | None
     value: float
     pairs: int
 
@@ -286,9 +285,13 @@ class Curve:
         """ValueError for a file that holds none."""
         try:
             told = json.loads(Path(file).read_text(encoding="utf-8"))
-            return cls(**{**told, "measured": [Linearity(**one) for one in told["measured"]]})
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise ValueError(f"{Path(file).name} holds no measurements of this program") from error
+            curve = cls(**{**told, "measured": [Linearity(**one) for one in told["measured"]]})
+            depths = {one.depth for one in curve.measured}
+            if depths and depths.issuperset(curve.fused):
+                return curve
+        except (json.JSONDecodeError, TypeError, KeyError):
+            pass
+        raise ValueError(f"{Path(file).name} holds no measurements of this program")
 
     def __str__(self) -> str:
         """A line for each block: the mean over the calls of each layer's FL, and from the least to the most of them."""
@@ -357,7 +360,7 @@ def measure_classifier(name: str, folder: str) -> Curve:
         with Image.open(file) as image:
             values = host.linearity(model, transform(image.convert("RGB")).unsqueeze(0))[:, 0].tolist()
         found += [
-            Linearity(f"blocks.{depth}", depth, "mlp", call, math.nan, value, host.PAIRS)
+            Linearity(f"blocks.{depth}", depth, "mlp", call, None, value, host.PAIRS)
             for depth, value in enumerate(values)
         ]
     versions = f"torch {torch.__version__}, timm {timm.__version__}"
