@@ -17,7 +17,7 @@ from tofu_sd import TokenFusion, recipes
 
 from . import EvalError, plots
 from .methods import FULL, SCALE
-from .table import circumstances, commands, label, short, timing
+from .table import circumstances, commands, gained, label, short, timing
 
 FORMS = {"fused": "o", "with log n (+p)": "^", "keys and values (kv:)": "s", "both": "D"}
 COLOURS = ("#3358d4", "#d6409f", "#30a46c", "#f76b15", "#8e4ec6", "#12a594", "#978365", "#60646c")
@@ -40,6 +40,7 @@ class Cost:
 
 TIME = Cost("time", "seconds / image, of the full model's")
 FLOPS = Cost("flops", "FLOP / image, of the full model's")
+COSTS = {"operations": FLOPS, "time": TIME}  # operations first: they do not depend on the machine
 
 
 @dataclass(frozen=True)
@@ -222,28 +223,28 @@ def _panel(
     plots.bare(ax)
 
 
-def best(found: dict[str, Any]) -> tuple[Cost, dict[str, Any], list[Point]]:
-    """(a cost, a metric, the methods that no other beats in both): operations, which do not depend on the machine,
-    before time, and the perceptual metric. EvalError where the run has too little for it."""
+def best(found: dict[str, Any], by: str | None = None) -> tuple[Cost, dict[str, Any], list[Point]]:
+    """(a cost, a metric, the methods that no other beats in both): the perceptual metric, and a cost of `COSTS`, or the
+    first of them that the run has. EvalError where the run has too little for it."""
     if not metrics_shown(found):
         raise EvalError("a frontier takes LPIPS, MS-SSIM or PSNR, which this run has not measured")
     metric = metrics_shown(found)[0]
-    cost = next((c for c in (FLOPS, TIME) if len(points(found, c, metric)) > 1), None)
+    costs = [COSTS[by]] if by else list(COSTS.values())
+    cost = next((c for c in costs if len(points(found, c, metric)) > 1), None)
     if cost is None:
-        raise EvalError("a frontier takes two methods with their times or operations")
+        raise EvalError(f"a frontier takes two methods with their {by or 'times or operations'}")
     return cost, metric, frontier(points(found, cost, metric), metric["lower_is_better"])
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(found: dict[str, Any], by: str | None = None) -> str:
     """The methods of `best`, and how to ask for each."""
-    cost, _, front = best(found)
+    cost, _, front = best(found, by)
     shown = [m for m in found["metrics"] if "skipped" not in m and (m in metrics_shown(found) or m["name"] == "PSNR")]
     titles = [f"{m['name']} {'↓' if m['lower_is_better'] else '↑'}" for m in shown]
     lines = [f"| method | {cost.title} | speed-up | {' | '.join(titles)} | how |"]
     lines += ["|---|--:|--:|" + "--:|" * len(shown) + "---|"]
     for point in front:
-        gain = point.row["speedup"]
-        cells = [f"{point.cost:.3f}", f"{gain['median']:.2f}×" if gain else "–"]
+        cells = [f"{point.cost:.3f}", gained(point.row)]
         cells += [short(point.row["metrics"].get(m["name"]), m["digits"]) for m in shown]
         lines.append(f"| {label(point.row)} | {' | '.join(cells)} | {how(point.row)} |")
     return "\n".join([*lines, "", circumstances(found) + ".", timing(found), "", commands(found)]) + "\n"

@@ -296,9 +296,9 @@ EXAMPLES = """examples:
   python -m eval.report runs/half runs/quarter --times runs/speed --plot frontier.svg
       the same as a drawing, by the times of a third run, in which all their methods took turns
 """
-TAKES = {  # what of --rows, --columns, --times and --first the parts of a report take
-    "markdown": ("rows", "columns", "times"), "against": ("rows",), "frontier": ("times",), "plot": ("rows", "times"),
-    "grid": ("rows", "first"),
+TAKES = {  # what of --rows, --columns, --by, --times and --first the parts of a report take
+    "markdown": ("rows", "columns", "times"), "against": ("rows",), "grid": ("rows", "first"),
+    "frontier": ("by", "times"), "plot": ("rows", "times"),
 }  # fmt: skip
 
 
@@ -321,11 +321,12 @@ def main(argv: Sequence[str]) -> int:
     what.add_argument("--grid", type=Path, metavar="FILE", help="write the pictures of --rows side by side, as PNG")
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of the table, say full 'tofu 50%%'")
     parser.add_argument("--columns", nargs="+", default=[], metavar="TITLE", help="of the table, say speed-up PSNR")
+    parser.add_argument("--by", choices=list(frontier.COSTS), help="the cost of --frontier (default: the first it has)")
     parser.add_argument("--times", type=Path, metavar="DIR", help="take the times from this run, of the same settings")
     parser.add_argument("--first", type=at_least(1), metavar="N", help=f"so many prompts in the grid ({GRID_ROWS})")
     options = parser.parse_args(argv)
     part = next((name for name in TAKES if getattr(options, name)), "")
-    for name in ("rows", "columns", "times", "first"):
+    for name in ("rows", "columns", "by", "times", "first"):
         if getattr(options, name) and name not in TAKES.get(part, ()):
             raise EvalError(f"--{name} says nothing of {f'--{part}' if part else 'the whole report'}")
     out = options.out[0]
@@ -340,7 +341,7 @@ def main(argv: Sequence[str]) -> int:
     elif options.markdown:
         print(markdown(found, options.columns), end="")
     elif options.frontier:
-        print(frontier.markdown(found), end="")
+        print(frontier.markdown(found, options.by), end="")
     elif options.plot:
         write(options.plot, frontier.svg(found))
     elif options.grid:

@@ -35,6 +35,9 @@ class Cell:
     interval: str = ""
     bar: tuple[float, float, float] | None = None
 
+    def __str__(self) -> str:
+        return f"{self.value} ({self.interval})" if self.interval else self.value
+
 
 def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any], list[Cell]]]]:
     """Columns, and for each row of the results its cells (none for a method that was skipped)."""
@@ -78,8 +81,12 @@ def label(row: dict[str, Any]) -> str:
 
 def short(figure: dict[str, Any] | None, digits: int) -> str:
     """A metric's figure with its interval, in a cell of another table."""
-    cell = _figure(figure, digits, None)
-    return f"{cell.value} ({cell.interval})" if cell.interval else cell.value
+    return str(_figure(figure, digits, None))
+
+
+def gained(row: dict[str, Any]) -> str:
+    """A row's speed-up with its percentiles."""
+    return str(_spread(row["speedup"], 2, "×"))
 
 
 def _spread(spread: dict[str, Any] | None, digits: int, unit: str = "") -> Cell:
@@ -285,7 +292,7 @@ def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
         "|---|" + "--:|" * len(chosen),
     ]
     for row, cells in rows:
-        texts = [f"{c.value} ({c.interval})" if c.interval else c.value for c in cells]
+        texts = [str(cell) for cell in cells]
         lines.append(f"| {label(row)} | {' | '.join(texts[i] if texts else 'skipped' for i in chosen)} |")
     shown = {titles[i] for i in chosen}
     metrics = [metric for metric in found["metrics"] if not columns or metric["name"] in shown]

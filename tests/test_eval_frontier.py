@@ -99,6 +99,18 @@ def test_a_sweep_is_a_run_with_operations_and_a_plot(swept: Path, capsys: pytest
     assert all(cost < 1 for cost in costs)
 
 
+def test_a_frontier_can_be_of_time_though_operations_are_there(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main([str(swept), "--frontier", "--by", "time"]) == 0
+    head, _, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
+    assert head.startswith("| method | seconds / image, of the full model's | speed-up |")
+    spent = [(float(cells[1]), cells[2]) for cells in (row.split(" | ") for row in rows)]
+    assert [cost for cost, _ in spent] == sorted(cost for cost, _ in spent)
+    for cost, gain in spent:
+        median, low, high = map(float, re.fullmatch(r"(.+)× \((.+)–(.+)\)", gain).groups())  # type: ignore[union-attr]
+        assert low <= median <= high
+        assert cost * median == pytest.approx(1, rel=0.01)
+
+
 def test_a_report_of_many_methods_begins_with_the_frontier_and_marks_who_is_on_it(swept: Path) -> None:
     page = (swept / "report.html").read_text()
     assert page.index("Quality against cost") < page.index("<table")
@@ -249,6 +261,7 @@ def test_runs_of_other_settings_or_metrics_are_not_joined(
         (["--frontier", "--rows", "tofu 25%"], "--rows says nothing of --frontier"),  # of some it would be another one
         (["--against", "tofu 25%", "--columns", "PSNR"], "--columns says nothing of --against"),
         (["--markdown", "--first", "2"], "--first says nothing of --markdown"),
+        (["--plot", "a.svg", "--by", "time"], "--by says nothing of --plot"),
         (["--against", "tofu 25%", "--times", "run"], "--times says nothing of --against"),
         (["--rows", "tofu 25%"], "--rows says nothing of the whole report"),
         (["--markdwn"], "unrecognized arguments: --markdwn"),
