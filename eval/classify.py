@@ -52,6 +52,7 @@ from .options import (
     at_least,
     command,
     finite,
+    given,
     pick_device,
     pick_dtype,
     whole_numbers,
@@ -76,8 +77,10 @@ LEAST_SPAN = 4.0  # % of accuracy that a drawing shows at least
 
 THRESHOLDS = (
     "atm: of four curves of thresholds, each at ToMe's operations at that r, the one that moves features least, on "
-    "pictures held apart where not all are judged."
+    "pictures held apart where not all are judged; one that cannot fuse as much is taken only where none can."
 )
+RS = [8, 12, 16, 20]
+TAKES = {"table": ("--rows", "--plot"), "linearity": ("--plot",)}  # what parts of a folder's results take
 EXAMPLES = """examples:
   python -m eval.classify --method full,tome,tofu-avg,tofu --r 8,12,16,20
       ToFu's tables 1 and 2 on the embedded classifiers
@@ -109,7 +112,10 @@ def parser() -> Parser:
         help=f"full, {', '.join(RECIPES)}, each with any @option=value; words like PPPPPPAAAAAA, a letter a layer",
     )
     p.add_argument(
-        "--r", type=whole_numbers, default="8,12,16,20", metavar="N,N", help="tokens that leave in each layer"
+        "--r",
+        type=whole_numbers,
+        metavar="N,N",
+        help="tokens that leave in each layer (default: 8,12,16,20; with --stress, which finds the largest, all)",
     )
     p.add_argument("--limit", type=at_least(1), metavar="N", help="the first N pictures only (default: all)")
     p.add_argument(
@@ -123,7 +129,7 @@ def parser() -> Parser:
     p.add_argument("--rounds", type=at_least(0), default=10, help="timed batches of each method, in turns; 0 for none")
     p.add_argument("--stress", action="store_true", help="find the most that each method fuses at the full accuracy")
     add_device(p)
-    add_dtype(p)
+    add_dtype(p, "float32")  # in which the papers measure
     p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: runs/classify-MODEL)")
     p.add_argument("--maps", type=Path, metavar="FILE", help="draw which tokens are one in the last layers, as PNG")
     p.add_argument("--plot", type=Path, metavar="FILE", help="write the drawing there, as SVG")
@@ -140,8 +146,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     """0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
     options = parser().parse_args(argv)
-    if options.rows and not options.table:
-        raise EvalError("--rows is of --table alone")
+    idle(options)
     if options.table:
         found = read(options.table)
         print(markdown_rows(*cells({**found, "rows": named(found["rows"], options.rows)}), notes(found)), end="")
@@ -158,6 +163,19 @@ def main(argv: Sequence[str]) -> int:
     terminal_rows("", *cells(found), notes(found), Console(width=None if sys.stdout.isatty() else 120))
     print(f"results: {out / 'classify.json'}", file=sys.stderr)
     return 0
+
+
+def idle(options: argparse.Namespace) -> None:
+    """EvalError for options that would do nothing beside what is asked for."""
+    shown = next((f"--{name}" for name in TAKES if getattr(options, name)), None)
+    told = given(options, parser().parse_args([]))
+    for name in told:
+        if shown and name != shown and name not in TAKES[shown.removeprefix("--")]:
+            raise EvalError(f"{name} says nothing of {shown}")
+        if name == "--rows" and not shown:
+            raise EvalError("--rows is of --table alone")
+        if name == "--plot" and options.stress:
+            raise EvalError("--plot draws methods at several r, and --stress finds one of each")
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -188,7 +206,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         layers = min(len(host.find_blocks(one.model)) for one in models)
     except ValueError as error:
         raise EvalError(f"--model {options.model}: {error}") from error
-    chosen = parse(options.method, [0] if options.stress else options.r, layers)
+    chosen = parse(options.method, [0] if options.stress else options.r or RS, layers)
     data = pictures_for(models[0], options.data, options.noise)
     n = min(options.limit or len(data), len(data))
     for method in chosen:
@@ -198,14 +216,16 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
                     pass
             except (ValueError, TypeError) as error:
                 raise EvalError(f"method {method.name!r} does not fit {one.name!r}: {error}") from error
-    given = next((method.name for method in chosen if method.adaptive and method.r is None), None)
-    if options.stress and given:
-        raise EvalError(f"--stress finds the thresholds itself, and {given!r} gives them")
+    settled = next((method for method in chosen if method.told is not None and method.r != 0), None)
+    if options.stress and settled:
+        what = "thresholds" if settled.adaptive else "r"
+        raise EvalError(f"--stress finds {what} itself, and {settled.name!r} gives it")
+    tried = sorted({0, *(options.r or all_of(models[0].model))}) if options.stress else None
     out = options.out or Path("runs") / f"classify-{Path(options.model.partition(',')[0]).name}"
     bench = Bench(data, n, options.batch, device, out)
-    if options.stress:
+    if tried:
         full = Entry.of(bench, models, FULL)
-        best = [most_saving(bench, models, method, full) for method in chosen if method is not FULL]
+        best = [most_saving(bench, models, method, full, tried) for method in chosen if method is not FULL]
         entries = [full, *best]
     else:
         entries = [Entry.of(bench, models, method) for method in dict.fromkeys([FULL, *chosen])]
@@ -217,7 +237,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         "classifiers": len(models), "seeds": [one.seed for one in models],
         "weights": [provenance.weights_hash(one.model) for one in models],
         "data": data.name, "n": n, "classes": len(data.classes), "batch": options.batch, "side": models[0].side,
-        "stress": options.stress, "rounds": options.rounds, "dtype": str(dtype).removeprefix("torch."),
+        "stress": options.stress, "tried": tried, "rounds": options.rounds, "dtype": str(dtype).removeprefix("torch."),
         "device": provenance.device_name(device), "torch": str(torch.__version__), "timm": timm.__version__,
     }  # fmt: skip
     held = next(iter(DataLoader(Subset(data.pictures, range(min(CALIBRATION, n))), CALIBRATION)))[0].to(device)
@@ -403,6 +423,8 @@ def settle(bench: Bench, one: Classifier, method: Method) -> Method:
     """
     if not method.adaptive or method.r is None:
         return method
+    if method.r == 0:
+        return FULL
     held = bench.held()
 
     def judged(asked: Method) -> Judged:
@@ -430,27 +452,29 @@ def apart(own: Tensor, full: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(own.double(), full.double(), dim=-1)).clamp_min(0)
 
 
-def most_saving(bench: Bench, models: Sequence[Classifier], method: Method, full: Entry) -> Entry:
-    """A method at the largest r at which its accuracy over all classifiers, as ATM's table 1 prints it, is the full
-    model's; thresholds at the operations that ToMe has at that r.
+def most_saving(bench: Bench, models: Sequence[Classifier], method: Method, full: Entry, tried: Sequence[int]) -> Entry:
+    """A method at the largest r of those `tried`, rising from 0, at which its accuracy over all classifiers, as ATM's
+    table 1 prints it, is the full model's; thresholds at the operations that ToMe has at that r.
 
-    Tried from the largest r down, not by halving: accuracy falls and rises by a picture or two from one r to the next.
+    From the largest down, not by halving: accuracy falls and rises by a picture or two from one r to the next.
     """
 
     def printed(entry: Entry) -> float:
         return round(100 * entry.rights.mean().item(), 1)
 
-    tried = (Entry.of(bench, models, method.at(r)) for r in range(most_of(models[0].model), -1, -1))
-    kept = next((entry for entry in tried if printed(entry) >= printed(full)), None)
-    if kept is None:  # thresholds pay for their matching by fusing, at ToMe's r = 0 too
-        raise EvalError(f"--stress: {method.name!r} loses accuracy at every r")
-    return kept
+    entries = (Entry.of(bench, models, method.at(r)) for r in reversed(tried))
+    return next(entry for entry in entries if printed(entry) >= printed(full))  # at 0 at last, where nothing is fused
 
 
-def most_of(model: Any) -> int:
-    """The largest r of the stress test: beyond it a constant r finds too few tokens before the last layer."""
-    fusing = max(1, len(model.blocks) - 1)
-    return min(model.patch_embed.num_patches // 2, math.ceil(model.patch_embed.num_patches / fusing))
+def all_of(model: Any) -> list[int]:
+    """The r of the stress test where none are given: each with which ToMe's patch tokens last to the last layer, and on
+    in steps of a quarter to half of the tokens.
+    """
+    tokens, most = model.patch_embed.num_patches, model.patch_embed.num_patches // 2
+    rs = list(range(1 + min(most, math.ceil(tokens / max(1, len(model.blocks) - 1)))))
+    while rs[-1] < most:
+        rs.append(min(most, math.ceil(1.25 * rs[-1])))
+    return rs
 
 
 @torch.no_grad()
@@ -576,9 +600,10 @@ def notes(found: dict[str, Any]) -> list[str]:
     if any(row["speedup"] for row in found["rows"]):
         lines.append(f"Images / s, speed-up: medians of {s['rounds']} rounds in turns, 5th to 95th percentile.")
     if s["stress"]:
+        tried = f", of {', '.join(map(str, s['tried']))}" if s.get("tried") else ""
         lines.append(
             "Each method at the largest r at which its accuracy, to a tenth of a percent, is the full model's or "
-            f"higher, of those at which ToMe's patch tokens last to the last layer. {THRESHOLDS}"
+            f"higher{tried}. {THRESHOLDS}"
         )
     elif any(row["method"].startswith("atm") and row["r"] is not None for row in found["rows"]):
         lines.append(THRESHOLDS)

@@ -78,14 +78,19 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
+def given(options: argparse.Namespace, usual: argparse.Namespace) -> list[str]:
+    """The options that are not as they usually are, as they are written: "--limit"."""
+    return [f"--{name.replace('_', '-')}" for name, value in vars(options).items() if value != getattr(usual, name)]
+
+
 def add_device(parser: Parser) -> None:
     """--device, for pick_device."""
     parser.add_argument("--device", default="auto", help=f"auto, {', '.join(DEVICES)}")
 
 
-def add_dtype(parser: Parser) -> None:
+def add_dtype(parser: Parser, usual: str = "auto") -> None:
     """--dtype, for pick_dtype."""
-    parser.add_argument("--dtype", default="auto", help=f"auto (float16 on cuda, else float32), {', '.join(DTYPES)}")
+    parser.add_argument("--dtype", default=usual, help=f"auto (float16 on cuda, else float32), {', '.join(DTYPES)}")
 
 
 def pick_device(name: str) -> torch.device:

@@ -92,6 +92,8 @@ def _one(name: str, r: int, layers: int) -> Method:
     if name == FULL.name:
         return FULL
     recipe, *changes = name.split("@")
+    if recipe == FULL.name:
+        raise EvalError(f"{recipe!r} takes no options, and {name!r} gives some")
     try:
         options = dict(recipes.option(change, name) for change in changes)
         pattern = PATTERN.fullmatch(recipe)
@@ -115,5 +117,8 @@ def _one(name: str, r: int, layers: int) -> Method:
 def _of_pattern(word: str, found: re.Match[str], layers: int, options: dict[str, Any]) -> TokenReduction:
     if len(word) != layers:
         raise EvalError(f"{word!r} has {len(word)} letters; the model has {layers} layers, and each takes one")
+    told = {"early", "late", "depth_split"} & options.keys()
+    if told:
+        raise EvalError(f"{word!r} says itself what {sorted(told)[0]} would")
     early, late = LETTERS[found[1]], LETTERS[found[3] or found[1]]
     return TokenReduction(early=early, late=late, depth_split=1 + len(found[2]), **options)

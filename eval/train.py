@@ -30,13 +30,15 @@ from tofu_sd.demo.train import TEST_SEED, fit
 from . import EvalError, labelled
 from .classifiers import ABOUT, STEMS, WEIGHTS, Architecture, ConvolutionStem, described
 from .files import read_json, to_json, write, write_json
-from .labelled import Labelled
-from .options import Help, Parser, add_device, at_least, command, finite, pick_device, working
+from .labelled import PIECE, Labelled
+from .options import Help, Parser, add_device, at_least, command, finite, given, pick_device, working
 
 RECIPE = "recipe.json"
 PER_CLASS, FRESH = 200, 40  # scenes of a class to learn from and to be judged by
 BATCH = 32
 SIZES = ("side", "patch", "width", "depth", "heads")
+OF_ADAPTIVISION = ("--clusters", "--strategy", "--temperature", "--focus", "--guided")
+OF_VIT = ("--coarse",)
 
 
 def parser() -> Parser:
@@ -56,7 +58,9 @@ def parser() -> Parser:
     own.add_argument("--temperature", type=finite, default=150.0, help="of the clusters")
     own.add_argument("--focus", action=argparse.BooleanOptionalAction, default=True, help="modulate attention")
     own.add_argument("--guided", action="store_true", help="fuse tokens of a depth camera, which scenes have")
-    p.add_argument("--coarse", type=at_least(0), default=32_000, metavar="N", help="samples at twice the patch's size")
+    p.add_argument(
+        "--coarse", type=at_least(0), default=32_000, metavar="N", help="samples of a vit at twice the patch's size"
+    )
     p.add_argument("--samples", type=at_least(1), default=12_800, metavar="N", help="samples at its own size")
     p.add_argument("--rate", type=positive, default=1e-3, help="learning rate")
     p.add_argument("--seed", type=at_least(0, 2**31), default=0, help="of the first weights and of the batches")
@@ -93,7 +97,8 @@ def main(argv: Sequence[str]) -> int:
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """The figures of the training, which stand in the folder beside the weights."""
     device = pick_device(options.device)
-    learnt, fresh = data(options.data, options.side, wants_guidance(options))
+    fitting(options)
+    learnt, fresh = data(options.data, options.side, options.guided)
     architecture = asked_for(options, len(learnt.classes), 0 if learnt.guidance is None else learnt.guidance.shape[-1])
     torch.manual_seed(options.seed)
     model = begun(architecture, learnt)
@@ -115,9 +120,9 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
             name, model, loss, samples=samples, batch=BATCH, rate=rate, work=options.out, seed=options.seed
         )
 
-    coarse_first = architecture.kind == "vit" and options.coarse > 0
+    coarse_first = begins_coarse(options)
     if coarse_first:
-        coarse = begun(replace(architecture, patch=2 * architecture.patch), learnt).to(device)
+        coarse = begun(twice(architecture), learnt).to(device)
         stage("coarse", coarse, options.coarse, options.rate)
         refine(coarse, model)
     stage("fine", model.to(device), options.samples, options.rate / 2 if coarse_first else options.rate)
@@ -156,20 +161,38 @@ def recipe(options: argparse.Namespace, learnt: Labelled, device: torch.device) 
     return {**vars(options), "out": None, "device": str(device), "data": learnt.name, "pictures": learnt.key}
 
 
-def wants_guidance(options: argparse.Namespace) -> bool:
-    """EvalError where it is asked for by a model that has no place for it."""
-    if options.guided and options.kind != "adaptivision":
-        raise EvalError(f"--guided is of adaptivision, and --kind is {options.kind}")
-    return bool(options.guided)
+def fitting(options: argparse.Namespace) -> None:
+    """EvalError for options that make no model, or would do nothing, before anything is read, drawn or written."""
+    architecture = asked_for(options, classes=2, guided=PIECE**2 * options.guided)
+    other = {"vit": OF_ADAPTIVISION, "adaptivision": OF_VIT}[options.kind]
+    for name in given(options, parser().parse_args(["--out", "."])):
+        if name in other:
+            whose = "adaptivision" if options.kind == "vit" else "vit"
+            raise EvalError(f"{name} is of {whose}, and --kind is {options.kind}")
+    architecture.build()
+    if begins_coarse(options):
+        try:
+            twice(architecture).build()
+        except EvalError as error:
+            raise EvalError(f"{error}: a vit's training begins at twice its size; --coarse 0 goes without") from error
+
+
+def begins_coarse(options: argparse.Namespace) -> bool:
+    return options.kind == "vit" and options.coarse > 0
+
+
+def twice(architecture: Architecture) -> Architecture:
+    """The same with patches of twice the size, of which there are a quarter."""
+    return replace(architecture, patch=2 * architecture.patch)
 
 
 def claim(out: Path, recipe: dict[str, Any]) -> None:
     """Makes the folder of a training, or goes on in it. EvalError for one of another recipe, naming what differs."""
     recipe = json.loads(to_json(recipe))  # as it is read again, without tuples
     before = read_json(out / RECIPE) if out.exists() else None
-    for name, value in (before or {}).items():
-        if recipe.get(name) != value:
-            raise EvalError(f"{out.name} holds a training with {name} {value}, not {recipe.get(name)}")
+    for name, value in recipe.items():
+        if before and name in before and before[name] != value:
+            raise EvalError(f"{out.name} holds a training with {name} {before[name]}, not {value}")
     write_json(out / RECIPE, recipe)
 
 

@@ -127,12 +127,31 @@ def test_pictures_of_the_same_names_and_sizes_have_another_key(tmp_path):
     assert len(keys) == 2
 
 
+def test_of_many_pictures_some_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(labelled, "READ", 30)
+    files = [tmp_path / f"{i}.ppm" for i in range(9)]  # of ten bytes: every third is read
+    for file in files:
+        file.write_bytes(b"0123456789")
+    key = labelled.key_of(files, tmp_path)
+    files[1].write_bytes(b"9876543210")
+    assert labelled.key_of(files, tmp_path) == key
+    files[3].write_bytes(b"9876543210")
+    assert labelled.key_of(files, tmp_path) != key
+
+
+def test_a_training_of_before_an_option_was_there_goes_on(tmp_path):
+    train.claim(tmp_path, {"seed": 1, "gone": "auto"})
+    train.claim(tmp_path, {"seed": 1, "new": 2})
+    with pytest.raises(EvalError, match="holds a training with seed 1, not 2"):
+        train.claim(tmp_path, {"seed": 2})
+
+
 def test_a_rate_is_what_it_is_called_where_there_is_no_coarse_stage(pictures, tmp_path, monkeypatch):
     rates = []
     monkeypatch.setattr(train, "fit", lambda name, model, loss, **told: rates.append((name, told["rate"])))
-    sizes = ["--data", str(pictures), *SMALL, "--clusters", "2,4", "--samples", "1", "--rate", "0.001"]
-    for kind in ("adaptivision", "vit"):
-        assert train.main(["--out", str(tmp_path / kind), *sizes, "--kind", kind, "--coarse", "64"]) == 0
+    sizes = ["--data", str(pictures), *SMALL, "--samples", "1", "--rate", "0.001"]
+    for kind, own in (("adaptivision", ["--clusters", "2,4"]), ("vit", ["--coarse", "64"])):
+        assert train.main(["--out", str(tmp_path / kind), *sizes, "--kind", kind, *own]) == 0
     assert rates == [("fine", 0.001), ("coarse", 0.001), ("fine", 0.0005)]
 
 
@@ -196,6 +215,9 @@ def test_every_picture_of_a_batch_is_lit_and_cut_by_its_generator_alone():
     assert not torch.equal(one, train.augmented(pictures, torch.Generator().manual_seed(6)))
 
 
+PLAIN = ["--kind", "adaptivision", "--clusters", "none"]
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -208,6 +230,15 @@ def test_every_picture_of_a_batch_is_lit_and_cut_by_its_generator_alone():
         (["--rate", "nan"], "argument --rate: 'nan' is not a finite number"),
         (["--rate", "-1"], "argument --rate: '-1' is not above 0"),
         (["--guided"], "--guided is of adaptivision, and --kind is vit"),
+        (["--clusters", "9,3"], "--clusters is of adaptivision, and --kind is vit"),
+        (["--no-focus"], "--focus is of adaptivision, and --kind is vit"),
+        (["--kind", "adaptivision", "--coarse", "5"], "--coarse is of vit, and --kind is adaptivision"),
+        ([*PLAIN, "--strategy", "random"], "strategy is 'random', and clusters is None, which keeps all patches"),
+        ([*PLAIN, "--temperature", "-1"], "temperature is -1.0; it must be above 0"),
+        (
+            ["--patch", "32", "--coarse", "32"],
+            "side is 32; it must be a multiple of the patch's 64 pixels: a vit's training begins at twice its size",
+        ),
     ],
 )
 def test_a_training_that_cannot_be_is_refused_in_a_line_and_leaves_nothing(pictures, tmp_path, capsys, options, said):
@@ -382,18 +413,21 @@ def test_a_curve_that_cannot_fuse_as_much_is_not_taken_for_moving_less(trained, 
     assert flops(classify.settle(bench, one, asked)) <= flops(tome)
 
 
-def test_a_method_that_loses_at_every_r_is_a_line(trained, pictures, tmp_path, monkeypatch, capsys):
+def test_a_method_that_loses_at_every_r_fuses_nothing(trained, pictures, tmp_path, monkeypatch, capsys):
     judge = classify.judge
 
     def losing(model, method, *rest):
         found = judge(model, method, *rest)
-        return found if method.told is None else replace(found, right=torch.zeros_like(found.right))
+        fuses = method.told is not None and method.r != 0
+        return replace(found, right=torch.zeros_like(found.right)) if fuses else found
 
     monkeypatch.setattr(classify, "judge", losing)
     monkeypatch.setattr(classify, "CURVES", classify.CURVES[:1])
-    asked = ["--model", trained, "--data", str(pictures / "val"), "--device", "cpu", "--limit", "6"]
-    assert classify.main([*asked, "--out", str(tmp_path), "--stress", "--method", "atm@class_only=False"]) == 2
-    assert "--stress: 'atm@class_only=False' loses accuracy at every r" in capsys.readouterr().err
+    asked = ["--limit", "6", "--stress", "--method", "atm@class_only=False,tome", "--r", "3,8"]
+    full, *others = run(trained, pictures, tmp_path, *asked)["rows"]
+    assert [row["label"] for row in others] == ["atm@class_only=False, r = 0", "tome, r = 0"]
+    assert all(row["flops"] == full["flops"] for row in others if "atm" in row["label"])
+    assert "or higher, of 0, 3, 8. atm:" in " ".join(capsys.readouterr().out.split())
 
 
 def test_thresholds_are_set_by_pictures_that_are_not_judged(pictures):
@@ -455,7 +489,7 @@ def test_what_was_judged_is_not_judged_again(trained, pictures, tmp_path, monkey
     assert run(trained, pictures, tmp_path, "--method", "tome", "--r", "8")["rows"] == first["rows"]
 
 
-@pytest.mark.parametrize(("loses", "most"), [({4, 5, *range(9, 99)}, 8), (set(range(1, 99)), 0), (set(), 22)])
+@pytest.mark.parametrize(("loses", "most"), [({4, 5, *range(9, 99)}, 8), (set(range(1, 99)), 0), (set(), 32)])
 def test_under_stress_each_method_fuses_the_most_that_loses_nothing(
     trained, pictures, tmp_path, monkeypatch, loses, most
 ):
@@ -470,7 +504,8 @@ def test_under_stress_each_method_fuses_the_most_that_loses_nothing(
     monkeypatch.setattr(classify, "CURVES", classify.CURVES[:1])
     monkeypatch.setattr(classify, "_kept", lambda *_: None)  # thresholds can be the same at several r
     full, *others = run(trained, pictures, tmp_path, "--method", "tome,tofu,atm", "--stress", "--limit", "24")["rows"]
-    assert classify.most_of(classifiers.load(trained, torch.device("cpu"))[0].model) == 22
+    rs = classify.all_of(classifiers.load(trained, torch.device("cpu"))[0].model)
+    assert rs == [*range(23), 28, 32]  # 64 tokens, of which 22 can leave three of four layers
     assert [(row["method"], row["r"]) for row in others] == [("tome", most), ("tofu", most), ("atm", most)]
     for row in others:
         assert row["accuracy"]["value"] >= full["accuracy"]["value"]
@@ -485,7 +520,7 @@ def test_half_precision_is_what_runs_and_what_is_said(trained, pictures, tmp_pat
     half = run(trained, pictures, tmp_path, *asked, "--dtype", "bfloat16")
     assert "bfloat16 on cpu" in capsys.readouterr().out
     straight = [torch.tensor(found["linearity"]) for found in (whole, half)]
-    torch.testing.assert_close(*straight, atol=1e-4, rtol=0)  # of rounded weights, but not by rounded steps
+    torch.testing.assert_close(*straight, atol=1e-3, rtol=0)  # of rounded weights, but not by rounded steps
     moved = [found["rows"][1]["moved"]["value"] for found in (whole, half)]
     assert moved[0] != moved[1] == pytest.approx(moved[0], rel=0.5)
 
@@ -547,9 +582,12 @@ def test_the_table_of_a_folder_is_a_page_s(trained, pictures, tmp_path, capsys):
         (["--noise", "-1"], "argument --noise: '-1' is below 0"),
         (["--noise", "loud"], "argument --noise: 'loud' is not a finite number"),
         (["--model", "no_such_model_of_timms"], "called 'no_such_model_of_timms'"),
-        (["--table", "nowhere"], "nowhere holds no results of eval.classify"),
         (["--rows", "full"], "--rows is of --table alone"),
-        (["--stress", "--method", "atm@beta=0.02"], "--stress finds the thresholds itself, and 'atm@beta=0.02' gives"),
+        (["--stress", "--method", "atm@beta=0.02"], "--stress finds thresholds itself, and 'atm@beta=0.02' gives it"),
+        (["--stress", "--method", "tofu@r=5"], "--stress finds r itself, and 'tofu@r=5' gives it"),
+        (["--stress", "--plot", "a.svg"], "--plot draws methods at several r, and --stress finds one of each"),
+        (["--method", "full@r=3"], "'full' takes no options, and 'full@r=3' gives some"),
+        (["--method", "PPPA@early=mean"], "'PPPA' says itself what early would"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line_before_anything_is_written(
@@ -561,6 +599,20 @@ def test_what_cannot_be_is_told_in_a_line_before_anything_is_written(
     error = capsys.readouterr().err
     assert said in error
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--table", "nowhere"], "nowhere holds no results of eval.classify"),
+        (["--table", "nowhere", "--limit", "3"], "--limit says nothing of --table"),
+        (["--linearity", "nowhere", "--maps", "a.png"], "--maps says nothing of --linearity"),
+        (["--linearity", "nowhere", "--rows", "full"], "--rows says nothing of --linearity"),
+    ],
+)
+def test_what_is_shown_of_a_folder_takes_no_more_than_it_needs(capsys, options, said):
+    assert classify.main(options) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_classifier_of_other_classes_is_refused(trained, pictures, tmp_path, capsys):

@@ -214,7 +214,7 @@ def test_a_crooked_layer_is_pruned_and_a_straight_one_averaged(host, images):
     for block in model.blocks[:2]:
         block.mlp = Crooked()
     for block in model.blocks[2:]:
-        block.mlp = nn.Linear(192, 192)
+        block.norm2, block.mlp = nn.Identity(), nn.Linear(192, 192)
     assert host.measured_split(model, images) == 2
 
 
@@ -222,6 +222,20 @@ def test_a_crooked_layer_is_pruned_and_a_straight_one_averaged(host, images):
 def test_linearity_takes_pairs_that_there_are(model, host, images, r):
     with pytest.raises(ValueError, match=f"r is {r}; of these patch tokens from 1 to {TOKENS // 2} can be fused"):
         host.linearity(model, images, r)
+
+
+def test_linearity_takes_a_role_that_there_is(model, host, images):
+    with pytest.raises(ValueError, match="role is 'norm'; it must be attn or mlp"):
+        host.linearity(model, images, role="norm")
+
+
+def test_a_model_whose_block_is_another_by_now_loses_its_patch_all_the_same(model, host, images):
+    host.apply_patch(model, r=8)
+    model.blocks[1] = nn.Identity()
+    host.remove_patch(model)
+    assert [type(block).__name__ for block in model.blocks] == ["Block", "Identity", "Block", "Block"]
+    assert not any(vars(block).get("_tofu") for block in model.blocks)
+    assert predict(model, images).isfinite().all()
 
 
 def test_a_split_that_cannot_be_measured_leaves_the_model_as_it_was(model, host, images):
@@ -256,21 +270,39 @@ def test_linearity_is_of_the_pairs_that_would_be_fused(model, host, images):
     block, prefix, seen = model.blocks[0], model.num_prefix_tokens, {}
     handles = [
         block.attn.k_norm.register_forward_hook(lambda m, a, k: seen.update(keys=k)),
-        block.mlp.register_forward_pre_hook(lambda m, a: seen.update(x=a[0])),
+        block.norm1.register_forward_pre_hook(lambda m, a: seen.update(begun=a[0])),
+        block.norm2.register_forward_pre_hook(lambda m, a: seen.update(x=a[0])),
     ]
     predict(model, images)
     for handle in handles:
         handle.remove()
     keys = torch.nn.functional.normalize(seen["keys"].mean(1)[:, prefix:], dim=-1)
-    x = seen["x"][:, prefix:]
     alike = keys[0, 1::2] @ keys[0, ::2].mT
-    by_hand = []
-    for s in alike.amax(1).argsort(descending=True)[:3].tolist():
-        x1, x2 = x[0, 1 + 2 * s], x[0, 2 * int(alike[s].argmax())]
-        way = block.mlp(torch.stack([x1 + t * (x2 - x1) for t in torch.linspace(0, 1, 11)])).detach()
-        by_hand.append((way[-1] - way[0]).norm() / way.diff(dim=0).norm(dim=-1).sum())
-    assert found[0, 0].item() == pytest.approx(torch.stack(by_hand).mean().item(), abs=1e-4)
-    model.blocks[0].mlp.act = nn.Identity()
+
+    def by_hand(x, layer):
+        ways = []
+        for s in alike.amax(1).argsort(descending=True)[:3].tolist():
+            x1, x2 = x[0, prefix + 1 + 2 * s], x[0, prefix + 2 * int(alike[s].argmax())]
+            way = layer(torch.stack([x1 + t * (x2 - x1) for t in torch.linspace(0, 1, 11)])).detach()
+            ways.append((way[-1] - way[0]).norm() / way.diff(dim=0).norm(dim=-1).sum())
+        return torch.stack(ways).mean().item()
+
+    def attention(points):
+        """A query's, by its formula, among the keys and values of the whole picture."""
+        attn, (q, _, _), (_, k, v) = (
+            block.attn,
+            *(
+                block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(-3)
+                for x in (points, seen["begun"][0])
+            ),
+        )
+        weights = (torch.einsum("phd,nhd->hpn", attn.q_norm(q), attn.k_norm(k)) * attn.scale).softmax(-1)
+        return attn.proj(torch.einsum("hpn,nhd->phd", weights, v).flatten(1))
+
+    assert found[0, 0].item() == pytest.approx(by_hand(seen["x"], lambda x: block.mlp(block.norm2(x))), abs=1e-4)
+    asked = host.linearity(model, images, r=3, role="attn")
+    assert asked[0, 0].item() == pytest.approx(by_hand(seen["begun"], attention), abs=1e-4)
+    block.mlp.act, block.norm2 = nn.Identity(), nn.Identity()
     linear = host.linearity(model, images, r=3)
     assert torch.allclose(linear[0], torch.ones(3), atol=1e-4)
     host.apply_patch(model, 4)

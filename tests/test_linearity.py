@@ -213,6 +213,7 @@ def test_the_command_says_what_is_wrong(pipe, monkeypatch, capsys, tmp_path):
         (["--table", str(tmp_path / "other.json")], "other.json holds no measurements of this program"),
         (["--table", str(tmp_path / "empty.json")], "empty.json holds no measurements of this program"),
         (["--ratio", "0"], "ratio is 0; pairs are measured that would be fused, so it must be above 0"),
+        (["--ratio", "1e-4", "--steps", "1"], "ratio is 0.0001; at it no token of this size would be fused"),
         (["--steps", "0"], "steps is 0; it must be at least 1"),
         (["--pictures", str(tmp_path), "--steps", "3"], "--steps is of text-to-image models, and --pictures of"),
         (["--pictures", str(tmp_path)], "there are no pictures in"),
@@ -237,13 +238,14 @@ def test_the_command_measures_a_classifier_on_pictures(monkeypatch, capsys, tmp_
     asked = ["--model", "vit_tiny_patch16_224", "--pictures", str(tmp_path), "--out", kept, "--plot", str(drawn)]
     assert linearity.main(asked) == 0
     said = capsys.readouterr().out
-    assert said.startswith("| depth | block | feed-forward |\n")
+    assert said.startswith("| depth | block | attention | feed-forward |\n")
     assert said.count("| blocks.") == 3
     assert "vit_tiny_patch16_224: 2 pictures" in said
     json.loads(Path(kept).read_text(), parse_constant=pytest.fail)  # NaN is not JSON
     curve = linearity.Curve.read(kept)
     assert f"depth_split={curve.depth_split}, by the feed-forward of the layers" in said
-    assert {(one.call, one.depth) for one in curve.measured} == {(c, d) for c in range(2) for d in range(3)}
+    whole = {(c, d, role) for c in range(2) for d in range(3) for role in linearity.ROLES}
+    assert {(one.call, one.depth, one.role) for one in curve.measured} == whole
     assert "<svg" in drawn.read_text()
 
 

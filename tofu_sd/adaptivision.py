@@ -212,6 +212,10 @@ class AdaptiVision(nn.Module):
             raise ValueError(f"clusters is {clusters}; a picture has {tokens} patches, so at most as many")
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy is {strategy!r}; it must be one of {', '.join(STRATEGIES)}")
+        if clusters is None and strategy != "clusters":
+            raise ValueError(f"strategy is {strategy!r}, and clusters is None, which keeps all patches")
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; it must be above 0")
         most = tokens if clusters is None else clusters[1]
         self.embed = LinearEmbedding(patch, width) if embed is None else embed
         self.position = nn.Parameter(0.02 * torch.randn(tokens, width))

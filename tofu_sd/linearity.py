@@ -275,9 +275,13 @@ class Curve:
         return [role for role in ROLES if any(one.role == role for one in self.measured)]
 
     @property
+    def deciding(self) -> str:
+        """The role of what works on tokens that a block has fused: attention, and in a classifier the MLP behind it."""
+        return "mlp" if self.pictures else "attn"
+
+    @property
     def depth_split(self) -> int:
-        """By what works on fused tokens: attention, and in a classifier, whose tokens stay fused behind it, the MLP."""
-        own = by_depth(self.measured, self.roles[:1])
+        own = by_depth(self.measured, [self.deciding])
         return best_split({depth: own[depth] for depth in self.fused})
 
     @classmethod
@@ -286,8 +290,7 @@ class Curve:
         try:
             told = json.loads(Path(file).read_text(encoding="utf-8"))
             curve = cls(**{**told, "measured": [Linearity(**one) for one in told["measured"]]})
-            depths = {one.depth for one in curve.measured}
-            if depths and depths.issuperset(curve.fused):
+            if curve.fused and set(curve.fused).issubset(by_depth(curve.measured, [curve.deciding])):
                 return curve
         except (json.JSONDecodeError, TypeError, KeyError):
             pass
@@ -305,6 +308,7 @@ class Curve:
             mark = " \\*" if depth in self.fused and len(self.fused) < len({one.depth for one in self.measured}) else ""
             lines.append(f"| {depth}{mark} | {name.replace('.transformer_blocks', '')} | {' | '.join(cells)} |")
         split = self.depth_split
+        average = "" if split else ": average everywhere."
         if self.pictures:
             how = f"{self.pictures} pictures, pairs of patch tokens that would be fused first; means over the pictures"
             fused = "layers"
@@ -318,7 +322,7 @@ class Curve:
         return "\n".join([
             *lines, "",
             f"{self.model}: {how}, and the least and the most; {self.versions}.{marked}",
-            f"depth_split={split}, by the {TITLES[roles[0]]} of the {fused}" + ": average everywhere." * (not split),
+            f"depth_split={split}, by the {TITLES[self.deciding]} of the {fused}{average}",
         ])  # fmt: skip
 
 
@@ -338,6 +342,8 @@ def measure(model: str, prompts: Sequence[str], steps: int, ratio: float, seed: 
     with measuring(pipe, fusion) as found:
         generator = torch.Generator().manual_seed(seed)
         pipe(list(prompts), num_inference_steps=steps, generator=generator, output_type="latent")
+    if not found:
+        raise ValueError(f"ratio is {ratio:g}; at it no token of this size would be fused")
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
     return Curve(model, versions, fused, found, list(prompts), steps, ratio, seed)
 
@@ -358,13 +364,14 @@ def measure_classifier(name: str, folder: str) -> Curve:
     found: list[Linearity] = []
     for call, file in enumerate(files):
         with Image.open(file) as image:
-            values = host.linearity(model, transform(image.convert("RGB")).unsqueeze(0))[:, 0].tolist()
+            shown = transform(image.convert("RGB")).unsqueeze(0)
         found += [
-            Linearity(f"blocks.{depth}", depth, "mlp", call, None, value, host.PAIRS)
-            for depth, value in enumerate(values)
+            Linearity(f"blocks.{depth}", depth, role, call, None, value, host.PAIRS)
+            for role in ROLES
+            for depth, value in enumerate(host.linearity(model, shown, role=role)[:, 0].tolist())
         ]
     versions = f"torch {torch.__version__}, timm {timm.__version__}"
-    return Curve(name, versions, list(range(len(values))), found, pictures=len(files))
+    return Curve(name, versions, list(range(len(host.find_blocks(model)))), found, pictures=len(files))
 
 
 def _load(model: str) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..kernels import take
-from ..linearity import best_split, functional_linearity
+from ..linearity import ROLES, best_split, functional_linearity
 from ..match import bipartite_soft_matching
 from ..patch import ATTRIBUTE
 from ..tokens import TokenMap
@@ -145,9 +146,10 @@ def remove_patch(model: Model) -> Model:
     if isinstance(patch, _Patch):
         for handle in patch.handles:
             handle.remove()
-        for block in find_blocks(model):
-            vars(block).pop(ATTRIBUTE, None)
-            block.__class__ = Block
+        for block in model.modules():  # not `find_blocks`: one of them may be another by now
+            if isinstance(block, FusedBlock):
+                block.__dict__.pop(ATTRIBUTE, None)
+                block.__class__ = Block
         delattr(model, ATTRIBUTE)
         vars(model).pop("forward_intermediates", None)
     return model
@@ -175,36 +177,52 @@ def measured_split(model: nn.Module, pictures: Tensor) -> int:
 
 
 @torch.no_grad()
-def linearity(model: nn.Module, pictures: Tensor, r: int = PAIRS) -> Tensor:
+def linearity(model: nn.Module, pictures: Tensor, r: int = PAIRS, role: str = "mlp") -> Tensor:
     """Functional linearity (ToFu Eq. 8, Fig. 3) of each block's MLP: [blocks, B], the mean over a picture's pairs.
 
     The pairs are the r patch tokens that would be fused before the MLP in that block, each with the one it is most
-    like; the model itself runs with all of them. ValueError for a patched model, an r that is not a number of its
-    sources, or as `find_blocks` raises it.
+    like; the model itself runs with all of them. role "attn": of its attention instead, as a function of a query among
+    the keys and values of all tokens. The norm before a layer is a part of it, for tokens are fused before that.
+
+    ValueError for a patched model, an r that is not a number of its sources, another role, or as `find_blocks` raises.
     """
     blocks = find_blocks(model)
     most = int(model.patch_embed.num_patches) // 2  # type: ignore[union-attr, arg-type]
     if not 1 <= r <= most:
         raise ValueError(f"r is {r}; of these patch tokens from 1 to {most} can be fused")
+    if role not in ROLES:
+        raise ValueError(f"role is {role!r}; it must be {' or '.join(ROLES)}")
     if isinstance(vars(model).get(ATTRIBUTE), _Patch):
         raise ValueError(f"{type(model).__name__} is patched: linearity is the model's own, remove_patch comes first")
     prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
-    keys: list[Tensor] = []
+    seen: dict[str, Tensor] = {}  # of the block that runs
     found: list[Tensor] = []
 
-    def see(module: nn.Module, args: Any, out: Tensor) -> None:
-        keys.append(out.mean(dim=1)[:, prefix:])
+    def begin(norm1: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen["x"] = args[0]
 
-    def measure(mlp: Any, args: tuple[Tensor, ...]) -> None:
-        patches, near = args[0][:, prefix:], keys.pop()
-        map = bipartite_soft_matching(near, alternating(near.shape[1], near.device), r)
+    def see(k_norm: nn.Module, args: Any, out: Tensor) -> None:
+        seen["keys"] = out.mean(dim=1)[:, prefix:]
+
+    def measure(block: Any, norm2: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x, keys = seen["x"], seen["keys"]
+        map = bipartite_soft_matching(keys, alternating(keys.shape[1], keys.device), r)
         home = map.kept.gather(1, map.home)  # of each token, the token that stands for it
         gone = (home != torch.arange(home.shape[1], device=home.device)).nonzero()[:, 1].view(len(home), -1)
+        patches = (args[0] if role == "mlp" else x)[:, prefix:]
         x1, x2 = (take(patches, at) for at in (gone, home.gather(1, gone)))
-        found.append(functional_linearity(mlp.forward, x1, x2).mean(dim=1))
 
-    handles = [block.attn.k_norm.register_forward_hook(see) for block in blocks]
-    handles += [block.mlp.register_forward_pre_hook(measure) for block in blocks]
+        def layer(points: Tensor) -> Tensor:
+            if role == "mlp":
+                out: Tensor = block.mlp.forward(block.norm2.forward(points))
+                return out
+            return asked(block, x, points)
+
+        found.append(functional_linearity(layer, x1, x2).mean(dim=1))
+
+    handles = [block.norm1.register_forward_pre_hook(begin) for block in blocks]
+    handles += [block.attn.k_norm.register_forward_hook(see) for block in blocks]
+    handles += [block.norm2.register_forward_pre_hook(partial(measure, block)) for block in blocks]
     try:
         model(pictures)
     finally:
@@ -213,9 +231,23 @@ def linearity(model: nn.Module, pictures: Tensor, r: int = PAIRS) -> Tensor:
     return torch.stack(found)
 
 
+def asked(block: Block, x: Tensor, points: Tensor) -> Tensor:
+    """What a block's attention over the tokens x [B, N, C] answers to each of `points` [B, r, P, C]: of the same shape.
+
+    They stand behind the tokens, and nobody looks at them.
+    """
+    N = x.shape[1]
+    both = torch.cat([x, points.flatten(1, 2)], dim=1)
+    mask = x.new_zeros(both.shape[1])
+    mask[N:] = -torch.inf
+    answers: Tensor = block.attn.forward(block.norm1.forward(both), attn_mask=mask[None, None, None])
+    return answers[:, N:].view(points.shape)
+
+
 @contextmanager
 def watch(model: nn.Module) -> Iterator[list[tuple[int, TokenMap]]]:
-    """`with watch(model) as seen: model(x)` keeps (layer, the map of the first patch tokens so far) of every layer.
+    """`with watch(model) as seen: model(x)` keeps (layer, the map of the first patch tokens so far) of every layer
+    that fuses some.
 
     ValueError for a model without a patch.
     """
