@@ -67,10 +67,21 @@ DEFAULT_SCOPES = "attention,unet"
 DEFAULT_METHODS = "tomesd,tome,tofu,tofu+p,kv:tofu"
 
 
+EXAMPLES = """examples:
+  python -m eval.bench --quick
+      the attention of Stable Diffusion 1.5 at 512 px, with and without fusion
+  python -m eval.bench --case sd15-1024 --method tomesd,tofu,faithful --compile no,default --out bench.json
+      a UNet step of larger pictures too, compiled and not
+  python -m eval.bench --table bench.json --scope unet
+      a part of what was measured, for a page
+"""
+
+
 def parser() -> Parser:
     p = Parser(
         prog="python -m eval.bench",
         description="Time, memory and the share of the ideal saving, at real sizes with random weights.",
+        epilog=EXAMPLES,
         formatter_class=Help,
         allow_abbrev=False,
     )

@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +52,12 @@ from .options import (
     at_least,
     command,
     finite,
-    given,
     pick_device,
     pick_dtype,
+    said,
     whole_numbers,
     working,
+    written,
 )
 from .reductions import FULL, Method, parse
 from .statistics import bootstrap
@@ -80,7 +81,7 @@ THRESHOLDS = (
     "pictures held apart where not all are judged; one that cannot fuse as much is taken only where none can."
 )
 RS = [8, 12, 16, 20]
-TAKES = {"table": ("--rows", "--plot"), "linearity": ("--plot",)}  # what parts of a folder's results take
+TAKES = {"table": ("rows", "plot"), "linearity": ("plot",)}  # what parts of a folder's results take
 EXAMPLES = """examples:
   python -m eval.classify --method full,tome,tofu-avg,tofu --r 8,12,16,20
       ToFu's tables 1 and 2 on the embedded classifiers
@@ -146,7 +147,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     """0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
     options = parser().parse_args(argv)
-    idle(options)
+    idle(options, said(parser(), argv))
     if options.table:
         found = read(options.table)
         print(markdown_rows(*cells({**found, "rows": named(found["rows"], options.rows)}), notes(found)), end="")
@@ -165,17 +166,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def idle(options: argparse.Namespace) -> None:
+def idle(options: argparse.Namespace, typed: Collection[str]) -> None:
     """EvalError for options that would do nothing beside what is asked for."""
-    shown = next((f"--{name}" for name in TAKES if getattr(options, name)), None)
-    told = given(options, parser().parse_args([]))
-    for name in told:
-        if shown and name != shown and name not in TAKES[shown.removeprefix("--")]:
-            raise EvalError(f"{name} says nothing of {shown}")
-        if name == "--rows" and not shown:
-            raise EvalError("--rows is of --table alone")
-        if name == "--plot" and options.stress:
-            raise EvalError("--plot draws methods at several r, and --stress finds one of each")
+    shown = next((name for name in TAKES if getattr(options, name)), None)
+    for name in sorted(typed):
+        if shown and name not in (shown, *TAKES[shown]):
+            raise EvalError(f"{written(name)} says nothing of --{shown}")
+    if "rows" in typed and not shown:
+        raise EvalError("--rows is of --table alone")
+    if "plot" in typed and options.stress:
+        raise EvalError("--plot draws methods at several r, and --stress finds one of each")
 
 
 # --- the run --------------------------------------------------------------------------------------------------------

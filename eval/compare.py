@@ -21,7 +21,7 @@ from .files import listed, to_json
 from .generate import DERIVED
 from .methods import FULL
 from .options import Help, Parser, command
-from .table import gap, label, short
+from .table import commits, flaws, gap, label, short
 
 SAME = ("model", "prompts", "seed", "size", "steps", "guidance", "dtype", "batch", "attention", "n", *DERIVED)
 TIMED = ("device", "torch", "diffusers", "transformers")
@@ -37,10 +37,12 @@ EXAMPLES = """examples:
 
 @dataclass(frozen=True)
 class Comparison:
-    """told: what differs in the circumstances. rows: for each method of both runs and each metric, both and the gap."""
+    """told: what differs in the circumstances. rows: for each method of both runs and each metric, both and the gap.
+    flaws: pictures of either that are none."""
 
     told: dict[str, tuple[Any, Any]]
     rows: list[dict[str, str]]
+    flaws: list[str]
 
 
 def compare(a: Path, b: Path) -> Comparison:
@@ -52,21 +54,13 @@ def compare(a: Path, b: Path) -> Comparison:
         for name in TIMED
         if first["settings"][name] != second["settings"][name]
     }
-    runtimes = [run["provenance"].get("runtime", {}) for run in (first, second)]
-    told |= {
-        name: (mine, its)
-        for name in sorted(runtimes[0].keys() | runtimes[1].keys())
-        if (mine := runtimes[0].get(name)) != (its := runtimes[1].get(name))
-    }
-    told |= {
-        name: (mine, its)
-        for name in sorted(first["provenance"]["packages"].keys() | second["provenance"]["packages"].keys())
-        if name not in TIMED
-        and (mine := first["provenance"]["packages"].get(name)) != (its := second["provenance"]["packages"].get(name))
-    }
+    machines, packages = ([_of_drawing(run, part) for run in (first, second)] for part in ("runtime", "packages"))
+    told |= _differing(*machines)
+    told |= _differing(*({name: of for name, of in one.items() if name not in TIMED} for one in packages))
+    told |= _differing({"commit": commits(first)}, {"commit": commits(second)})
     measured = {m["name"]: m for m in first["metrics"] if "skipped" not in m}
     shared = [measured[m["name"]] for m in second["metrics"] if m["name"] in measured and "skipped" not in m]
-    alike = not told.keys() & {*TIMED, *runtimes[0], *runtimes[1]}
+    alike = not told.keys() & {*TIMED, *machines[0], *machines[1]}
     others = {row["key"]: row for row in second["rows"] if "skipped" not in row}
     rows = []
     for row in first["rows"]:
@@ -93,11 +87,25 @@ def compare(a: Path, b: Path) -> Comparison:
             })  # fmt: skip
     if not rows:
         raise EvalError(f"{a.name} and {b.name} have no method in common")
-    return Comparison(told, rows)
+    flawed = [f"{out.name}: {line}" for out, found in ((a, first), (b, second)) for line in flaws(found)]
+    return Comparison(told, rows, flawed)
+
+
+def _of_drawing(found: dict[str, Any], part: str) -> dict[str, str]:
+    """What the runs that drew the pictures tell of their machine or packages; measuring can be done on another one."""
+    runs = found["provenance"].get("drawn") or [found["provenance"]]
+    names = dict.fromkeys(name for run in runs for name in run.get(part, {}))
+    return {name: ", ".join(dict.fromkeys(run.get(part, {}).get(name, "none") for run in runs)) for name in names}
+
+
+def _differing(a: dict[str, str], b: dict[str, str]) -> dict[str, tuple[Any, Any]]:
+    names = dict.fromkeys([*a, *b])
+    return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
 
 
 def _times(a: dict[str, Any], b: dict[str, Any], alike: bool) -> dict[str, str]:
-    x, y = (row["seconds"] and row["seconds"]["median"] for row in (a, b))
+    # what was timed beside no full model is no time to read beside others
+    x, y = (row["seconds"]["median"] if row["speedup"] and row["seconds"] else None for row in (a, b))
     first = "–" if x is None else f"{x:.2f}"
     if not alike:
         return {"a": first, "b": "n/a (other circumstances)", "b - a": "–"}
@@ -105,21 +113,25 @@ def _times(a: dict[str, Any], b: dict[str, Any], alike: bool) -> dict[str, str]:
     return {"a": first, "b": "–" if y is None else f"{y:.2f}", "b - a": gap}
 
 
-@command(goes_on=False)
-def main(argv: Sequence[str]) -> int:
-    parser = Parser(
+def parser() -> Parser:
+    p = Parser(
         prog="python -m eval.compare",
         description="Two runs of eval.run side by side.",
         epilog=EXAMPLES,
         formatter_class=Help,
     )
-    parser.add_argument("a", type=Path, help="folder of a run")
-    parser.add_argument("b", type=Path, help="folder of another")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
-    options = parser.parse_args(argv)
+    p.add_argument("a", type=Path, help="folder of a run")
+    p.add_argument("b", type=Path, help="folder of another")
+    p.add_argument("--json", action="store_true", help="print it as JSON")
+    return p
+
+
+@command(goes_on=False)
+def main(argv: Sequence[str]) -> int:
+    options = parser().parse_args(argv)
     found = compare(options.a, options.b)
     if options.json:
-        print(to_json({"differ": found.told, "rows": found.rows}), end="")
+        print(to_json({"differ": found.told, "rows": found.rows, "flaws": found.flaws}), end="")
         return 0
     drawn = Table(title=f"{options.a.name} and {options.b.name}", box=SIMPLE_HEAD)
     for title in ("method", "figure", "a", "b", "b - a"):
@@ -132,6 +144,8 @@ def main(argv: Sequence[str]) -> int:
     console.print(drawn)
     for name, (mine, its) in found.told.items():
         console.print(f"{name}: {mine} in a, {its} in b", style="dim", highlight=False, markup=False)
+    for line in found.flaws:
+        console.print(line, highlight=False, markup=False)
     console.print(
         "a, b: against the full model of the same run; b - a: on the same pictures, with a 95 % interval.",
         style="dim", highlight=False,

@@ -63,8 +63,21 @@ VARIANTS = (
 )
 
 
+EXAMPLES = """examples:
+  python -m eval.condensation --of components --seeds 0
+      its table 7 by a training each; the same command goes on where it was stopped
+  python -m eval.condensation --table runs/condensation
+      what was found, again
+"""
+
+
 def parser() -> Parser:
-    p = Parser(prog="python -m eval.condensation", description=(__doc__ or "").partition("\n")[0], formatter_class=Help)
+    p = Parser(
+        prog="python -m eval.condensation",
+        description="AdaptiVision's ablations: train each variant, and judge it.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
+    )
     p.add_argument("--of", default=",".join(TITLES), metavar="A,B", help=f"tables: {', '.join(TITLES)}")
     p.add_argument(
         "--seeds", type=whole_numbers, default="0,1,2", metavar="N,N", help="of the trainings of each variant"

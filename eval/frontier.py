@@ -5,6 +5,8 @@ A method is on the frontier of a cost and a metric if none is at least as good i
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,7 @@ from tofu_sd import TokenFusion, recipes
 
 from . import EvalError, plots
 from .methods import FULL, SCALE
-from .table import circumstances, commands, gained, label, short, timing
+from .table import circumstances, commands, flaws, gained, label, short, timing
 
 FORMS = {"fused": "o", "with log n (+p)": "^", "keys and values (kv:)": "s", "both": "D"}
 COLOURS = ("#3358d4", "#d6409f", "#30a46c", "#f76b15", "#8e4ec6", "#12a594", "#978365", "#60646c")
@@ -182,7 +184,13 @@ def svg(found: dict[str, Any]) -> str:
         axes[-1][-1].legend(
             handles=key, loc="upper right" if len(costs) == 1 else "upper left", ncols=3, frameon=False, fontsize=8
         )
-        return plots.svg(figure)
+        return plots.svg(figure, fingerprint([point for drawn in panels.values() for point in drawn]))
+
+
+def fingerprint(drawn: Sequence[Point]) -> str:
+    """The beginning of the SHA-256 of what a drawing shows, to six digits: the same number, the same figures."""
+    told = [[p.row["key"], *(f"{figure:.6g}" for figure in (p.cost, p.value, p.low, p.high))] for p in drawn]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def _panel(
@@ -247,7 +255,9 @@ def markdown(found: dict[str, Any], by: str | None = None) -> str:
         cells = [f"{point.cost:.3f}", gained(point.row)]
         cells += [short(point.row["metrics"].get(m["name"]), m["digits"]) for m in shown]
         lines.append(f"| {label(point.row)} | {' | '.join(cells)} | {how(point.row)} |")
-    return "\n".join([*lines, "", circumstances(found) + ".", timing(found), "", commands(found)]) + "\n"
+    shown_rows = {**found, "rows": [point.row for point in front]}
+    told = [circumstances(found) + ".", timing(shown_rows), *flaws(found)]
+    return "\n".join([*lines, "", *told, "", commands(found)]) + "\n"
 
 
 def how(row: dict[str, Any]) -> str:

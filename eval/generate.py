@@ -23,7 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from tqdm import tqdm
 
@@ -245,9 +247,10 @@ def generate(
 
 
 def draw(
-    pipe: Any, requests: Sequence[Request], method: Method, settings: Settings, *, steps: int, output: str = "pil"
+    pipe: Any, requests: Sequence[Request], method: Method, settings: Settings, *, steps: int, output: str = "np"
 ) -> tuple[Any, dict[str, Any]]:
-    """The pictures, and what one cost: seconds, those in the denoiser, and on CUDA bytes beyond those held before.
+    """The pictures, float [B, H, W, 3] in 0..1 or NaN, and what one cost: seconds, those in the denoiser, and on CUDA
+    bytes beyond those held before.
 
     Every picture has a CPU generator of its own, so that it does not depend on its neighbours in the batch. output: as
     diffusers' output_type; 'latent' decodes nothing.
@@ -320,11 +323,22 @@ def denoising(pipe: Any) -> Iterator[Callable[[], float | None]]:
             hook.remove()
 
 
+def as_image(pixels: np.ndarray[Any, Any]) -> Image.Image:
+    """A picture [H, W, 3] in 0..1 as diffusers makes one of it; NaN is black."""
+    image: Image.Image = VaeImageProcessor.numpy_to_pil(np.nan_to_num(pixels))[0]
+    return image
+
+
 def _save(
-    out: Path, settings: Settings, method: Method, request: Request, image: Image.Image, figures: dict[str, Any]
+    out: Path,
+    settings: Settings,
+    method: Method,
+    request: Request,
+    pixels: np.ndarray[Any, Any],
+    figures: dict[str, Any],
 ) -> None:
     """The picture first, its record after it: a record says that the picture is whole."""
-    content = png(image)
+    content = png(as_image(pixels))
     write(out / method.key / f"{request.id}.png", content)
     write_json(
         out / method.key / f"{request.id}.json",
@@ -332,6 +346,7 @@ def _save(
             "id": request.id,
             **_asked(settings, method, request),
             "sha256": hashlib.sha256(content).hexdigest(),
+            "finite": bool(np.isfinite(pixels).all()),
             **figures,
         },
     )

@@ -14,7 +14,7 @@ from tofu_sd.policy import did_you_mean
 
 from . import EvalError
 from .files import digest, png, read_json, write, write_json
-from .generate import Settings, draw, identity
+from .generate import Settings, as_image, draw, identity
 from .methods import Method
 from .options import quiet_patches, working
 from .prompts import Request
@@ -42,18 +42,18 @@ def save(
     due = [m for m in methods if m.fusion is not None and there[m.key] != {**_made(settings, m), **asked_for}]
     for method in working(due, "maps"):
         with quiet_patches(), method.applied(pipe), tofu_sd.watch(pipe) as seen:
-            [picture], _ = draw(pipe, [request], method, settings, steps=settings.steps)
+            [pixels], _ = draw(pipe, [request], method, settings, steps=settings.steps)
         seen = [sighting for sighting in seen if block is None or block in sighting.block]
         if not seen:  # a step window in which nothing is fused, maps too small, or a block that this method leaves
             continue
         asked = settings.steps // 2 if step is None else step - 1
         at = min({sighting.call for sighting in seen}, key=lambda call: abs(call - asked))
         blocks = [sighting for sighting in seen if sighting.call == at]
-        tiles = [(request.prompt, picture)]
+        tiles = [(request.prompt, as_image(pixels))]
         for sighting in (blocks[0], blocks[-1])[: len(blocks)]:
             colours = tofu_sd.merge_map(sighting.map, sighting.h, sighting.w)[-1]  # the positive prompt's, of two
-            pixels = (255 * colours.permute(1, 2, 0).numpy()).round().astype(np.uint8)
-            tiles.append((f"step {at + 1}, {sighting.block}", Image.fromarray(pixels)))
+            shown = (255 * colours.permute(1, 2, 0).numpy()).round().astype(np.uint8)
+            tiles.append((f"step {at + 1}, {sighting.block}", Image.fromarray(shown)))
         write(out / FOLDER / f"{method.key}.png", png(_row(tiles, settings.size)))
         write_json(out / FOLDER / f"{method.key}.json", {**_made(settings, method), **asked_for})
 

@@ -166,6 +166,12 @@ def usable(metrics: Sequence[Metric], pictures: Tensor, prompts: Sequence[str]) 
     return [tried(metric) for metric in metrics]
 
 
+TAKERS = {  # options of nets, and the metrics that they are for
+    "lpips_net": ("lpips",), "lpips_backbone": ("lpips",), "inception_weights": ("fid", "kid"), "clip_model": ("clip",),
+    "dino_model": ("dino",),
+}  # fmt: skip
+
+
 def check(names: str, nets: Nets) -> list[str]:
     """The names in a list of metrics; EvalError for an unknown one or a missing file, before anything is computed."""
     groups = {"all": NAMES, "standard": STANDARD}

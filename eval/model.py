@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,20 +37,24 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype) -> tuple[An
                     model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False
                 ).to(device)
             judge = None
+    except (LookupError, TypeError) as error:  # of files that hold something else than they should
+        raise EvalError(
+            f"cannot load the model {model!r}: a file of it is damaged ({type(error).__name__}: {_why(error, model)})"
+        ) from error
     except (OSError, ValueError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
-        raise EvalError(f"cannot load the model {model!r}: {_why(error)}") from error
+        raise EvalError(f"cannot load the model {model!r}: {_why(error, model)}") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe, judge
 
 
-def _why(error: BaseException) -> str:
+def _why(error: BaseException, model: str) -> str:
     """The reason in one line. diffusers tells of a file that is not there where it was the network that was not."""
     causes: list[BaseException | None] = [error]
     while causes[-1] is not None:
         causes.append(causes[-1].__cause__ or causes[-1].__context__)
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
         return "it is not on this machine, and huggingface.co, where it would come from, cannot be reached"
-    if any(isinstance(cause, HFValidationError) for cause in causes):
+    if any(isinstance(cause, HFValidationError) for cause in causes) and not Path(model).is_dir():
         return "there is no such folder, and no model can have that id"
     return without_paths(" ".join(str(error).split()))[:300]
 

@@ -78,9 +78,17 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
         return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
-def given(options: argparse.Namespace, usual: argparse.Namespace) -> list[str]:
-    """The options that are not as they usually are, as they are written: "--limit"."""
-    return [f"--{name.replace('_', '-')}" for name, value in vars(options).items() if value != getattr(usual, name)]
+def said(parser: Parser, argv: Sequence[str]) -> set[str]:
+    """The names of the options that are typed, whatever their values."""
+    unsaid = object()  # argparse leaves an attribute alone that is there and not typed
+    names = vars(parser.parse_args(argv))
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unsaid))))
+    return {name for name, value in typed.items() if value is not unsaid}
+
+
+def written(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
 
 
 def add_device(parser: Parser) -> None:

@@ -12,10 +12,12 @@ import io
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import EvalError
 from .files import write
+from .options import Help, Parser, command
 
 TABLE = re.compile(
     r"(<!-- python -m (eval\.(?:report|bench|classify|condensation)|tofu_sd\.linearity) (.*?) -->\n).*?(<!-- end -->)",
@@ -36,18 +38,29 @@ def _printed(program: str, arguments: str) -> str:
     return text.getvalue()
 
 
-def main(argv: list[str]) -> int:
-    if not argv:
-        print("usage: python -m eval.pages PAGE...", file=sys.stderr)
-        return 2
-    try:
-        for page in map(Path, argv):
-            write(page, filled(page.read_text(encoding="utf-8")))
-    except (EvalError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+EXAMPLES = """examples:
+  python -m eval.pages README.md docs/results.md
+      their tables, as the commands above them print them now
+"""
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="python -m eval.pages",
+        description="Write the tables of pages anew, from the results that they name.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
+    )
+    p.add_argument("pages", type=Path, nargs="+", metavar="PAGE", help="a page in Markdown")
+    return p
+
+
+@command(goes_on=False)
+def main(argv: Sequence[str]) -> int:
+    for page in parser().parse_args(argv).pages:
+        write(page, filled(page.read_text(encoding="utf-8")))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import tofu_sd
 
-from . import shapes
+from . import EvalError, shapes
 from .files import digest
 from .options import quiet_patches
 
@@ -116,8 +116,6 @@ class TiledAttention(Attention):  # type: ignore[misc]
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         square = map_of(hidden_states)
         B, side, _, C = square.shape
-        if side % 2:
-            return super().forward(hidden_states)
         tiles = square.view(B, 2, side // 2, 2, side // 2, C).transpose(2, 3).reshape(4 * B, -1, C)
         out = super().forward(tiles).view(B, 2, 2, side // 2, side // 2, -1)
         return out.transpose(2, 3).reshape(B, side * side, -1)
@@ -128,6 +126,15 @@ def fused_attentions(unet: Any, ratio: float = 0.5, latent: tuple[int, int] | No
     with quiet_patches(), tofu_sd.patched(unet, ratio):
         rows = tofu_sd.summary(unet, latent).rows
     return [(unet.get_submodule(row.name).attn1, row.after) for row in rows]
+
+
+def check_tiles(pipe: Any, latent: int) -> None:
+    """EvalError where a latent of this side gives a map that does not divide into tiles."""
+    with quiet_patches(), tofu_sd.patched(pipe):
+        sizes = [row.size for row in tofu_sd.summary(pipe, (latent, latent)).rows]
+    for h, w in sizes:
+        if h % 2:
+            raise EvalError(f"hypertile cuts maps into 2 x 2 tiles, and this size gives one of {h} x {w} tokens")
 
 
 @contextmanager

@@ -21,10 +21,10 @@ def style() -> AbstractContextManager[None]:
     return rc_context({"svg.fonttype": "none", "svg.hashsalt": "tofu_sd", "font.family": "sans-serif", "font.size": 9})
 
 
-def svg(figure: Figure) -> str:
-    """The element, without what stands before it in a file of its own."""
+def svg(figure: Figure, of: str | None = None) -> str:
+    """The element, without what stands before it in a file of its own. of: what it is drawn of, told in its metadata."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Description": of})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

@@ -16,7 +16,7 @@ from tofu_sd.demo.scenes import PROMPT
 from tofu_sd.policy import did_you_mean
 
 from . import EvalError
-from .options import command
+from .options import Help, Parser, command
 
 IMAGENET_HASH = "0b0f9fee7c952f25"  # start of the SHA-256 of the 1000 names, joined by newlines
 IMAGENET_IMAGES = 2  # of each class
@@ -165,11 +165,28 @@ def _unique(requests: list[Request], source: str) -> list[Request]:
     return requests
 
 
+EXAMPLES = """examples:
+  python -m eval.prompts imagenet1k
+      a prompt for each class of ImageNet, two times, as the paper has them
+  python -m eval.prompts mine.jsonl
+      whether a list of one's own can be read
+"""
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="python -m eval.prompts",
+        description="Print a list of prompts, one a line.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
+    )
+    p.add_argument("name", help=f"{', '.join(KNOWN)}, or a .txt or .jsonl file")
+    return p
+
+
 @command(goes_on=False)
 def main(argv: Sequence[str]) -> int:
-    if len(argv) != 1:
-        raise EvalError(f"usage: python -m eval.prompts {{{','.join(KNOWN)}}}")
-    for request in load(argv[0]):
+    for request in load(parser().parse_args(argv).name):
         print(request.prompt)
     return 0
 

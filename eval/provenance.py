@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path, PurePath
@@ -63,8 +65,24 @@ def pipeline_name(pipe: Any) -> str:
         if isinstance(part, nn.Module):
             sha.update(weights_hash(part).encode())
         elif hasattr(part, "get_vocab"):
-            sha.update(str(sorted(part.get_vocab().items())).encode())
+            sha.update(words_hash(part).encode())
     return f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {sha.hexdigest()[:12]}"
+
+
+def words_hash(tokenizer: Any) -> str:
+    """The same of how a tokenizer reads texts: its words, how it splits and joins, how long a text may be."""
+    told: dict[str, Any] = {"length": tokenizer.model_max_length, "special": sorted(tokenizer.all_special_ids)}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        whole = json.loads(backend.to_str())
+        told["rules"] = {
+            name: rule for name, rule in whole.items() if name not in ("padding", "truncation")
+        }  # a call's
+    else:
+        told["words"] = sorted(tokenizer.get_vocab().items())
+        with tempfile.TemporaryDirectory() as folder:
+            told["files"] = [Path(file).read_text(encoding="utf-8") for file in tokenizer.save_vocabulary(folder)]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def weights_hash(model: nn.Module) -> str:

@@ -88,8 +88,10 @@ def draw(out: Path) -> None:
 def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """(results.json, the rows of per_image.csv). EvalError where they are not there, or not of one run."""
     found, again = read_json(out / RESULTS), "the same command of eval.run writes it again"
-    if found is None:
+    if found is None and not (out / RESULTS).exists():
         raise EvalError(f"{out.name} holds no {RESULTS}: python -m eval.run --out {out.name} writes one")
+    if found is None:
+        raise EvalError(f"{out.name}/{RESULTS} is damaged: it is not JSON: {again}")
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
         raise EvalError(f"{out.name}/{RESULTS} has schema {schema}, this program reads {SCHEMA}")
@@ -302,29 +304,33 @@ TAKES = {  # what of --rows, --columns, --by, --times and --first the parts of a
 }  # fmt: skip
 
 
-@command(goes_on=False)
-def main(argv: Sequence[str]) -> int:
-    parser = Parser(
+def parser() -> Parser:
+    p = Parser(
         prog="python -m eval.report",
         description="Draw the report of a run anew, or print or draw a part of it.",
         epilog=EXAMPLES,
         formatter_class=Help,
     )
-    parser.add_argument(
+    p.add_argument(
         "out", type=Path, nargs="+", help="folder that eval.run wrote; several of the same settings for a table or plot"
     )
-    what = parser.add_mutually_exclusive_group()
+    what = p.add_mutually_exclusive_group()
     what.add_argument("--markdown", action="store_true", help="print the table for a README, write nothing")
     what.add_argument("--against", metavar="ROW", help="print how each row differs from this one, say 'tome 50%%'")
     what.add_argument("--frontier", action="store_true", help="print the methods that no other beats in both, and how")
     what.add_argument("--plot", type=Path, metavar="FILE", help="write quality against cost as a drawing, as SVG")
     what.add_argument("--grid", type=Path, metavar="FILE", help="write the pictures of --rows side by side, as PNG")
-    parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of the table, say full 'tofu 50%%'")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="TITLE", help="of the table, say speed-up PSNR")
-    parser.add_argument("--by", choices=list(frontier.COSTS), help="the cost of --frontier (default: the first it has)")
-    parser.add_argument("--times", type=Path, metavar="DIR", help="take the times from this run, of the same settings")
-    parser.add_argument("--first", type=at_least(1), metavar="N", help=f"so many prompts in the grid ({GRID_ROWS})")
-    options = parser.parse_args(argv)
+    p.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of the table, say full 'tofu 50%%'")
+    p.add_argument("--columns", nargs="+", default=[], metavar="TITLE", help="of the table, say speed-up PSNR")
+    p.add_argument("--by", choices=list(frontier.COSTS), help="the cost of --frontier (default: the first it has)")
+    p.add_argument("--times", type=Path, metavar="DIR", help="take the times from this run, of the same settings")
+    p.add_argument("--first", type=at_least(1), metavar="N", help=f"so many prompts in the grid ({GRID_ROWS})")
+    return p
+
+
+@command(goes_on=False)
+def main(argv: Sequence[str]) -> int:
+    options = parser().parse_args(argv)
     part = next((name for name in TAKES if getattr(options, name)), "")
     for name in ("rows", "columns", "by", "times", "first"):
         if getattr(options, name) and name not in TAKES.get(part, ()):

@@ -41,6 +41,8 @@ from .options import (
     finite,
     pick_device,
     pick_dtype,
+    said,
+    written,
 )
 from .prompts import Request
 from .score import Scores, check_complete, describe, load, records, score
@@ -114,7 +116,9 @@ def parser() -> Parser:
     p.add_argument("--inception-weights", type=Path, metavar="PATH", help="for FID and KID (default: downloaded)")
     p.add_argument("--clip-model", default=metrics.CLIP, metavar="MODEL", help="for clip: its id or folder")
     p.add_argument("--dino-model", default=metrics.DINO, metavar="MODEL", help="for dino: its id or folder")
-    p.add_argument("--strict", action="store_true", help="exit with 1 if a method or a metric was skipped")
+    p.add_argument(
+        "--strict", action="store_true", help="exit with 1 if something was skipped, or pictures are flat or NaN"
+    )
     p.add_argument("--json", action="store_true", help="print the results as JSON and nothing else on stdout")
     return p
 
@@ -128,7 +132,7 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options typed, before those of a suite, before the defaults. `said` names those of the first two."""
+    """The options typed, before those of a suite, before the defaults. `typed` names the first, `said` both."""
     p = parser()
     options = p.parse_args(argv)
     of_suite = {}
@@ -136,9 +140,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         of_suite = {name: value for name, value in suites.load(options.suite).items() if name != "about"}
         p.set_defaults(**of_suite)
         options = p.parse_args(argv)
-    unsaid = object()  # argparse leaves an attribute alone that is there and not typed
-    typed = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(options), unsaid))))
-    options.said = {name for name, value in typed.items() if value is not unsaid} | of_suite.keys()
+    options.typed = said(p, argv)
+    options.said = options.typed | of_suite.keys()
     return options
 
 
@@ -146,7 +149,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Runs the job. 0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted.
 
-    1 under --strict if something was skipped.
+    1 under --strict if something was skipped, or a picture is none.
     """
     options = parse(argv)
     # whatever a library prints must not end up between the results
@@ -162,7 +165,7 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(table.planned(outcome.planned)))
     if outcome.found:
         print(f"report: {outcome.out / 'report.html'}", file=sys.stderr)
-    return int(options.strict and outcome.skipped)
+    return int(options.strict and outcome.lacking)
 
 
 @dataclass(frozen=True)
@@ -202,14 +205,15 @@ class Drawn:
 @dataclass(frozen=True)
 class Outcome:
     """found: the results. planned: what would be drawn, under --dry-run. drawn: how many pictures were, by a stage that
-    measures none. Of a team, the first process alone has these. skipped: whether a method or a metric was.
+    measures none. Of a team, the first process alone has these. lacking: whether a method or a metric was skipped, or a
+    picture is none.
     """  # fmt: skip
 
     out: Path
     drawn: int | None = None
     found: dict[str, Any] | None = None
     planned: dict[str, Any] | None = None
-    skipped: bool = False
+    lacking: bool = False
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> Outcome:
@@ -219,11 +223,11 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> Outcome:
     without = any(method.missing for method in job.chosen)
     if options.dry_run:
         planned = dry(job)
-        return Outcome(Path(planned["out"]), planned=planned if job.team.leads else None, skipped=without)
+        return Outcome(Path(planned["out"]), planned=planned if job.team.leads else None, lacking=without)
     drawn = drawn_before(job) if options.metrics_only else draw(job, told)
     if options.generate_only or options.shard:
         made = sum(job.team.gather(drawn.made))
-        return Outcome(drawn.out, made if job.team.leads else None, skipped=without)
+        return Outcome(drawn.out, made if job.team.leads else None, lacking=without)
     measured = measure(job, drawn)
     if measured is None:
         return Outcome(drawn.out)
@@ -231,7 +235,8 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> Outcome:
     told |= {"process_mib": drawn.memory, "ended": provenance.now(), "drawn": runs(drawn.out, scores.records)}
     of = len(job.requests) * options.per_prompt
     found = report.save(drawn.out, report.results(drawn.settings, scores, described, told, of=of), scores)
-    return Outcome(drawn.out, found=found, skipped=without or any("skipped" in metric for metric in described))
+    lacking = without or any("skipped" in metric for metric in described) or bool(table.flaws(found))
+    return Outcome(drawn.out, found=found, lacking=lacking)
 
 
 def plan(options: argparse.Namespace) -> Job:
@@ -243,7 +248,12 @@ def plan(options: argparse.Namespace) -> Job:
     nets = metrics.Nets(
         options.lpips_net, options.lpips_backbone, options.inception_weights, options.clip_model, options.dino_model
     )
-    metrics.check(options.metrics, nets)
+    measured = metrics.check(options.metrics, nets)
+    for name, takers in metrics.TAKERS.items():
+        if name in options.typed and not set(takers) & set(measured):
+            raise EvalError(f"{written(name)} is for {' and '.join(takers)}, which --metrics does not ask for")
+    if options.maps and not any(method.fusion for method in chosen):
+        raise EvalError("--maps shows what this package's methods fuse, and --method asks for none of them")
     team = assemble(cpu=options.device == "cpu")
     if team.size > 1 and options.shard:
         raise EvalError("--shard is for processes that know nothing of each other; these share the work as it is")
@@ -251,7 +261,9 @@ def plan(options: argparse.Namespace) -> Job:
         raise EvalError(f"--device is {options.device!r}; each of {team.size} processes takes a device of its own")
     for name in ("map_step", "map_block"):
         if getattr(options, name) is not None and not options.maps:
-            raise EvalError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it takes --maps")
+            raise EvalError(f"{written(name)} is {getattr(options, name)}; it takes --maps")
+    if options.map_step is not None and options.map_step > options.steps:
+        raise EvalError(f"--map-step is {options.map_step}; there are {options.steps} steps")
     for method in chosen if team.leads else ():
         if method.missing:
             print(f"{method.key} is skipped: {method.missing}", file=sys.stderr)
@@ -268,7 +280,10 @@ def dry(job: Job) -> dict[str, Any]:
     _, _, settings, out = ready(job)
     refuse_others(out, settings)
     tell_too_small(job, settings)
-    pictures = {m.key: len(records(out, settings, m, job.asked)) for m in job.drawn}
+    there = {m.key: set(records(out, settings, m, job.asked)) for m in job.drawn}
+    if job.options.reference:
+        there[FULL.key] |= set(records(job.options.reference, settings, FULL, job.asked))
+    pictures = {key: len(ids) for key, ids in there.items()}
     return {
         "out": str(out),
         "settings": asdict(settings),
@@ -277,11 +292,18 @@ def dry(job: Job) -> dict[str, Any]:
 
 
 def ready(job: Job) -> tuple[Any, nn.Module | None, Settings, Path]:
-    """(pipeline, its judge, settings, folder) of pictures to be drawn."""
+    """(pipeline, its judge, settings, folder) of pictures to be drawn. EvalError for what no model would do."""
+    reference = job.options.reference
+    if reference and not (reference / FULL.key).is_dir():
+        raise EvalError(f"--reference {reference.name}: there is no folder {FULL.key!r} in it")
     dtype = pick_dtype(job.options.dtype, job.device)
     pipe, judge = load_model(job.options.model, job.device, dtype)
     try_out(pipe, job.chosen)
+    if job.options.map_block is not None:
+        maps.check(pipe, job.drawn, job.options.map_block)
     settings = _settings(job.options, pipe, job.requests, job.device, dtype)
+    if any(method.name == "hypertile" for method in job.chosen):
+        peers.check_tiles(pipe, settings.size // pipe.vae_scale_factor)
     return pipe, judge, settings, job.options.out or default_out(settings, job.options.limit, job.options.only)
 
 
@@ -305,10 +327,6 @@ def draw(job: Job, told: dict[str, Any]) -> Drawn:
     """Every picture there is not yet, of this process's share. told: of this run."""
     options, team = job.options, job.team
     pipe, judge, settings, out = ready(job)
-    if options.reference and not (options.reference / FULL.key).is_dir():
-        raise EvalError(f"--reference {options.reference.name}: there is no folder {FULL.key!r} in it")
-    if options.map_block is not None:
-        maps.check(pipe, job.drawn, options.map_block)
     claim(out, settings)
     tell_too_small(job, settings)
     if team.leads and not (options.generate_only or options.shard):

@@ -90,8 +90,9 @@ def score(
                 net = metric.features.implementation
                 figures[metric.name] = distance(metric, reference[net], features[net], groups)
         rows.append({
-            **head, "n": len(requests), "blank": sum(part.blank for part in parts), "metrics": figures,
-            **speed(there[FULL.key], there[method.key]),
+            **head, "n": len(requests), "blank": sum(part.blank for part in parts),
+            "undefined": sum(not record.get("finite", True) for record in there[method.key].values()),
+            "metrics": figures, **speed(there[FULL.key], there[method.key]),
         })  # fmt: skip
         images += [
             {
@@ -190,7 +191,9 @@ def share(values: Tensor, groups: Sequence[str]) -> dict[str, Any]:
 def distance(metric: SetMetric, reference: Tensor, own: Tensor, groups: Sequence[str]) -> dict[str, Any]:
     """The distance of two sets of features with its 95 % interval; `features` says how wide they are."""
     figures: dict[str, Any] = {"value": None, "low": None, "high": None, "n": len(own), "features": own.shape[1]}
-    if len(own) > 1:
+    if undefined := int((~own.isfinite()).any(dim=1).sum() + (~reference.isfinite()).any(dim=1).sum()):
+        figures["undefined"] = undefined
+    elif len(own) > 1:
         low, high = jackknife(metric.distance, reference, own, groups) or (None, None)
         figures.update(value=metric.distance(reference, own), low=low, high=high)
     return figures

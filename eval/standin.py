@@ -23,7 +23,7 @@ from tofu_sd.demo.model import build_tokenizer
 
 from . import EvalError, prompts, shapes
 from .files import without_paths
-from .options import Help, Parser
+from .options import Help, Parser, command
 
 PIXELS = 512
 VAE = {
@@ -72,20 +72,35 @@ def build(texts: Sequence[str], dtype: torch.dtype = torch.float16) -> Any:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="python -m eval.standin", description=(__doc__ or "").partition("\n")[0], formatter_class=Help)
-    parser.add_argument("folder", type=Path, help="a new one; it takes 2.2 GB")
-    try:
-        folder = parser.parse_args(argv).folder
-        if folder.exists():
-            raise EvalError(f"{folder.name} is there already; give a new folder")
-        pipe = build([request.prompt for request in prompts.load("imagenet1k")])
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as unfinished:
+EXAMPLES = """examples:
+  python -m eval.standin runs/standin
+      then: python -m eval.run --suite paper --model runs/standin --limit 2
+"""
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="python -m eval.standin",
+        description="Write a model of Stable Diffusion 1.5's sizes with random weights.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
+    )
+    p.add_argument("folder", type=Path, help="a new one; it takes 2.2 GB")
+    return p
+
+
+@command(goes_on=False)
+def main(argv: Sequence[str]) -> int:
+    folder = parser().parse_args(argv).folder
+    if folder.exists():
+        raise EvalError(f"{folder.name} is there already; give a new folder")
+    pipe = build([request.prompt for request in prompts.load("imagenet1k")])
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as unfinished:
+        try:
             pipe.save_pretrained(Path(unfinished) / folder.name)
-            (Path(unfinished) / folder.name).rename(folder)
-    except (EvalError, OSError, SafetensorError) as error:
-        print(f"error: {without_paths(str(error))}", file=sys.stderr)
-        return 2
+        except SafetensorError as error:
+            raise EvalError(f"cannot write {folder.name}: {without_paths(str(error))}") from error
+        (Path(unfinished) / folder.name).rename(folder)
     return 0
 
 

@@ -161,11 +161,7 @@ def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
     lines += ["; ".join(measured) + "."] if measured else []
     lines += [f"{m['name']}: skipped: {m['skipped']}" for m in found["metrics"] if "skipped" in m]
     lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
-    lines += [
-        f"{label(row)}: {row['blank']} of {row['n']} pictures are one flat colour"
-        for row in found["rows"]
-        if row.get("blank")
-    ]
+    lines += flaws(found)
     lacking = (
         "it is not in the run that times are of"
         if "timing" in found["provenance"]
@@ -184,6 +180,16 @@ def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
     elif timed and (held := max(row.get("held_bytes") or 0 for row in found["rows"])):
         lines.append(f"Memory: the most of any batch, beyond the {held / 2**20:,.0f} MiB that the model itself holds.")
     return lines
+
+
+def flaws(found: dict[str, Any]) -> list[str]:
+    """Of pictures that are none, whose metrics say nothing: two black ones are equal."""
+    return [
+        f"{label(row)}: {row[name]} of {row['n']} pictures {what}"
+        for row in found["rows"]
+        for name, what in (("blank", "are one flat colour"), ("undefined", "hold NaN, drawn as black"))
+        if row.get(name)
+    ]
 
 
 def timing(found: dict[str, Any]) -> str:
@@ -329,7 +335,7 @@ def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], ba
         own = [image for image in images if image["key"] == key]
         lines.append(f"| {names[key]} | {' | '.join(gap(own, reference, metric) for metric in metrics)} |")
     lines += ["", f"Each method minus {names[base]} on the same picture: mean and its 95 % interval.", ""]
-    return "\n".join([*lines, circumstances(found) + "."]) + "\n"
+    return "\n".join([*lines, circumstances(found) + ".", *flaws(found)]) + "\n"
 
 
 def gap(own: Sequence[dict[str, str]], reference: dict[str, dict[str, str]], metric: dict[str, Any]) -> str:

@@ -31,18 +31,32 @@ from . import EvalError, labelled
 from .classifiers import ABOUT, STEMS, WEIGHTS, Architecture, ConvolutionStem, described
 from .files import read_json, to_json, write, write_json
 from .labelled import PIECE, Labelled
-from .options import Help, Parser, add_device, at_least, command, finite, given, pick_device, working
+from .options import Help, Parser, add_device, at_least, command, finite, pick_device, said, working, written
 
 RECIPE = "recipe.json"
 PER_CLASS, FRESH = 200, 40  # scenes of a class to learn from and to be judged by
 BATCH = 32
 SIZES = ("side", "patch", "width", "depth", "heads")
-OF_ADAPTIVISION = ("--clusters", "--strategy", "--temperature", "--focus", "--guided")
-OF_VIT = ("--coarse",)
+OF_KIND = {"adaptivision": ("clusters", "strategy", "temperature", "focus", "guided"), "vit": ("coarse",)}
+
+
+EXAMPLES = """examples:
+  python -m eval.train --out runs/scenes
+      a vision transformer on rendered scenes, a quarter of an hour on a core
+  python -m eval.train --out runs/mine --data FOLDER --side 224 --patch 16 --stem patches
+      one on pictures of one's own, in FOLDER/train/CLASS and FOLDER/val/CLASS
+  python -m eval.train --out runs/condensed --kind adaptivision --clusters 12,48
+      AdaptiVision, whose tokens are clustered before its first layer
+"""
 
 
 def parser() -> Parser:
-    p = Parser(prog="python -m eval.train", description=(__doc__ or "").partition("\n")[0], formatter_class=Help)
+    p = Parser(
+        prog="python -m eval.train",
+        description="Train a classifier, to fuse tokens in.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
+    )
     default = Architecture()
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the classifier")
     p.add_argument(
@@ -89,6 +103,10 @@ def clusters(text: str) -> tuple[int, int] | None:
 @command(goes_on=True)
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
+    kinds = {name: kind for kind, names in OF_KIND.items() for name in names}
+    for name in sorted(said(parser(), argv) & kinds.keys()):
+        if options.kind != kinds[name]:
+            raise EvalError(f"{written(name)} is of {kinds[name]}, and --kind is {options.kind}")
     figures = train(options)
     print(f"{options.out.name}: {100 * figures['accuracy']:.2f} % of {figures['n']} fresh pictures", file=sys.stderr)
     return 0
@@ -140,8 +158,7 @@ def asked_for(options: argparse.Namespace, classes: int, guided: int) -> Archite
     sizes = {name: getattr(options, name) for name in SIZES}
     own: dict[str, Any] = {}
     if options.kind == "adaptivision":
-        own = {name: getattr(options, name) for name in ("clusters", "strategy", "temperature", "focus")}
-        own["guided"] = guided
+        own = {name: getattr(options, name) for name in OF_KIND["adaptivision"]} | {"guided": guided}
     return Architecture(options.kind, options.stem, **sizes, classes=classes, options=own)
 
 
@@ -162,13 +179,8 @@ def recipe(options: argparse.Namespace, learnt: Labelled, device: torch.device) 
 
 
 def fitting(options: argparse.Namespace) -> None:
-    """EvalError for options that make no model, or would do nothing, before anything is read, drawn or written."""
+    """EvalError for options that make no model, before anything is read, drawn or written."""
     architecture = asked_for(options, classes=2, guided=PIECE**2 * options.guided)
-    other = {"vit": OF_ADAPTIVISION, "adaptivision": OF_VIT}[options.kind]
-    for name in given(options, parser().parse_args(["--out", "."])):
-        if name in other:
-            whose = "adaptivision" if options.kind == "vit" else "vit"
-            raise EvalError(f"{name} is of {whose}, and --kind is {options.kind}")
     architecture.build()
     if begins_coarse(options):
         try:

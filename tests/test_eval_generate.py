@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from tiny import sd15_pipe
+from tokenizers import Tokenizer
 
 from eval import EvalError, files, generate, methods, peers, provenance
 from eval.methods import FULL, SCALE
@@ -174,7 +176,9 @@ def test_other_peers_are_another_stacked_method(monkeypatch):
     assert generate.identity(SETTINGS, before) != generate.identity(SETTINGS, after)
 
 
-@pytest.mark.parametrize("change", ["the last weight", "a word", "a setting"])
+@pytest.mark.parametrize(
+    "change", ["the last weight", "a word", "how words are split", "the length of a text", "a setting"]
+)
 def test_another_model_has_another_name(change):
     pipe = sd15_pipe()
     before = provenance.pipeline_name(pipe)
@@ -183,9 +187,22 @@ def test_another_model_has_another_name(change):
         pipe.text_encoder.get_input_embeddings().weight.data[-1, -1] += 1
     elif change == "a word":
         pipe.tokenizer.add_tokens(["<my-cat>"])
+    elif change == "how words are split":
+        rules = json.loads(pipe.tokenizer.backend_tokenizer.to_str())
+        rules["model"]["end_of_word_suffix"] = "</word>"
+        pipe.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(rules))
+    elif change == "the length of a text":
+        pipe.tokenizer.model_max_length = 10
     else:
         pipe.scheduler.register_to_config(steps_offset=0)
     assert provenance.pipeline_name(pipe) != before
+
+
+def test_a_call_does_not_rename_a_model(pipe):
+    """The rules of a tokenizer remember how the last text was padded."""
+    before = provenance.pipeline_name(pipe)
+    pipe.tokenizer(["a", "a b c"], padding="longest", truncation=True, max_length=5)
+    assert provenance.pipeline_name(pipe) == before
 
 
 def test_the_device_is_waited_for_before_and_after_a_picture(pipe, monkeypatch):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import math
 import os
 import re
+import shlex
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -321,6 +323,14 @@ def test_the_embedded_model_is_judged_by_its_own_classifier(tmp_path, monkeypatc
         (["--guidance", "nan"], "'nan' is not a finite number"),
         (["--lpips-backbone", "no/where.pth"], "no file 'where.pth' of weights"),
         (["--size", "100"], "--size is 100; it must be a multiple of 8"),
+        (["--metrics", "psnr", "--lpips-net", "vgg"], "--lpips-net is for lpips, which --metrics does not ask for"),
+        (["--metrics", "psnr", "--dino-model", "x"], "--dino-model is for dino, which --metrics does not ask for"),
+        (["--maps", "--map-step", "2"], "--map-step is 2; there are 1 steps"),
+        (["--maps", "--method", "todo"], "--maps shows what this package's methods fuse, and --method asks for none"),
+        (
+            ["--method", "hypertile", "--size", "72"],
+            "hypertile cuts maps into 2 x 2 tiles, and this size gives one of 9 x 9",
+        ),
         (["--sizes", "64"], "unrecognized arguments: --sizes 64"),
     ],
 )
@@ -347,6 +357,25 @@ def test_a_folder_of_other_settings_is_refused(tiny, capsys):
     assert job.main([*tiny, "--out", "out", "--limit", "1", "--guidance", "3"]) == 2
     assert "guidance None, this run has 3.0" in capsys.readouterr().err
     assert sorted(Path("out").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("model_index.json", "{}", "a file of it is damaged (KeyError: '_class_name')"),
+        ("model_index.json", "[]", "a file of it is damaged (TypeError: "),
+        ("tokenizer/tokenizer.json", "{}", "a file of it is damaged (KeyError: "),
+        ("unet/config.json", "[]", ""),
+    ],
+)
+def test_a_damaged_model_is_one_line(tmp_path, monkeypatch, capsys, pipe, file, content, said):
+    monkeypatch.chdir(tmp_path)
+    pipe.save_pretrained("mine")
+    Path("mine", file).write_text(content)
+    assert job.main(["--model", "mine"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith(f"error: cannot load the model 'mine': {said}")
+    assert "there is no such folder" not in told
 
 
 def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, monkeypatch, capsys):
@@ -461,13 +490,41 @@ def test_black_pictures_are_counted_and_told(tiny, monkeypatch, capsys, pipe):
     original = generate.draw
 
     def blackened(*args, **options):
-        images, cost = original(*args, **options)
-        return [images[0].point(lambda level: 0), *images[1:]] if options.get("output") != "latent" else images, cost
+        pixels, cost = original(*args, **options)
+        if options.get("output") != "latent":
+            pixels[0] = 0
+        return pixels, cost
 
     monkeypatch.setattr(generate, "draw", blackened)
     assert job.main([*tiny, "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
     assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["blank"] == 1
     assert "tofu 50%: 1 of 2 pictures are one flat colour" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("part", "blank"), [(slice(None), 1), (slice(32), 0)])
+def test_pictures_with_nan_are_told_wherever_they_are_compared(tiny, monkeypatch, capsys, pipe, part, blank):
+    """Half of a picture is enough; where both models' are black they are equal, and the score rises."""
+    decode = pipe.vae.decode
+
+    def broken(*args, **options):
+        found = decode(*args, **options)
+        (found[0] if isinstance(found, tuple) else found.sample)[0, :, part] = float("nan")
+        return found
+
+    monkeypatch.setattr(pipe.vae, "decode", broken)
+    command = [*tiny, "--limit", "2", "--method", "full,tofu,prune", "--flops", "--out", "out"]
+    assert job.main(command) == 0
+    told = "tofu 50%: 1 of 2 pictures hold NaN, drawn as black"
+    assert told in capsys.readouterr().out
+    found = rows(files.read_json(Path("out/results.json")))["tofu-r50"]
+    assert (found["undefined"], found["blank"]) == (1, blank)
+    for shown in (["--markdown"], ["--frontier"], ["--against", "prune 50%"]):
+        assert report.main(["out", *shown]) == 0
+        assert told in capsys.readouterr().out
+    assert "hold NaN" in Path("out/report.html").read_text()
+    assert compare.main(["out", "out"]) == 0
+    assert f"out: {told}" in capsys.readouterr().out
+    assert job.main([*command, "--strict"]) == 1
 
 
 def test_a_folder_below_a_file_is_refused(tiny, capsys):
@@ -880,13 +937,28 @@ def test_times_under_another_driver_are_not_compared(tiny, capsys):
     for out in ("a", "b"):
         assert job.main([*tiny, "--method", "tofu", "--limit", "2", "--out", out]) == 0
     found = files.read_json(Path("b/results.json"))
-    found["provenance"]["runtime"] = {"driver": "999.1"}
+    (drawn,) = found["provenance"]["drawn"]
+    drawn["runtime"] = {"driver": "999.1"}  # measuring was done on the machine of `a`
+    drawn["commit"], drawn["packages"]["tomesd"] = "abc", "9"
     files.write_json(Path("b/results.json"), found)
     capsys.readouterr()
     assert compare.main(["a", "b", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["differ"]["driver"] == [None, "999.1"]
+    assert told["differ"]["commit"][1] == "abc"
+    assert told["differ"]["tomesd"][1] == "9"
     assert next(row for row in told["rows"] if row["figure"] == "s/image")["b"] == "n/a (other circumstances)"
+
+
+def test_what_was_timed_beside_no_full_model_is_not_compared(tiny, capsys):
+    assert job.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "a"]) == 0
+    found = files.read_json(Path("a/results.json"))
+    rows(found)["tofu-r50"]["speedup"] = None
+    files.write_json(Path("a/results.json"), found)
+    capsys.readouterr()
+    assert compare.main(["a", "a", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["rows"]
+    assert next(row for row in told if row["figure"] == "s/image") | {"b": "–", "b - a": "–"} == told[0]
 
 
 @pytest.mark.parametrize(
@@ -1046,6 +1118,13 @@ def test_results_that_are_none_are_a_line(tmp_path, capsys, content, said):
     assert said in capsys.readouterr().err
 
 
+def test_results_that_are_no_json_are_not_called_missing(tiny, capsys):
+    Path("out").mkdir()
+    Path("out/results.json").write_text("{")
+    assert report.main(["out"]) == 2
+    assert "out/results.json is damaged: it is not JSON: the same command" in capsys.readouterr().err
+
+
 def test_results_that_lack_a_figure_are_a_line(tiny, capsys):
     assert job.main([*tiny, "--metrics", "psnr", "--out", "out"]) == 0
     found = files.read_json(Path("out/results.json"))
@@ -1064,6 +1143,13 @@ def test_a_dry_run_refuses_what_a_run_would(tiny, capsys):
     assert job.main([*tiny, "--batch", "1", "--dry-run", "--out", "out"]) == 2
     assert "its pictures were made with batch" in capsys.readouterr().err
     assert Path("out/settings.json").read_text() == before
+    assert job.main([*tiny, "--dry-run", "--reference", "nowhere"]) == 2
+    assert "--reference nowhere: there is no folder 'full' in it" in capsys.readouterr().err
+    assert job.main([*tiny, "--dry-run", "--maps", "--map-block", "nothing"]) == 2
+    assert "--map-block is 'nothing'" in capsys.readouterr().err
+    assert job.main([*tiny, "--dry-run", "--reference", "out", "--json"]) == 0  # what would be taken is not drawn
+    told = {m["key"]: (m["there"], m["pictures"]) for m in json.loads(capsys.readouterr().out)["methods"]}
+    assert told == {"full": (5, 5), "tofu-r50": (0, 5)}
 
 
 def test_a_damaged_record_is_not_called_other_code(tiny, capsys):
@@ -1140,15 +1226,43 @@ def test_how_long_it_takes_is_told(tiny, capsys):
     assert re.search(r"10/10 \[\d+:\d+<00:00, .*(img/s|s/img)\]", told)  # done, of, time, what is left, rate
 
 
-@pytest.mark.parametrize("program", [job, report, compare])
-def test_help_teaches_by_examples_that_are_understood(program, capsys):
+PROGRAMS = [
+    "run",
+    "sweep",
+    "report",
+    "compare",
+    "bench",
+    "classify",
+    "train",
+    "condensation",
+    "standin",
+    "prompts",
+    "pages",
+]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_teaches_by_examples_that_are_understood(name, capsys):
+    try:
+        program = importlib.import_module(f"eval.{name}")
+    except ImportError as error:
+        pytest.skip(f"{error.name} is not installed")
     with pytest.raises(SystemExit) as ended:
         program.main(["--help"])
     assert ended.value.code == 0
     told = capsys.readouterr().out
-    name = program.__name__.rpartition(".")[2]
-    assert len(re.findall(rf"^  .*-m eval\.{name} \S", told, re.MULTILINE)) >= 2
     assert "default: []" not in told
+    examples = re.findall(rf"^  (?:python|accelerate .*) -m eval\.{name}( .*)?$", told, re.MULTILINE)
+    assert examples
+    for example in examples:
+        _, rest = program.parser().parse_known_args(shlex.split(example))
+        job.parser().parse_args(rest if name == "sweep" else [])  # its options are eval.run's
+        assert name == "sweep" or not rest
+
+
+def test_every_program_teaches():
+    there = {path.stem for path in Path(job.__file__).parent.glob("*.py") if "__main__" in path.read_text()}
+    assert there == set(PROGRAMS)
 
 
 def test_infinite_values_are_counted_and_not_averaged():

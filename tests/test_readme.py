@@ -105,15 +105,16 @@ def test_tables_are_what_their_commands_print(page, monkeypatch):
 
 
 def test_the_frontier_is_drawn_of_what_the_table_below_it_is_of(tmp_path, monkeypatch):
-    """The texts: what is numbered, the families and the axes. Where ink lies may change with matplotlib."""
+    """Its texts and all figures that it shows. Where ink lies may change with matplotlib."""
     monkeypatch.chdir(ROOT)
     folders = re.search(r"<!-- python -m eval\.report (.*) --frontier -->", README)[1].split()
     assert report.main([*folders, "--plot", str(tmp_path / "plot.svg")]) == 0
     drawn, kept = (
-        re.findall(r"<text[^>]*>([^<]+)</text>", path.read_text())
+        re.findall(r"<(?:text|dc:description)[^>]*>([^<]+)</", path.read_text())
         for path in (tmp_path / "plot.svg", ROOT / "docs" / "frontier.svg")
     )
     assert len(kept) > 50
+    assert any(re.fullmatch(r"[0-9a-f]{16}", text) for text in kept)
     assert drawn == kept
 
 
