@@ -22,7 +22,7 @@ def style() -> AbstractContextManager[None]:
 
 
 def svg(figure: Figure, of: str | None = None) -> str:
-    """The element, without what stands before it in a file of its own. of: what it is drawn of, told in its metadata."""
+    """The element, without what stands before it in a file of its own. of: what it shows, told in its metadata."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Description": of})
     text = buffer.getvalue()

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from eval import EvalError, measured, metrics, statistics
+from eval import EvalError, measured, metrics, score, statistics
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights" / "squeeze.backbone.pth"
 CPU = torch.device("cpu")
@@ -90,21 +90,39 @@ def test_ssim_agrees_with_its_formula_on_flat_pictures():
     assert "11" in metrics.ssim(10).reason
 
 
-def test_every_pairwise_metric_rises_with_noise_and_knows_no_order():
+def lpips():
+    have("lpips")
+    if not WEIGHTS.exists():
+        pytest.skip("no SqueezeNet weights beside the repository")
+    measure = metrics.lpips("squeeze", WEIGHTS, CPU)
+    assert isinstance(measure, metrics.Pairwise), measure
+    return measure
+
+
+PAIRWISE = {
+    "PSNR": metrics.psnr, "SSIM": lambda: metrics.ssim(176), "MS-SSIM": lambda: metrics.ms_ssim(176),
+    "PD-judge": lambda: metrics.pd_judge(ToyJudge(), CPU), "LPIPS": lpips,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRWISE)
+def test_every_pairwise_metric_rises_with_noise_and_knows_no_order(name):
     pytest.importorskip("pytorch_msssim")
     a = nn.functional.avg_pool2d(pictures(3, size=176).float(), 9, 1, 4).byte()
     noise = features(a.numel(), 1).view(a.shape)
     steps = [(a.float() + sigma * noise).clamp(0, 255).byte() for sigma in (5, 15, 45)]
-    measures = [metrics.psnr(), metrics.ssim(176), metrics.ms_ssim(176), metrics.pd_judge(ToyJudge(), CPU)]
-    if WEIGHTS.exists() and importlib.util.find_spec("lpips") and importlib.util.find_spec("torchvision"):
-        measures.append(metrics.lpips("squeeze", WEIGHTS, CPU))
-    for measure in measures:
-        far = torch.stack([measure.compute(a, b) for b in steps])
-        far = far if measure.lower_is_better else -far
-        assert (far.diff(dim=0) > 0).all(), measure.name
-        alone = torch.cat([measure.compute(x, y) for x, y in zip(a.split(1), steps[0].split(1), strict=True)])
-        together = measure.compute(a.flip(0), steps[0].flip(0)).flip(0)
-        assert torch.allclose(alone, together, rtol=1e-5, atol=1e-6), measure.name
+    measure = PAIRWISE[name]()
+    far = torch.stack([measure.compute(a, b) for b in steps])
+    far = far if measure.lower_is_better else -far
+    assert (far.diff(dim=0) > 0).all()
+    assert knows_no_company(measure, a, steps[0])
+
+
+def knows_no_company(measure, *of):
+    """Whether a picture's figure is the same alone and among others, in any order. of: what `compute` takes."""
+    alone = torch.cat([measure.compute(*(each[i : i + 1] for each in of)) for i in range(len(of[0]))])
+    turned = [each.flip(0) if isinstance(each, torch.Tensor) else each[::-1] for each in of]
+    return torch.allclose(alone, measure.compute(*turned).flip(0), rtol=1e-5, atol=1e-6)
 
 
 def test_ms_ssim_skips_pictures_that_are_too_small_and_says_so():
@@ -116,11 +134,7 @@ def test_ms_ssim_skips_pictures_that_are_too_small_and_says_so():
 
 def test_lpips_reproduces_the_documented_value():
     """torchmetrics' own documentation gives [0.1024, 0.0938] for these tensors with SqueezeNet."""
-    have("lpips")
-    if not WEIGHTS.exists():
-        pytest.skip("no SqueezeNet weights beside the repository")
-    measure = metrics.lpips("squeeze", WEIGHTS, CPU)
-    assert isinstance(measure, metrics.Pairwise), measure
+    measure = lpips()
     generator = torch.Generator().manual_seed(42)
     a, b = (torch.rand(2, 3, 100, 100, generator=generator) for _ in range(2))
     documented = torch.tensor([0.1024, 0.0938], dtype=torch.float64)
@@ -363,6 +377,7 @@ def test_the_clip_score_is_what_clip_says_of_a_picture_and_its_prompt(clip_folde
         said = model(**prepare(text=asked, images=list(shown), return_tensors="pt", padding=True, truncation=True))
     expected = 100 * said.logits_per_image.diagonal() / model.logit_scale.exp()
     assert torch.allclose(metric.compute(shown, asked), expected.clamp_min(0).double(), atol=1e-4)
+    assert knows_no_company(metric, shown, asked)
     assert metric.implementation.startswith(f"transformers {transformers.__version__}, {clip_folder.name}, weights ")
 
 
@@ -398,6 +413,17 @@ def test_dino_distance_is_zero_on_equal_pictures_and_rises_with_noise(tmp_path):
     noise = features(a.numel(), 1).view(a.shape)
     far = [metric.compute(a, (a + sigma * noise).clamp(0, 255).byte()).mean() for sigma in (5, 20, 80)]
     assert far[0] < far[1] < far[2]
+    assert knows_no_company(metric, a, a.flip(0))
+
+
+def test_features_that_are_none_have_no_distance_and_are_told():
+    """Eigenvalues of NaN are an error, after everything was drawn."""
+    x = features(6, 3).double()
+    broken = torch.where(torch.arange(6)[:, None] == 2, torch.nan, x)
+    for metric in (metrics.fd_judge(ToyJudge(), CPU), metrics.kd_judge(ToyJudge(), CPU)):
+        for pair in ((x, broken), (broken, x)):
+            figure = score.distance(metric, *pair, ["a", "b", "c"] * 2)
+            assert (figure["value"], figure["low"], figure["undefined"]) == (None, None, 1)
 
 
 def test_a_net_of_another_kind_is_skipped(tmp_path):

@@ -84,9 +84,12 @@ def kill_once(process: subprocess.Popen[str], folder: Path, out: str, pictures: 
 
 
 def test_killed_and_started_again_nothing_is_lost_or_drawn_twice(folder: Path, alone: str) -> None:
-    out = "killed"
-    before = kill_once(command(folder, out), folder, out, 5)  # in the midst of a batch of two
-    assert not (folder / out / "results.json").exists()
+    out, before = "killed", dict[Path, int]()
+    for pictures in (1, 8, 21):  # in the midst of a batch of two, and when all are drawn and none is measured
+        after = kill_once(command(folder, out), folder, out, pictures)
+        assert {path: after[path] for path in before} == before
+        assert not (folder / out / "results.json").exists()
+        before = after
     ran(command(folder, out))
     after = drawn(folder, out)
     assert {path: after[path] for path in before} == before
