@@ -560,7 +560,7 @@ def straightness(found: dict[str, Any]) -> tuple[list[str], list[list[str]], lis
     d = best_split({layer: mean(values) for layer, values in enumerate(layers)})
     s = found["settings"]
     note = (
-        f"Of each layer's MLP with the norm before it, between the five patch tokens that would be fused first and what "
+        "Of each layer's MLP with the norm before it, between the five patch tokens that would be fused first and what "
         f"they would join; {min(CALIBRATION, s['n'])} pictures, {s['classifiers']} classifiers, torch {s['torch']}, "
         f"commit {found['provenance']['commit'] or 'unknown'}. By the error model of `depth_split='auto'`: d = {d}"
         + (", average in all layers." if d == 0 else ".")
