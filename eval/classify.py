@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any, cast
@@ -35,6 +36,7 @@ from tofu_sd.calibrate import synchronize
 from tofu_sd.demo.train import TEST_SEED
 from tofu_sd.hosts import timm as host
 from tofu_sd.linearity import best_split
+from tofu_sd.tokens import TokenMap
 from tofu_sd.vit import RECIPES
 
 from . import EvalError, classifiers, labelled, plots, provenance
@@ -77,8 +79,8 @@ SHOWN = 8  # pictures of --maps
 LEAST_SPAN = 4.0  # % of accuracy that a drawing shows at least
 
 THRESHOLDS = (
-    "atm: of four curves of thresholds, each at ToMe's operations at that r, the one that moves features least, on "
-    "pictures held apart where not all are judged; one that cannot fuse as much is taken only where none can."
+    "atm: four curves of thresholds are brought to ToMe's operations at that r; of those that can be, the one that "
+    "moves features least, on pictures held apart where at least 64 are not judged."
 )
 RS = [8, 12, 16, 20]
 TAKES = {"table": ("rows", "plot"), "linearity": ("plot",)}  # what parts of a folder's results take
@@ -206,21 +208,23 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         layers = min(len(host.find_blocks(one.model)) for one in models)
     except ValueError as error:
         raise EvalError(f"--model {options.model}: {error}") from error
-    chosen = parse(options.method, [0] if options.stress else options.r or RS, layers)
+    tried = sorted({0, *(options.r or all_of(models[0].model))}) if options.stress else None
+    chosen = parse(options.method, [max(tried)] if tried else options.r or RS, layers)
+    for method in chosen if tried else ():
+        if "@r=" in method.name or (method.adaptive and method.r is None):
+            what = "thresholds" if method.adaptive else "r"
+            raise EvalError(f"--stress finds {what} itself, and {method.name!r} gives it")
     data = pictures_for(models[0], options.data, options.noise)
     n = min(options.limit or len(data), len(data))
     for method in chosen:
-        for one in models:
+        # thresholds are set to the operations of ToMe, which has to fit too
+        own = [method, *(parse("tome", [method.r], layers) if method.adaptive and method.r is not None else [])]
+        for one, asked in product(models, own):
             try:
-                with method.applied(one.model):
+                with asked.applied(one.model):
                     pass
             except (ValueError, TypeError) as error:
                 raise EvalError(f"method {method.name!r} does not fit {one.name!r}: {error}") from error
-    settled = next((method for method in chosen if method.told is not None and method.r != 0), None)
-    if options.stress and settled:
-        what = "thresholds" if settled.adaptive else "r"
-        raise EvalError(f"--stress finds {what} itself, and {settled.name!r} gives it")
-    tried = sorted({0, *(options.r or all_of(models[0].model))}) if options.stress else None
     out = options.out or Path("runs") / f"classify-{Path(options.model.partition(',')[0]).name}"
     bench = Bench(data, n, options.batch, device, out)
     if tried:
@@ -238,6 +242,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         "weights": [provenance.weights_hash(one.model) for one in models],
         "data": data.name, "n": n, "classes": len(data.classes), "batch": options.batch, "side": models[0].side,
         "stress": options.stress, "tried": tried, "rounds": options.rounds, "dtype": str(dtype).removeprefix("torch."),
+        "linearity_of": "MLP with the norm before it",
         "device": provenance.device_name(device), "torch": str(torch.__version__), "timm": timm.__version__,
     }  # fmt: skip
     held = next(iter(DataLoader(Subset(data.pictures, range(min(CALIBRATION, n))), CALIBRATION)))[0].to(device)
@@ -560,10 +565,10 @@ def straightness(found: dict[str, Any]) -> tuple[list[str], list[list[str]], lis
     d = best_split({layer: mean(values) for layer, values in enumerate(layers)})
     s = found["settings"]
     note = (
-        "Of each layer's MLP with the norm before it, between the five patch tokens that would be fused first and what "
-        f"they would join; {min(CALIBRATION, s['n'])} pictures, {s['classifiers']} classifiers, torch {s['torch']}, "
-        f"commit {found['provenance']['commit'] or 'unknown'}. By the error model of `depth_split='auto'`: d = {d}"
-        + (", average in all layers." if d == 0 else ".")
+        f"Of each layer's {s.get('linearity_of', 'MLP')}, between the five patch tokens that would be fused first and "
+        f"what they would join; {min(CALIBRATION, s['n'])} pictures, {s['classifiers']} classifiers, torch "
+        f"{s['torch']}, commit {found['provenance']['commit'] or 'unknown'}. "
+        f"By the error model of `depth_split='auto'`: d = {d}" + (", average in all layers." if d == 0 else ".")
     )
     return ["layer", "functional linearity", "over the classifiers"], lines, [note]
 
@@ -601,10 +606,12 @@ def notes(found: dict[str, Any]) -> list[str]:
     if any(row["speedup"] for row in found["rows"]):
         lines.append(f"Images / s, speed-up: medians of {s['rounds']} rounds in turns, 5th to 95th percentile.")
     if s["stress"]:
-        tried = f", of {', '.join(map(str, s['tried']))}" if s.get("tried") else ""
+        tried = "those at which ToMe's patch tokens last to the last layer"  # as before they were told
+        if s.get("tried"):
+            tried = ", ".join(map(str, s["tried"]))
         lines.append(
             "Each method at the largest r at which its accuracy, to a tenth of a percent, is the full model's or "
-            f"higher{tried}. {THRESHOLDS}"
+            f"higher, of {tried}. {THRESHOLDS}"
         )
     elif any(row["method"].startswith("atm") and row["r"] is not None for row in found["rows"]):
         lines.append(THRESHOLDS)
@@ -666,8 +673,10 @@ def maps(bench: Bench, one: Classifier, methods: Sequence[Method]) -> Image.Imag
         picture = bench.data.pictures[i][0]
         shown = [(picture, 0)]
         for method in methods:
-            with method.applied(model), host.watch(model) as seen:
-                model(picture.unsqueeze(0).to(next(model.parameters())))
+            seen: list[tuple[int, TokenMap]] = []
+            if method.told is not None:
+                with method.applied(model), host.watch(model) as seen:
+                    model(picture.unsqueeze(0).to(next(model.parameters())))
             home = seen[-1][1].home[0].cpu() if seen else torch.arange(model.patch_embed.num_patches)
             shown.append((outlined(picture, home), int(home.max()) + 1))
         columns.append(shown)

@@ -95,7 +95,7 @@ def _of_drawing(found: dict[str, Any], part: str) -> dict[str, str]:
     """What the runs that drew the pictures tell of their machine or packages; measuring can be done on another one."""
     runs = found["provenance"].get("drawn") or [found["provenance"]]
     names = dict.fromkeys(name for run in runs for name in run.get(part, {}))
-    return {name: ", ".join(dict.fromkeys(run.get(part, {}).get(name, "none") for run in runs)) for name in names}
+    return {name: ", ".join(sorted({run.get(part, {}).get(name, "none") for run in runs})) for name in names}
 
 
 def _differing(a: dict[str, str], b: dict[str, str]) -> dict[str, tuple[Any, Any]]:

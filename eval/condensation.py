@@ -21,13 +21,12 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 from tofu_sd.adaptivision import AdaptiVision
-from tofu_sd.demo.scenes import CLASSES
 
 from . import EvalError, classifiers, provenance, train
 from .classifiers import WEIGHTS
 from .files import read_json, write_json
 from .flops import FORMULAS
-from .labelled import PIECE, Labelled
+from .labelled import Labelled
 from .options import Help, Parser, add_device, at_least, choices, command, pick_device, whole_numbers
 from .statistics import bootstrap
 from .table import markdown_rows, terminal_rows
@@ -116,7 +115,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
         for seed in options.seeds
     }  # fmt: skip
     for one in asked.values():  # what cannot be built is told before the first is trained
-        train.asked_for(one, len(CLASSES), PIECE**2 * one.guided).build()
+        train.fitting(one)
     rows = []
     for variant in dict.fromkeys(variant for variant, _ in asked):
         judged = []

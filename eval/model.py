@@ -38,9 +38,8 @@ def load_model(model: str, device: torch.device, dtype: torch.dtype) -> tuple[An
                 ).to(device)
             judge = None
     except (LookupError, TypeError) as error:  # of files that hold something else than they should
-        raise EvalError(
-            f"cannot load the model {model!r}: a file of it is damaged ({type(error).__name__}: {_why(error, model)})"
-        ) from error
+        why = f"a file of it is damaged, or of another version ({type(error).__name__}: {_why(error, model)})"
+        raise EvalError(f"cannot load the model {model!r}: {why}") from error
     except (OSError, ValueError, ImportError, RuntimeError, AttributeError, SafetensorError) as error:
         raise EvalError(f"cannot load the model {model!r}: {_why(error, model)}") from error
     pipe.set_progress_bar_config(disable=True)

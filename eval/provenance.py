@@ -81,7 +81,8 @@ def words_hash(tokenizer: Any) -> str:
     else:
         told["words"] = sorted(tokenizer.get_vocab().items())
         with tempfile.TemporaryDirectory() as folder:
-            told["files"] = [Path(file).read_text(encoding="utf-8") for file in tokenizer.save_vocabulary(folder)]
+            files = [Path(file).read_bytes() for file in tokenizer.save_vocabulary(folder)]
+            told["files"] = [hashlib.sha256(content).hexdigest() for content in files]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 

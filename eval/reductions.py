@@ -98,7 +98,8 @@ def _one(name: str, r: int, layers: int) -> Method:
         options = dict(recipes.option(change, name) for change in changes)
         pattern = PATTERN.fullmatch(recipe)
         if pattern:
-            return Method(name, _of_pattern(recipe, pattern, layers, {"r": r, **options}), r)
+            fixed = _of_pattern(recipe, pattern, layers, {"r": r, **options})
+            return Method(name, fixed, fixed.r)
         if recipe not in RECIPES:
             known = [FULL.name, *RECIPES]
             raise EvalError(

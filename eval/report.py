@@ -91,7 +91,7 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     if found is None and not (out / RESULTS).exists():
         raise EvalError(f"{out.name} holds no {RESULTS}: python -m eval.run --out {out.name} writes one")
     if found is None:
-        raise EvalError(f"{out.name}/{RESULTS} is damaged: it is not JSON: {again}")
+        raise EvalError(f"{out.name}/{RESULTS} is damaged: it holds no JSON: {again}")
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
         raise EvalError(f"{out.name}/{RESULTS} has schema {schema}, this program reads {SCHEMA}")

@@ -117,7 +117,9 @@ def parser() -> Parser:
     p.add_argument("--clip-model", default=metrics.CLIP, metavar="MODEL", help="for clip: its id or folder")
     p.add_argument("--dino-model", default=metrics.DINO, metavar="MODEL", help="for dino: its id or folder")
     p.add_argument(
-        "--strict", action="store_true", help="exit with 1 if something was skipped, or pictures are flat or NaN"
+        "--strict",
+        action="store_true",
+        help="exit with 1 if something was skipped, or pictures measured are flat or NaN",
     )
     p.add_argument("--json", action="store_true", help="print the results as JSON and nothing else on stdout")
     return p
@@ -302,7 +304,7 @@ def ready(job: Job) -> tuple[Any, nn.Module | None, Settings, Path]:
     if job.options.map_block is not None:
         maps.check(pipe, job.drawn, job.options.map_block)
     settings = _settings(job.options, pipe, job.requests, job.device, dtype)
-    if any(method.name == "hypertile" for method in job.chosen):
+    if any(method.name.rpartition(":")[2] == "hypertile" for method in job.chosen):
         peers.check_tiles(pipe, settings.size // pipe.vae_scale_factor)
     return pipe, judge, settings, job.options.out or default_out(settings, job.options.limit, job.options.only)
 

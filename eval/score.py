@@ -191,7 +191,7 @@ def share(values: Tensor, groups: Sequence[str]) -> dict[str, Any]:
 def distance(metric: SetMetric, reference: Tensor, own: Tensor, groups: Sequence[str]) -> dict[str, Any]:
     """The distance of two sets of features with its 95 % interval; `features` says how wide they are."""
     figures: dict[str, Any] = {"value": None, "low": None, "high": None, "n": len(own), "features": own.shape[1]}
-    if undefined := int((~own.isfinite()).any(dim=1).sum() + (~reference.isfinite()).any(dim=1).sum()):
+    if undefined := int((~(own.isfinite() & reference.isfinite()).all(dim=1)).sum()):
         figures["undefined"] = undefined
     elif len(own) > 1:
         low, high = jackknife(metric.distance, reference, own, groups) or (None, None)

@@ -94,6 +94,7 @@ def main(argv: Sequence[str]) -> int:
     folder = parser().parse_args(argv).folder
     if folder.exists():
         raise EvalError(f"{folder.name} is there already; give a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     pipe = build([request.prompt for request in prompts.load("imagenet1k")])
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as unfinished:
         try:

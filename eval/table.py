@@ -100,7 +100,7 @@ def _figure(figure: dict[str, Any] | None, digits: int, extent: tuple[float, flo
         return Cell("–")
     equal = figure.get("infinite", 0)
     if figure["value"] is None:
-        return Cell("∞" if equal else "–")
+        return Cell("∞" if equal else "–", f"{figure['undefined']} NaN" if figure.get("undefined") else "")
     value, notes, bar = f"{figure['value']:.{digits}f}", [], None
     if figure["low"] is not None:
         notes.append(f"{figure['low']:.{digits}f}–{figure['high']:.{digits}f}")
@@ -183,10 +183,14 @@ def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
 
 
 def flaws(found: dict[str, Any]) -> list[str]:
-    """Of pictures that are none, whose metrics say nothing: two black ones are equal."""
+    """Of pictures that are none, whose metrics say nothing: two black ones are equal.
+
+    The full model's are told wherever others are compared with them.
+    """
+    rows = found["rows"]
     return [
         f"{label(row)}: {row[name]} of {row['n']} pictures {what}"
-        for row in found["rows"]
+        for row in ([found["full"]] if "full" in found and found["full"] not in rows else []) + rows
         for name, what in (("blank", "are one flat colour"), ("undefined", "hold NaN, drawn as black"))
         if row.get(name)
     ]
@@ -282,7 +286,8 @@ def terminal_rows(
 def with_rows(found: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """The results with these rows alone, in this order; all of them where none are named."""
     rows = {label(row): row for row in found["rows"]}
-    return {**found, "rows": [rows[name] for name in known("row", labels, list(rows))]}
+    full = next(row for row in found["rows"] if row["key"] == FULL.key)
+    return {**found, "rows": [rows[name] for name in known("row", labels, list(rows))], "full": full}
 
 
 def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:

@@ -202,9 +202,11 @@ def claim(out: Path, recipe: dict[str, Any]) -> None:
     """Makes the folder of a training, or goes on in it. EvalError for one of another recipe, naming what differs."""
     recipe = json.loads(to_json(recipe))  # as it is read again, without tuples
     before = read_json(out / RECIPE) if out.exists() else None
+    usual = json.loads(to_json(vars(parser().parse_args(["--out", "."])) | {"out": None}))
+    held = recipe if before is None else {**recipe, **usual, **before}  # an option that was not there had its default
     for name, value in recipe.items():
-        if before and name in before and before[name] != value:
-            raise EvalError(f"{out.name} holds a training with {name} {before[name]}, not {value}")
+        if held[name] not in (value, "auto"):  # the device, as older ones tell it
+            raise EvalError(f"{out.name} holds a training with {name} {held[name]}, not {value}")
     write_json(out / RECIPE, recipe)
 
 

@@ -108,9 +108,10 @@ def test_a_folder_of_another_training_is_left_alone(pictures, tmp_path, capsys):
     assert (tmp_path / "a" / classifiers.WEIGHTS).read_bytes() == weights
 
 
-def test_a_training_goes_on_from_a_copy_of_its_pictures_on_the_device_it_began_on(pictures, tmp_path):
+def test_a_training_goes_on_from_a_copy_of_its_pictures_on_the_device_it_began_on(pictures, tmp_path, monkeypatch):
     """As on a cluster, whose jobs copy what they read to where they run; "auto" is the device that it finds."""
-    few = ["--out", str(tmp_path / "a"), *SMALL, "--coarse", "64", "--samples", "64"]
+    few = ["--out", str(tmp_path / "a"), *SMALL[:-2], "--coarse", "64", "--samples", "64"]
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cpu"))  # what "auto" may not be here
     assert train.main([*few, "--data", str(pictures)]) == 0
     copied = tmp_path / "copied" / pictures.name
     shutil.copytree(pictures, copied, copy_function=shutil.copyfile)  # with dates of its own
@@ -140,10 +141,14 @@ def test_of_many_pictures_some_are_read(tmp_path, monkeypatch):
 
 
 def test_a_training_of_before_an_option_was_there_goes_on(tmp_path):
-    train.claim(tmp_path, {"seed": 1, "gone": "auto"})
-    train.claim(tmp_path, {"seed": 1, "new": 2})
+    train.claim(tmp_path, {"seed": 1, "gone": 2, "device": "auto"})  # as it was told before it was a device
     with pytest.raises(EvalError, match="holds a training with seed 1, not 2"):
         train.claim(tmp_path, {"seed": 2})
+    with pytest.raises(EvalError, match="holds a training with heads 3, not 4"):  # it had what is usual
+        train.claim(tmp_path, {"seed": 1, "heads": 4})
+    train.claim(tmp_path, {"seed": 1, "device": "cpu", "heads": 3})
+    with pytest.raises(EvalError, match="holds a training with device cpu, not cuda"):
+        train.claim(tmp_path, {"seed": 1, "device": "cuda", "heads": 3})
 
 
 def test_a_rate_is_what_it_is_called_where_there_is_no_coarse_stage(pictures, tmp_path, monkeypatch):
@@ -483,6 +488,19 @@ def test_a_method_is_known_again_by_another_process():
     assert all("0x" not in method.settings for method in methods)
 
 
+def test_a_word_that_names_its_r_has_it_in_its_name():
+    (word,) = reductions.parse("PPPA@r=5", [2, 8], 4)
+    assert word.label == "PPPA@r=5, r = 5"
+    assert word.told.r == 5
+
+
+def test_thresholds_at_r_0_fuse_nothing_and_are_drawn_so(trained, pictures, tmp_path):
+    asked = ["--method", "atm@class_only=False", "--r", "0", "--limit", "6", "--maps", str(tmp_path / "maps.png")]
+    full, none = run(trained, pictures, tmp_path, *asked)["rows"]
+    assert none["flops"] == full["flops"]
+    assert (tmp_path / "maps.png").exists()
+
+
 def test_what_was_judged_is_not_judged_again(trained, pictures, tmp_path, monkeypatch):
     first = run(trained, pictures, tmp_path, "--method", "tome", "--r", "8")
     monkeypatch.setattr(classify, "judge", None)  # is not called
@@ -585,6 +603,9 @@ def test_the_table_of_a_folder_is_a_page_s(trained, pictures, tmp_path, capsys):
         (["--rows", "full"], "--rows is of --table alone"),
         (["--stress", "--method", "atm@beta=0.02"], "--stress finds thresholds itself, and 'atm@beta=0.02' gives it"),
         (["--stress", "--method", "tofu@r=5"], "--stress finds r itself, and 'tofu@r=5' gives it"),
+        (["--stress", "--method", "PPPA@r=0"], "--stress finds r itself, and 'PPPA@r=0' gives it"),
+        (["--stress", "--method", "tome", "--r", "8,33"], "r is 33; of 64 patch tokens at most 32 can leave"),
+        (["--method", "atm@class_only=False", "--r", "33"], "r is 33; of 64 patch tokens at most 32 can leave"),
         (["--stress", "--plot", "a.svg"], "--plot draws methods at several r, and --stress finds one of each"),
         (["--method", "full@r=3"], "'full' takes no options, and 'full@r=3' gives some"),
         (["--method", "PPPA@early=mean"], "'PPPA' says itself what early would"),

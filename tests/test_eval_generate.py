@@ -6,6 +6,7 @@ import json
 import os
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,6 +197,26 @@ def test_another_model_has_another_name(change):
     else:
         pipe.scheduler.register_to_config(steps_offset=0)
     assert provenance.pipeline_name(pipe) != before
+
+
+def test_a_tokenizer_without_rules_of_its_own_is_known_by_its_files(tmp_path):
+    """As sentencepiece's, whose file is no text."""
+
+    class Slow:
+        model_max_length, all_special_ids, content = 7, [0], b"\xff\x00"
+
+        def get_vocab(self):
+            return {"a": 0}
+
+        def save_vocabulary(self, folder):
+            file = Path(folder) / "words.model"
+            file.write_bytes(self.content)
+            return (str(file),)
+
+    one, other = Slow(), Slow()
+    assert provenance.words_hash(one) == provenance.words_hash(other)
+    other.content = b"\xff\x01"
+    assert provenance.words_hash(one) != provenance.words_hash(other)
 
 
 def test_a_call_does_not_rename_a_model(pipe):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from eval import EvalError, measured, metrics, score, statistics
+from eval import EvalError, measured, metrics, score, statistics, table
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights" / "squeeze.backbone.pth"
 CPU = torch.device("cpu")
@@ -424,6 +424,7 @@ def test_features_that_are_none_have_no_distance_and_are_told():
         for pair in ((x, broken), (broken, x)):
             figure = score.distance(metric, *pair, ["a", "b", "c"] * 2)
             assert (figure["value"], figure["low"], figure["undefined"]) == (None, None, 1)
+            assert table.short(figure, 3) == "– (1 NaN)"
 
 
 def test_a_net_of_another_kind_is_skipped(tmp_path):

@@ -344,6 +344,13 @@ def test_bad_arguments_are_one_line_and_nothing_is_written(tiny, capsys, argumen
     assert list(Path.cwd().iterdir()) == []
 
 
+def test_a_size_that_does_not_divide_into_tiles_is_refused_below_another_method(tiny, capsys):
+    pytest.importorskip("DeepCache")
+    assert job.main([*tiny, "--method", "deepcache:hypertile", "--size", "72"]) == 2
+    assert "this size gives one of 9 x 9 tokens" in capsys.readouterr().err
+    assert list(Path.cwd().iterdir()) == []
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA is needed to lack it")
 def test_a_device_that_is_not_there_is_told(tiny, capsys):
     assert job.main([*tiny, "--device", "cuda"]) == 2
@@ -362,9 +369,9 @@ def test_a_folder_of_other_settings_is_refused(tiny, capsys):
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("model_index.json", "{}", "a file of it is damaged (KeyError: '_class_name')"),
-        ("model_index.json", "[]", "a file of it is damaged (TypeError: "),
-        ("tokenizer/tokenizer.json", "{}", "a file of it is damaged (KeyError: "),
+        ("model_index.json", "{}", "a file of it is damaged, or of another version (KeyError: '_class_name')"),
+        ("model_index.json", "[]", "a file of it is damaged, or of another version (TypeError: "),
+        ("tokenizer/tokenizer.json", "{}", "a file of it is damaged, or of another version (KeyError: "),
         ("unet/config.json", "[]", ""),
     ],
 )
@@ -511,8 +518,9 @@ def test_pictures_with_nan_are_told_wherever_they_are_compared(tiny, monkeypatch
         (found[0] if isinstance(found, tuple) else found.sample)[0, :, part] = float("nan")
         return found
 
+    assert job.main([*tiny, "--limit", "2", "--metrics", "psnr", "--strict", "--out", "whole"]) == 0
     monkeypatch.setattr(pipe.vae, "decode", broken)
-    command = [*tiny, "--limit", "2", "--method", "full,tofu,prune", "--flops", "--out", "out"]
+    command = [*tiny, "--limit", "2", "--metrics", "psnr", "--method", "full,tofu,prune", "--flops", "--out", "out"]
     assert job.main(command) == 0
     told = "tofu 50%: 1 of 2 pictures hold NaN, drawn as black"
     assert told in capsys.readouterr().out
@@ -521,6 +529,10 @@ def test_pictures_with_nan_are_told_wherever_they_are_compared(tiny, monkeypatch
     for shown in (["--markdown"], ["--frontier"], ["--against", "prune 50%"]):
         assert report.main(["out", *shown]) == 0
         assert told in capsys.readouterr().out
+    assert report.main(["out", "--markdown", "--rows", "prune 50%"]) == 0
+    shown = capsys.readouterr().out
+    assert "full: 1 of 2 pictures hold NaN" in shown  # with which the row is compared
+    assert told not in shown
     assert "hold NaN" in Path("out/report.html").read_text()
     assert compare.main(["out", "out"]) == 0
     assert f"out: {told}" in capsys.readouterr().out
@@ -1122,7 +1134,7 @@ def test_results_that_are_no_json_are_not_called_missing(tiny, capsys):
     Path("out").mkdir()
     Path("out/results.json").write_text("{")
     assert report.main(["out"]) == 2
-    assert "out/results.json is damaged: it is not JSON: the same command" in capsys.readouterr().err
+    assert "out/results.json is damaged: it holds no JSON: the same command" in capsys.readouterr().err
 
 
 def test_results_that_lack_a_figure_are_a_line(tiny, capsys):

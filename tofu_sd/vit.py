@@ -218,7 +218,7 @@ class Reducer:
         self.keys: Tensor | None = None  # [B, N, d] of the layer that runs, averaged over the heads
         self.total: TokenMap | None = None  # of the patch tokens the model began with
         self.last = -1  # the layer that ran last
-        self.watcher: Callable[[int, TokenMap], None] | None = None  # is shown the total map after each layer
+        self.watcher: Callable[[int, TokenMap], None] | None = None  # is shown the total map behind what fuses
 
     def begin(self, layer: int, x: Tensor) -> None:
         """A layer is about to run on the tokens x [B, N, C]. RuntimeError where it is not the next one."""

@@ -57,9 +57,10 @@ class _ShowKeys:
 class _Patch:
     """What `apply_patch` has done to a model."""
 
-    def __init__(self, reducer: Reducer, handles: list[RemovableHandle]):
+    def __init__(self, reducer: Reducer, handles: list[RemovableHandle], blocks: list[Block]):
         self.reducer = reducer
         self.handles = handles
+        self.blocks = blocks  # the model may have others by the time it is removed
 
 
 def find_blocks(model: nn.Module) -> list[Block]:
@@ -136,7 +137,7 @@ def apply_patch(
         block.__class__ = FusedBlock
         setattr(block, ATTRIBUTE, (layer, reducer))
     handles = [block.attn.k_norm.register_forward_hook(_ShowKeys(reducer)) for block in blocks]
-    setattr(made, ATTRIBUTE, _Patch(reducer, handles))
+    setattr(made, ATTRIBUTE, _Patch(reducer, handles, blocks))
     return made
 
 
@@ -146,10 +147,9 @@ def remove_patch(model: Model) -> Model:
     if isinstance(patch, _Patch):
         for handle in patch.handles:
             handle.remove()
-        for block in model.modules():  # not `find_blocks`: one of them may be another by now
-            if isinstance(block, FusedBlock):
-                block.__dict__.pop(ATTRIBUTE, None)
-                block.__class__ = Block
+        for block in patch.blocks:
+            vars(block).pop(ATTRIBUTE, None)
+            block.__class__ = Block
         delattr(model, ATTRIBUTE)
         vars(model).pop("forward_intermediates", None)
     return model
