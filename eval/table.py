@@ -275,12 +275,18 @@ def terminal_rows(
     """The same for the terminal."""
     drawn = RichTable(title=title or None, box=SIMPLE_HEAD)
     for i, name in enumerate(titles):
-        drawn.add_column(name, justify="right" if i else "left")
+        drawn.add_column(name, justify="right" if i else "left", overflow="fold")
     for line in lines:
-        drawn.add_row(*line)
+        drawn.add_row(*map(_below, line))
     console.print(drawn)
     for note in notes:
         console.print(note, style="dim", highlight=False, markup=False)
+
+
+def _below(text: str) -> str:
+    """A figure with its interval below it, which can break at its dash where the terminal is narrow."""
+    figure, opened, interval = text.partition(" (")
+    return f"{figure}\n({interval.replace('–', ' – ')}" if opened else text
 
 
 def with_rows(found: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:

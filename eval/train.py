@@ -63,7 +63,7 @@ def parser() -> Parser:
         "--data", default="scenes", help="scenes, or a folder with train/ and val/, a folder a class in each"
     )
     p.add_argument("--kind", default=default.kind, help="vit or adaptivision")
-    p.add_argument("--stem", default="convolutions", help=f"of a vit: {', '.join(STEMS)}")
+    p.add_argument("--stem", default="convolutions", help=f"what makes tokens of pixels: {', '.join(STEMS)}")
     for name in SIZES:
         p.add_argument(f"--{name}", type=at_least(1), default=getattr(default, name), metavar="N")
     own = p.add_argument_group("of adaptivision")

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
 timm = pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
 
-from eval import EvalError, classifiers, classify, labelled, pages, reductions, train  # noqa: E402
+from eval import EvalError, classifiers, classify, labelled, pages, reductions, table, train  # noqa: E402
 from tofu_sd import demo  # noqa: E402
 from tofu_sd.demo.scenes import CLASSES, render  # noqa: E402
 from tofu_sd.reduce import mean, mlerp, prune  # noqa: E402
@@ -555,6 +557,16 @@ def test_it_is_timed_in_turns_and_drawn(trained, pictures, tmp_path):
     assert "images / s" in drawn
     with Image.open(tmp_path / "maps.png") as page:
         assert page.height > 4 * 2 * 32  # the picture, and what four methods make of it
+
+
+def test_a_narrow_terminal_loses_no_figure(capsys):
+    """Cells were cut to end in three dots."""
+    found = classify.read(Path(__file__).parents[1] / "benchmarks" / "results" / "classify-demo")
+    table.terminal_rows("", *classify.cells(found), [], Console(width=100))
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    assert "(0.00136" in shown
+    assert "0.00223)" in shown
 
 
 def test_a_group_is_shown_in_its_mean_colour():
