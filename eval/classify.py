@@ -149,7 +149,7 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     """0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
     options = parser().parse_args(argv)
-    idle(options, said(parser(), argv))
+    refuse_idle(options, said(parser(), argv))
     if options.table:
         found = read(options.table)
         print(markdown_rows(*cells({**found, "rows": named(found["rows"], options.rows)}), notes(found)), end="")
@@ -168,7 +168,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def idle(options: argparse.Namespace, typed: Collection[str]) -> None:
+def refuse_idle(options: argparse.Namespace, typed: Collection[str]) -> None:
     """EvalError for options that would do nothing beside what is asked for."""
     shown = next((name for name in TAKES if getattr(options, name)), None)
     for name in sorted(typed):

@@ -49,11 +49,7 @@ def compare(a: Path, b: Path) -> Comparison:
     """EvalError where the two were not drawn alike, naming what differs."""
     (first, first_images), (second, second_images) = report.read(a), report.read(b)
     report.alike(a, first, b, second, SAME)
-    told = {
-        name: (first["settings"][name], second["settings"][name])
-        for name in TIMED
-        if first["settings"][name] != second["settings"][name]
-    }
+    told = _differing(*({name: run["settings"][name] for name in TIMED} for run in (first, second)))
     machines, packages = ([_of_drawing(run, part) for run in (first, second)] for part in ("runtime", "packages"))
     told |= _differing(*machines)
     told |= _differing(*({name: of for name, of in one.items() if name not in TIMED} for one in packages))

@@ -218,7 +218,7 @@ def linearity(model: nn.Module, pictures: Tensor, r: int = PAIRS, role: str = "m
                 return out
             return asked(block, x, points)
 
-        found.append(functional_linearity(layer, x1, x2).mean(dim=1))
+        found.append(functional_linearity(layer, x1, x2).mean(dim=1))  # `asked` shows keys too; the next block's follow
 
     handles = [block.norm1.register_forward_pre_hook(begin) for block in blocks]
     handles += [block.attn.k_norm.register_forward_hook(see) for block in blocks]
