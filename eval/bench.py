@@ -205,8 +205,10 @@ def _unfit(method: Method, scope: str) -> str:
         return method.missing
     if method.whole and scope != "unet":
         return "it acts on whole UNets"
-    if fusion is not None and ((fusion.start, fusion.end) != (0, 1) or fusion.min_tokens == "auto"):
-        return "what it does depends on the step or the machine: measure it with eval.run"
+    if fusion is not None and fusion.min_tokens == "auto":
+        return "what it does depends on the machine: give min_tokens a number"
+    if fusion is not None and (fusion.start, fusion.end) != (0, 1):
+        return "what it does depends on the step: measure it with eval.run"
     if fusion is not None and fusion.threshold is not None:
         return "how much it fuses depends on the picture: measure it with eval.run"
     if fusion is not None and scope == "attention" and set(fusion.layers) != {"attn"}:

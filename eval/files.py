@@ -10,6 +10,7 @@ import re
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,13 @@ ABANDONED = 3600.0  # seconds after which no one is still writing a file
 
 def tidy(folder: Path) -> int:
     """Removes what writers that were killed have left behind in a folder of pictures; how many files it were."""
-    left = [
-        path
-        for path in folder.rglob(".*")
-        if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name) and time.time() - path.stat().st_mtime > ABANDONED
-    ]
-    for path in left:
-        path.unlink(missing_ok=True)
-    return len(left)
+    left = 0
+    for path in list(folder.rglob(".*")):
+        with suppress(FileNotFoundError):  # another process is done with it
+            if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name) and time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
+                left += 1
+    return left
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -107,7 +107,7 @@ def _fusion(row: dict[str, Any]) -> TokenFusion | None:
     """What a row's method fuses; None for a peer."""
     try:
         return recipes.named(str(row["method"]).removeprefix("deepcache:"), row["ratio"] or 0)
-    except ValueError:
+    except (ValueError, TypeError):  # of a version that had other options too
         return None
 
 
@@ -265,7 +265,7 @@ def how(row: dict[str, Any]) -> str:
     fusion = _fusion(row)
     if fusion is None or row["method"].startswith("deepcache"):
         return "–"
-    usual = TokenFusion(fusion.ratio)
-    changed = {n: v for n, v in vars(fusion).items() if v != getattr(usual, n)}
+    usual = {field.name: field.default for field in fields(TokenFusion)} | {"ratio": fusion.ratio}
+    changed = {name: value for name, value in vars(fusion).items() if value != usual[name]}
     told = [f"{n}={getattr(v, '__name__', v)!r}" for n, v in changed.items()]
     return f"`apply_patch(pipe, {', '.join([f'{fusion.ratio:g}', *told])})`"

@@ -4,8 +4,8 @@
     OUT/<method's key>/<id>.png the picture, and beside it <id>.json, its record
     OUT/runs/<id>.json          the command and circumstances of each run that drew some of them
 
-The batches are fixed by the list of requests, and the methods take turns on each: what one method's pictures met on
-the machine, the others' met too.
+The batches are fixed by the list of requests, and the methods take turns on each, the full model again and again among
+them: what one method's pictures met on the machine, the others' met too.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from .prompts import Request
 from .team import ALONE, Team
 
 WARM_UPS, WARM_UP_STEPS = 2, 2
+NEIGHBOURS = 5  # methods that are timed by one turn of the full model: a shared machine is another one a minute later
+RETIMED = 10  # batches that the full model draws again for its time, where its pictures are there
 DRAWING = 1  # to be raised when `draw` draws otherwise than before
 RUNS = "runs"  # the folder of what is told of each run that drew pictures
 DERIVED = ("prompts_hash", "pipeline")  # settings that follow from others: where both differ, those say why
@@ -191,21 +193,25 @@ def generate(
     team: Team = ALONE,
     repeats: int = 1,
     told: dict[str, Any] | None = None,
+    quiet: bool = False,
 ) -> int:
     """Makes every picture of this process's share that is not there yet. Returns how many it made.
 
     repeats: a batch is drawn so many times, of which the fastest counts; the pictures are the same. told: of this run
-    and its circumstances, to be kept beside its pictures.
+    and its circumstances, to be kept beside its pictures. quiet: show no progress.
     """
-    turns = [
-        (batch, [m for m in methods if any(record_of(out, settings, m, request) is None for request in batch)])
-        for batch in team.share(batches(requests, settings))
-    ]
-    turns = [(batch, due) for batch, due in turns if due]
-    broken = [f"{m.key}/{r.id}.png" for batch, due in turns for m in due for r in batch if damaged(out, m, r)]
+    turns: list[tuple[Sequence[Request], list[tuple[Method, bool]]]] = []
+    retimed, broken = 0, list[str]()
+    for batch in team.share(batches(requests, settings)):
+        due = [m for m in methods if any(record_of(out, settings, m, request) is None for request in batch)]
+        broken += [f"{m.key}/{r.id}.png" for m in due for r in batch if damaged(out, m, r)]
+        anew = bool(due) and FULL in methods and FULL not in due and retimed < RETIMED
+        retimed += anew
+        if due:
+            turns.append((batch, in_turns(due, FULL in due or anew)))
     if broken:
         print(f"damaged, drawn again: {listed(broken)}", file=sys.stderr)
-    pictures, made = sum(len(batch) * len(due) for batch, due in turns), 0
+    pictures, made = sum(len(batch) * kept for batch, turn in turns for _, kept in turn), 0
     run = uuid.uuid4().hex[:12]  # times are compared within a run only
     if pictures and told is not None:
         write_json(out / RUNS / f"{run}.json", told)
@@ -214,36 +220,60 @@ def generate(
         tqdm(
             total=pictures,
             unit="img",
-            disable=not pictures or not team.leads,
+            disable=not pictures or quiet,
             file=sys.stderr,
             mininterval=0.1 if sys.stderr.isatty() else 15,
         ) as progress,
     ):
         progress.set_description("warm-up")
-        for method, size in {(m.key, len(batch)): (m, len(batch)) for batch, due in turns for m in due}.values():
+        for method, size in {(m.key, len(batch)): (m, len(batch)) for batch, turn in turns for m, _ in turn}.values():
             with method.applied(pipe):
                 for _ in range(WARM_UPS):  # a step is like another: two of them warm up what a picture needs
                     draw(pipe, requests[:size], method, settings, steps=min(WARM_UP_STEPS, settings.steps))
         progress.unpause()  # what is left is reckoned from here
-        for batch, due in turns:
-            for method in due:
+        for batch, turn in turns:
+            full_seconds, ids = None, [request.id for request in batch]
+            for method, kept in turn:
                 progress.set_description(method.key, refresh=False)
                 with method.applied(pipe):
-                    if len(due) > 1:  # what the first step after a switch lays out or fetches anew is not the method's
+                    if len(turn) > 1:  # what the first step after a switch lays out or fetches anew is not the method's
                         draw(pipe, batch, method, settings, steps=1, output="latent")
                     images, cost = draw(pipe, batch, method, settings, steps=settings.steps)
                     for _ in range(repeats - 1):
                         again = draw(pipe, batch, method, settings, steps=settings.steps)[1]
                         cost = min(cost, again, key=lambda cost: cost["seconds"])
+                if method is FULL:
+                    full_seconds = cost["seconds"]
+                if not kept:
+                    continue
                 lacking = [r for r in batch if record_of(out, settings, method, r) is None]  # others were saved before
                 for request, image in zip(batch, images, strict=True):
                     if request in lacking:
                         timed = request is lacking[0]  # one time a batch
-                        figures = {"run": run, "batch": len(batch), "timed": timed, **cost}
+                        figures = {
+                            "run": run, "batch": len(batch), "drawn_with": ids, "timed": timed,
+                            "full_seconds": full_seconds, **cost,
+                        }  # fmt: skip
                         _save(out, settings, method, request, image, figures)
                         made += 1
                 progress.update(len(batch))
     return made
+
+
+def in_turns(due: Sequence[Method], timed: bool) -> list[tuple[Method, bool]]:
+    """The methods that a batch is due of, in their turns, and whether their pictures are kept.
+
+    timed: the full model takes a turn before every few others; where its pictures are there, or were kept in its first
+    turn, for its time alone.
+    """
+    if not timed:
+        return [(method, True) for method in due]
+    found: list[tuple[Method, bool]] = [(FULL, True)] if FULL in due else []
+    for i, method in enumerate(method for method in due if method is not FULL):
+        if i % NEIGHBOURS == 0 and (i or not found):
+            found.append((FULL, False))
+        found.append((method, True))
+    return found
 
 
 def draw(

@@ -7,6 +7,7 @@ package or weights cannot be had becomes a `Skipped` that says why. Nets are imp
 from __future__ import annotations
 
 import hashlib
+import math
 import shlex
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -25,7 +26,7 @@ from tofu_sd.policy import did_you_mean
 
 from . import EvalError
 from .files import without_paths
-from .options import choices
+from .options import choices, out_of_memory
 from .provenance import version, weights_hash
 from .statistics import frechet, kernel_distance
 
@@ -73,7 +74,8 @@ class Features:
 class SetMetric:
     """A distance of two sets of pictures by their features: distance([N, D], [N, D]).
 
-    Metrics with the same `features` share what it computes.
+    Metrics with the same `features` share what it computes. least: below which no distance is; one that is unbiased
+    falls below 0 by chance.
     """
 
     name: str
@@ -82,6 +84,7 @@ class SetMetric:
     distance: Callable[[Tensor, Tensor], float]
     lower_is_better: bool = True
     digits: int = 4
+    least: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,8 @@ def usable(metrics: Sequence[Metric], pictures: Tensor, prompts: Sequence[str]) 
                 case SetMetric():
                     metric.features.compute(pictures)
         except Exception as error:  # nets say in many ways that a size is wrong, or that they are of another kind
+            if out_of_memory(error):  # which another device, or the same one later, might have
+                raise
             return Skipped(metric.name, _line(error))
         return metric
 
@@ -291,8 +296,8 @@ def _inception(weights: Path | None, device: torch.device) -> Features | str:
 def _of_sets(name: str, found: Features | str, distance: Callable[[Tensor, Tensor], float], digits: int) -> Metric:
     if isinstance(found, str):
         return Skipped(name, found)
-    how = "U-statistic of pairs, float64" if distance is kernel_distance else "float64"
-    return SetMetric(name, f"{found.implementation}, {how}", found, distance, digits=digits)
+    how, least = ("U-statistic of pairs, float64", -math.inf) if distance is kernel_distance else ("float64", 0.0)
+    return SetMetric(name, f"{found.implementation}, {how}", found, distance, digits=digits, least=least)
 
 
 def clip(model_id: str, device: torch.device) -> Metric:
@@ -377,7 +382,7 @@ def kd_judge(judge: Any, device: torch.device) -> SetMetric:
     """Their kernel distance."""
     pooled = _pooled(judge, device)
     about = f"{pooled.implementation}, U-statistic of pairs, float64"
-    return SetMetric("KD-judge", about, pooled, kernel_distance, digits=6)
+    return SetMetric("KD-judge", about, pooled, kernel_distance, digits=6, least=-math.inf)
 
 
 @cache  # one for one judge, so that both distances read the pictures once
@@ -416,9 +421,9 @@ def _judge_name(judge: nn.Module) -> str:
     return f"the demo model's classifier, weights {weights_hash(judge)}"
 
 
-def blank(pictures: Tensor) -> Tensor:
+def flat(pictures: Tensor) -> Tensor:
     """Which of the pictures [B, 3, H, W] are one flat colour: black, as where a model gave NaN, or any other."""
-    return pictures.amax((1, 2, 3)) == pictures.amin((1, 2, 3))
+    return (pictures.amax((2, 3)) == pictures.amin((2, 3))).all(1)
 
 
 def _unit(pictures: Tensor, device: torch.device) -> Tensor:

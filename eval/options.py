@@ -110,6 +110,8 @@ def pick_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type != "cpu" and not getattr(torch, device.type).is_available():
         raise EvalError(f"device {name!r} is not available here; --device cpu always is")
+    if device.type != "cpu" and (device.index or 0) >= (there := getattr(torch, device.type).device_count()):
+        raise EvalError(f"there is no device {name!r} here: those of {device.type} end with {there - 1}")
     return device
 
 
@@ -166,16 +168,21 @@ def working(work: Sequence[T], what: str, quiet: bool = False) -> Iterable[T]:
     return bar
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says so: on CUDA one of its own kind, elsewhere told by its words alone."""
+    signs = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
 @contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
     """EvalError with the advice where what runs inside finds no memory, on any device."""
     try:
         yield
-    except RuntimeError as error:  # on CUDA one of its own kind, elsewhere told by its words alone
-        told = str(error)
-        if not any(sign in told for sign in ("out of memory", "allocate memory", "not enough memory")):
+    except RuntimeError as error:
+        if not out_of_memory(error):
             raise
-        raise EvalError(f"{without_paths(told).splitlines()[0].rstrip('.')}: {advice}") from error
+        raise EvalError(f"{without_paths(str(error)).splitlines()[0].rstrip('.')}: {advice}") from error
 
 
 @contextmanager

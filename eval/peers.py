@@ -5,8 +5,6 @@ tomesd and DeepCache are their authors' packages. Of ToDo and HyperTile the idea
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -24,6 +22,7 @@ import tofu_sd
 from . import EvalError, shapes
 from .files import digest
 from .options import quiet_patches
+from .provenance import version
 
 DEEPCACHE_STEPS = 3  # of which one runs whole; its authors' example
 MOST_STEPS = 500  # of a schedule, where there is none: as many as `shapes.timesteps` has
@@ -44,7 +43,8 @@ class Peer:
     @property
     def missing(self) -> str | None:
         """How to get it where it is not there."""
-        if self.package is None or importlib.util.find_spec(self.package[0]) is not None:
+        # not whether it can be imported: any folder of its name, as of a clone beside us, can
+        if self.package is None or version(self.package[1]):
             return None
         return f"pip install {self.package[1]}"
 
@@ -52,7 +52,7 @@ class Peer:
     def identity(self) -> dict[str, Any]:
         """What decides its pictures."""
         code = {"peers": digest(Path(__file__))}
-        return code if self.package is None else {**code, self.package[0]: importlib.metadata.version(self.package[1])}
+        return code if self.package is None else {**code, self.package[0]: version(self.package[1])}
 
 
 @contextmanager

@@ -51,7 +51,10 @@ def load(name: str, seed0: int = 0) -> list[Request]:
     if not lines:
         raise EvalError(f"the prompt file {path.name!r} is empty")
     if path.suffix == ".txt":
-        return [Request(f"{i:04d}", line, seed0 + i) for i, (_, line) in enumerate(lines)]
+        return [
+            Request(f"{i:04d}", _text(line, f"{path.name}, line {number}"), seed0 + i)
+            for i, (number, line) in enumerate(lines)
+        ]
     return _unique(
         [_from_json(line, i, seed0, f"{path.name}, line {number}") for i, (number, line) in enumerate(lines)], path.name
     )
@@ -150,10 +153,17 @@ def _from_json(line: str, i: int, seed0: int, where: str) -> Request:
     seed = row.get("seed", seed0 + i)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= 2**62:
         raise EvalError(f"{where}: the seed is {seed!r}; it must be a whole number from 0 to 2**62")
-    request = Request(str(row.get("id", f"{i:04d}")), row["prompt"], seed)
+    request = Request(str(row.get("id", f"{i:04d}")), _text(row["prompt"], where), seed)
     if not re.fullmatch(r"\w[\w.-]*", request.id):
         raise EvalError(f"{where}: the id {request.id!r} cannot name a file")
     return request
+
+
+def _text(prompt: str, where: str) -> str:
+    """The prompt; EvalError for characters that a table of results cannot hold: half of a pair, a lone return, NUL."""
+    if found := re.search("[\ud800-\udfff\r\0]", prompt):
+        raise EvalError(f"{where}: the prompt holds {found[0]!a}, which is no character of a text")
+    return prompt
 
 
 def _unique(requests: list[Request], source: str) -> list[Request]:

@@ -148,11 +148,15 @@ def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
                 f"{outs[0].name} and {out.name} cannot be compared: {', '.join(sorted(mine ^ its))} is measured in "
                 "one alone; measure the other again with --metrics-only"
             )
-        keys = {row["key"] for row in found["rows"]}
+        keys = {row["key"] for row in found["rows"] if "skipped" not in row}
+        own = {row["key"] for row in other["rows"] if "skipped" not in row}
         told, also = found["provenance"], other["provenance"]
         found = {
             **found,
-            "rows": [*found["rows"], *(row for row in other["rows"] if row["key"] not in keys)],
+            "rows": [
+                *(row for row in found["rows"] if row["key"] in keys or row["key"] not in own),
+                *(row for row in other["rows"] if row["key"] not in keys and row["key"] in own),
+            ],
             "provenance": {
                 **told,
                 "drawn": [*(told.get("drawn") or [told]), *(also.get("drawn") or [also])],
@@ -164,13 +168,14 @@ def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
 
 
 def with_times(found: dict[str, Any], out: Path, times: Path) -> dict[str, Any]:
-    """The results of `out` with the times of another run of the same settings, whatever its number of pictures.
+    """The results of `out` with the times of another run of the same settings, whatever its machine and its number of
+    pictures: the same pictures come of any machine, up to rounding, but not in the same time.
 
     For a grid that grew by several runs: one in which all its methods took turns tells how fast they are. A row that it
     has not timed has no times. EvalError where settings differ.
     """
     other, _ = read(times)
-    alike(out, found, times, other, [name for name in found["settings"] if name not in ("n", "of")])
+    alike(out, found, times, other, [name for name in found["settings"] if name not in ("n", "of", "device")])
     timed = {row["key"]: row for row in other["rows"]}
     rows = [
         row if "skipped" in row else {**row, **{name: timed.get(row["key"], {}).get(name) for name in TIMES}}
@@ -178,7 +183,7 @@ def with_times(found: dict[str, Any], out: Path, times: Path) -> dict[str, Any]:
     ]
     told = found["provenance"]
     joined = [*told.get("joined", []), other["provenance"]["command"]]
-    timing = {"commit": commits(other)}
+    timing = {"commit": commits(other), "device": other["settings"]["device"]}
     return {**found, "rows": rows, "provenance": {**told, "joined": joined, "timing": timing}}
 
 
@@ -323,7 +328,12 @@ def parser() -> Parser:
     p.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of the table, say full 'tofu 50%%'")
     p.add_argument("--columns", nargs="+", default=[], metavar="TITLE", help="of the table, say speed-up PSNR")
     p.add_argument("--by", choices=list(frontier.COSTS), help="the cost of --frontier (default: the first it has)")
-    p.add_argument("--times", type=Path, metavar="DIR", help="take the times from this run, of the same settings")
+    p.add_argument(
+        "--times",
+        type=Path,
+        metavar="DIR",
+        help="take the times of this run of the same settings, of any machine",
+    )
     p.add_argument("--first", type=at_least(1), metavar="N", help=f"so many prompts in the grid ({GRID_ROWS})")
     return p
 

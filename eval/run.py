@@ -254,9 +254,16 @@ def plan(options: argparse.Namespace) -> Job:
     for name, takers in metrics.TAKERS.items():
         if name in options.typed and not set(takers) & set(measured):
             raise EvalError(f"{written(name)} is for {' and '.join(takers)}, which --metrics does not ask for")
+    for method in chosen:
+        if method.fusion and method.fusion.min_tokens == "auto":
+            raise EvalError(
+                f"{method.name}: what min_tokens=auto leaves alone is measured anew by every process, so that pictures "
+                "of two runs need not agree; give a number of tokens"
+            )
     if options.maps and not any(method.fusion for method in chosen):
         raise EvalError("--maps shows what this package's methods fuse, and --method asks for none of them")
-    team = assemble(cpu=options.device == "cpu")
+    device = pick_device(options.device)
+    team = assemble(cpu=device.type == "cpu")
     if team.size > 1 and options.shard:
         raise EvalError("--shard is for processes that know nothing of each other; these share the work as it is")
     if team.size > 1 and ":" in options.device:
@@ -269,7 +276,6 @@ def plan(options: argparse.Namespace) -> Job:
     for method in chosen if team.leads else ():
         if method.missing:
             print(f"{method.key} is skipped: {method.missing}", file=sys.stderr)
-    device = pick_device(options.device)  # in a team too: what is misspelt is told
     try:
         check_torchvision()
     except ImportError as error:
@@ -341,8 +347,8 @@ def draw(job: Job, told: dict[str, Any]) -> Drawn:
     team.wait()
     part = Team(options.shard[0] - 1, options.shard[1]) if options.shard else team
     with enough_memory("a smaller --batch takes less; it changes the last bits, so it begins a folder of its own"):
-        made = generate(pipe, job.asked, job.drawn, settings, out, part, options.repeats, told)
-        memory = provenance.process_mib() if made else None  # before the metrics' nets come
+        made = generate(pipe, job.asked, job.drawn, settings, out, part, options.repeats, told, not team.leads)
+        memory = provenance.process_mib() if made else None  # `tell_missing` has held the metrics' nets for a while
         team.wait()
         if options.flops and part.leads:
             flops.count(out, pipe, job.drawn, settings, job.asked)
@@ -388,11 +394,12 @@ def drawn_before(job: Job) -> Drawn:
 def measure(job: Job, drawn: Drawn) -> tuple[Scores, list[dict[str, Any]]] | None:
     """(figures, the metrics as results.json lists them); None in all processes of a team but the first."""
     settings, out, wanted = drawn.settings, drawn.out, [request.prompt for request in job.asked]
-    loaded = metrics.choose(
-        job.options.metrics, job.nets, size=settings.size, prompts=wanted, device=job.device, judge=drawn.judge
-    )
     with enough_memory("--metrics-only --device cpu measures without the accelerator"):
+        loaded = metrics.choose(
+            job.options.metrics, job.nets, size=settings.size, prompts=wanted, device=job.device, judge=drawn.judge
+        )
         loaded = metrics.usable(loaded, load(out / FULL.key, job.asked[:2]), wanted[:2])
+        loaded = everywhere(loaded, job.team)
         scores = score(out, settings, job.asked, job.chosen, loaded, job.team, job.options.reference)
     if not job.team.leads:
         return None
@@ -402,6 +409,13 @@ def measure(job: Job, drawn: Drawn) -> tuple[Scores, list[dict[str, Any]]] | Non
             row["flops"] = flops.counted(out, settings, by_key[row["key"]])
             row["maps"] = maps.saved(out, settings, by_key[row["key"]])
     return scores, describe(loaded)
+
+
+def everywhere(loaded: Sequence[metrics.Metric], team: Team) -> list[metrics.Metric]:
+    """The metrics that every process of a team can compute; one that any of them lacks is skipped, for its reason."""
+    lacking = [metric for metric in loaded if isinstance(metric, metrics.Skipped)]
+    reasons = {metric.name: metric for found in team.gather(lacking) for metric in found}
+    return [reasons.get(metric.name, metric) for metric in loaded]
 
 
 def _settings(
@@ -430,7 +444,11 @@ def _settings(
 
 
 def _model_name(model: str) -> str:
-    return Path(model).name if Path(model).is_dir() else model
+    """A folder without those above it. One that is called demo is not the embedded model."""
+    if model == "demo" or not Path(model).is_dir():
+        return model
+    name = Path(os.path.abspath(model)).name
+    return "demo, a folder" if name == "demo" else name
 
 
 def default_out(settings: Settings, limit: int | None, only: str | None) -> Path:

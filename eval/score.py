@@ -18,10 +18,10 @@ from .files import listed
 from .generate import Settings, record_of
 from .measured import recall
 from .methods import FULL, Method
-from .metrics import Metric, Pairwise, SetMetric, Single, Skipped, blank
+from .metrics import Metric, Pairwise, SetMetric, Single, Skipped, flat
 from .options import working
 from .prompts import Request
-from .statistics import bootstrap, effective_size, jackknife
+from .statistics import FEWEST_GROUPS, bootstrap, effective_size, jackknife
 from .team import ALONE, Team
 
 CHUNK = 16  # pictures in memory at once
@@ -92,6 +92,7 @@ def score(
         rows.append({
             **head, "n": len(requests), "blank": sum(part.blank for part in parts),
             "undefined": sum(not record.get("finite", True) for record in there[method.key].values()),
+            "other_batch": sum(_apart(there[FULL.key][id], own) for id, own in there[method.key].items()),
             "metrics": figures, **speed(there[FULL.key], there[method.key]),
         })  # fmt: skip
         images += [
@@ -123,7 +124,7 @@ def _measure(
         return metric.compute(own(), prompts) if isinstance(metric, Single) else metric.compute(full(), own())
 
     wanted: dict[str, Callable[[], Tensor]] = {
-        "blank": lambda: blank(own()),
+        "flat colour": lambda: flat(own()),
         **{f"{m.name}: {m.implementation}": partial(values, m) for m in judging},
         **{name: partial(lambda compute: compute(own()), compute) for name, compute in nets.items()},
     }
@@ -132,7 +133,7 @@ def _measure(
     return Part(
         {m.name: found[f"{m.name}: {m.implementation}"] for m in judging},
         {name: found[name] for name in nets},
-        int(found["blank"].sum()),
+        int(found["flat colour"].sum()),
     )
 
 
@@ -179,12 +180,13 @@ def mean(values: Tensor, groups: Sequence[str]) -> dict[str, Any]:
 def share(values: Tensor, groups: Sequence[str]) -> dict[str, Any]:
     """Share of ones among `values` with Wilson's 95 % interval, which stays honest where all are ones.
 
-    Pictures of one class say less than as many of different ones: the interval is of the effective sample size.
+    Pictures of one class say less than as many of different ones: the interval is of the effective sample size, and
+    there is none of too few classes to tell it by.
     """
     from tofu_sd.demo.check import wilson
 
     value, n = values.mean().item(), effective_size(values, groups)
-    low, high = wilson(value * n, n)
+    low, high = wilson(value * n, n) if len(set(groups)) >= FEWEST_GROUPS else (None, None)
     return {"value": value, "low": low, "high": high, "n": len(values)}
 
 
@@ -195,15 +197,17 @@ def distance(metric: SetMetric, reference: Tensor, own: Tensor, groups: Sequence
         figures["undefined"] = undefined
     elif len(own) > 1:
         low, high = jackknife(metric.distance, reference, own, groups) or (None, None)
+        low = low if low is None else max(metric.least, low)
         figures.update(value=metric.distance(reference, own), low=low, high=high)
     return figures
 
 
 def speed(full: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Seconds a picture, and how many times faster than the full model's batch made next to it in the same run."""
+    """Seconds a picture, and how many times faster than the full model's turn before it on the same batch."""
     largest = max(record["batch"] for record in own.values())  # a last batch of fewer costs more a picture
     timed = [id for id, record in own.items() if record["timed"] and record["batch"] == largest]
-    together = [id for id in timed if full[id]["run"] == own[id]["run"]]
+    beside = {id: seconds for id in timed if (seconds := _beside(full[id], own[id])) is not None}
+    timed = list(beside) or timed  # seconds of other runs would not be those that the speed-up is of
     denoising = [own[id]["denoising"] for id in timed if own[id].get("denoising") is not None]
 
     def most(name: str) -> int | None:
@@ -212,11 +216,27 @@ def speed(full: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": spread([own[id]["seconds"] for id in timed]),
         "denoising": spread(denoising),
-        "speedup": spread([full[id]["seconds"] / own[id]["seconds"] for id in together]),
+        "speedup": spread([seconds / own[id]["seconds"] for id, seconds in beside.items()]),
         "peak_bytes": most("peak_bytes"),
         "reserved_bytes": most("reserved_bytes"),
         "held_bytes": most("held_bytes"),
     }
+
+
+def _apart(full: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Whether two pictures were drawn in batches that differ. (Older records tell how many were in one, not which.)"""
+    names = [name for name in ("batch", "drawn_with") if name in full and name in own]
+    return any(full[name] != own[name] for name in names)
+
+
+def _beside(full: dict[str, Any], own: dict[str, Any]) -> float | None:
+    """Seconds a picture that the full model took just before; None where it took no turn.
+
+    Older records do not tell: there it is that of the full model's pictures, if they are of the same run.
+    """
+    if "full_seconds" in own:
+        return None if own["full_seconds"] is None else float(own["full_seconds"])
+    return float(full["seconds"]) if full["run"] == own["run"] else None
 
 
 def spread(values: Sequence[float]) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 5000
-FEWEST_GROUPS = 5  # under which a percentile bootstrap is little more than the range
+FEWEST_GROUPS = 5  # under which an interval says next to nothing: a percentile bootstrap is little more than the range
 BLOCKS = 50  # of a jackknife: as many Fréchet distances are computed for one interval
 NORMAL_95 = 1.959964
 
@@ -90,14 +90,14 @@ def jackknife(
 ) -> tuple[float, float] | None:
     """95 % interval of statistic(x, y) by leaving out blocks of whole groups from x and y alike (they are pairs).
 
-    Normal approximation; not below 0 where the value is not, as the distances it serves. None of too few pairs.
+    Normal approximation. None of fewer than 5 groups.
     """
     names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
     blocks = min(BLOCKS, len(names))
-    if blocks < 3:  # a distance needs at least two pictures on each side
+    if blocks < FEWEST_GROUPS:
         return None
     block = torch.tensor([names[name] % blocks for name in groups])
     left = torch.tensor([statistic(x[block != i], y[block != i]) for i in range(blocks)], dtype=torch.float64)
     error = math.sqrt((blocks - 1) / blocks * (left - left.mean()).square().sum().item())
     value = statistic(x, y)
-    return max(min(0.0, value), value - NORMAL_95 * error), value + NORMAL_95 * error
+    return value - NORMAL_95 * error, value + NORMAL_95 * error

@@ -162,10 +162,16 @@ def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
     lines += [f"{m['name']}: skipped: {m['skipped']}" for m in found["metrics"] if "skipped" in m]
     lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
     lines += flaws(found)
+    lines += [
+        f"{label(row)}: {row['other_batch']} of {row['n']} pictures were drawn in another batch than the full model's, "
+        "which changes the last bits, and more where a method decides for a batch at once"
+        for row in found["rows"]
+        if row.get("other_batch")
+    ]
     lacking = (
         "it is not in the run that times are of"
         if "timing" in found["provenance"]
-        else "its pictures were not made in one run with the full model's"
+        else "the full model took no turns beside it"
     )
     lines += [
         f"{label(row)}: no times, {lacking}"
@@ -175,7 +181,7 @@ def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
     lines += _set_distances(found)
     if timed and all(row.get("peak_bytes") is None for row in found["rows"]):
         used = found["provenance"]["process_mib"]
-        whole = f"; drawing took the whole process {used:,} MiB" if used else ""
+        whole = f"; the whole process took {used:,} MiB at most" if used else ""
         lines.append(f"Memory by method: n/a off CUDA{whole}.")
     elif timed and (held := max(row.get("held_bytes") or 0 for row in found["rows"])):
         lines.append(f"Memory: the most of any batch, beyond the {held / 2**20:,.0f} MiB that the model itself holds.")
@@ -197,7 +203,8 @@ def flaws(found: dict[str, Any]) -> list[str]:
 
 
 def timing(found: dict[str, Any]) -> str:
-    """Of how many batches the times are, and whose. Rows of more or fewer than most are named with their own number."""
+    """Of how many batches the times are, whose and where. Rows of more or fewer than most are named with their own
+    number."""
     numbers = {label(row): row["speedup"]["n"] for row in found["rows"] if row.get("speedup")}
     if not numbers:
         return "No times."
@@ -209,7 +216,7 @@ def timing(found: dict[str, Any]) -> str:
     but = f" ({'; '.join(others)})" if others else ""
     said = f"Speed-up: median of {usual} batches{but}; it and s/image with the 5th to 95th percentile"
     other = found["provenance"].get("timing")
-    return said + (f"; all of another run, of commit {other['commit']}." if other else ".")
+    return said + (f"; all of another run, on {other['device']}, of commit {other['commit']}." if other else ".")
 
 
 FEW_FOR_KID = 1000

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from . import EvalError
+
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # one process may draw for long after another is done
 
@@ -51,10 +53,19 @@ ALONE = Team()
 
 
 def assemble(cpu: bool) -> Team:
-    """The team that this process was launched in; one of its own without a launcher. cpu: leave the GPUs alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    """The team that this process was launched in; one of its own without a launcher. cpu: leave the GPUs alone.
+
+    EvalError where it cannot find the others: each of them alone would do all the work, in the same folder.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
         return ALONE
     from accelerate import PartialState
 
     state = PartialState(cpu=cpu, timeout=PATIENCE)
+    if state.num_processes != size:
+        raise EvalError(
+            f"WORLD_SIZE says that this is one of {size} processes, and accelerate finds {state.num_processes}: "
+            "start them by accelerate launch or torchrun, or each by itself with --shard"
+        )
     return Team(state.process_index, state.num_processes, None if cpu else state.device)

@@ -61,6 +61,9 @@ def test_how_to_ask_for_a_method() -> None:
     )
     assert frontier.how({"method": "tofu", "ratio": 0.5}) == "`apply_patch(pipe, 0.5)`"
     assert frontier.how({"method": "deepcache", "ratio": None}) == "–"
+    wide = frontier.how({"method": "tome+p@sx=4@sy=4", "ratio": 0.9})  # more than cells of 2 x 2 can
+    assert wide == "`apply_patch(pipe, 0.9, proportional=True, early='mean', late='mean', sx=4, sy=4)`"
+    assert frontier.how({"method": "tofu@since_gone=1", "ratio": 0.5}) == "–"
 
 
 def test_a_grid_is_every_combination() -> None:
@@ -174,6 +177,25 @@ def test_two_runs_of_a_grid_read_as_the_whole(
     assert "| todo |" in capsys.readouterr().out
 
 
+def test_a_method_that_one_run_had_to_skip_is_the_others(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a package was not there yet; and one that both skipped is told once."""
+    monkeypatch.setattr(report, "draw", lambda out: None)
+    found, _ = report.read(swept)
+    low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25)
+    high = part(swept, tmp_path / "high", lambda row: row["ratio"] != 0.25)
+    lacking = [{"method": name, "key": name, "ratio": None, "skipped": "no"} for name in ("todo", "gone")]
+    for out, some in ((low, lacking), (high, lacking[1:])):
+        rows = [*report.read(out)[0]["rows"], *some]
+        told, images = report.read(out)
+        report.save(out, {**told, "rows": rows}, Scores(rows, images, []))
+    both, images = report.joined([low, high])
+    assert sorted(row["key"] for row in both["rows"]) == sorted([*(row["key"] for row in found["rows"]), "gone"])
+    assert [row["key"] for row in both["rows"] if "skipped" in row] == ["gone"]
+    assert any(image["key"] == "todo" for image in images)
+
+
 def test_times_can_be_those_of_one_run_in_which_all_took_turns(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,7 +203,7 @@ def test_times_can_be_those_of_one_run_in_which_all_took_turns(
     monkeypatch.setattr(report, "draw", lambda out: None)
     low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25, gain=2)
     high = part(swept, tmp_path / "high", lambda row: row["ratio"] != 0.25, gain=3)
-    speed = part(swept, tmp_path / "speed", lambda row: row["method"] != "todo", gain=4, n=3)  # of fewer pictures
+    speed = part(swept, tmp_path / "speed", lambda row: row["method"] != "todo", gain=4, n=3, device="another machine")
     assert report.main([str(low), str(high), "--times", str(speed), "--markdown", "--columns", "speed-up", "PSNR"]) == 0
     table = capsys.readouterr().out
     gains = {line.split(" | ")[0]: line.split(" | ")[1][:5] for line in table.splitlines() if "%" in line[:20]}
@@ -190,17 +212,18 @@ def test_times_can_be_those_of_one_run_in_which_all_took_turns(
     assert "| todo | – |" in table
     assert "todo: no times, it is not in the run that times are of" in table
     assert (
-        "Speed-up: median of 1 batches; it and s/image with the 5th to 95th percentile; all of another run, of" in table
+        "Speed-up: median of 1 batches; it and s/image with the 5th to 95th percentile; all of another run, on another "
+        "machine, of commit" in table
     )
     assert table.endswith("\n\n`draw low`\n\n`draw high`\n\n`draw speed`\n")
     assert report.main([str(low), str(high), "--times", str(speed), "--frontier"]) == 0
-    assert "all of another run, of commit" in capsys.readouterr().out
+    assert "all of another run, on another machine, of commit" in capsys.readouterr().out
     drawing = tmp_path / "plot.svg"
     assert report.main([str(low), str(high), "--times", str(speed), "--plot", str(drawing)]) == 0
     assert drawing.exists()
-    other = part(swept, tmp_path / "other", lambda row: True, device="another")
+    other = part(swept, tmp_path / "other", lambda row: True, dtype="float16")
     assert report.main([str(low), "--times", str(other), "--frontier"]) == 2
-    assert "low and other cannot be compared: device is 'cpu" in capsys.readouterr().err
+    assert "low and other cannot be compared: dtype is 'float32' in one, 'float16'" in capsys.readouterr().err
 
 
 def test_of_how_many_batches_times_are_is_told(swept: Path) -> None:
@@ -221,7 +244,7 @@ def test_what_was_timed_beside_no_full_model_has_no_times(swept: Path) -> None:
     found["rows"][1]["speedup"] = None
     (line,) = (line for line in table.markdown(found).splitlines() if line.startswith("| tofu 25% "))
     assert line.startswith("| tofu 25% | – | – | – |")
-    assert "tofu 25%: no times, its pictures were not made in one run with the full model's" in table.markdown(found)
+    assert "tofu 25%: no times, the full model took no turns beside it" in table.markdown(found)
 
 
 def test_runs_of_other_pictures_are_not_joined(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from contextlib import nullcontext
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from tiny import sd15_pipe
 from tokenizers import Tokenizer
@@ -83,7 +86,7 @@ def test_only_the_damaged_batch_is_made_again_and_alike(pipe, tmp_path, calls, d
     damage(tmp_path / TOFU.key)
     calls.clear()
     assert run(pipe, tmp_path) == 1
-    assert [prompts for prompts, _ in calls[generate.WARM_UPS :]] == [("an old oak",)]
+    assert {prompts for prompts, _ in calls[2 * generate.WARM_UPS :]} == {("an old oak",)}
     assert (pixels(tmp_path, TOFU.key) == before).all()
 
 
@@ -156,7 +159,39 @@ def test_a_method_that_has_changed_is_drawn_again(pipe, tmp_path, calls):
     calls.clear()
     changed = replace(TOFU, identity={**TOFU.identity, "code": "other"})
     assert run(pipe, tmp_path, (FULL, changed)) == 3
-    assert len(calls) == 2 * generate.WARM_UPS + 2  # for two sizes of batch; the full model's pictures stay
+    assert len(calls) == 2 * 2 * generate.WARM_UPS + 2 * 2 * 2  # of two methods, for two sizes of batch
+
+
+@given(st.integers(0, 13), st.booleans(), st.booleans())
+def test_the_full_model_is_near_whatever_is_timed(others, there, timed):
+    """No method is more than a few turns after the full model; each draws what it is due of once, and is kept."""
+    due = [*([] if there else [FULL]), *(replace(TOFU, key=str(i)) for i in range(others))]
+    turns = generate.in_turns(due, timed)
+    assert [method for method, kept in turns if kept] == due
+    assert all(method is FULL for method, kept in turns if not kept)
+    seen = [method is FULL for method, _ in turns]
+    if timed and others:
+        assert seen[0]
+        assert sum(seen) == -(-others // generate.NEIGHBOURS)
+        assert all(any(seen[max(0, i - generate.NEIGHBOURS) : i + 1]) for i in range(len(seen)))
+    else:
+        assert turns == [(method, True) for method in due]
+
+
+def test_a_method_that_comes_later_is_timed_beside_the_full_model(pipe, tmp_path, monkeypatch):
+    """Whose pictures are there: it draws a few batches again, for their time alone."""
+    run(pipe, tmp_path, (FULL,))
+    before = {path: path.read_bytes() for path in (tmp_path / "full").iterdir()}
+    monkeypatch.setattr(generate, "RETIMED", 1)
+    assert run(pipe, tmp_path) == 3
+    assert {path: path.read_bytes() for path in (tmp_path / "full").iterdir()} == before
+    full, own = (
+        {r.id: files.read_json(tmp_path / key / f"{r.id}.json") for r in REQUESTS} for key in ("full", TOFU.key)
+    )
+    assert own["0000"]["full_seconds"] > 0
+    assert own["0000"]["full_seconds"] != full["0000"]["seconds"]
+    assert own["0002"]["full_seconds"] is None
+    assert all(record["full_seconds"] == record["seconds"] for record in full.values())
 
 
 @pytest.mark.parametrize("name", ["tofu", "deepcache:tofu", "todo", "hypertile"])
@@ -320,9 +355,17 @@ def test_a_ratio_of_a_methods_own_is_shown_as_a_ratio():
 
 
 def test_a_missing_peer_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers, "version", lambda name: None)
     (method,) = methods.parse("tomesd", [0.5])
     assert method.missing == "pip install tomesd"
+
+
+def test_a_folder_of_a_peers_name_is_not_the_peer(monkeypatch, tmp_path):
+    """Whoever has cloned it beside the pictures could import that folder, which is empty to Python."""
+    (tmp_path / "ghost").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("ghost")
+    assert peers.Peer(nullcontext, ("ghost", "ghost")).missing == "pip install ghost"
 
 
 def test_the_peer_is_taken_off_again(pipe):

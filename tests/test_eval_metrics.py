@@ -206,6 +206,14 @@ def test_a_metric_that_cannot_measure_these_pictures_is_skipped_and_the_others_g
     assert kept.name == "PSNR"
 
 
+def test_a_metric_for_which_the_device_is_too_full_is_no_metric_that_is_missing():
+    def fails(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        metrics.usable([metrics.Pairwise("LPIPS-squeeze", "lpips", True, fails)], pictures(size=8), ["a", "b"])
+
+
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(EvalError, match=r"'lpip'.*did you mean 'lpips'"):
         metrics.check("psnr,lpip", metrics.Nets())
@@ -491,8 +499,31 @@ def test_jackknife_of_a_difference_of_means_is_the_textbook_interval():
     assert high - low == pytest.approx(2 * statistics.NORMAL_95 * error, rel=1e-9)
 
 
-def test_jackknife_of_too_few_pairs_is_none():
-    assert statistics.jackknife(statistics.frechet, features(2, 3), features(2, 3), ["a", "b"]) is None
+def test_jackknife_of_too_few_classes_is_none():
+    """Of pictures of four, however many: a normal interval from four blocks is half as wide as it should be."""
+    pair = features(12, 3), features(12, 3)
+    assert statistics.jackknife(statistics.frechet, *pair, list("abcd") * 3) is None
+    assert statistics.jackknife(statistics.frechet, *pair, list("abcdef") * 2) is not None
+
+
+def test_the_interval_of_a_distance_ends_where_distances_do():
+    """A kernel distance has no bias, and where there is none between the sets it is below 0 every other time; a Fréchet
+    distance never is."""
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(40, 3, generator=generator).double() for _ in range(2))
+    groups = [str(i) for i in range(40)]
+    kernel = score.distance(metrics.kd_judge(ToyJudge(), CPU), x, y, groups)
+    assert kernel["low"] < 0 < kernel["high"]
+    assert kernel["value"] - kernel["low"] == pytest.approx(kernel["high"] - kernel["value"])
+    near = score.distance(metrics.fd_judge(ToyJudge(), CPU), x, x + 1e-3 * y, groups)
+    assert near["low"] == 0 < near["value"] < near["high"]
+
+
+def test_a_picture_of_any_one_colour_is_flat():
+    shown = pictures(3)
+    shown[1] = torch.tensor([200, 60, 20], dtype=torch.uint8).view(3, 1, 1)
+    shown[2] = 7
+    assert metrics.flat(shown).tolist() == [False, True, True]
 
 
 # --- the embedded model's classifier ----------------------------------------------------------------------------------

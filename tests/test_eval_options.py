@@ -3,9 +3,10 @@
 import sys
 
 import pytest
+import torch
 
 from eval import EvalError
-from eval.options import command
+from eval.options import command, pick_device
 
 
 def ending(raised: BaseException | None, goes_on: bool) -> int:
@@ -54,3 +55,11 @@ def test_arguments_are_those_typed_where_none_are_given(monkeypatch):
 
     assert program() == 1
     assert (program.__name__, program.__doc__) == ("program", "What it does.")
+
+
+def test_a_device_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(EvalError, match="there is no device 'cuda:2' here: those of cuda end with 1"):
+        pick_device("cuda:2")

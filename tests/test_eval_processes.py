@@ -33,7 +33,13 @@ def command(folder: Path, out: str, *more: str, launcher: tuple[str, ...] = ("-m
     return subprocess.Popen(
         [sys.executable, *launcher, "eval.run", *options, "--out", str(folder / out), *more],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -83,6 +89,19 @@ def kill_once(process: subprocess.Popen[str], folder: Path, out: str, pictures: 
     return drawn(folder, out)
 
 
+def workers(launcher: int) -> list[int]:
+    """The processes of a launch that do the work."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+            if parent == launcher and b"eval.run" in path.with_name("cmdline").read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
 def test_killed_and_started_again_nothing_is_lost_or_drawn_twice(folder: Path, alone: str) -> None:
     out, before = "killed", dict[Path, int]()
     for pictures in (1, 8, 21):  # in the midst of a batch of two, and when all are drawn and none is measured
@@ -98,7 +117,7 @@ def test_killed_and_started_again_nothing_is_lost_or_drawn_twice(folder: Path, a
 
 
 def test_two_processes_are_one(folder: Path, alone: str) -> None:
-    printed, told = ran(command(folder, "two", "--json", launcher=LAUNCH))
+    printed, told = ran(command(folder, "two", "--json", "--device", "auto", launcher=LAUNCH))
     assert content(folder, "two") == content(folder, alone)
     assert figures(folder, "two") == figures(folder, alone)
     assert json.loads(printed)["rows"][0]["method"] == "full"  # one of them prints
@@ -136,6 +155,25 @@ def test_two_processes_killed_half_way_go_on(folder: Path, alone: str) -> None:
     assert {path: after[path] for path in before} == before
     assert content(folder, "half") == content(folder, alone)
     assert figures(folder, "half") == figures(folder, alone)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a process's children are found in /proc")
+def test_one_of_two_processes_killed_the_other_ends_and_both_go_on(folder: Path, alone: str) -> None:
+    """Neither waits for the dead one."""
+    process = command(folder, "bereft", launcher=LAUNCH)
+    while len(drawn(folder, "bereft")) < 5:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    os.kill(max(workers(process.pid)), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert not (folder / "bereft" / "results.json").exists()
+    before = drawn(folder, "bereft")
+    ran(command(folder, "bereft", launcher=LAUNCH))
+    after = drawn(folder, "bereft")
+    assert {path: after[path] for path in before} == before
+    assert content(folder, "bereft") == content(folder, alone)
+    assert figures(folder, "bereft") == figures(folder, alone)
 
 
 def test_shards_make_a_run(folder: Path, alone: str) -> None:

@@ -100,6 +100,17 @@ def test_a_bad_file_is_refused_by_line(tmp_path, rows, said):
         prompts.load(str(file))
 
 
+@pytest.mark.parametrize("character", ["\\r", "\\u0000", "\\ud83d"])
+def test_characters_that_no_table_can_hold_are_refused_by_line(tmp_path, character):
+    """A lone return splits a row of per_image.csv, half of a pair cannot be written: both came to light after the
+    drawing."""
+    (tmp_path / "own.jsonl").write_text(f'{{"prompt": "fine"}}\n{{"prompt": "a fox{character}jumps"}}\n')
+    with pytest.raises(EvalError, match=r"own\.jsonl, line 2: the prompt holds '\\"):
+        prompts.load(str(tmp_path / "own.jsonl"))
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a \\ud83d\\ude00 on\\ntwo lines"}\n')
+    assert prompts.load(str(tmp_path / "own.jsonl"))[0].prompt == "a \U0001f600 on\ntwo lines"
+
+
 def test_a_file_of_another_encoding_is_refused(tmp_path):
     (tmp_path / "own.txt").write_bytes("ein Käfer".encode("latin-1"))
     with pytest.raises(EvalError, match=r"own\.txt'.*not UTF-8"):

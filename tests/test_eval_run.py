@@ -33,6 +33,7 @@ from eval import (
     statistics,
     suites,
     table,
+    team,
 )
 from eval import run as job
 from eval.team import Team
@@ -251,14 +252,18 @@ def test_the_worst_pair_comes_first():
     assert [i["id"] for i in report.worst_first(images, higher)] == ["a", "c", "b"]
 
 
-def test_a_second_method_joins_the_folder_and_a_speed_up_needs_the_same_run(tiny, capsys):
+def test_a_second_method_joins_the_folder_and_is_timed_beside_the_full_model(tiny, capsys, monkeypatch):
     assert job.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
     assert job.main([*tiny, "--method", "tofu,prune", "--out", "out"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
     assert found["tofu-r50"]["speedup"]["n"] == 2
-    assert found["prune-r50"]["speedup"] is None  # the full model's pictures are of another run
-    assert found["prune-r50"]["seconds"]["n"] == 2
-    assert "not made in one run" in capsys.readouterr().out
+    assert found["prune-r50"]["speedup"]["n"] == 2  # the full model drew again for it
+    monkeypatch.setattr(generate, "RETIMED", 0)
+    assert job.main([*tiny, "--method", "tofu,mlerp", "--out", "out"]) == 0
+    found = rows(files.read_json(Path("out/results.json")))
+    assert found["mlerp-r50"]["speedup"] is None  # nor is it compared with another run's time
+    assert found["mlerp-r50"]["seconds"]["n"] == 2
+    assert "mlerp 50%: no times, the full model took no turns beside it" in capsys.readouterr().out
 
 
 def test_pictures_of_known_classes_are_classed(tiny, monkeypatch, pipe):
@@ -455,7 +460,7 @@ def test_a_torchvision_of_another_torch_is_explained(tiny, monkeypatch, capsys):
 
 
 def test_a_method_that_is_not_installed_is_a_row_that_says_so(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(job.peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(job.peers, "version", lambda name: None)
     assert job.main([*tiny, "--method", "tofu,tomesd", "--limit", "2"]) == 0
     assert "tomesd 50%: skipped: pip install tomesd" in capsys.readouterr().out
 
@@ -604,7 +609,7 @@ def test_a_dry_run_can_be_read_by_a_program(tiny, capsys):
 
 @pytest.mark.parametrize("stage", [["--dry-run"], ["--generate-only"], []])
 def test_a_method_that_is_not_installed_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys, stage):
-    monkeypatch.setattr(job.peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(job.peers, "version", lambda name: None)
     arguments = [*tiny, "--method", "tofu,tomesd", "--limit", "1", "--metrics", "psnr", *stage, "--out", "out"]
     assert job.main(arguments) == 0
     assert capsys.readouterr().err.splitlines()[0] == "tomesd-r50 is skipped: pip install tomesd"
@@ -706,7 +711,7 @@ def test_the_full_models_pictures_can_be_another_runs(tiny, capsys):
             a, b = (Path(out) / "full" / f"{id}.{end}" for out in ("first", "second"))
             assert a.read_bytes() == b.read_bytes()
     found = rows(files.read_json(Path("second/results.json")))
-    assert found["prune-r50"]["speedup"] is None  # drawn at another time
+    assert found["prune-r50"]["speedup"]["n"] == 2  # the full model drew again, for its time alone
     assert job.main([*tiny, "--steps", "2", "--reference", "first", "--out", "third"]) == 0
     assert "0 of 5 pictures" in capsys.readouterr().err
 
@@ -861,13 +866,81 @@ def test_settings_that_another_process_has_just_written_are_no_strangers(tmp_pat
     assert files.read_json(tmp_path / "out" / "settings.json") == vars(settings)
 
 
+def test_pictures_of_other_batches_are_told(tiny, capsys):
+    """A longer list puts a picture in another batch, where its last bits come out otherwise."""
+    assert job.main([*tiny, "--method", "tofu", "--limit", "1", "--out", "out"]) == 0
+    assert job.main([*tiny, "--method", "tofu,prune", "--limit", "2", "--out", "out"]) == 0
+    found = rows(files.read_json(Path("out/results.json")))
+    assert (found["tofu-r50"]["other_batch"], found["prune-r50"]["other_batch"]) == (0, 1)
+    shown = capsys.readouterr().out
+    assert "prune 50%: 1 of 2 pictures were drawn in another batch than the full model's" in shown
+    assert "tofu 50%: 1 of 2" not in shown
+
+
+def test_what_a_clock_decides_is_not_compared(tiny, capsys):
+    assert job.main([*tiny, "--method", "deepcache:tofu@min_tokens=auto", "--out", "out"]) == 2
+    assert "deepcache:tofu@min_tokens=auto: what min_tokens=auto leaves alone" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_a_folder_called_demo_is_not_the_embedded_model(tiny, monkeypatch):
+    """Measured later, its pictures would be judged by the embedded model's classifier."""
+    (Path("models") / "demo").mkdir(parents=True)
+    monkeypatch.chdir("models")
+    for model in ("demo/", "../models/demo", str(Path("demo").absolute())):
+        assert job._model_name(model) == "demo, a folder"
+    assert job._model_name("demo") == "demo"
+    assert job._model_name("..") == Path.cwd().parent.name
+
+
+def test_processes_that_cannot_find_each_other_are_refused(monkeypatch):
+    """Each of them would draw everything, into the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: Namespace(num_processes=1, process_index=0))
+    with pytest.raises(EvalError, match="one of 2 processes, and accelerate finds 1"):
+        team.assemble(cpu=False)
+
+
+def test_where_there_is_no_accelerator_a_team_is_one_of_cpus(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(job, "pick_device", lambda name: torch.device("cpu" if name == "auto" else name))
+    monkeypatch.setattr(job, "assemble", lambda cpu: seen.append(cpu) or Team())
+    for device in ("auto", "cpu", "meta"):
+        assert job.main([*tiny, "--device", device, "--dry-run"]) == 0
+    assert seen == [True, True, False]
+
+
+def test_a_metric_that_one_process_lacks_is_skipped_by_all():
+    """Their figures are put together in the end, when everything is drawn."""
+    psnr, lacking = metrics.psnr(), metrics.Skipped("LPIPS-alex", "no network on the other node")
+    lpips = metrics.Pairwise("LPIPS-alex", "lpips", True, lambda a, b: a)
+
+    class Two(Team):
+        def gather(self, value):
+            return [value, [lacking]]
+
+    assert job.everywhere([psnr, lpips], Two(0, 2)) == [psnr, lacking]
+    assert job.everywhere([psnr, lacking], Team()) == [psnr, lacking]
+
+
+def test_every_shard_shows_its_progress_and_one_of_a_team(tiny, monkeypatch):
+    told = []
+    monkeypatch.setattr(job, "generate", lambda *_: told.append(_[-1]) or 0)
+    assert job.main([*tiny, "--shard", "2/2", "--out", "out"]) == 0
+    monkeypatch.setattr(job, "assemble", lambda cpu: Team(1, 2))
+    monkeypatch.setattr(Team, "wait", lambda self: None)
+    monkeypatch.setattr(Team, "gather", lambda self, value: [value, value])
+    assert job.main([*tiny, "--generate-only", "--out", "out"]) == 0
+    assert told == [False, True]
+
+
 def test_a_team_takes_no_shards_and_no_single_device(tiny, monkeypatch, capsys):
     monkeypatch.setattr(job, "assemble", lambda cpu: job.Team(0, 2))
     assert job.main([*tiny, "--shard", "1/2"]) == 2
     assert "--shard is for processes that know nothing of each other" in capsys.readouterr().err
     assert job.main([*tiny, "--device", "cudo"]) == 2
     assert "did you mean 'cuda'" in capsys.readouterr().err
-    assert job.main([*tiny, "--device", "cuda:1"]) == 2
+    assert job.main([*tiny, "--device", "cpu:0"]) == 2
     assert "each of 2 processes takes a device of its own" in capsys.readouterr().err
 
 
@@ -1055,6 +1128,12 @@ def test_all_of_five_is_not_certainty(groups):
     assert figure["high"] == pytest.approx(1)
 
 
+def test_of_few_classes_there_is_no_interval():
+    """Seven right of ten pictures of one prompt say nothing of what other prompts would give."""
+    values = torch.tensor([1.0] * 7 + [0.0] * 3)
+    assert score.share(values, ["a"] * 10) == {"value": pytest.approx(0.7), "low": None, "high": None, "n": 10}
+
+
 def test_what_is_not_a_number_is_not_called_equal():
     figure = score.mean(torch.tensor([30.0, math.inf, math.nan]).double(), ["a", "b", "c"])
     assert (figure["value"], figure["infinite"], figure["undefined"]) == (30, 1, 1)
@@ -1093,6 +1172,7 @@ def test_what_a_killed_writer_left_behind_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("x")
         age = 0 if "00002" in name else 2 * files.ABANDONED
         os.utime(tmp_path / name, (time.time() - age,) * 2)
+    (tmp_path / "full" / ".00003-0.png.0a1b2c3f").symlink_to("renamed meanwhile")  # found, and gone when looked at
     assert files.tidy(tmp_path) == 1
     assert {name: not (tmp_path / name).exists() for name in names} == names
 
@@ -1292,7 +1372,14 @@ def test_speed_is_a_ratio_of_neighbours():
     full["e"] = record(9.0, batch=1)
     own = {"a": record(1.0), "b": record(2.0), "c": record(1.0, run="two"), "d": record(1.0, timed=False)}
     own["e"] = record(1.0, batch=1)  # a rest, which costs more a picture
-    assert score.speed(full, own)["speedup"] == {"median": 2.0, "mean": 2.0, "p5": 2.0, "p95": 2.0, "n": 2}
+    speed = score.speed(full, own)
+    assert speed["speedup"] == {"median": 2.0, "mean": 2.0, "p5": 2.0, "p95": 2.0, "n": 2}
+    assert (speed["seconds"]["mean"], speed["seconds"]["n"]) == (1.5, 2)  # of the same batches
+    alone = score.speed(full, {"c": own["c"]})
+    assert (alone["speedup"], alone["seconds"]["n"]) == (None, 1)
+    own["a"]["full_seconds"], own["c"]["full_seconds"], own["b"]["full_seconds"] = 1.5, 4.0, None
+    speed = score.speed(full, own)["speedup"]  # the turn just before it, and no guess where there was none
+    assert (speed["n"], speed["mean"]) == (2, 2.75)
     assert score.spread([1.0, 1.0, 4.0]) == pytest.approx({"median": 1, "mean": 2, "p5": 1, "p95": 3.7, "n": 3})
 
 
