@@ -4,12 +4,14 @@
     OUT/<method's key>/<id>.png the picture, and beside it <id>.json, its record
     OUT/runs/<id>.json          the command and circumstances of each run that drew some of them
 
-The batches are fixed by the list of requests, and the methods take turns on each, the full model again and again among
-them: what one method's pictures met on the machine, the others' met too.
+The batches are fixed by the list of requests, and the methods take turns on each: what one method's pictures met on
+the machine, the others' met too. For speed that is too coarse, as a shared machine is another one a minute later: in a
+few batches of each method the full model's denoiser runs beside it, step by step.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import hashlib
 import json
@@ -27,6 +29,7 @@ import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
 from tofu_sd.calibrate import synchronize
@@ -39,8 +42,7 @@ from .prompts import Request
 from .team import ALONE, Team
 
 WARM_UPS, WARM_UP_STEPS = 2, 2
-NEIGHBOURS = 5  # methods that are timed by one turn of the full model: a shared machine is another one a minute later
-RETIMED = 10  # batches that the full model draws again for its time, where its pictures are there
+TIMED = 10  # batches of each method that the full model's denoiser runs beside, which doubles what they take
 DRAWING = 1  # to be raised when `draw` draws otherwise than before
 RUNS = "runs"  # the folder of what is told of each run that drew pictures
 DERIVED = ("prompts_hash", "pipeline")  # settings that follow from others: where both differ, those say why
@@ -200,19 +202,17 @@ def generate(
     repeats: a batch is drawn so many times, of which the fastest counts; the pictures are the same. told: of this run
     and its circumstances, to be kept beside its pictures. quiet: show no progress.
     """
-    turns: list[tuple[Sequence[Request], list[tuple[Method, bool]]]] = []
-    retimed, broken = 0, list[str]()
-    for batch in team.share(batches(requests, settings)):
-        due = [m for m in methods if any(record_of(out, settings, m, request) is None for request in batch)]
-        broken += [f"{m.key}/{r.id}.png" for m in due for r in batch if damaged(out, m, r)]
-        anew = bool(due) and FULL in methods and FULL not in due and retimed < RETIMED
-        retimed += anew
-        if due:
-            turns.append((batch, in_turns(due, FULL in due or anew)))
+    turns = [
+        (batch, [m for m in methods if any(record_of(out, settings, m, request) is None for request in batch)])
+        for batch in team.share(batches(requests, settings))
+    ]
+    turns = [(batch, due) for batch, due in turns if due]
+    broken = [f"{m.key}/{r.id}.png" for batch, due in turns for m in due for r in batch if damaged(out, m, r)]
     if broken:
         print(f"damaged, drawn again: {listed(broken)}", file=sys.stderr)
-    pictures, made = sum(len(batch) * kept for batch, turn in turns for _, kept in turn), 0
-    run = uuid.uuid4().hex[:12]  # times are compared within a run only
+    pictures, made = sum(len(batch) * len(due) for batch, due in turns), 0
+    run = uuid.uuid4().hex[:12]
+    beside, timed = twin(denoiser_of(pipe)), Counter[str]()
     if pictures and told is not None:
         write_json(out / RUNS / f"{run}.json", told)
     with (
@@ -226,33 +226,33 @@ def generate(
         ) as progress,
     ):
         progress.set_description("warm-up")
-        for method, size in {(m.key, len(batch)): (m, len(batch)) for batch, turn in turns for m, _ in turn}.values():
+        for method, size in {(m.key, len(batch)): (m, len(batch)) for batch, due in turns for m in due}.values():
             with method.applied(pipe):
                 for _ in range(WARM_UPS):  # a step is like another: two of them warm up what a picture needs
-                    draw(pipe, requests[:size], method, settings, steps=min(WARM_UP_STEPS, settings.steps))
+                    draw(
+                        pipe, requests[:size], method, settings, steps=min(WARM_UP_STEPS, settings.steps), beside=beside
+                    )
         progress.unpause()  # what is left is reckoned from here
-        for batch, turn in turns:
-            full_seconds, ids = None, [request.id for request in batch]
-            for method, kept in turn:
+        for batch, due in turns:
+            ids = [request.id for request in batch]
+            for method in due:
                 progress.set_description(method.key, refresh=False)
                 with method.applied(pipe):
-                    if len(turn) > 1:  # what the first step after a switch lays out or fetches anew is not the method's
+                    if len(due) > 1:  # what the first step after a switch lays out or fetches anew is not the method's
                         draw(pipe, batch, method, settings, steps=1, output="latent")
-                    images, cost = draw(pipe, batch, method, settings, steps=settings.steps)
+                    near = beside if timed[method.key] < TIMED else None
+                    images, cost = draw(pipe, batch, method, settings, steps=settings.steps, beside=near)
                     for _ in range(repeats - 1):
-                        again = draw(pipe, batch, method, settings, steps=settings.steps)[1]
+                        again = draw(pipe, batch, method, settings, steps=settings.steps, beside=near)[1]
                         cost = min(cost, again, key=lambda cost: cost["seconds"])
-                if method is FULL:
-                    full_seconds = cost["seconds"]
-                if not kept:
-                    continue
+                timed[method.key] += 1
                 lacking = [r for r in batch if record_of(out, settings, method, r) is None]  # others were saved before
                 for request, image in zip(batch, images, strict=True):
                     if request in lacking:
-                        timed = request is lacking[0]  # one time a batch
+                        first = request is lacking[0]  # one time a batch
                         figures = {
-                            "run": run, "batch": len(batch), "drawn_with": ids, "timed": timed,
-                            "full_seconds": full_seconds, **cost,
+                            "run": run, "batch": len(batch), "drawn_with": ids, "timed": first,
+                            **cost,
                         }  # fmt: skip
                         _save(out, settings, method, request, image, figures)
                         made += 1
@@ -260,32 +260,34 @@ def generate(
     return made
 
 
-def in_turns(due: Sequence[Method], timed: bool) -> list[tuple[Method, bool]]:
-    """The methods that a batch is due of, in their turns, and whether their pictures are kept.
-
-    timed: the full model takes a turn before every few others; where its pictures are there, or were kept in its first
-    turn, for its time alone.
-    """
-    if not timed:
-        return [(method, True) for method in due]
-    found: list[tuple[Method, bool]] = [(FULL, True)] if FULL in due else []
-    for i, method in enumerate(method for method in due if method is not FULL):
-        if i % NEIGHBOURS == 0 and (i or not found):
-            found.append((FULL, False))
-        found.append((method, True))
-    return found
-
-
 def draw(
-    pipe: Any, requests: Sequence[Request], method: Method, settings: Settings, *, steps: int, output: str = "np"
+    pipe: Any,
+    requests: Sequence[Request],
+    method: Method,
+    settings: Settings,
+    *,
+    steps: int,
+    output: str = "np",
+    beside: nn.Module | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """The pictures, float [B, H, W, 3] in 0..1 or NaN, and what one cost: seconds, those in the denoiser, and on CUDA
     bytes beyond those held before.
 
     Every picture has a CPU generator of its own, so that it does not depend on its neighbours in the batch. output: as
-    diffusers' output_type; 'latent' decodes nothing.
+    diffusers' output_type; 'latent' decodes nothing. beside: the full model's denoiser, called after each step of the
+    method's for its time alone, which is neither in the seconds nor in peak_bytes; reserved_bytes are not told then.
     """
     device = torch.device(pipe.device)
+    other = None if method is FULL else beside  # it is its own measure
+    peaks: list[int] = []
+
+    def aside(*args: Any, **kwargs: Any) -> None:
+        peaks.append(torch.cuda.max_memory_allocated(device) if cuda else 0)
+        if other is not None:
+            other(*args, **kwargs)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+
     generators = [torch.Generator("cpu").manual_seed(request.seed + method.seed_shift) for request in requests]
     guidance = {} if settings.guidance is None else {"guidance_scale": settings.guidance}
     cuda, held, reserved = device.type == "cuda", 0, 0
@@ -295,7 +297,7 @@ def draw(
         torch.cuda.reset_peak_memory_stats(device)
         held, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     synchronize(device)
-    with denoising(pipe) as denoiser_seconds:
+    with denoising(pipe, None if other is None else aside) as told:
         start = time.perf_counter()
         images = pipe(
             prompt=[request.prompt for request in requests],
@@ -308,26 +310,47 @@ def draw(
         ).images
         synchronize(device)
         seconds = time.perf_counter() - start
-        denoised = denoiser_seconds()
+        denoised, full_denoised = told()
+        seconds -= full_denoised or 0
+        if method is FULL and beside is not None:
+            full_denoised = denoised
     return images, {
         "seconds": seconds / len(requests),
         "denoising": None if denoised is None else denoised / len(requests),
-        "peak_bytes": torch.cuda.max_memory_allocated(device) - held if cuda else None,
-        "reserved_bytes": torch.cuda.max_memory_reserved(device) - reserved if cuda else None,
+        "full_denoising": None if full_denoised is None else full_denoised / len(requests),
+        "peak_bytes": max(*peaks, torch.cuda.max_memory_allocated(device), 0) - held if cuda else None,
+        "reserved_bytes": torch.cuda.max_memory_reserved(device) - reserved if cuda and other is None else None,
         "held_bytes": held if cuda else None,
     }
 
 
-@contextmanager
-def denoising(pipe: Any) -> Iterator[Callable[[], float | None]]:
-    """Inside, the pipeline's denoiser is timed, without waiting for a GPU; what it gives says how many seconds it ran.
+def denoiser_of(pipe: Any) -> nn.Module | None:
+    """What a pipeline calls in every step."""
+    return getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
 
-    To be asked once the device is idle. None on devices that keep no times.
+
+def twin(model: nn.Module | None) -> nn.Module | None:
+    """A copy of a model that shares its weights, to be called while the model itself is patched."""
+    if model is None:
+        return None
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+@contextmanager
+def denoising(
+    pipe: Any, beside: Callable[..., Any] | None = None
+) -> Iterator[Callable[[], tuple[float | None, float | None]]]:
+    """Inside, the pipeline's denoiser is timed, without waiting for a GPU; what it gives says how many seconds it ran,
+    and how many `beside` did.
+
+    beside: another denoiser, called on the same input after each step, of which the time alone is kept. To be asked
+    once the device is idle. None on devices that keep no times, where `beside` is not called.
     """
-    denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    denoiser = denoiser_of(pipe)
     device = torch.device(pipe.device)
     if denoiser is None or device.type not in ("cpu", "cuda"):
-        yield lambda: None
+        yield lambda: (None, None)
         return
     moments: list[Any] = []
 
@@ -339,15 +362,23 @@ def denoising(pipe: Any) -> Iterator[Callable[[], float | None]]:
         else:
             moments.append(time.perf_counter())
 
-    def seconds() -> float:
-        pairs = zip(moments[::2], moments[1::2], strict=True)
+    def done(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        note()
+        if beside is not None:
+            beside(*args, **kwargs)
+            note()
+
+    def between(first: int, second: int) -> float:
+        """Seconds from one moment of each step to another."""
+        stride = 2 if beside is None else 3
+        pairs = zip(moments[first::stride], moments[second::stride], strict=True)
         if device.type == "cuda":
             return sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
         return sum(end - begin for begin, end in pairs)
 
-    hooks = [denoiser.register_forward_pre_hook(note), denoiser.register_forward_hook(note)]
+    hooks = [denoiser.register_forward_pre_hook(note), denoiser.register_forward_hook(done, with_kwargs=True)]
     try:
-        yield seconds
+        yield lambda: (between(0, 1), None if beside is None else between(1, 2))
     finally:
         for hook in hooks:
             hook.remove()

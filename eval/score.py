@@ -203,11 +203,13 @@ def distance(metric: SetMetric, reference: Tensor, own: Tensor, groups: Sequence
 
 
 def speed(full: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Seconds a picture, and how many times faster than the full model's turn before it on the same batch."""
+    """Seconds a picture, and how many times faster than the full model: of the batches in which its denoiser ran beside
+    this method's; where there are none (older runs, some devices), of those that both drew in one run."""
     largest = max(record["batch"] for record in own.values())  # a last batch of fewer costs more a picture
     timed = [id for id, record in own.items() if record["timed"] and record["batch"] == largest]
-    beside = {id: seconds for id in timed if (seconds := _beside(full[id], own[id])) is not None}
-    timed = list(beside) or timed  # seconds of other runs would not be those that the speed-up is of
+    beside = [id for id in timed if own[id].get("full_denoising") is not None]
+    together = beside or [id for id in timed if full[id]["run"] == own[id]["run"]]
+    timed = together or timed  # seconds of other batches would not be those that the speed-up is of
     denoising = [own[id]["denoising"] for id in timed if own[id].get("denoising") is not None]
 
     def most(name: str) -> int | None:
@@ -216,7 +218,7 @@ def speed(full: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return {
         "seconds": spread([own[id]["seconds"] for id in timed]),
         "denoising": spread(denoising),
-        "speedup": spread([seconds / own[id]["seconds"] for id, seconds in beside.items()]),
+        "speedup": spread([_gain(full[id], own[id]) for id in together]),
         "peak_bytes": most("peak_bytes"),
         "reserved_bytes": most("reserved_bytes"),
         "held_bytes": most("held_bytes"),
@@ -229,14 +231,11 @@ def _apart(full: dict[str, Any], own: dict[str, Any]) -> bool:
     return any(full[name] != own[name] for name in names)
 
 
-def _beside(full: dict[str, Any], own: dict[str, Any]) -> float | None:
-    """Seconds a picture that the full model took just before; None where it took no turn.
-
-    Older records do not tell: there it is that of the full model's pictures, if they are of the same run.
-    """
-    if "full_seconds" in own:
-        return None if own["full_seconds"] is None else float(own["full_seconds"])
-    return float(full["seconds"]) if full["run"] == own["run"] else None
+def _gain(full: dict[str, Any], own: dict[str, Any]) -> float:
+    """How many times faster than the full model: what else a picture takes, decoding and text, is the same."""
+    if own.get("full_denoising") is None:
+        return float(full["seconds"] / own["seconds"])
+    return float((own["seconds"] - own["denoising"] + own["full_denoising"]) / own["seconds"])
 
 
 def spread(values: Sequence[float]) -> dict[str, Any] | None:

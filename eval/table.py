@@ -171,7 +171,7 @@ def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
     lacking = (
         "it is not in the run that times are of"
         if "timing" in found["provenance"]
-        else "the full model took no turns beside it"
+        else "the full model's were not taken beside it"
     )
     lines += [
         f"{label(row)}: no times, {lacking}"

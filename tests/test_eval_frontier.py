@@ -244,7 +244,7 @@ def test_what_was_timed_beside_no_full_model_has_no_times(swept: Path) -> None:
     found["rows"][1]["speedup"] = None
     (line,) = (line for line in table.markdown(found).splitlines() if line.startswith("| tofu 25% "))
     assert line.startswith("| tofu 25% | – | – | – |")
-    assert "tofu 25%: no times, the full model took no turns beside it" in table.markdown(found)
+    assert "tofu 25%: no times, the full model's were not taken beside it" in table.markdown(found)
 
 
 def test_runs_of_other_pictures_are_not_joined(

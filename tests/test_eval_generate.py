@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from tiny import sd15_pipe
 from tokenizers import Tokenizer
@@ -86,7 +86,7 @@ def test_only_the_damaged_batch_is_made_again_and_alike(pipe, tmp_path, calls, d
     damage(tmp_path / TOFU.key)
     calls.clear()
     assert run(pipe, tmp_path) == 1
-    assert {prompts for prompts, _ in calls[2 * generate.WARM_UPS :]} == {("an old oak",)}
+    assert [prompts for prompts, _ in calls[generate.WARM_UPS :]] == [("an old oak",)]
     assert (pixels(tmp_path, TOFU.key) == before).all()
 
 
@@ -113,9 +113,9 @@ def test_the_methods_take_turns_on_each_batch(pipe, tmp_path, monkeypatch):
     order = []
     draw = generate.draw
 
-    def noting(pipe, requests, method, settings, *, steps, output="pil"):
+    def noting(pipe, requests, method, settings, *, steps, output="pil", beside=None):
         order.append((method.key, len(requests), steps, output))
-        return draw(pipe, requests, method, settings, steps=steps, output=output)
+        return draw(pipe, requests, method, settings, steps=steps, output=output, beside=beside)
 
     monkeypatch.setattr(generate, "draw", noting)
     run(pipe, tmp_path)
@@ -159,39 +159,58 @@ def test_a_method_that_has_changed_is_drawn_again(pipe, tmp_path, calls):
     calls.clear()
     changed = replace(TOFU, identity={**TOFU.identity, "code": "other"})
     assert run(pipe, tmp_path, (FULL, changed)) == 3
-    assert len(calls) == 2 * 2 * generate.WARM_UPS + 2 * 2 * 2  # of two methods, for two sizes of batch
-
-
-@given(st.integers(0, 13), st.booleans(), st.booleans())
-def test_the_full_model_is_near_whatever_is_timed(others, there, timed):
-    """No method is more than a few turns after the full model; each draws what it is due of once, and is kept."""
-    due = [*([] if there else [FULL]), *(replace(TOFU, key=str(i)) for i in range(others))]
-    turns = generate.in_turns(due, timed)
-    assert [method for method, kept in turns if kept] == due
-    assert all(method is FULL for method, kept in turns if not kept)
-    seen = [method is FULL for method, _ in turns]
-    if timed and others:
-        assert seen[0]
-        assert sum(seen) == -(-others // generate.NEIGHBOURS)
-        assert all(any(seen[max(0, i - generate.NEIGHBOURS) : i + 1]) for i in range(len(seen)))
-    else:
-        assert turns == [(method, True) for method in due]
+    assert len(calls) == 2 * generate.WARM_UPS + 2  # for two sizes of batch; the full model's pictures stay
 
 
 def test_a_method_that_comes_later_is_timed_beside_the_full_model(pipe, tmp_path, monkeypatch):
-    """Whose pictures are there: it draws a few batches again, for their time alone."""
+    """In as many batches as are worth their double time."""
     run(pipe, tmp_path, (FULL,))
     before = {path: path.read_bytes() for path in (tmp_path / "full").iterdir()}
-    monkeypatch.setattr(generate, "RETIMED", 1)
+    monkeypatch.setattr(generate, "TIMED", 1)
     assert run(pipe, tmp_path) == 3
     assert {path: path.read_bytes() for path in (tmp_path / "full").iterdir()} == before
     full, own = (
         {r.id: files.read_json(tmp_path / key / f"{r.id}.json") for r in REQUESTS} for key in ("full", TOFU.key)
     )
-    assert own["0000"]["full_seconds"] > 0
-    assert own["0000"]["full_seconds"] != full["0000"]["seconds"]
-    assert own["0002"]["full_seconds"] is None
-    assert all(record["full_seconds"] == record["seconds"] for record in full.values())
+    assert own["0000"]["full_denoising"] > 0
+    assert own["0002"]["full_denoising"] is None
+    assert all(record["full_denoising"] == record["denoising"] for record in full.values())
+
+
+@pytest.mark.parametrize("name", ["tofu", "adaptive", "tofu@match_every=2", "tomesd", "deepcache:tofu"])
+def test_what_runs_beside_a_method_for_its_time_changes_no_picture(pipe, tmp_path, monkeypatch, name):
+    for peer, package in (("tomesd", "tomesd"), ("deepcache", "DeepCache")):
+        if name.startswith(peer):
+            pytest.importorskip(package)
+    (method,) = methods.parse(name, [0.5])
+    settings = replace(SETTINGS, steps=5)
+    run(pipe, tmp_path / "beside", (method,), settings)
+    monkeypatch.setattr(generate, "TIMED", 0)
+    run(pipe, tmp_path / "alone", (method,), settings)
+    told = [files.read_json(tmp_path / out / method.key / "0000.json") for out in ("beside", "alone")]
+    assert told[0]["full_denoising"] > 0
+    assert told[1]["full_denoising"] is None
+    assert told[0]["sha256"] == told[1]["sha256"]
+
+
+def test_a_twin_has_the_weights_and_not_the_patch(pipe):
+    beside = generate.twin(pipe.unet)
+    assert [a.data_ptr() for a in pipe.unet.parameters()] == [b.data_ptr() for b in beside.parameters()]
+    x, t, words = torch.randn(2, 4, 16, 16), 7, torch.randn(2, 5, pipe.unet.config.cross_attention_dim)
+    with torch.no_grad():
+        plain = pipe.unet(x, t, words).sample
+        with TOFU.applied(pipe):
+            assert not torch.equal(pipe.unet(x, t, words).sample, plain)
+            assert torch.equal(beside(x, t, words).sample, plain)
+
+
+def test_what_runs_beside_a_method_is_not_in_its_time(pipe, monkeypatch):
+    """By a clock that ticks when it is looked at: at the start, around the step of each, and at the end."""
+    monkeypatch.setattr(generate, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    _, cost = generate.draw(pipe, REQUESTS[:1], TOFU, SETTINGS, steps=2, beside=generate.twin(pipe.unet))
+    assert (cost["seconds"], cost["denoising"], cost["full_denoising"]) == (7 - 2, 2, 2)
+    _, cost = generate.draw(pipe, REQUESTS[:1], TOFU, SETTINGS, steps=2)
+    assert (cost["seconds"], cost["denoising"], cost["full_denoising"]) == (5, 2, None)
 
 
 @pytest.mark.parametrize("name", ["tofu", "deepcache:tofu", "todo", "hypertile"])
@@ -267,7 +286,7 @@ def test_the_device_is_waited_for_before_and_after_a_picture(pipe, monkeypatch):
     monkeypatch.setattr(generate, "synchronize", lambda device: order.append("wait"))
     clock = generate.time.perf_counter
     monkeypatch.setattr(generate.time, "perf_counter", lambda: order.append("look") or clock())
-    monkeypatch.setattr(generate, "denoising", lambda pipe: nullcontext(lambda: None))
+    monkeypatch.setattr(generate, "denoising", lambda *_: nullcontext(lambda: (None, None)))
     generate.draw(pipe, REQUESTS[:1], FULL, SETTINGS, steps=1)
     looks = [i for i, what in enumerate(order) if what == "look"]
     assert order[looks[0] - 1] == order[looks[-1] - 1] == "wait"
