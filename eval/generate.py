@@ -45,7 +45,11 @@ WARM_UPS, WARM_UP_STEPS = 2, 2
 TIMED = 10  # batches of each method that the full model's denoiser runs beside, which doubles what they take
 DRAWING = 1  # to be raised when `draw` draws otherwise than before
 RUNS = "runs"  # the folder of what is told of each run that drew pictures
-DERIVED = ("prompts_hash", "pipeline")  # settings that follow from others: where both differ, those say why
+DERIVED = (
+    "prompts_hash",
+    "pipeline",
+    "tokenizers",
+)  # settings that follow from others: where both differ, those say why
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Settings:
     torch: str
     diffusers: str
     transformers: str
+    tokenizers: str | None = None  # a hash of how prompts are read; older runs do not tell it
 
 
 def claim(out: Path, settings: Settings) -> None:

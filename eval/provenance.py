@@ -54,7 +54,7 @@ def _cpu_name() -> str:
 def pipeline_name(pipe: Any) -> str:
     """The pipeline's and its scheduler's class and a hash that changes with any setting, weight or word of theirs.
 
-    A model's revision is not asked for: what it is made of says more.
+    A model's revision is not asked for: what it is made of says more. How words are found is told by `tokenizers_hash`.
     """
     sha = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
@@ -65,12 +65,18 @@ def pipeline_name(pipe: Any) -> str:
         if isinstance(part, nn.Module):
             sha.update(weights_hash(part).encode())
         elif hasattr(part, "get_vocab"):
-            sha.update(words_hash(part).encode())
+            sha.update(str(sorted(part.get_vocab().items())).encode())
     return f"{type(pipe).__name__}, {type(pipe.scheduler).__name__}, {sha.hexdigest()[:12]}"
 
 
+def tokenizers_hash(pipe: Any) -> str:
+    """Changes with how a pipeline reads prompts."""
+    parts = [(name, words_hash(part)) for name, part in sorted(pipe.components.items()) if hasattr(part, "get_vocab")]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
+
+
 def words_hash(tokenizer: Any) -> str:
-    """The same of how a tokenizer reads texts: its words, how it splits and joins, how long a text may be."""
+    """Changes with how a tokenizer reads texts: its words, how it splits and joins, how long a text may be."""
     told: dict[str, Any] = {"length": tokenizer.model_max_length, "special": sorted(tokenizer.all_special_ids)}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:

@@ -440,6 +440,7 @@ def _settings(
         torch=str(torch.__version__),
         diffusers=provenance.version("diffusers") or "unknown",
         transformers=provenance.version("transformers") or "unknown",
+        tokenizers=provenance.tokenizers_hash(pipe),
     )
 
 

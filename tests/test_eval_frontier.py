@@ -221,6 +221,12 @@ def test_times_can_be_those_of_one_run_in_which_all_took_turns(
     drawing = tmp_path / "plot.svg"
     assert report.main([str(low), str(high), "--times", str(speed), "--plot", str(drawing)]) == 0
     assert drawing.exists()
+    older = part(swept, tmp_path / "older", lambda row: True, gain=5, tokenizers=None)
+    assert report.main([str(low), "--times", str(older), "--frontier"]) == 0  # what it does not tell is no difference
+    assert "5.00×" in capsys.readouterr().out
+    other = part(swept, tmp_path / "other", lambda row: True, tokenizers="others")
+    assert report.main([str(low), "--times", str(other), "--frontier"]) == 2
+    assert "low and other cannot be compared: tokenizers is '" in capsys.readouterr().err
     other = part(swept, tmp_path / "other", lambda row: True, dtype="float16")
     assert report.main([str(low), "--times", str(other), "--frontier"]) == 2
     assert "low and other cannot be compared: dtype is 'float32' in one, 'float16'" in capsys.readouterr().err
