@@ -36,7 +36,7 @@ SCHEMA = 1
 RESULTS, PER_IMAGE = "results.json", "per_image.csv"
 PAIRS = 10  # the worst and the best of each method
 GRID_ROWS = 6
-TIMES = ("seconds", "denoising", "speedup")  # of a row
+TIMES = ("seconds", "denoising", "speedup", "beside", "of_one_run")  # of a row
 THUMBNAIL, SMALL, MANY = 512, 160, 8  # pixels, at most; small ones for more methods than so many: a page must open
 THREE = 1600  # of three pictures side by side
 MAGNIFY = 4  # of the difference pictures
@@ -152,8 +152,10 @@ def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
         keys = {row["key"] for row in found["rows"] if "skipped" not in row}
         own = {row["key"] for row in other["rows"] if "skipped" not in row}
         told, also = found["provenance"], other["provenance"]
+        tokenizers = [name for run in (found, other) if (name := run["settings"].get("tokenizers"))]  # older: untold
         found = {
             **found,
+            "settings": {**found["settings"], "tokenizers": tokenizers[0] if tokenizers else None},
             "rows": [
                 *(row for row in found["rows"] if row["key"] in keys or row["key"] not in own),
                 *(row for row in other["rows"] if row["key"] not in keys and row["key"] in own),
@@ -179,13 +181,17 @@ def with_times(found: dict[str, Any], out: Path, times: Path) -> dict[str, Any]:
     alike(out, found, times, other, [name for name in found["settings"] if name not in ("n", "of", "device")])
     timed = {row["key"]: row for row in other["rows"]}
     rows = [
-        row if "skipped" in row else {**row, **{name: timed.get(row["key"], {}).get(name) for name in TIMES}}
+        row if "skipped" in row else {**row, **dict.fromkeys(TIMES), **_times(timed.get(row["key"], {}))}
         for row in found["rows"]
     ]
     told = found["provenance"]
     joined = [*told.get("joined", []), other["provenance"]["command"]]
     timing = {"commit": commits(other), "device": other["settings"]["device"]}
     return {**found, "rows": rows, "provenance": {**told, "joined": joined, "timing": timing}}
+
+
+def _times(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in TIMES if name in row}
 
 
 def _measured(found: dict[str, Any]) -> set[str]:

@@ -213,12 +213,15 @@ def speed(full: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     denoising = [own[id]["denoising"] for id in timed if own[id].get("denoising") is not None]
 
     def most(name: str) -> int | None:
-        return max((record[name] for record in own.values() if record.get(name) is not None), default=None)
+        whole = [record for record in own.values() if record["batch"] == largest]
+        return max((record[name] for record in whole if record.get(name) is not None), default=None)
 
     return {
         "seconds": spread([own[id]["seconds"] for id in timed]),
         "denoising": spread(denoising),
         "speedup": spread([_gain(full[id], own[id]) for id in together]),
+        "beside": bool(beside),
+        "of_one_run": all(full[id]["run"] == own[id]["run"] for id in timed),
         "peak_bytes": most("peak_bytes"),
         "reserved_bytes": most("reserved_bytes"),
         "held_bytes": most("held_bytes"),

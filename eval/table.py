@@ -42,10 +42,10 @@ class Cell:
 def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any], list[Cell]]]]:
     """Columns, and for each row of the results its cells (none for a method that was skipped)."""
     rows = [row for row in found["rows"] if "skipped" not in row]
-    columns = [Column("speed-up", "median over batches, full model / method in the same run; 5th to 95th percentile"),
+    columns = [Column("speed-up", "median over batches, full model / method; 5th to 95th percentile"),
                Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
-    # what was timed beside no full model is no time to read beside others
-    timed = [row["speedup"] is not None for row in rows]
+    # seconds of another run than the full model's are no time to read beside others; older runs have no speed-up then
+    timed = [row["speedup"] is not None and row.get("of_one_run") is not False for row in rows]
     cells = [
         [_spread(row["speedup"], 2, "×"), _spread(row["seconds"] if own else None, 2)]
         for row, own in zip(rows, timed, strict=True)
@@ -178,6 +178,11 @@ def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
         for row in found["rows"]
         if timed and "skipped" not in row and row["speedup"] is None
     ]
+    lines += [
+        f"{label(row)}: its seconds are of another run than the full model's, and not shown"
+        for row in found["rows"]
+        if timed and row.get("speedup") and row.get("of_one_run") is False
+    ]
     lines += _set_distances(found)
     if timed and all(row.get("peak_bytes") is None for row in found["rows"]):
         used = found["provenance"]["process_mib"]
@@ -214,6 +219,11 @@ def timing(found: dict[str, Any]) -> str:
         for n in sorted(set(numbers.values()) - {usual}, reverse=True)
     ]
     but = f" ({'; '.join(others)})" if others else ""
+    coarse = [label(row) for row in found["rows"] if row.get("speedup") and not row.get("beside")]
+    if coarse and len(coarse) < len(numbers):
+        but += f", step by step but for {', '.join(coarse)}, which were timed by turns"
+    elif not coarse:
+        but += ", step by step"
     said = f"Speed-up: median of {usual} batches{but}; it and s/image with the 5th to 95th percentile"
     other = found["provenance"].get("timing")
     return said + (f"; all of another run, on {other['device']}, of commit {other['commit']}." if other else ".")

@@ -83,3 +83,24 @@ def test_weighted_attention_is_right_by_whichever_way_it_goes() -> None:
     exact = by_mask(q.double(), k.double(), v.double(), bias.double())
     for way in (attend, by_mask, by_channel):
         assert (way(q, k, v, bias).double() - exact).abs().max() < 2e-3  # of numbers below 4, in half precision
+
+
+def test_the_memory_of_what_runs_beside_a_method_is_not_the_methods() -> None:
+    from eval import generate, methods
+    from eval.prompts import Request
+
+    settings = generate.Settings("m", "p", "own", "h", 0, 64, 2, None, 1, "cuda", "float32", "a", "t", "d", "tf")
+    pipe, requests = tiny.sd15_pipe().to("cuda"), [Request("0000", "a fox", 0)]
+    pipe.set_progress_bar_config(disable=True)
+    (method,) = methods.parse("tofu", [0.5])
+
+    class Large(torch.nn.Module):
+        def forward(self, *_: Any, **__: Any) -> None:
+            torch.empty(2**28, device="cuda")
+
+    with method.applied(pipe):
+        draws = [generate.draw(pipe, requests, method, settings, steps=2, beside=b)[1] for b in (None, None, Large())]
+    assert draws[2]["peak_bytes"] == draws[1]["peak_bytes"] > 0
+    assert draws[2]["full_denoising"] > 0
+    assert draws[1]["reserved_bytes"] >= 0
+    assert draws[2]["reserved_bytes"] is None

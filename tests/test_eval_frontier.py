@@ -212,8 +212,8 @@ def test_times_can_be_those_of_one_run_in_which_all_took_turns(
     assert "| todo | – |" in table
     assert "todo: no times, it is not in the run that times are of" in table
     assert (
-        "Speed-up: median of 1 batches; it and s/image with the 5th to 95th percentile; all of another run, on another "
-        "machine, of commit" in table
+        "Speed-up: median of 1 batches, step by step; it and s/image with the 5th to 95th percentile; all of another "
+        "run, on another machine, of commit" in table
     )
     assert table.endswith("\n\n`draw low`\n\n`draw high`\n\n`draw speed`\n")
     assert report.main([str(low), str(high), "--times", str(speed), "--frontier"]) == 0
@@ -232,17 +232,35 @@ def test_times_can_be_those_of_one_run_in_which_all_took_turns(
     assert "low and other cannot be compared: dtype is 'float32' in one, 'float16'" in capsys.readouterr().err
 
 
+def test_which_rows_were_timed_by_turns_is_told(swept: Path) -> None:
+    """As older runs were: a shared machine is another one a turn later."""
+    found, _ = report.read(swept)
+    assert " batches, step by step; it and s/image" in table.markdown(found)
+    del found["rows"][1]["beside"]
+    assert ", step by step but for tofu 25%, which were timed by turns; it" in table.markdown(found)
+    for row in found["rows"]:
+        row.pop("beside", None)
+    assert "step by step" not in table.markdown(found)
+    found["rows"][2]["of_one_run"] = False
+    shown = table.markdown(found, ["speed-up", "s/image"])
+    line = next(line for line in shown.splitlines() if line.startswith(f"| {table.label(found['rows'][2])} |"))
+    assert re.fullmatch(r"\| [^|]+ \| \d.*× \([^)]*\) \| – \|", line)
+    assert f"{table.label(found['rows'][2])}: its seconds are of another run than the full model's" in shown
+
+
 def test_of_how_many_batches_times_are_is_told(swept: Path) -> None:
     """A row of three batches has the narrowest spread, and looks like the best measured."""
     found, _ = report.read(swept)
     n = found["rows"][0]["speedup"]["n"]
     found["rows"][2]["speedup"]["n"] = n + 1
-    assert f"Speed-up: median of {n} batches (tofu 50% of {n + 1}); it and s/image" in table.markdown(found)
+    assert f"Speed-up: median of {n} batches (tofu 50% of {n + 1}), step by step; it and s/image" in table.markdown(
+        found
+    )
     few = [row for row in found["rows"] if row["ratio"] == 0.5][1:]
     for row in few:
         row["speedup"]["n"] = n - 1
     names = ", ".join(table.label(row) for row in few)
-    assert f"(tofu 50% of {n + 1}; {names} of {n - 1}); it and s/image" in table.markdown(found)
+    assert f"(tofu 50% of {n + 1}; {names} of {n - 1}), step by step; it and s/image" in table.markdown(found)
 
 
 def test_what_was_timed_beside_no_full_model_has_no_times(swept: Path) -> None:

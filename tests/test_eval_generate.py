@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 import itertools
 import json
 import os
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -204,6 +206,41 @@ def test_a_twin_has_the_weights_and_not_the_patch(pipe):
             assert torch.equal(beside(x, t, words).sample, plain)
 
 
+def test_what_a_method_does_between_steps_is_its_own_time(pipe, monkeypatch):
+    """As counting what is alike: the full model does nothing of it."""
+    clock = itertools.count()
+
+    @contextmanager
+    def slow(pipe):
+        hook = pipe.unet.register_forward_pre_hook(lambda *_: [next(clock) for _ in range(100)] and None)
+        yield
+        hook.remove()
+
+    method = replace(TOFU, applied=slow)
+    monkeypatch.setattr(generate, "time", SimpleNamespace(perf_counter=clock.__next__))
+    with method.applied(pipe):
+        cost = generate.draw(pipe, REQUESTS[:1], method, SETTINGS, steps=2, beside=generate.twin(sd15_pipe().unet))[1]
+    assert (cost["denoising"], cost["full_denoising"]) == (2 * 101, 2)
+
+
+def test_of_several_drawings_the_fastest_is_compared_with_the_fastest():
+    """One in which the full model was held up would be a speed-up of nothing."""
+    own = [{"seconds": s, "denoising": s - 1, "full_denoising": f} for s, f in ((5, 4), (4, 9), (6, 5))]
+    counted = functools.reduce(generate.fastest, own)
+    assert counted == {"seconds": 4, "denoising": 3, "full_denoising": 4}
+    full = [{"seconds": s, "denoising": d, "full_denoising": d} for s, d in ((5, 4), (4, 3.5), (6, 3))]
+    assert functools.reduce(generate.fastest, full) == full[1]
+    assert generate.fastest(*({**cost, "full_denoising": None} for cost in own[:2]))["full_denoising"] is None
+
+
+def test_a_folder_of_before_tokenizers_were_told_is_still_what_it_was():
+    older = replace(SETTINGS, tokenizers=None)
+    whole = {name: value for name, value in asdict(older).items() if name != "tokenizers"}
+    told = json.dumps([generate.DRAWING, whole, TOFU.identity], sort_keys=True)
+    assert generate.identity(older, TOFU) == hashlib.sha256(told.encode()).hexdigest()[:16]
+    assert generate.identity(replace(SETTINGS, tokenizers="a"), TOFU) != generate.identity(older, TOFU)
+
+
 def test_what_runs_beside_a_method_is_not_in_its_time(pipe, monkeypatch):
     """By a clock that ticks when it is looked at: at the start, around the step of each, and at the end."""
     monkeypatch.setattr(generate, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
@@ -254,7 +291,9 @@ def test_another_model_has_another_name(change):
         pipe.tokenizer.model_max_length = 10
     else:
         pipe.scheduler.register_to_config(steps_offset=0)
-    assert name(pipe) != before
+    after = name(pipe)
+    told = change == "a word", change in ("how words are split", "the length of a text", "a word")
+    assert (after[0] != before[0], after[1] != before[1]) == (told[0] or not told[1], told[1])
 
 
 def test_a_tokenizer_without_rules_of_its_own_is_known_by_its_files(tmp_path):
