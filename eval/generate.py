@@ -45,11 +45,8 @@ WARM_UPS, WARM_UP_STEPS = 2, 2
 TIMED = 10  # batches of each method that the full model's denoiser runs beside, which doubles what they take
 DRAWING = 1  # to be raised when `draw` draws otherwise than before
 RUNS = "runs"  # the folder of what is told of each run that drew pictures
-DERIVED = (
-    "prompts_hash",
-    "pipeline",
-    "tokenizers",
-)  # settings that follow from others: where both differ, those say why
+# settings that follow from others: where both differ, those say why
+DERIVED = ("prompts_hash", "pipeline", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -256,10 +253,7 @@ def generate(
                 for request, image in zip(batch, images, strict=True):
                     if request in lacking:
                         first = request is lacking[0]  # one time a batch
-                        figures = {
-                            "run": run, "batch": len(batch), "drawn_with": ids, "timed": first,
-                            **cost,
-                        }  # fmt: skip
+                        figures = {"run": run, "batch": len(batch), "drawn_with": ids, "timed": first, **cost}
                         _save(out, settings, method, request, image, figures)
                         made += 1
                 progress.update(len(batch))
