@@ -21,7 +21,7 @@ from .files import listed, to_json
 from .generate import DERIVED
 from .methods import FULL
 from .options import Help, Parser, command
-from .table import commits, flaws, gap, label, short
+from .table import commits, flaws, gained, gap, label, measured, short, spent, unlike
 
 SAME = ("model", "prompts", "seed", "size", "steps", "guidance", "dtype", "batch", "attention", "n", *DERIVED)
 TIMED = ("device", "torch", "diffusers", "transformers")
@@ -38,10 +38,11 @@ EXAMPLES = """examples:
 @dataclass(frozen=True)
 class Comparison:
     """told: what differs in the circumstances. rows: for each method of both runs and each metric, both and the gap.
-    flaws: pictures of either that are none."""
+    measured: by what each metric was. flaws: pictures of either that are none, or differ by more than their method."""
 
     told: dict[str, tuple[Any, Any]]
     rows: list[dict[str, str]]
+    measured: list[str]
     flaws: list[str]
 
 
@@ -54,8 +55,8 @@ def compare(a: Path, b: Path) -> Comparison:
     told |= _differing(*machines)
     told |= _differing(*({name: of for name, of in one.items() if name not in TIMED} for one in packages))
     told |= _differing({"commit": commits(first)}, {"commit": commits(second)})
-    measured = {m["name"]: m for m in first["metrics"] if "skipped" not in m}
-    shared = [measured[m["name"]] for m in second["metrics"] if m["name"] in measured and "skipped" not in m]
+    mine = {m["name"]: m for m in first["metrics"] if "skipped" not in m}
+    shared = [mine[m["name"]] for m in second["metrics"] if m["name"] in mine and "skipped" not in m]
     alike = not told.keys() & {*TIMED, *machines[0], *machines[1]}
     others = {row["key"]: row for row in second["rows"] if "skipped" not in row}
     rows = []
@@ -63,12 +64,12 @@ def compare(a: Path, b: Path) -> Comparison:
         if "skipped" in row or row["key"] == FULL.key or row["key"] not in others:
             continue
         other = others[row["key"]]
-        rows.append({"method": label(row), "figure": "s/image", **_times(row, other, alike)})
-        mine, theirs = (
+        rows += [{"method": label(row), **told} for told in _times(row, other, alike)]
+        own, theirs = (
             {image["id"]: image for image in images if image["key"] == row["key"]}
             for images in (first_images, second_images)
         )
-        for one, other_one, where in ((mine, theirs, b), (theirs, mine, a)):
+        for one, other_one, where in ((own, theirs, b), (theirs, own, a)):
             if missing := sorted(one.keys() - other_one.keys()):
                 raise EvalError(
                     f"{a.name} and {b.name} cannot be compared: {where.name} has no picture {listed(missing)}"
@@ -78,13 +79,15 @@ def compare(a: Path, b: Path) -> Comparison:
                 "method": label(row), "figure": metric["name"],
                 "a": short(row["metrics"].get(metric["name"]), metric["digits"]),
                 "b": short(other["metrics"].get(metric["name"]), metric["digits"]),
-                "b - a": gap(list(theirs.values()), mine, metric)
+                "b - a": gap(list(theirs.values()), own, metric)
                 if metric["per_image"] else "–",
             })  # fmt: skip
     if not rows:
         raise EvalError(f"{a.name} and {b.name} have no method in common")
-    flawed = [f"{out.name}: {line}" for out, found in ((a, first), (b, second)) for line in flaws(found)]
-    return Comparison(told, rows, flawed)
+    flawed = [
+        f"{out.name}: {line}" for out, found in ((a, first), (b, second)) for line in (*flaws(found), *unlike(found))
+    ]
+    return Comparison(told, rows, measured(shared), flawed)
 
 
 def _of_drawing(found: dict[str, Any], part: str) -> dict[str, str]:
@@ -99,14 +102,13 @@ def _differing(a: dict[str, str], b: dict[str, str]) -> dict[str, tuple[Any, Any
     return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
 
 
-def _times(a: dict[str, Any], b: dict[str, Any], alike: bool) -> dict[str, str]:
-    # what was timed beside no full model is no time to read beside others
-    x, y = (row["seconds"]["median"] if row["speedup"] and row["seconds"] else None for row in (a, b))
-    first = "–" if x is None else f"{x:.2f}"
-    if not alike:
-        return {"a": first, "b": "n/a (other circumstances)", "b - a": "–"}
-    gap = "–" if x is None or y is None else f"{y - x:+.2f}"
-    return {"a": first, "b": "–" if y is None else f"{y:.2f}", "b - a": gap}
+def _times(a: dict[str, Any], b: dict[str, Any], alike: bool) -> list[dict[str, str]]:
+    """Both runs' medians with their percentiles. What two runs differ by is the machine's as much as the method's, so
+    that there is no b - a."""
+    return [
+        {"figure": figure, "a": told(a), "b": told(b) if alike else "n/a (other circumstances)", "b - a": "–"}
+        for figure, told in (("speed-up", gained), ("s/image", spent))
+    ]
 
 
 def parser() -> Parser:
@@ -127,7 +129,10 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     found = compare(options.a, options.b)
     if options.json:
-        print(to_json({"differ": found.told, "rows": found.rows, "flaws": found.flaws}), end="")
+        print(
+            to_json({"differ": found.told, "rows": found.rows, "measured": found.measured, "flaws": found.flaws}),
+            end="",
+        )
         return 0
     drawn = Table(title=f"{options.a.name} and {options.b.name}", box=SIMPLE_HEAD)
     for title in ("method", "figure", "a", "b", "b - a"):
@@ -142,10 +147,12 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"{name}: {mine} in a, {its} in b", style="dim", highlight=False, markup=False)
     for line in found.flaws:
         console.print(line, highlight=False, markup=False)
-    console.print(
-        "a, b: against the full model of the same run; b - a: on the same pictures, with a 95 % interval.",
-        style="dim", highlight=False,
-    )  # fmt: skip
+    for line in (
+        *found.measured,
+        "a, b: against the full model of the same run, with 95 % intervals, times with their 5th to 95th percentile; "
+        "b - a: on the same pictures, with a 95 % interval.",
+    ):
+        console.print(line, style="dim", highlight=False, markup=False)
     return 0
 
 

@@ -19,7 +19,7 @@ from tofu_sd import TokenFusion, recipes
 
 from . import EvalError, plots
 from .methods import FULL, SCALE
-from .table import circumstances, commands, flaws, gained, label, short, timing
+from .table import circumstances, commands, flaws, full_row, gained, label, measured, short, timing, unlike
 
 FORMS = {"fused": "o", "with log n (+p)": "^", "keys and values (kv:)": "s", "both": "D"}
 COLOURS = ("#3358d4", "#d6409f", "#30a46c", "#f76b15", "#8e4ec6", "#12a594", "#978365", "#60646c")
@@ -54,13 +54,18 @@ class Point:
     high: float
 
 
+def compared(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of methods."""
+    return [row for row in found["rows"] if row["key"] not in (FULL.key, SCALE.key) and "skipped" not in row]
+
+
 def points(found: dict[str, Any], cost: Cost, metric: dict[str, Any]) -> list[Point]:
     """The methods of a run that have both figures."""
-    full = next(row for row in found["rows"] if row["key"] == FULL.key)
+    full = full_row(found)
     drawn = []
-    for row in found["rows"]:
-        figure = row.get("metrics", {}).get(metric["name"])
-        if row["key"] in (FULL.key, SCALE.key) or "skipped" in row or not figure or figure["value"] is None:
+    for row in compared(found):
+        figure = row["metrics"].get(metric["name"])
+        if not figure or figure["value"] is None:
             continue
         at = cost.of(row, full)
         if at is not None:
@@ -83,11 +88,10 @@ def frontier(drawn: Sequence[Point], lower_is_better: bool) -> list[Point]:
 
 def metrics_shown(found: dict[str, Any]) -> list[dict[str, Any]]:
     """The perceptual one there is, and structural similarity."""
-    compared = [row["metrics"] for row in found["rows"] if "metrics" in row and row["key"] not in (FULL.key, SCALE.key)]
     there = {
         m["name"]: m
         for m in found["metrics"]
-        if any((figures.get(m["name"]) or {}).get("value") is not None for figures in compared)
+        if any((row["metrics"].get(m["name"]) or {}).get("value") is not None for row in compared(found))
     }
     perceptual = next((name for name in there if name.startswith("LPIPS")), "PD-judge")
     return [there[name] for name in (perceptual, "MS-SSIM", "PSNR") if name in there][:2]
@@ -176,6 +180,8 @@ def svg(found: dict[str, Any]) -> str:
         axes = figure.subplots(len(shown) + 1, len(costs), squeeze=False, height_ratios=heights)
         for (i, j), drawn in panels.items():
             _panel(axes[i][j], drawn, fronts[i, j], shown[i], costs[j], looks, number)
+            if (without := len(compared(found)) - len(drawn)) > 0:
+                axes[i][j].set_xlabel(f"{costs[j].title}\n({without} not shown for lack of it)")
         for ax in axes[-1]:
             ax.axis("off")
         names = [f"{number[p.row['key']]}  {label(p.row)}" for p in sorted(best, key=lambda p: p.cost)]
@@ -245,8 +251,10 @@ def best(found: dict[str, Any], by: str | None = None) -> tuple[Cost, dict[str, 
 
 
 def markdown(found: dict[str, Any], by: str | None = None) -> str:
-    """The methods of `best`, and how to ask for each."""
-    cost, _, front = best(found, by)
+    """The methods of `best`, and how to ask for each; below it those that have no place, for lack of a figure."""
+    cost, metric, front = best(found, by)
+    placed = {point.row["key"] for point in points(found, cost, metric)}
+    out = [label(row) for row in compared(found) if row["key"] not in placed]
     shown = [m for m in found["metrics"] if "skipped" not in m and (m in metrics_shown(found) or m["name"] == "PSNR")]
     titles = [f"{m['name']} {'↓' if m['lower_is_better'] else '↑'}" for m in shown]
     lines = [f"| method | {cost.title} | speed-up | {' | '.join(titles)} | how |"]
@@ -256,7 +264,8 @@ def markdown(found: dict[str, Any], by: str | None = None) -> str:
         cells += [short(point.row["metrics"].get(m["name"]), m["digits"]) for m in shown]
         lines.append(f"| {label(point.row)} | {' | '.join(cells)} | {how(point.row)} |")
     shown_rows = {**found, "rows": [point.row for point in front]}
-    told = [circumstances(found) + ".", timing(shown_rows), *flaws(found)]
+    told = [circumstances(found) + ".", timing(shown_rows), *measured(shown), *flaws(found), *unlike(found)]
+    told += [f"Not compared, for lack of {cost.name} or {metric['name']}: {', '.join(out)}."] if out else []
     return "\n".join([*lines, "", *told, "", commands(found)]) + "\n"
 
 

@@ -89,13 +89,18 @@ def refuse_others(out: Path, settings: Settings) -> bool:
         if others:
             raise EvalError(f"--out {out.name}: the folder is not empty and holds no settings.json; give another")
         return True
-    for name in sorted(dict.fromkeys([*new, *old]), key=DERIVED.__contains__):
-        if old.get(name) != new.get(name):
-            raise EvalError(
-                f"--out {out.name}: its pictures were made with {name} {old.get(name)!r}, this run has "
-                f"{new.get(name)!r}; give another folder or delete it"
-            )
+    if name := differing(new, old):
+        raise EvalError(
+            f"--out {out.name}: its pictures were made with {name} {old.get(name)!r}, this run has "
+            f"{new.get(name)!r}; give another folder or delete it"
+        )
     return False
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """The setting to name where two pictures cannot be compared; None where they can."""
+    names = sorted(dict.fromkeys([*one, *other]), key=DERIVED.__contains__)
+    return next((name for name in names if one.get(name) != other.get(name)), None)
 
 
 def settings_of(out: Path) -> Settings | None:
@@ -215,7 +220,7 @@ def generate(
         print(f"damaged, drawn again: {listed(broken)}", file=sys.stderr)
     pictures, made = sum(len(batch) * len(due) for batch, due in turns), 0
     run = uuid.uuid4().hex[:12]
-    beside, timed = twin(denoiser_of(pipe)), Counter[str]()
+    beside, timed, last = twin(denoiser_of(pipe)), Counter[str](), ""
     if pictures and told is not None:
         write_json(out / RUNS / f"{run}.json", told)
     with (
@@ -241,8 +246,9 @@ def generate(
             for method in due:
                 progress.set_description(method.key, refresh=False)
                 with method.applied(pipe):
-                    if len(due) > 1:  # what the first step after a switch lays out or fetches anew is not the method's
+                    if method.key != last:  # what a step after a switch lays out or fetches anew is not the method's
                         draw(pipe, batch, method, settings, steps=1, output="latent")
+                    last = method.key
                     near = beside if timed[method.key] < TIMED / team.size else None
                     images, cost = draw(pipe, batch, method, settings, steps=settings.steps, beside=near)
                     for _ in range(repeats - 1):
@@ -310,15 +316,18 @@ def draw(
     synchronize(device)
     with denoising(pipe, None if other is None else aside) as told:
         start = time.perf_counter()
-        images = pipe(
-            prompt=[request.prompt for request in requests],
-            generator=generators,
-            num_inference_steps=steps,
-            height=settings.size,
-            width=settings.size,
-            output_type=output,
-            **guidance,
-        ).images
+        try:
+            images = pipe(
+                prompt=[request.prompt for request in requests],
+                generator=generators,
+                num_inference_steps=steps,
+                height=settings.size,
+                width=settings.size,
+                output_type=output,
+                **guidance,
+            ).images
+        except ValueError as error:  # as pipelines refuse what they are asked for
+            raise EvalError(f"{method.name}: the model cannot draw this: {error}") from error
         synchronize(device)
         seconds = time.perf_counter() - start
         denoised, full_denoised = told()

@@ -102,10 +102,12 @@ _BROKEN = (
     RuntimeError,
     KeyError,
     ValueError,
+    TypeError,
+    AttributeError,
     EOFError,
     UnpicklingError,
     SafetensorError,
-)  # files of weights, and downloads
+)  # files of weights, whatever they hold, and downloads
 
 
 @dataclass(frozen=True)
@@ -289,7 +291,10 @@ def _inception(weights: Path | None, device: torch.device) -> Features | str:
         with full_precision(), torch.no_grad():
             return model(pictures.to(device)).cpu()
 
-    about = f"Inception 2048, torchmetrics {version('torchmetrics')}, antialias, weights {weights_hash(model)}"
+    about = (
+        f"Inception 2048, torchmetrics {version('torchmetrics')}, torch-fidelity {version('torch-fidelity')}, "
+        f"antialias, weights {weights_hash(model)}"
+    )
     return Features(about, compute)
 
 

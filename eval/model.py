@@ -70,6 +70,13 @@ def try_out(pipe: Any, chosen: Sequence[Method]) -> None:
             raise EvalError(f"method {method.name!r} does not fit this model: {error}") from error
 
 
+def check_steps(pipe: Any, steps: int) -> None:
+    """EvalError for more steps than the model's noise has."""
+    most = getattr(pipe.scheduler.config, "num_train_timesteps", None)
+    if isinstance(most, int) and steps > most:
+        raise EvalError(f"--steps is {steps}; the model's scheduler has {most}")
+
+
 def own_size(pipe: Any) -> int:
     """Pixels a side of the pictures a pipeline was trained for."""
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)

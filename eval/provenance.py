@@ -21,7 +21,7 @@ from torch import nn
 from .files import without_paths
 
 PACKAGES = ("tofu-sd", "torch", "diffusers", "transformers", "accelerate", "tomesd", "deepcache", "lpips",
-            "torchmetrics", "pytorch-msssim", "numpy", "pillow")  # fmt: skip
+            "torchmetrics", "torch-fidelity", "torchvision", "pytorch-msssim", "numpy", "pillow")  # fmt: skip
 
 
 def version(package: str) -> str | None:

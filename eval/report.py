@@ -135,7 +135,8 @@ def alike(a: Path, first: dict[str, Any], b: Path, second: dict[str, Any], names
 def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The rows of several runs of the same settings as those of one; of a method that two have, the first one's.
 
-    A row keeps the speed-up over the full model of its own run. EvalError where settings differ.
+    A row keeps the speed-up over the full model of its own run, beside which its seconds are of another one. EvalError
+    where settings differ.
     """
     found, images = read(outs[0])
     for out in outs[1:]:
@@ -151,6 +152,7 @@ def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
             )
         keys = {row["key"] for row in found["rows"] if "skipped" not in row}
         own = {row["key"] for row in other["rows"] if "skipped" not in row}
+        more = [{**row, "of_one_run": False} for row in other["rows"] if row["key"] in own - keys]
         told, also = found["provenance"], other["provenance"]
         tokenizers = [name for run in (found, other) if (name := run["settings"].get("tokenizers"))]  # older: untold
         found = {
@@ -158,7 +160,7 @@ def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
             "settings": {**found["settings"], "tokenizers": tokenizers[0] if tokenizers else None},
             "rows": [
                 *(row for row in found["rows"] if row["key"] in keys or row["key"] not in own),
-                *(row for row in other["rows"] if row["key"] not in keys and row["key"] in own),
+                *more,
             ],
             "provenance": {
                 **told,

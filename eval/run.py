@@ -27,9 +27,9 @@ from tofu_sd.environment import check_torchvision
 
 from . import EvalError, flops, maps, methods, metrics, peers, prompts, provenance, report, suites, table
 from .files import listed, tidy, to_json
-from .generate import Settings, claim, damaged, generate, refuse_others, runs, settings_of, take_over
+from .generate import Settings, claim, damaged, differing, generate, refuse_others, runs, settings_of, take_over
 from .methods import FULL, SCALE, Method
-from .model import load_model, own_size, try_out
+from .model import check_steps, load_model, own_size, try_out
 from .options import (
     Help,
     Parser,
@@ -255,11 +255,12 @@ def plan(options: argparse.Namespace) -> Job:
         if name in options.typed and not set(takers) & set(measured):
             raise EvalError(f"{written(name)} is for {' and '.join(takers)}, which --metrics does not ask for")
     for method in chosen:
-        if method.fusion and method.fusion.min_tokens == "auto":
-            raise EvalError(
-                f"{method.name}: what min_tokens=auto leaves alone is measured anew by every process, so that pictures "
-                "of two runs need not agree; give a number of tokens"
-            )
+        for name, number in (("min_tokens", "of tokens"), ("depth_split", "of blocks")):
+            if method.fusion and getattr(method.fusion, name) == "auto":
+                raise EvalError(
+                    f"{method.name}: what {name}=auto comes to is measured anew by every process, so that pictures of "
+                    f"two runs need not agree; give a number {number}"
+                )
     if options.maps and not any(method.fusion for method in chosen):
         raise EvalError("--maps shows what this package's methods fuse, and --method asks for none of them")
     device = pick_device(options.device)
@@ -301,18 +302,32 @@ def dry(job: Job) -> dict[str, Any]:
 
 def ready(job: Job) -> tuple[Any, nn.Module | None, Settings, Path]:
     """(pipeline, its judge, settings, folder) of pictures to be drawn. EvalError for what no model would do."""
-    reference = job.options.reference
-    if reference and not (reference / FULL.key).is_dir():
-        raise EvalError(f"--reference {reference.name}: there is no folder {FULL.key!r} in it")
     dtype = pick_dtype(job.options.dtype, job.device)
     pipe, judge = load_model(job.options.model, job.device, dtype)
     try_out(pipe, job.chosen)
+    check_steps(pipe, job.options.steps)
     if job.options.map_block is not None:
         maps.check(pipe, job.drawn, job.options.map_block)
     settings = _settings(job.options, pipe, job.requests, job.device, dtype)
     if any(method.name.rpartition(":")[2] == "hypertile" for method in job.chosen):
         peers.check_tiles(pipe, settings.size // pipe.vae_scale_factor)
+    if job.options.reference:
+        check_reference(job.options.reference, settings)
     return pipe, judge, settings, job.options.out or default_out(settings, job.options.limit, job.options.only)
+
+
+def check_reference(folder: Path, settings: Settings) -> None:
+    """EvalError for a folder none of whose pictures this run could take, naming why."""
+    if not (folder / FULL.key).is_dir():
+        raise EvalError(f"--reference {folder.name}: there is no folder {FULL.key!r} in it")
+    theirs = settings_of(folder)
+    if theirs is None:
+        raise EvalError(f"--reference {folder.name}: there is no settings.json of eval.run in it")
+    mine, its = asdict(settings), asdict(theirs)
+    if name := differing(mine, its):
+        raise EvalError(
+            f"--reference {folder.name}: its pictures were made with {name} {its[name]!r}, this run has {mine[name]!r}"
+        )
 
 
 def tell_too_small(job: Job, settings: Settings) -> None:

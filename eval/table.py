@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,12 @@ def gained(row: dict[str, Any]) -> str:
     return str(_spread(row["speedup"], 2, "×"))
 
 
+def spent(row: dict[str, Any]) -> str:
+    """A row's seconds per image with their percentiles; none of what was timed beside no full model, as no time to read
+    beside others."""
+    return str(_spread(row["seconds"] if row["speedup"] else None, 2))
+
+
 def _spread(spread: dict[str, Any] | None, digits: int, unit: str = "") -> Cell:
     if spread is None:
         return Cell("–")
@@ -152,45 +158,51 @@ def commands(found: dict[str, Any]) -> str:
     return "\n\n".join(f"`{command}`" for command in (told["command"], *told.get("joined", [])))
 
 
-def notes(found: dict[str, Any], timed: bool = True) -> list[str]:
-    """What has to be said below the table. timed: whether it shows times."""
+def notes(found: dict[str, Any], shown: Collection[str] | None = None) -> list[str]:
+    """What has to be said below the table. shown: the titles of its columns, where it has not all of them."""
+    seconds, memory = (shown is None or title in shown for title in ("s/image", "memory"))
+    timed = seconds or "speed-up" in (shown or ())
     lines = ["Against the full model's pictures under the same seeds; intervals of the metrics: 95 %."]
     if timed:
         lines[0] += f" {timing(found)}"
-    measured = [f"{m['name']}: {m['implementation']}" for m in found["metrics"] if "skipped" not in m]
-    lines += ["; ".join(measured) + "."] if measured else []
-    lines += [f"{m['name']}: skipped: {m['skipped']}" for m in found["metrics"] if "skipped" in m]
+    lines += measured(found["metrics"])
     lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
-    lines += flaws(found)
-    lines += [
-        f"{label(row)}: {row['other_batch']} of {row['n']} pictures were drawn in another batch than the full model's, "
-        "which changes the last bits, and more where a method decides for a batch at once"
-        for row in found["rows"]
-        if row.get("other_batch")
-    ]
+    lines += [*flaws(found), *unlike(found)]
     lacking = (
         "it is not in the run that times are of"
         if "timing" in found["provenance"]
         else "the full model's were not taken beside it"
     )
-    lines += [
-        f"{label(row)}: no times, {lacking}"
-        for row in found["rows"]
-        if timed and "skipped" not in row and row["speedup"] is None
-    ]
-    lines += [
-        f"{label(row)}: its seconds are of another run than the full model's, and not shown"
-        for row in found["rows"]
-        if timed and row.get("speedup") and row.get("of_one_run") is False
-    ]
+    untimed = [label(row) for row in found["rows"] if timed and "skipped" not in row and row["speedup"] is None]
+    lines += [f"{', '.join(untimed)}: no times, {lacking}"] if untimed else []
+    others = [label(r) for r in found["rows"] if seconds and r.get("speedup") and r.get("of_one_run") is False]
+    lines += [f"{', '.join(others)}: seconds of another run than the full model's are not shown"] if others else []
     lines += _set_distances(found)
     if timed and all(row.get("peak_bytes") is None for row in found["rows"]):
         used = found["provenance"]["process_mib"]
         whole = f"; the whole process took {used:,} MiB at most" if used else ""
         lines.append(f"Memory by method: n/a off CUDA{whole}.")
-    elif timed and (held := max(row.get("held_bytes") or 0 for row in found["rows"])):
+    elif memory and (held := max(row.get("held_bytes") or 0 for row in found["rows"])):
         lines.append(f"Memory: the most of any batch, beyond the {held / 2**20:,.0f} MiB that the model itself holds.")
     return lines
+
+
+def measured(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """By what each metric was measured, in a line, and why others were not. metrics: as results.json lists them."""
+    by = [f"{m['name']}: {m['implementation']}" for m in metrics if "skipped" not in m]
+    return (["; ".join(by) + "."] if by else []) + [
+        f"{m['name']}: skipped: {m['skipped']}" for m in metrics if "skipped" in m
+    ]
+
+
+def unlike(found: dict[str, Any]) -> list[str]:
+    """Of pictures that differ from the full model's by more than their method."""
+    return [
+        f"{label(row)}: {row['other_batch']} of {row['n']} pictures were drawn in another batch than the full model's, "
+        "which changes the last bits, and more where a method decides for a batch at once"
+        for row in found["rows"]
+        if row.get("other_batch")
+    ]
 
 
 def flaws(found: dict[str, Any]) -> list[str]:
@@ -309,8 +321,13 @@ def _below(text: str) -> str:
 def with_rows(found: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """The results with these rows alone, in this order; all of them where none are named."""
     rows = {label(row): row for row in found["rows"]}
-    full = next(row for row in found["rows"] if row["key"] == FULL.key)
-    return {**found, "rows": [rows[name] for name in known("row", labels, list(rows))], "full": full}
+    return {**found, "rows": [rows[name] for name in known("row", labels, list(rows))], "full": full_row(found)}
+
+
+def full_row(found: dict[str, Any]) -> dict[str, Any]:
+    """The full model's, whether or not it is among those that are shown."""
+    row: dict[str, Any] = found.get("full") or next(row for row in found["rows"] if row["key"] == FULL.key)
+    return row
 
 
 def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
@@ -329,9 +346,8 @@ def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
         texts = [str(cell) for cell in cells]
         lines.append(f"| {label(row)} | {' | '.join(texts[i] if texts else 'skipped' for i in chosen)} |")
     shown = {titles[i] for i in chosen}
-    metrics = [metric for metric in found["metrics"] if not columns or metric["name"] in shown]
-    timed = not shown.isdisjoint({"speed-up", "s/image"})
-    lines += ["", circumstances(found) + ".", *notes({**found, "metrics": metrics}, timed)]
+    metrics = [m for m in found["metrics"] if not columns or m["name"] in shown or "skipped" in m]
+    lines += ["", circumstances(found) + ".", *notes({**found, "metrics": metrics}, shown)]
     return "\n".join([*lines, "", commands(found)]) + "\n"
 
 
@@ -363,7 +379,7 @@ def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], ba
         own = [image for image in images if image["key"] == key]
         lines.append(f"| {names[key]} | {' | '.join(gap(own, reference, metric) for metric in metrics)} |")
     lines += ["", f"Each method minus {names[base]} on the same picture: mean and its 95 % interval.", ""]
-    return "\n".join([*lines, circumstances(found) + ".", *flaws(found)]) + "\n"
+    return "\n".join([*lines, circumstances(found) + ".", *measured(metrics), *flaws(found), *unlike(found)]) + "\n"
 
 
 def gap(own: Sequence[dict[str, str]], reference: dict[str, dict[str, str]], metric: dict[str, Any]) -> str:

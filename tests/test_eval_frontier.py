@@ -114,6 +114,34 @@ def test_a_frontier_can_be_of_time_though_operations_are_there(swept: Path, caps
         assert cost * median == pytest.approx(1, rel=0.01)
 
 
+def test_what_has_no_place_on_a_frontier_is_told(swept: Path, tmp_path: Path) -> None:
+    """A method without times is not one that others beat."""
+    found, _ = report.read(swept)
+    lacking = found["rows"][2]
+    assert "Not compared" not in frontier.markdown(found, "time")
+    assert "for lack of it" not in frontier.svg(found)
+    lacking["speedup"] = None
+    told = f"Not compared, for lack of time or SSIM: {table.label(lacking)}."
+    assert told.replace("SSIM", "PSNR") in frontier.markdown(found, "time").splitlines()
+    assert "Not compared" not in frontier.markdown(found, "operations")
+    assert "(1 not shown for lack of it)" in frontier.svg(found)
+
+
+def test_a_plot_and_a_frontier_can_be_of_some_rows(swept: Path, tmp_path: Path) -> None:
+    """The full model, of which costs are shares, need not be among them."""
+    rows = ["--rows", "tofu 25%", "prune 25%"]
+    assert report.main([str(swept), "--plot", str(tmp_path / "some.svg"), *rows]) == 0
+    drawn = (tmp_path / "some.svg").read_text()
+    assert "tofu 25%" in drawn
+    assert "todo" not in drawn
+
+
+def test_every_part_of_a_report_names_what_measured_it(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for asked in (["--markdown"], ["--frontier"], ["--against", "tofu 25%"]):
+        assert report.main([str(swept), *asked]) == 0
+        assert "PSNR: float64, peak 255, dB" in capsys.readouterr().out
+
+
 def test_a_report_of_many_methods_begins_with_the_frontier_and_marks_who_is_on_it(swept: Path) -> None:
     page = (swept / "report.html").read_text()
     assert page.index("Quality against cost") < page.index("<table")
@@ -172,7 +200,16 @@ def test_two_runs_of_a_grid_read_as_the_whole(
     assert {point.row["key"] for point in frontier.best(both)[2]} == front
     for asked in (["--frontier"], ["--markdown"]):
         assert report.main([str(low), str(high), *asked]) == 0
-        assert capsys.readouterr().out.endswith("\n\n`draw low`\n\n`draw high`\n")
+        told = capsys.readouterr().out
+        assert told.endswith("\n\n`draw low`\n\n`draw high`\n")
+    # speed-ups are over the full model of each run; seconds of the second are not read beside the first's
+    columns = {line.split(" | ")[0]: line.split(" | ")[1:3] for line in told.splitlines() if line.startswith("| ")}
+    assert columns["| tofu 25%"][1] != "–"
+    assert "×" in columns["| tofu 50%"][0]
+    assert columns["| tofu 50%"][1] == "–"
+    assert "tofu 50%, tofu+p 50%, prune 50%, prune+p 50%, todo: seconds of another run than the full model's" in told
+    assert report.main([str(low), str(high), "--markdown", "--columns", "speed-up"]) == 0
+    assert "seconds of another run" not in capsys.readouterr().out  # where none are to be shown
     assert report.main([str(low), str(high), "--against", "tofu 25%", "--rows", "tofu 25%", "todo"]) == 0
     assert "| todo |" in capsys.readouterr().out
 
@@ -245,7 +282,7 @@ def test_which_rows_were_timed_by_turns_is_told(swept: Path) -> None:
     shown = table.markdown(found, ["speed-up", "s/image"])
     line = next(line for line in shown.splitlines() if line.startswith(f"| {table.label(found['rows'][2])} |"))
     assert re.fullmatch(r"\| [^|]+ \| \d.*× \([^)]*\) \| – \|", line)
-    assert f"{table.label(found['rows'][2])}: its seconds are of another run than the full model's" in shown
+    assert f"{table.label(found['rows'][2])}: seconds of another run than the full model's are not shown" in shown
 
 
 def test_of_how_many_batches_times_are_is_told(swept: Path) -> None:

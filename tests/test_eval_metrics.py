@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import math
 from pathlib import Path
 
@@ -88,6 +89,16 @@ def test_ssim_agrees_with_its_formula_on_flat_pictures():
     assert metrics.ssim(16).compute(a, b).item() == pytest.approx(expected, rel=1e-4)
     assert metrics.ssim(16).compute(a, a).item() == pytest.approx(1, abs=1e-6)
     assert "11" in metrics.ssim(10).reason
+
+
+def test_ms_ssim_agrees_with_its_formula_on_flat_pictures():
+    """Contrast and structure are 1 at every scale, so that the luminance of the last is left, to its weight (Wang et
+    al. 2003: 0.1333)."""
+    pytest.importorskip("pytorch_msssim")
+    a, b = (torch.full((1, 3, 176, 176), level, dtype=torch.uint8) for level in (60, 180))
+    c = (0.01 * 255) ** 2
+    expected = ((2 * 60 * 180 + c) / (60**2 + 180**2 + c)) ** 0.1333
+    assert metrics.ms_ssim(176).compute(a, b).item() == pytest.approx(expected, rel=1e-3)
 
 
 def lpips():
@@ -186,7 +197,13 @@ def test_a_metric_whose_weights_are_missing_is_skipped_with_the_reason(monkeypat
     assert str(tmp_path) not in skipped.reason  # results carry no path of a machine
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK"])
+def saved(content):
+    """The bytes of a file that torch reads, and that holds this."""
+    torch.save(content, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK", saved([]), saved(torch.ones(2))])
 def test_a_broken_file_of_weights_costs_its_metric_alone(tmp_path, content):
     have("lpips")
     have("torchmetrics")
@@ -406,7 +423,7 @@ def test_a_net_saved_in_half_precision_measures_in_float32(clip_folder):
     assert half.implementation != saved.implementation  # other weights
 
 
-def test_dino_distance_is_zero_on_equal_pictures_and_rises_with_noise(tmp_path):
+def test_dino_distance_is_one_minus_the_cosine_of_class_tokens_and_rises_with_noise(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
     torch.manual_seed(0)
@@ -416,7 +433,14 @@ def test_dino_distance_is_zero_on_equal_pictures_and_rises_with_noise(tmp_path):
     metric = metrics.dino(str(tmp_path), CPU)
     assert isinstance(metric, metrics.Pairwise), metric
     assert metric.compute(pictures(), pictures()).abs().max() < 1e-6
-    assert (metric.compute(pictures(), pictures(seed=1)) > 1e-4).all()
+    prepare = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    model = transformers.Dinov2Model.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        shown = [prepare(images=list(pictures(seed=seed)), return_tensors="pt") for seed in (0, 1)]
+        one, other = (model(**pair).last_hidden_state[:, 0] for pair in shown)
+    cosine = (one * other).sum(1) / (one.norm(dim=1) * other.norm(dim=1))
+    assert (1 - cosine > 1e-4).all()
+    assert torch.allclose(metric.compute(pictures(), pictures(seed=1)), 1 - cosine.double(), atol=1e-5)
     a = nn.functional.avg_pool2d(pictures(3, size=56).float(), 9, 1, 4).byte()
     noise = features(a.numel(), 1).view(a.shape)
     far = [metric.compute(a, (a + sigma * noise).clamp(0, 255).byte()).mean() for sigma in (5, 20, 80)]

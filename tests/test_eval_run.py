@@ -95,7 +95,7 @@ def test_every_method_has_a_row_and_the_full_model_is_the_first(finished):
     assert names == ["full", "tofu", "kv:tome+p", "tomesd", "full, other seeds"]
 
 
-def test_the_full_model_against_itself_proves_the_pairing(finished):
+def test_the_full_model_against_itself_is_perfect(finished):
     full = rows(finished[1])["full"]["metrics"]
     assert full["PSNR"] == {"value": None, "low": None, "high": None, "n": 0, "infinite": len(PROMPTS)}
     assert full["PD-judge"]["value"] == 0
@@ -702,7 +702,8 @@ def test_stages_that_cannot_be_are_told(tiny, capsys, arguments, said):
 
 
 def test_the_full_models_pictures_can_be_another_runs(tiny, capsys):
-    """Told by what they are, not by where they lie: other settings take none."""
+    """Told by what they are, not by where they lie. Under other settings there are none to take, which hours of drawing
+    would not tell."""
     assert job.main([*tiny, "--method", "tofu", "--out", "first"]) == 0
     assert job.main([*tiny, "--method", "prune", "--reference", "first", "--out", "second"]) == 0
     assert "5 of 5 pictures of the full model are first's" in capsys.readouterr().err
@@ -712,8 +713,12 @@ def test_the_full_models_pictures_can_be_another_runs(tiny, capsys):
             assert a.read_bytes() == b.read_bytes()
     found = rows(files.read_json(Path("second/results.json")))
     assert found["prune-r50"]["speedup"]["n"] == 2  # not by the time that is told of the full model's pictures
-    assert job.main([*tiny, "--steps", "2", "--reference", "first", "--out", "third"]) == 0
-    assert "0 of 5 pictures" in capsys.readouterr().err
+    assert job.main([*tiny, "--steps", "2", "--reference", "first", "--out", "third"]) == 2
+    assert "--reference first: its pictures were made with steps 1, this run has 2" in capsys.readouterr().err
+    Path("first/settings.json").unlink()
+    assert job.main([*tiny, "--reference", "first", "--out", "third"]) == 2
+    assert "--reference first: there is no settings.json of eval.run in it" in capsys.readouterr().err
+    assert not Path("third").exists()
 
 
 def test_damaged_pictures_are_named_and_drawn_again(tiny, capsys):
@@ -740,6 +745,18 @@ def test_suites_are_options_that_what_is_typed_overrides(name):
     assert not unknown
     metrics.check(options.metrics, metrics.Nets())
     assert len({m.key for m in methods.parse(options.method, [0.5])}) == options.method.count(",") + 1
+
+
+@pytest.mark.parametrize("name", ["depth", "modes"])
+def test_every_method_of_a_suite_draws_otherwise(tiny, name):
+    """Of as many blocks as Stable Diffusion has: two rows that draw the same would be one too many. (The paper's suite
+    runs on a stand-in, in test_eval_standin.py.)"""
+    assert job.main([*tiny, "--suite", name, "--limit", "2", "--out", "out"]) == 0
+    found = rows(files.read_json(Path("out/results.json")))
+    assert {"full", "full-other-seeds"} < found.keys()
+    assert len(found) == 2 + suites.load(name)["method"].count(",")
+    figures = [row["metrics"]["PSNR"]["value"] for row in found.values()]
+    assert len(set(figures)) == len(found)
 
 
 def test_each_batch_is_timed_by_its_fastest(tiny, monkeypatch):
@@ -877,10 +894,42 @@ def test_pictures_of_other_batches_are_told(tiny, capsys):
     assert "tofu 50%: 1 of 2" not in shown
 
 
-def test_what_a_clock_decides_is_not_compared(tiny, capsys):
-    assert job.main([*tiny, "--method", "deepcache:tofu@min_tokens=auto", "--out", "out"]) == 2
-    assert "deepcache:tofu@min_tokens=auto: what min_tokens=auto leaves alone" in capsys.readouterr().err
+@pytest.mark.parametrize("option", ["min_tokens", "depth_split"])
+def test_what_is_measured_anew_each_time_is_not_compared(tiny, capsys, option):
+    """A clock decides the one, a measurement whose last bits are the machine's the other."""
+    assert job.main([*tiny, "--method", f"deepcache:tofu@{option}=auto", "--out", "out"]) == 2
+    assert f"deepcache:tofu@{option}=auto: what {option}=auto comes to" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+def test_more_steps_than_there_are_are_refused_before_anything_is_written(tiny, capsys):
+    assert job.main([*tiny, "--steps", "1001", "--out", "out"]) == 2
+    assert "--steps is 1001; the model's scheduler has 1000" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_what_a_pipeline_refuses_is_told_in_a_line(tiny, capsys, monkeypatch, pipe):
+    monkeypatch.setattr(type(pipe), "check_inputs", lambda *_, **__: int("high"))
+    assert job.main([*tiny, "--method", "tofu", "--out", "out"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: full: the model cannot draw this: invalid lit")
+
+
+def test_a_method_is_warmed_up_after_every_switch_to_it(tiny, monkeypatch):
+    """Also where a batch lacks the pictures of one method alone, after a batch that lacked another's."""
+    assert job.main([*tiny, "--method", "tofu,prune", "--out", "out"]) == 0
+    for lacking in ("tofu-r50/0000.png", "prune-r50/0002.png"):
+        (Path("out") / lacking).unlink()
+    drawn = []
+    draw = generate.draw
+
+    def noting(pipe, requests, method, settings, **how):
+        drawn.append((method.key, how.get("output", "np")))
+        return draw(pipe, requests, method, settings, **how)
+
+    monkeypatch.setattr(generate, "draw", noting)
+    assert job.main([*tiny, "--method", "tofu,prune", "--out", "out"]) == 0
+    expected = [(key, output) for key in ("tofu-r50", "prune-r50") for output in ("latent", "np")]
+    assert drawn[-4:] == expected
 
 
 def test_a_folder_called_demo_is_not_the_embedded_model(tiny, monkeypatch):
@@ -1032,7 +1081,10 @@ def test_times_under_another_driver_are_not_compared(tiny, capsys):
     assert told["differ"]["driver"] == [None, "999.1"]
     assert told["differ"]["commit"][1] == "abc"
     assert told["differ"]["tomesd"][1] == "9"
-    assert next(row for row in told["rows"] if row["figure"] == "s/image")["b"] == "n/a (other circumstances)"
+    for figure in ("speed-up", "s/image"):
+        row = next(row for row in told["rows"] if row["figure"] == figure)
+        assert re.fullmatch(r"\d+\.\d+×? \(\d+\.\d+–\d+\.\d+\)", row["a"])
+        assert row["b"] == "n/a (other circumstances)"
 
 
 def test_what_was_timed_beside_no_full_model_is_not_compared(tiny, capsys):
@@ -1043,7 +1095,8 @@ def test_what_was_timed_beside_no_full_model_is_not_compared(tiny, capsys):
     capsys.readouterr()
     assert compare.main(["a", "a", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["rows"]
-    assert next(row for row in told if row["figure"] == "s/image") | {"b": "–", "b - a": "–"} == told[0]
+    shown = {row["figure"]: (row["a"], row["b"], row["b - a"]) for row in told}
+    assert shown["speed-up"] == shown["s/image"] == ("–", "–", "–")
 
 
 @pytest.mark.parametrize(
@@ -1083,6 +1136,7 @@ def test_what_two_runs_differ_in_is_told_and_costs_the_times_alone(tiny, capsys)
     assert compare.main(["a", "b"]) == 0
     printed = capsys.readouterr().out
     assert f"torch: {torch.__version__} in a, 9.9 in b" in printed
+    assert "PSNR: float64, peak 255, dB" in printed
     assert "n/a (other circumstances)" in printed
     for row in found["rows"]:
         row["seconds"] = None
