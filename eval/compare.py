@@ -38,7 +38,8 @@ EXAMPLES = """examples:
 @dataclass(frozen=True)
 class Comparison:
     """told: what differs in the circumstances. rows: for each method of both runs and each metric, both and the gap.
-    measured: by what each metric was. flaws: pictures of either that are none, or differ by more than their method."""
+    measured: what computed each metric. flaws: pictures of either that are none, or differ by more than their method.
+    """  # fmt: skip
 
     told: dict[str, tuple[Any, Any]]
     rows: list[dict[str, str]]
@@ -64,7 +65,7 @@ def compare(a: Path, b: Path) -> Comparison:
         if "skipped" in row or row["key"] == FULL.key or row["key"] not in others:
             continue
         other = others[row["key"]]
-        rows += [{"method": label(row), **told} for told in _times(row, other, alike)]
+        rows += [{"method": label(row), **times} for times in _times(row, other, alike)]
         own, theirs = (
             {image["id"]: image for image in images if image["key"] == row["key"]}
             for images in (first_images, second_images)

@@ -41,8 +41,8 @@ class Cost:
 
 
 TIME = Cost("time", "seconds / image, of the full model's")
-FLOPS = Cost("flops", "FLOP / image, of the full model's")
-COSTS = {"operations": FLOPS, "time": TIME}  # operations first: they do not depend on the machine
+FLOPS = Cost("operations", "FLOP / image, of the full model's")
+COSTS = {cost.name: cost for cost in (FLOPS, TIME)}  # operations first: they do not depend on the machine
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,11 @@ class Point:
 def compared(found: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of methods."""
     return [row for row in found["rows"] if row["key"] not in (FULL.key, SCALE.key) and "skipped" not in row]
+
+
+def lacking(found: dict[str, Any], cost: Cost) -> list[str]:
+    """The methods that have no such figure, of which a frontier cannot say whether others beat them."""
+    return [label(row) for row in compared(found) if cost.of(row, full_row(found)) is None]
 
 
 def points(found: dict[str, Any], cost: Cost, metric: dict[str, Any]) -> list[Point]:
@@ -75,10 +80,10 @@ def points(found: dict[str, Any], cost: Cost, metric: dict[str, Any]) -> list[Po
 
 
 def frontier(drawn: Sequence[Point], lower_is_better: bool) -> list[Point]:
-    """The points that no other beats, by rising cost."""
+    """The points that no other beats, by rising cost; none that cost as much as the full model, which is better."""
     sign = 1 if lower_is_better else -1
     kept: list[Point] = []
-    for point in sorted(drawn, key=lambda p: (p.cost, sign * p.value)):
+    for point in sorted((p for p in drawn if p.cost < 1), key=lambda p: (p.cost, sign * p.value)):
         last = kept[-1] if kept else None
         equal = last is not None and (point.cost, point.value) == (last.cost, last.value)
         if last is None or equal or sign * point.value < sign * last.value:
@@ -180,8 +185,8 @@ def svg(found: dict[str, Any]) -> str:
         axes = figure.subplots(len(shown) + 1, len(costs), squeeze=False, height_ratios=heights)
         for (i, j), drawn in panels.items():
             _panel(axes[i][j], drawn, fronts[i, j], shown[i], costs[j], looks, number)
-            if (without := len(compared(found)) - len(drawn)) > 0:
-                axes[i][j].set_xlabel(f"{costs[j].title}\n({without} not shown for lack of it)")
+            if without := lacking(found, costs[j]):
+                axes[i][j].set_xlabel(f"{costs[j].title}\n({len(without)} not shown for lack of it)")
         for ax in axes[-1]:
             ax.axis("off")
         names = [f"{number[p.row['key']]}  {label(p.row)}" for p in sorted(best, key=lambda p: p.cost)]
@@ -251,10 +256,8 @@ def best(found: dict[str, Any], by: str | None = None) -> tuple[Cost, dict[str, 
 
 
 def markdown(found: dict[str, Any], by: str | None = None) -> str:
-    """The methods of `best`, and how to ask for each; below it those that have no place, for lack of a figure."""
-    cost, metric, front = best(found, by)
-    placed = {point.row["key"] for point in points(found, cost, metric)}
-    out = [label(row) for row in compared(found) if row["key"] not in placed]
+    """The methods of `best`, and how to ask for each; below them those that cannot be compared."""
+    cost, _, front = best(found, by)
     shown = [m for m in found["metrics"] if "skipped" not in m and (m in metrics_shown(found) or m["name"] == "PSNR")]
     titles = [f"{m['name']} {'↓' if m['lower_is_better'] else '↑'}" for m in shown]
     lines = [f"| method | {cost.title} | speed-up | {' | '.join(titles)} | how |"]
@@ -265,7 +268,8 @@ def markdown(found: dict[str, Any], by: str | None = None) -> str:
         lines.append(f"| {label(point.row)} | {' | '.join(cells)} | {how(point.row)} |")
     shown_rows = {**found, "rows": [point.row for point in front]}
     told = [circumstances(found) + ".", timing(shown_rows), *measured(shown), *flaws(found), *unlike(found)]
-    told += [f"Not compared, for lack of {cost.name} or {metric['name']}: {', '.join(out)}."] if out else []
+    without = lacking(found, cost)
+    told += [f"Not compared, for lack of {cost.name}: {', '.join(without)}."] if without else []
     return "\n".join([*lines, "", *told, "", commands(found)]) + "\n"
 
 

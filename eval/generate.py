@@ -103,11 +103,11 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> str | None:
     return next((name for name in names if one.get(name) != other.get(name)), None)
 
 
-def settings_of(out: Path) -> Settings | None:
-    """Those of the pictures in a folder; None where none are told."""
+def settings_of(out: Path, option: str = "--out") -> Settings | None:
+    """Those of the pictures in a folder, which is an option's; None where none are told."""
     told = read_json(out / "settings.json")
     if told is None and (out / "settings.json").exists():
-        raise EvalError(f"--out {out.name}: its settings.json cannot be read; put it right or give another folder")
+        raise EvalError(f"{option} {out.name}: its settings.json cannot be read; put it right or give another folder")
     try:
         return Settings(**told) if isinstance(told, dict) else None
     except TypeError:
@@ -316,18 +316,15 @@ def draw(
     synchronize(device)
     with denoising(pipe, None if other is None else aside) as told:
         start = time.perf_counter()
-        try:
-            images = pipe(
-                prompt=[request.prompt for request in requests],
-                generator=generators,
-                num_inference_steps=steps,
-                height=settings.size,
-                width=settings.size,
-                output_type=output,
-                **guidance,
-            ).images
-        except ValueError as error:  # as pipelines refuse what they are asked for
-            raise EvalError(f"{method.name}: the model cannot draw this: {error}") from error
+        images = pipe(
+            prompt=[request.prompt for request in requests],
+            generator=generators,
+            num_inference_steps=steps,
+            height=settings.size,
+            width=settings.size,
+            output_type=output,
+            **guidance,
+        ).images
         synchronize(device)
         seconds = time.perf_counter() - start
         denoised, full_denoised = told()

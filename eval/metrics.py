@@ -102,12 +102,10 @@ _BROKEN = (
     RuntimeError,
     KeyError,
     ValueError,
-    TypeError,
-    AttributeError,
     EOFError,
     UnpicklingError,
     SafetensorError,
-)  # files of weights, whatever they hold, and downloads
+)  # files of weights, and downloads
 
 
 @dataclass(frozen=True)
@@ -270,6 +268,8 @@ def lpips(net: str, backbone: Path | None, device: torch.device) -> Metric:
 def load_backbone(net: nn.Module, weights: dict[str, Tensor]) -> None:
     """Puts a torchvision net's feature weights ("features.3.squeeze.bias") into LPIPS's slices of that net
     ("slice2.3.squeeze.bias"): the numbers of the layers are the same."""
+    if not isinstance(weights, dict):
+        raise ValueError(f"the file holds a {type(weights).__name__}, and no weights by name")
     plain = {key.removeprefix("features."): value for key, value in weights.items()}
     net.load_state_dict({key: plain[key.partition(".")[2]] for key in net.state_dict()})
 
@@ -285,6 +285,10 @@ def _inception(weights: Path | None, device: torch.device) -> Features | str:
         return _missing(error, "torchmetrics[image]")
     except _BROKEN as error:
         return f"no Inception weights (--inception-weights PATH): {_line(error)}"
+    except (TypeError, AttributeError) as error:
+        if weights is None:  # it is not the file
+            raise
+        return f"no Inception weights in {weights.name}: {_line(error)}"
     model = model.to(device)
 
     def compute(pictures: Tensor) -> Tensor:

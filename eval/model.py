@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,10 +72,14 @@ def try_out(pipe: Any, chosen: Sequence[Method]) -> None:
 
 
 def check_steps(pipe: Any, steps: int) -> None:
-    """EvalError for more steps than the model's noise has."""
-    most = getattr(pipe.scheduler.config, "num_train_timesteps", None)
-    if isinstance(most, int) and steps > most:
-        raise EvalError(f"--steps is {steps}; the model's scheduler has {most}")
+    """EvalError for more steps than the model's scheduler can make."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    if getattr(scheduler.config, "use_dynamic_shifting", False):  # it takes more than their number
+        return
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise EvalError(f"--steps is {steps}: {error}") from error
 
 
 def own_size(pipe: Any) -> int:

@@ -135,6 +135,17 @@ def only(requests: Sequence[Request], asked: str) -> list[Request]:
     return [request for request in requests if request.id in wanted]
 
 
+def chosen(requests: list[Request], per_prompt: int, asked: str | None, limit: int | None) -> list[Request]:
+    """What of a list is drawn, `per_prompt` times each: all of it or what is asked for, as `only` reads it; of that the
+    pictures of the first `limit` prompts.
+    """  # fmt: skip
+    whole = several(requests, per_prompt, len(requests))
+    part = whole if asked is None else only(whole, asked)
+    place = {request.id: i % len(requests) for i, request in enumerate(whole)}
+    first = set(sorted({place[request.id] for request in part})[:limit])
+    return [request for request in part if place[request.id] in first]
+
+
 def digest(requests: Sequence[Request]) -> str:
     """Says whether two lists ask for the same pictures."""
     text = json.dumps([(r.id, r.prompt, r.seed) for r in requests])

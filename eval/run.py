@@ -245,8 +245,7 @@ def plan(options: argparse.Namespace) -> Job:
     """EvalError for what cannot be, whatever the model is. What will be skipped is told before hours of drawing."""
     chosen = methods.parse(options.method, _ratios(options.ratio)) + [SCALE] * bool(options.scale_row)
     requests = prompts.load(options.prompts, options.seed)
-    part = requests if options.only is None else prompts.only(requests, options.only)
-    asked = prompts.several(part[: options.limit], options.per_prompt, len(requests))
+    asked = prompts.chosen(requests, options.per_prompt, options.only, options.limit)
     nets = metrics.Nets(
         options.lpips_net, options.lpips_backbone, options.inception_weights, options.clip_model, options.dino_model
     )
@@ -302,6 +301,8 @@ def dry(job: Job) -> dict[str, Any]:
 
 def ready(job: Job) -> tuple[Any, nn.Module | None, Settings, Path]:
     """(pipeline, its judge, settings, folder) of pictures to be drawn. EvalError for what no model would do."""
+    reference = job.options.reference
+    theirs = settings_of_reference(reference) if reference else None
     dtype = pick_dtype(job.options.dtype, job.device)
     pipe, judge = load_model(job.options.model, job.device, dtype)
     try_out(pipe, job.chosen)
@@ -311,23 +312,22 @@ def ready(job: Job) -> tuple[Any, nn.Module | None, Settings, Path]:
     settings = _settings(job.options, pipe, job.requests, job.device, dtype)
     if any(method.name.rpartition(":")[2] == "hypertile" for method in job.chosen):
         peers.check_tiles(pipe, settings.size // pipe.vae_scale_factor)
-    if job.options.reference:
-        check_reference(job.options.reference, settings)
+    if theirs and (name := differing(asdict(settings), asdict(theirs))):  # there is none to take, and hours to draw
+        raise EvalError(
+            f"--reference {reference.name}: its pictures were made with {name} {getattr(theirs, name)!r}, this run has "
+            f"{getattr(settings, name)!r}"
+        )
     return pipe, judge, settings, job.options.out or default_out(settings, job.options.limit, job.options.only)
 
 
-def check_reference(folder: Path, settings: Settings) -> None:
-    """EvalError for a folder none of whose pictures this run could take, naming why."""
+def settings_of_reference(folder: Path) -> Settings:
+    """Under which its pictures were made. EvalError for a folder that holds none of the full model's."""
     if not (folder / FULL.key).is_dir():
         raise EvalError(f"--reference {folder.name}: there is no folder {FULL.key!r} in it")
-    theirs = settings_of(folder)
-    if theirs is None:
-        raise EvalError(f"--reference {folder.name}: there is no settings.json of eval.run in it")
-    mine, its = asdict(settings), asdict(theirs)
-    if name := differing(mine, its):
-        raise EvalError(
-            f"--reference {folder.name}: its pictures were made with {name} {its[name]!r}, this run has {mine[name]!r}"
-        )
+    settings = settings_of(folder, "--reference")
+    if settings is None:
+        raise EvalError(f"--reference {folder.name}: there is no settings.json of this version of eval.run in it")
+    return settings
 
 
 def tell_too_small(job: Job, settings: Settings) -> None:

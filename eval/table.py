@@ -44,16 +44,11 @@ def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any
     rows = [row for row in found["rows"] if "skipped" not in row]
     columns = [Column("speed-up", "median over batches, full model / method; 5th to 95th percentile"),
                Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
-    # seconds of another run than the full model's are no time to read beside others; older runs have no speed-up then
-    timed = [row["speedup"] is not None and row.get("of_one_run") is not False for row in rows]
-    cells = [
-        [_spread(row["speedup"], 2, "×"), _spread(row["seconds"] if own else None, 2)]
-        for row, own in zip(rows, timed, strict=True)
-    ]
+    cells = [[_spread(row["speedup"], 2, "×"), _spread(_of_one_run(row, "seconds"), 2)] for row in rows]
     if any(row.get("denoising") for row in rows):
         columns.append(Column("denoising", "seconds of it in the UNet; median over batches"))
-        for row, line, own in zip(rows, cells, timed, strict=True):
-            line.append(_spread(row.get("denoising") if own else None, 2))
+        for row, line in zip(rows, cells, strict=True):
+            line.append(_spread(_of_one_run(row, "denoising"), 2))
     if any(row.get("flops") for row in rows):
         columns.append(Column("TFLOP/image", "of matrices and convolutions, by torch's counter"))
         for row, line in zip(rows, cells, strict=True):
@@ -90,9 +85,15 @@ def gained(row: dict[str, Any]) -> str:
 
 
 def spent(row: dict[str, Any]) -> str:
-    """A row's seconds per image with their percentiles; none of what was timed beside no full model, as no time to read
-    beside others."""
-    return str(_spread(row["seconds"] if row["speedup"] else None, 2))
+    """A row's seconds per image with their percentiles."""
+    return str(_spread(_of_one_run(row, "seconds"), 2))
+
+
+def _of_one_run(row: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """Seconds of a row, unless they are of another run than the full model's: no time to read beside others. Older runs
+    have no speed-up then."""
+    alone = row["speedup"] is None or row.get("of_one_run") is False
+    return None if alone else row.get(name)
 
 
 def _spread(spread: dict[str, Any] | None, digits: int, unit: str = "") -> Cell:
@@ -158,10 +159,12 @@ def commands(found: dict[str, Any]) -> str:
     return "\n\n".join(f"`{command}`" for command in (told["command"], *told.get("joined", [])))
 
 
+SECONDS = frozenset({"s/image", "denoising"})
+
+
 def notes(found: dict[str, Any], shown: Collection[str] | None = None) -> list[str]:
     """What has to be said below the table. shown: the titles of its columns, where it has not all of them."""
-    seconds, memory = (shown is None or title in shown for title in ("s/image", "memory"))
-    timed = seconds or "speed-up" in (shown or ())
+    seconds, timed = (shown is None or not others.isdisjoint(shown) for others in (SECONDS, {"speed-up", *SECONDS}))
     lines = ["Against the full model's pictures under the same seeds; intervals of the metrics: 95 %."]
     if timed:
         lines[0] += f" {timing(found)}"
@@ -178,11 +181,11 @@ def notes(found: dict[str, Any], shown: Collection[str] | None = None) -> list[s
     others = [label(r) for r in found["rows"] if seconds and r.get("speedup") and r.get("of_one_run") is False]
     lines += [f"{', '.join(others)}: seconds of another run than the full model's are not shown"] if others else []
     lines += _set_distances(found)
-    if timed and all(row.get("peak_bytes") is None for row in found["rows"]):
+    if shown is None and all(row.get("peak_bytes") is None for row in found["rows"]):
         used = found["provenance"]["process_mib"]
         whole = f"; the whole process took {used:,} MiB at most" if used else ""
         lines.append(f"Memory by method: n/a off CUDA{whole}.")
-    elif memory and (held := max(row.get("held_bytes") or 0 for row in found["rows"])):
+    elif (shown is None or "memory" in shown) and (held := max(row.get("held_bytes") or 0 for row in found["rows"])):
         lines.append(f"Memory: the most of any batch, beyond the {held / 2**20:,.0f} MiB that the model itself holds.")
     return lines
 
@@ -347,7 +350,7 @@ def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
         lines.append(f"| {label(row)} | {' | '.join(texts[i] if texts else 'skipped' for i in chosen)} |")
     shown = {titles[i] for i in chosen}
     metrics = [m for m in found["metrics"] if not columns or m["name"] in shown or "skipped" in m]
-    lines += ["", circumstances(found) + ".", *notes({**found, "metrics": metrics}, shown)]
+    lines += ["", circumstances(found) + ".", *notes({**found, "metrics": metrics}, shown if columns else None)]
     return "\n".join([*lines, "", commands(found)]) + "\n"
 
 

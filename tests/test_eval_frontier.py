@@ -17,7 +17,7 @@ from eval import run as job
 from eval.frontier import Point
 from eval.score import Scores
 
-FIGURE = st.floats(0, 1, allow_nan=False).map(lambda x: round(x, 1))  # coarse, so that some are equal
+FIGURE = st.floats(0, 1.2, allow_nan=False).map(lambda x: round(x, 1))  # coarse, so that some are equal
 
 
 def beats(a: Point, b: Point, sign: int) -> bool:
@@ -32,7 +32,8 @@ def test_a_point_is_left_out_exactly_if_another_beats_it(figures: list[tuple[flo
     drawn = [Point({"i": i}, cost, value, value, value) for i, (cost, value) in enumerate(figures)]
     sign = 1 if lower else -1
     kept = {p.row["i"] for p in frontier.frontier(drawn, lower)}
-    assert kept == {p.row["i"] for p in drawn if not any(beats(other, p, sign) for other in drawn)}
+    cheaper = [p for p in drawn if p.cost < 1]  # what costs as much as the full model is beaten by it
+    assert kept == {p.row["i"] for p in cheaper if not any(beats(other, p, sign) for other in cheaper)}
 
 
 @pytest.mark.parametrize(
@@ -114,20 +115,18 @@ def test_a_frontier_can_be_of_time_though_operations_are_there(swept: Path, caps
         assert cost * median == pytest.approx(1, rel=0.01)
 
 
-def test_what_has_no_place_on_a_frontier_is_told(swept: Path, tmp_path: Path) -> None:
+def test_what_has_no_place_on_a_frontier_is_told(swept: Path) -> None:
     """A method without times is not one that others beat."""
     found, _ = report.read(swept)
-    lacking = found["rows"][2]
     assert "Not compared" not in frontier.markdown(found, "time")
     assert "for lack of it" not in frontier.svg(found)
-    lacking["speedup"] = None
-    told = f"Not compared, for lack of time or SSIM: {table.label(lacking)}."
-    assert told.replace("SSIM", "PSNR") in frontier.markdown(found, "time").splitlines()
+    found["rows"][2]["speedup"] = None
+    assert "Not compared, for lack of time: tofu 50%." in frontier.markdown(found, "time").splitlines()
     assert "Not compared" not in frontier.markdown(found, "operations")
     assert "(1 not shown for lack of it)" in frontier.svg(found)
 
 
-def test_a_plot_and_a_frontier_can_be_of_some_rows(swept: Path, tmp_path: Path) -> None:
+def test_a_plot_can_be_of_some_rows(swept: Path, tmp_path: Path) -> None:
     """The full model, of which costs are shares, need not be among them."""
     rows = ["--rows", "tofu 25%", "prune 25%"]
     assert report.main([str(swept), "--plot", str(tmp_path / "some.svg"), *rows]) == 0

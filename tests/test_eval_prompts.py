@@ -171,3 +171,14 @@ def test_who_reads_the_list_may_stop():
     listing = f"{sys.executable} -m eval.prompts imagenet1k | head -1"
     told = subprocess.run(["bash", "-c", f"set -o pipefail; {listing}"], capture_output=True, text=True)
     assert (told.returncode, told.stdout.count("\n"), told.stderr) == (141, 1, "")
+
+
+def test_what_is_chosen_of_a_list_is_pictures_of_the_whole_of_it():
+    """Ids, seeds and order of what is left do not depend on what is left out; a limit counts prompts, not pictures."""
+    whole = [prompts.Request(f"{i:04}", "a fox", 10 + i) for i in range(12)]
+    assert prompts.chosen(whole, 1, None, None) == whole
+    assert prompts.chosen(whole, 2, None, 3) == prompts.several(whole[:3], 2, len(whole))
+    assert prompts.chosen(whole, 1, "4-9", 2) == whole[4:6]
+    twice = prompts.several(whole, 2, len(whole))
+    assert prompts.chosen(whole, 2, "0004_1,7", None) == [whole[7], twice[len(whole) + 4], twice[len(whole) + 7]]
+    assert prompts.chosen(whole, 2, "0004_1,7", 1) == [twice[len(whole) + 4]]

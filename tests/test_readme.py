@@ -84,12 +84,14 @@ def test_ci_runs_its_test_command():
         assert command in ci, command
 
 
-@pytest.mark.parametrize(("page", "most"), [("README.md", 10), ("docs/evaluation.md", 15), ("docs/settings.md", 1)])
-def test_evaluation_commands_are_understood(page, most):
+@pytest.mark.parametrize(("page", "least"), [("README.md", 7), ("docs/evaluation.md", 16), ("docs/settings.md", 1)])
+def test_evaluation_commands_are_understood(page, least):
     text = (ROOT / page).read_text()
     commands = re.findall(r"-m (eval\.\w+)(?: ([^#`\n]*))?", re.sub(r"<!--.*?<!-- end -->", "", text, flags=re.DOTALL))
-    assert len(commands) >= most
+    assert len(commands) >= least
     for program, arguments in commands:
+        if program == "eval.classify":
+            pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
         parser = importlib.import_module(program).parser()
         parser.parse_args(arguments.replace("...", "").split())
 
