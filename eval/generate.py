@@ -240,6 +240,7 @@ def generate(
                     draw(
                         pipe, requests[:size], method, settings, steps=min(WARM_UP_STEPS, settings.steps), beside=beside
                     )
+            last = method.key
         progress.unpause()  # what is left is reckoned from here
         for batch, due in turns:
             ids = [request.id for request in batch]
