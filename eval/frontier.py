@@ -184,9 +184,9 @@ def svg(found: dict[str, Any]) -> str:
         heights = [3.9] * len(shown) + [0.17 * len(number)]
         axes = figure.subplots(len(shown) + 1, len(costs), squeeze=False, height_ratios=heights)
         for (i, j), drawn in panels.items():
-            _panel(axes[i][j], drawn, fronts[i, j], shown[i], costs[j], looks, number)
-            if without := lacking(found, costs[j]):
-                axes[i][j].set_xlabel(f"{costs[j].title}\n({len(without)} not shown for lack of it)")
+            without = len(lacking(found, costs[j]))
+            title = costs[j].title + (f"\n({without} not shown for lack of it)" if without else "")
+            _panel(axes[i][j], drawn, fronts[i, j], shown[i], title, looks, number)
         for ax in axes[-1]:
             ax.axis("off")
         names = [f"{number[p.row['key']]}  {label(p.row)}" for p in sorted(best, key=lambda p: p.cost)]
@@ -209,7 +209,7 @@ def _panel(
     drawn: Sequence[Point],
     front: Sequence[Point],
     metric: dict[str, Any],
-    cost: Cost,
+    title: str,
     looks: Looks,
     number: dict[str, int],
 ) -> None:
@@ -235,7 +235,7 @@ def _panel(
     least, most = min([1.0, *(p.cost for p in drawn)]), max([1.0, *(p.cost for p in drawn)])  # the full model's is 1
     margin = 0.05 * (most - least)
     ax.set_xlim(least - margin, most + margin)
-    ax.set_xlabel(cost.title)
+    ax.set_xlabel(title)
     ax.set_ylabel(f"{'1 - ' if likeness else ''}{metric['name']} {'↓' if falling else '↑'}")
     if falling and all(at(p.value) > 0 for p in drawn):
         ax.set_yscale("log")
@@ -268,6 +268,7 @@ def markdown(found: dict[str, Any], by: str | None = None) -> str:
         lines.append(f"| {label(point.row)} | {' | '.join(cells)} | {how(point.row)} |")
     shown_rows = {**found, "rows": [point.row for point in front]}
     told = [circumstances(found) + ".", timing(shown_rows), *measured(shown), *flaws(found), *unlike(found)]
+    told += [] if front else ["No method costs less than the full model."]
     without = lacking(found, cost)
     told += [f"Not compared, for lack of {cost.name}: {', '.join(without)}."] if without else []
     return "\n".join([*lines, "", *told, "", commands(found)]) + "\n"

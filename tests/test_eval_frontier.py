@@ -126,6 +126,17 @@ def test_what_has_no_place_on_a_frontier_is_told(swept: Path) -> None:
     assert "(1 not shown for lack of it)" in frontier.svg(found)
 
 
+def test_where_every_method_is_slower_none_is_on_the_frontier_and_all_are_drawn(swept: Path) -> None:
+    found, _ = report.read(swept)
+    for row in found["rows"]:
+        row["flops"] = None
+        row["speedup"] = {**row["speedup"], "median": 0.9}
+    shown = frontier.markdown(found)
+    assert "No method costs less than the full model." in shown
+    assert "apply_patch" not in shown
+    assert "no other is better in both" in frontier.svg(found)
+
+
 def test_a_plot_can_be_of_some_rows(swept: Path, tmp_path: Path) -> None:
     """The full model, of which costs are shares, need not be among them."""
     rows = ["--rows", "tofu 25%", "prune 25%"]
