@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 5000
+AT_ONCE = 2**20  # groups drawn at a time: all draws at once would take gigabytes for many classes
 FEWEST_GROUPS = 5  # under which an interval says next to nothing: a percentile bootstrap is little more than the range
 BLOCKS = 50  # of a jackknife: as many Fréchet distances are computed for one interval
 NORMAL_95 = 1.959964
@@ -28,9 +29,9 @@ def bootstrap(values: Tensor, groups: Sequence[str]) -> tuple[float, float] | No
     counts = torch.bincount(index, minlength=len(names)).double()
     generator = torch.Generator().manual_seed(0)
     means = torch.empty(RESAMPLES, dtype=torch.float64)
-    for i in range(RESAMPLES):  # one at a time: all at once would take gigabytes for many classes
-        draw = torch.randint(len(names), (len(names),), generator=generator)
-        means[i] = sums[draw].sum() / counts[draw].sum()
+    for some in means.split(max(1, AT_ONCE // len(names))):
+        draw = torch.randint(len(names), (len(some), len(names)), generator=generator)
+        some.copy_(sums[draw].sum(1) / counts[draw].sum(1))
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 

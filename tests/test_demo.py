@@ -69,7 +69,7 @@ def test_transformers_4_can_read_it_too():
 
 
 def test_the_judge_knows_fresh_renders():
-    assert judge_accuracy(tofu_sd.demo.judge(), CPU, images=96) >= 0.97
+    assert judge_accuracy(tofu_sd.demo.judge(), CPU, images=96, size=128) >= 0.97
 
 
 def judged(pictures):
@@ -79,8 +79,8 @@ def judged(pictures):
 
 
 def test_it_draws_what_is_asked_for(pipe):
-    """240 pictures are judged by `python -m tofu_sd.demo.check`; 12 of them here, of which 90 % would be 10.8."""
-    assert judged(draw(pipe, 12, steps=20, guidance=GUIDANCE, size=256, batch=6)) >= 0.8
+    """240 pictures are judged by `python -m tofu_sd.demo.check`; 6 of them here, of which 90 % would be 5.4."""
+    assert judged(draw(pipe, 6, steps=15, guidance=GUIDANCE, size=256, batch=6)) >= 0.8
 
 
 def test_the_same_seed_draws_the_same_picture_after_another_one(pipe):
@@ -94,13 +94,13 @@ def test_it_draws_512_pixels(pipe):
 
 
 def test_weighting_fused_tokens_by_size_brings_the_picture_nearer(pipe):
-    """The law behind `proportional`: on 4 pictures the mean error falls; without fusion there is none."""
-    options = {"steps": 8, "guidance": 3.0, "size": 256, "batch": 4}
-    full = draw(pipe, 4, **options).double()
+    """The law behind `proportional`: on 3 pictures the mean error falls; without fusion there is none."""
+    options = {"steps": 6, "guidance": 1.0, "size": 256, "batch": 3}
+    full = draw(pipe, 3, **options).double()
     error = {}
     for name in ("tome", "tome+p", "kv:tome+p"):
         with tofu_sd.patched(pipe, tofu_sd.recipes.named(name)):
-            error[name] = (draw(pipe, 4, **options).double() - full).square().mean().item()
+            error[name] = (draw(pipe, 3, **options).double() - full).square().mean().item()
     assert 0 < error["tome+p"] < error["tome"]
     assert 0 < error["kv:tome+p"] < error["tome"]
 

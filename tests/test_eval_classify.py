@@ -509,11 +509,14 @@ def test_what_was_judged_is_not_judged_again(trained, pictures, tmp_path, monkey
     assert run(trained, pictures, tmp_path, "--method", "tome", "--r", "8")["rows"] == first["rows"]
 
 
-@pytest.mark.parametrize(("loses", "most"), [({4, 5, *range(9, 99)}, 8), (set(range(1, 99)), 0), (set(), 32)])
+@pytest.mark.parametrize(
+    ("loses", "most", "asked"),
+    [({4, 9, 32}, 8, ["--r", "4,8,9,32"]), (set(range(1, 99)), 0, ["--r", "4,32"]), (set(), 32, [])],
+)
 def test_under_stress_each_method_fuses_the_most_that_loses_nothing(
-    trained, pictures, tmp_path, monkeypatch, loses, most
+    trained, pictures, tmp_path, monkeypatch, loses, most, asked
 ):
-    """Accuracy falls and rises from one r to the next, so the first loss is not the end."""
+    """Accuracy falls and rises from one r to the next, so the first loss is not the end. Where no r is given, all are."""
     judge = classify.judge
 
     def losing(model, method, *rest):
@@ -523,7 +526,8 @@ def test_under_stress_each_method_fuses_the_most_that_loses_nothing(
     monkeypatch.setattr(classify, "judge", losing)
     monkeypatch.setattr(classify, "CURVES", classify.CURVES[:1])
     monkeypatch.setattr(classify, "_kept", lambda *_: None)  # thresholds can be the same at several r
-    full, *others = run(trained, pictures, tmp_path, "--method", "tome,tofu,atm", "--stress", "--limit", "24")["rows"]
+    few = ["--method", "tome,tofu,atm", "--stress", "--limit", "24", *asked]
+    full, *others = run(trained, pictures, tmp_path, *few)["rows"]
     rs = classify.all_of(classifiers.load(trained, torch.device("cpu"))[0].model)
     assert rs == [*range(23), 28, 32]  # 64 tokens, of which 22 can leave three of four layers
     assert [(row["method"], row["r"]) for row in others] == [("tome", most), ("tofu", most), ("atm", most)]

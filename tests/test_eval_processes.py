@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from tiny import sd15_pipe
 
+from eval import run
+
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red fox", "a bee", "an old oak", "a kite", "a pond", "a boat", "a hill"]
 METHODS = ["full-other-seeds", "full", "tofu-r50"]
@@ -27,11 +29,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def options(folder: Path, out: str, more: tuple[str, ...]) -> list[str]:
+    asked = ["--model", str(folder / "model"), "--prompts", str(folder / "own.txt"), "--steps", "2", "--size", "176"]
+    asked += ["--batch", "2", "--metrics", "psnr,ms-ssim", "--scale-row", "--method", "tofu,full", "--device", "cpu"]
+    return [*asked, "--out", str(folder / out), *more]
+
+
+def here(folder: Path, out: str, *more: str) -> None:
+    """The run in this process, which has read its libraries already."""
+    assert run.main(options(folder, out, more)) == 0
+
+
 def command(folder: Path, out: str, *more: str, launcher: tuple[str, ...] = ("-m",)) -> subprocess.Popen[str]:
-    options = ["--model", str(folder / "model"), "--prompts", str(folder / "own.txt"), "--steps", "2", "--size", "176"]
-    options += ["--batch", "2", "--metrics", "psnr,ms-ssim", "--scale-row", "--method", "tofu,full", "--device", "cpu"]
     return subprocess.Popen(
-        [sys.executable, *launcher, "eval.run", *options, "--out", str(folder / out), *more],
+        [sys.executable, *launcher, "eval.run", *options(folder, out, more)],
         cwd=folder,
         env={
             **os.environ,
@@ -68,7 +79,7 @@ def figures(folder: Path, out: str) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> str:
-    ran(command(folder, "alone"))
+    here(folder, "alone")
     assert len(content(folder, "alone")) == len(METHODS) * len(PROMPTS)
     return "alone"
 
@@ -81,12 +92,17 @@ def drawn(folder: Path, out: str) -> dict[Path, int]:
 
 def kill_once(process: subprocess.Popen[str], folder: Path, out: str, pictures: int) -> dict[Path, int]:
     """Kills the process and its children when so many pictures are finished; which those are."""
+    wait_for(process, folder, out, pictures)
+    for each in (process.pid, *workers(process.pid)):  # a launch's workers are in sessions of their own
+        os.kill(each, signal.SIGKILL)
+    process.communicate()
+    return drawn(folder, out)
+
+
+def wait_for(process: subprocess.Popen[str], folder: Path, out: str, pictures: int) -> None:
     while len(drawn(folder, out)) < pictures:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    return drawn(folder, out)
 
 
 def workers(launcher: int) -> list[int]:
@@ -109,7 +125,7 @@ def test_killed_and_started_again_nothing_is_lost_or_drawn_twice(folder: Path, a
         assert {path: after[path] for path in before} == before
         assert not (folder / out / "results.json").exists()
         before = after
-    ran(command(folder, out))
+    here(folder, out)
     after = drawn(folder, out)
     assert {path: after[path] for path in before} == before
     assert content(folder, out) == content(folder, alone)
@@ -127,53 +143,33 @@ def test_two_processes_are_one(folder: Path, alone: str) -> None:
 
 def test_two_processes_compare_sets_of_pictures_as_one(folder: Path) -> None:
     """Each reads features of its own share, which must meet again in the order of the pictures."""
-    own = [
-        "--model",
-        "demo",
-        "--prompts",
-        "demo",
-        "--limit",
-        "35",
-        "--steps",
-        "1",
-        "--size",
-        "64",
-        "--metrics",
-        "psnr,judge",
-    ]
-    ran(command(folder, "sets-of-one", *own))
+    own = ["--model", "demo", "--prompts", "demo", "--limit", "9", "--steps", "1", "--size", "64"]
+    own += ["--metrics", "psnr,judge"]
+    here(folder, "sets-of-one", *own)
     ran(command(folder, "sets-of-two", *own, launcher=LAUNCH))
     found = figures(folder, "sets-of-two")
     assert found == figures(folder, "sets-of-one")
     assert found[1]["metrics"]["FD-judge"]["value"] > 0  # type: ignore[index]
 
 
-def test_two_processes_killed_half_way_go_on(folder: Path, alone: str) -> None:
-    before = kill_once(command(folder, "half", launcher=LAUNCH), folder, "half", 5)
-    ran(command(folder, "half", launcher=LAUNCH))
-    after = drawn(folder, "half")
-    assert {path: after[path] for path in before} == before
-    assert content(folder, "half") == content(folder, alone)
-    assert figures(folder, "half") == figures(folder, alone)
-
-
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="a process's children are found in /proc")
-def test_one_of_two_processes_killed_the_other_ends_and_both_go_on(folder: Path, alone: str) -> None:
-    """Neither waits for the dead one."""
-    process = command(folder, "bereft", launcher=LAUNCH)
-    while len(drawn(folder, "bereft")) < 5:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
+def test_two_processes_killed_both_and_then_one_of_them_go_on(folder: Path, alone: str) -> None:
+    """Where one is killed, the other ends: it does not wait for the dead one."""
+    before = kill_once(command(folder, "half", launcher=LAUNCH), folder, "half", 5)
+    assert len(before) < 12
+    process = command(folder, "half", launcher=LAUNCH)
+    wait_for(process, folder, "half", len(before) + 2)
     os.kill(max(workers(process.pid)), signal.SIGKILL)
     process.communicate(timeout=120)
     assert process.returncode != 0
-    assert not (folder / "bereft" / "results.json").exists()
-    before = drawn(folder, "bereft")
-    ran(command(folder, "bereft", launcher=LAUNCH))
-    after = drawn(folder, "bereft")
-    assert {path: after[path] for path in before} == before
-    assert content(folder, "bereft") == content(folder, alone)
-    assert figures(folder, "bereft") == figures(folder, alone)
+    assert not (folder / "half" / "results.json").exists()
+    between = drawn(folder, "half")
+    assert {path: between[path] for path in before} == before
+    ran(command(folder, "half", launcher=LAUNCH))
+    after = drawn(folder, "half")
+    assert {path: after[path] for path in between} == between
+    assert content(folder, "half") == content(folder, alone)
+    assert figures(folder, "half") == figures(folder, alone)
 
 
 def test_shards_make_a_run(folder: Path, alone: str) -> None:
@@ -182,7 +178,7 @@ def test_shards_make_a_run(folder: Path, alone: str) -> None:
         ran(shard)
     assert not (folder / "shards" / "results.json").exists()
     before = drawn(folder, "shards")
-    ran(command(folder, "shards"))
+    here(folder, "shards")
     assert drawn(folder, "shards") == before
     assert content(folder, "shards") == content(folder, alone)
     assert figures(folder, "shards") == figures(folder, alone)

@@ -296,7 +296,7 @@ def test_json_leaves_stdout_to_the_results(tiny, capsys, monkeypatch):
 @pytest.mark.skipif(not (demo.WEIGHTS / "model_index.json").exists(), reason="the embedded model has no weights here")
 def test_the_embedded_model_is_judged_by_its_own_classifier(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = ["--limit", "4", "--steps", "4", "--metrics", "psnr,ms-ssim,judge", "--out", "out"]
+    arguments = ["--limit", "2", "--steps", "3", "--metrics", "psnr,ms-ssim,judge", "--out", "out"]
     assert job.main([*arguments, "--method", "tofu"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
     assert set(found["full"]["metrics"]) == {"classed as asked"}
