@@ -28,11 +28,11 @@ def bootstrap(values: Tensor, groups: Sequence[str]) -> tuple[float, float] | No
     sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, index, values.double())
     counts = torch.bincount(index, minlength=len(names)).double()
     generator = torch.Generator().manual_seed(0)
-    means = torch.empty(RESAMPLES, dtype=torch.float64)
-    for some in means.split(max(1, AT_ONCE // len(names))):
-        draw = torch.randint(len(names), (len(some), len(names)), generator=generator)
-        some.copy_(sums[draw].sum(1) / counts[draw].sum(1))
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    means, most = [], max(1, AT_ONCE // len(names))
+    for start in range(0, RESAMPLES, most):
+        draw = torch.randint(len(names), (min(most, RESAMPLES - start), len(names)), generator=generator)
+        means.append(sums[draw].sum(1) / counts[draw].sum(1))
+    low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 

@@ -516,7 +516,7 @@ def test_what_was_judged_is_not_judged_again(trained, pictures, tmp_path, monkey
 def test_under_stress_each_method_fuses_the_most_that_loses_nothing(
     trained, pictures, tmp_path, monkeypatch, loses, most, asked
 ):
-    """Accuracy falls and rises from one r to the next, so the first loss is not the end. Where no r is given, all are."""
+    """Accuracy falls and rises from one r to the next, so the first loss is not the end. No r given: all are tried."""
     judge = classify.judge
 
     def losing(model, method, *rest):

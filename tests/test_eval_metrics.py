@@ -507,6 +507,13 @@ def test_pictures_of_one_class_are_drawn_together():
     assert twice == pytest.approx(once, abs=1e-12)
 
 
+def test_an_interval_does_not_depend_on_how_much_is_drawn_at_once(monkeypatch):
+    values, groups = features(40, 1).flatten(), [str(i // 2) for i in range(40)]
+    together = statistics.bootstrap(values, groups)
+    monkeypatch.setattr(statistics, "AT_ONCE", 1)
+    assert statistics.bootstrap(values, groups) == pytest.approx(together, abs=1e-12)
+
+
 def test_bootstrap_leaves_the_global_generator_alone():
     torch.manual_seed(7)
     expected = torch.rand(1)
