@@ -15,6 +15,7 @@ import copy
 import gc
 import hashlib
 import json
+import math
 import sys
 import time
 import uuid
@@ -41,7 +42,7 @@ from .options import quiet_patches
 from .prompts import Request
 from .team import ALONE, Team
 
-WARM_UPS, WARM_UP_STEPS = 2, 2
+WARM_UP = 2  # pictures, at least, that a method draws at each size of batch before it is timed
 TIMED = 10  # batches of each method that the full model's denoiser runs beside, which doubles what they take
 DRAWING = 1  # to be raised when `draw` draws otherwise than before
 RUNS = "runs"  # the folder of what is told of each run that drew pictures
@@ -233,13 +234,11 @@ def generate(
             mininterval=0.1 if sys.stderr.isatty() else 15,
         ) as progress,
     ):
-        progress.set_description("warm-up")
         for method, size in {(m.key, len(batch)): (m, len(batch)) for batch, due in turns for m in due}.values():
+            progress.set_description(f"warm-up of {method.key}")
             with method.applied(pipe):
-                for _ in range(WARM_UPS):  # a step is like another: two of them warm up what a picture needs
-                    draw(
-                        pipe, requests[:size], method, settings, steps=min(WARM_UP_STEPS, settings.steps), beside=beside
-                    )
+                for _ in range(math.ceil(WARM_UP / size)):
+                    draw(pipe, requests[:size], method, settings, steps=settings.steps, beside=beside)
             last = method.key
         progress.unpause()  # what is left is reckoned from here
         for batch, due in turns:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
@@ -57,6 +58,14 @@ def _why(error: BaseException, model: str) -> str:
     if any(isinstance(cause, HFValidationError) for cause in causes) and not Path(model).is_dir():
         return "there is no such folder, and no model can have that id"
     return without_paths(" ".join(str(error).split()))[:300]
+
+
+def revision(model: str) -> str | None:
+    """The commit of a loaded model of the hub; None of a folder and of the embedded model."""
+    if model == "demo" or Path(model).is_dir():
+        return None
+    found = try_to_load_from_cache(model, "model_index.json")
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def try_out(pipe: Any, chosen: Sequence[Method]) -> None:

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -54,7 +55,7 @@ def _cpu_name() -> str:
 def pipeline_name(pipe: Any) -> str:
     """The pipeline's and its scheduler's class and a hash that changes with any setting, weight or word of theirs.
 
-    A model's revision is not asked for: what it is made of says more. How words are found is told by `tokenizers_hash`.
+    How words are found is told by `tokenizers_hash`.
     """
     sha = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
@@ -141,7 +142,7 @@ def process_mib() -> int | None:
 
 
 def runtime(device: torch.device) -> dict[str, str]:
-    """What a device's kernels depend on beside torch. (torch's own report of a machine would tell too much of it.)"""
+    """What a device's kernels depend on beside torch."""
     if device.type == "cpu":
         return {"instructions": torch.backends.cpu.get_cpu_capability()}
     if device.type != "cuda":
@@ -156,6 +157,18 @@ def runtime(device: torch.device) -> dict[str, str]:
     return {name: str(value) for name, value in told.items() if value}
 
 
+@cache
+def environment() -> str | None:
+    """torch's own report of the machine, its drivers and packages, without folders; None where there is none."""
+    from torch.utils import collect_env
+
+    try:
+        report: str = collect_env.get_pretty_env_info()  # type: ignore[no-untyped-call]
+    except (OSError, AttributeError, ValueError):  # it asks many programs, which may not answer as it expects
+        return None
+    return without_paths(report).strip()
+
+
 def now() -> str:
     """The moment, to the second, in UTC (ISO 8601)."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -168,6 +181,7 @@ def begin(program: str, argv: Sequence[str], device: torch.device) -> dict[str, 
         "commit": git_commit(),
         "device": device_name(device),
         "runtime": runtime(device),
+        "environment": environment(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "packages": {name: found for name in PACKAGES if (found := version(name)) is not None},
         "started": now(),

@@ -29,7 +29,7 @@ from . import EvalError, flops, maps, methods, metrics, peers, prompts, provenan
 from .files import listed, tidy, to_json
 from .generate import Settings, claim, damaged, differing, generate, refuse_others, runs, settings_of, take_over
 from .methods import FULL, SCALE, Method
-from .model import check_steps, load_model, own_size, try_out
+from .model import check_steps, load_model, own_size, revision, try_out
 from .options import (
     Help,
     Parser,
@@ -221,11 +221,11 @@ class Outcome:
 def run(options: argparse.Namespace, argv: Sequence[str]) -> Outcome:
     """One run. Everything that can be refused is refused before the first file is written."""
     job = plan(options)
-    told = provenance.begin("eval.run", argv, job.device)
     without = any(method.missing for method in job.chosen)
     if options.dry_run:
         planned = dry(job)
         return Outcome(Path(planned["out"]), planned=planned if job.team.leads else None, lacking=without)
+    told = provenance.begin("eval.run", argv, job.device)
     drawn = drawn_before(job) if options.metrics_only else draw(job, told)
     if options.generate_only or options.shard:
         made = sum(job.team.gather(drawn.made))
@@ -234,7 +234,11 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> Outcome:
     if measured is None:
         return Outcome(drawn.out)
     scores, described = measured
-    told |= {"process_mib": drawn.memory, "ended": provenance.now(), "drawn": runs(drawn.out, scores.records)}
+    drew = runs(drawn.out, scores.records)
+    for one in drew:
+        if one.get("environment") == told["environment"]:  # it is long, and told once
+            one.pop("environment", None)
+    told |= {"process_mib": drawn.memory, "ended": provenance.now(), "drawn": drew}
     of = len(job.requests) * options.per_prompt
     found = report.save(drawn.out, report.results(drawn.settings, scores, described, told, of=of), scores)
     lacking = without or any("skipped" in metric for metric in described) or bool(table.flaws(found))
@@ -350,6 +354,7 @@ def draw(job: Job, told: dict[str, Any]) -> Drawn:
     """Every picture there is not yet, of this process's share. told: of this run."""
     options, team = job.options, job.team
     pipe, judge, settings, out = ready(job)
+    told["revision"] = revision(options.model)
     claim(out, settings)
     tell_too_small(job, settings)
     if team.leads and not (options.generate_only or options.shard):

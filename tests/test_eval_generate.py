@@ -88,7 +88,7 @@ def test_only_the_damaged_batch_is_made_again_and_alike(pipe, tmp_path, calls, d
     damage(tmp_path / TOFU.key)
     calls.clear()
     assert run(pipe, tmp_path) == 1
-    assert [prompts for prompts, _ in calls[generate.WARM_UPS :]] == [("an old oak",)]
+    assert [prompts for prompts, _ in calls[generate.WARM_UP :]] == [("an old oak",)]
     assert (pixels(tmp_path, TOFU.key) == before).all()
 
 
@@ -122,8 +122,9 @@ def test_the_methods_take_turns_on_each_batch(pipe, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "draw", noting)
     run(pipe, tmp_path)
     turns = [("full", 2), (TOFU.key, 2), ("full", 1), (TOFU.key, 1)]
-    assert sorted(turn[:2] for turn in order[:8]) == sorted(2 * turns)  # two warm-ups of each method and batch size
-    assert order[8:] == [(*turn, *how) for turn in turns for how in ((1, "latent"), (2, "pil"))]  # after each switch
+    warm_ups = [("full", 2), (TOFU.key, 2), *2 * [("full", 1)], *2 * [(TOFU.key, 1)]]  # two whole pictures of each
+    assert order[:6] == [(*turn, 2, "pil") for turn in warm_ups]
+    assert order[6:] == [(*turn, *how) for turn in turns for how in ((1, "latent"), (2, "pil"))]  # after each switch
 
 
 @pytest.mark.parametrize("name", ["tofu", "adaptive", "deepcache"])
@@ -161,7 +162,7 @@ def test_a_method_that_has_changed_is_drawn_again(pipe, tmp_path, calls):
     calls.clear()
     changed = replace(TOFU, identity={**TOFU.identity, "code": "other"})
     assert run(pipe, tmp_path, (FULL, changed)) == 3
-    assert len(calls) == 2 * generate.WARM_UPS + 2  # for two sizes of batch; the full model's pictures stay
+    assert len(calls) == 1 + 2 + 2  # warm-ups of two and of one, two batches; the full model's pictures stay
 
 
 def test_a_method_that_comes_later_is_timed_beside_the_full_model(pipe, tmp_path, monkeypatch):

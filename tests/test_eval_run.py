@@ -12,6 +12,7 @@ import shlex
 import time
 from argparse import Namespace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from eval import (
     methods,
     metrics,
     prompts,
+    provenance,
     report,
     score,
     statistics,
@@ -112,7 +114,10 @@ def test_figures_travel_with_their_circumstances(finished):
     _, found = finished
     assert {"model", "steps", "size", "guidance", "seed", "batch", "device", "dtype", "torch", "diffusers", "n", "of",
             "prompts_hash", "pipeline"} <= set(found["settings"])  # fmt: skip
-    assert {"command", "commit", "packages", "started", "ended", "runtime"} <= set(found["provenance"])
+    told = found["provenance"]
+    assert {"command", "commit", "packages", "started", "ended", "runtime"} <= set(told)
+    assert f"PyTorch version: {torch.__version__}" in told["environment"]
+    assert all("environment" not in run for run in told["drawn"])  # the same machine: it is told once
     for metric in found["metrics"]:
         assert metric.get("implementation") or metric.get("skipped")
     tofu = rows(found)["tofu-r50"]
@@ -584,6 +589,44 @@ def test_a_pipeline_saved_in_a_folder_runs(tmp_path, monkeypatch, pipe):
     assert [m["skipped"] for m in found["metrics"] if m["name"] == "PD-judge"] == [
         "it is measured in the demo model's classifier, and this is another model"
     ]
+
+
+def test_a_model_of_the_hub_is_told_with_its_revision(tmp_path, monkeypatch, pipe):
+    """A name alone is whatever the hub holds under it today."""
+    revision, repository = "0123456789abcdef" * 2 + "01234567", tmp_path / "hub" / "models--some--model"
+    pipe.save_pretrained(repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.txt").write_text("a fox")
+    asked = ["--model", "some/model", "--prompts", "own.txt", "--steps", "1", "--metrics", "psnr", "--out", "out"]
+    assert job.main(asked) == 0
+    told = files.read_json(Path("out/results.json"))["provenance"]
+    assert told["revision"] == told["drawn"][0]["revision"] == revision
+    assert f"<dd>{revision}</dd>" in Path("out/report.html").read_text()
+
+
+def test_the_report_of_another_machine_that_drew_is_told_beside_the_own(tiny, monkeypatch):
+    monkeypatch.setattr(provenance, "environment", lambda: "<machine one>")
+    assert job.main([*tiny, "--limit", "2", "--generate-only", "--out", "out"]) == 0
+    monkeypatch.setattr(provenance, "environment", lambda: "machine two")
+    assert job.main([*tiny, "--out", "out"]) == 0
+    told = files.read_json(Path("out/results.json"))["provenance"]
+    assert told["environment"] == "machine two"
+    assert [run.get("environment") for run in told["drawn"]] == ["<machine one>", None]
+    page = Path("out/report.html").read_text()
+    assert "<pre>machine two</pre>" in page
+    assert "<pre>&lt;machine one&gt;</pre>" in page
+
+
+@pytest.mark.parametrize("error", [AttributeError("no pip"), OSError("no such program")])
+def test_a_machine_is_reported_without_its_folders_or_not_at_all(monkeypatch, error):
+    """torch asks many programs; a machine without one of them must not end a run."""
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "cuDNN: /usr/lib/own/libcudnn.so.9\n")
+    assert provenance.environment.__wrapped__() == "cuDNN: libcudnn.so.9"
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", Mock(side_effect=error))
+    assert provenance.environment.__wrapped__() is None
 
 
 def test_a_quick_try_does_not_replace_a_long_run(tiny):
