@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from tiny import sd15_pipe
+from tiny import SHALLOW, sd15_pipe
 from tokenizers import Tokenizer
 
 from eval import EvalError, files, generate, methods, peers, provenance
@@ -32,7 +32,7 @@ REQUESTS = [Request(f"{i:04d}", prompt, 10 + i) for i, prompt in enumerate(["a r
 
 @pytest.fixture(scope="module")
 def pipe():
-    return sd15_pipe()
+    return sd15_pipe(with_unet=SHALLOW)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from PIL import Image, ImageFont
-from tiny import sd15_pipe
+from tiny import SHALLOW, sd15_pipe
 
 from eval import (
     EvalError,
@@ -57,6 +57,12 @@ class ToyJudge(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def pipe():
+    return sd15_pipe(with_unet=SHALLOW)
+
+
+@pytest.fixture(scope="module")
+def deep():
+    """With as many blocks as Stable Diffusion 1.5 has."""
     return sd15_pipe()
 
 
@@ -800,9 +806,10 @@ def test_suites_are_options_that_what_is_typed_overrides(name):
 
 
 @pytest.mark.parametrize("name", ["depth", "modes"])
-def test_every_method_of_a_suite_draws_otherwise(tiny, name):
+def test_every_method_of_a_suite_draws_otherwise(tiny, deep, monkeypatch, name):
     """Of as many blocks as Stable Diffusion has: two rows that draw the same would be one too many. (The paper's suite
     runs on a stand-in, in test_eval_standin.py.)"""
+    monkeypatch.setattr(job, "load_model", lambda *_: (deep, None))
     assert job.main([*tiny, "--suite", name, "--limit", "2", "--out", "out"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
     assert {"full", "full-other-seeds"} < found.keys()
@@ -830,12 +837,12 @@ def test_the_denoisers_share_of_the_time_is_told(finished):
         assert 0 < row["denoising"]["median"] < row["seconds"]["median"]
 
 
-def test_operations_are_counted_by_hand(pipe):
+def test_operations_are_counted_by_hand(deep):
     """What fusing saves: attention and its projections on half of the tokens of 5 blocks; what it costs: matching."""
     settings = generate.Settings("m", "p", "own", "h", 0, 128, 1, 1.0, 1, "cpu", "float32", "a", "t", "d", "tf")
     request = prompts.Request("0000", "a fox", 0)
     full, tofu, tofu_windows, condense = (
-        flops.of_pictures(pipe, method, settings, [request])
+        flops.of_pictures(deep, method, settings, [request])
         for method in (generate.FULL, *methods.parse("tofu,tofu@window=4,condense", [0.5]))
     )
     N, K, C, blocks = 256, 128, 16, 5
@@ -897,7 +904,8 @@ def test_maps_are_of_the_step_asked_for_or_the_nearest(tiny, monkeypatch, method
     assert [caption.partition(",")[0] for caption in captions if caption.startswith("step")] == [f"step {at}"] * 2
 
 
-def test_maps_are_of_the_block_asked_for(tiny, monkeypatch, capsys):
+def test_maps_are_of_the_block_asked_for(tiny, deep, monkeypatch, capsys):
+    monkeypatch.setattr(job, "load_model", lambda *_: (deep, None))
     captions = []
     monkeypatch.setattr(maps, "fit", lambda text, *_: captions.append(text) or text)
     options = [*tiny, "--limit", "1", "--maps", "--generate-only", "--out", "out"]

@@ -60,15 +60,17 @@ def sd15_unet(sample_size: int = 16, seed: int = 0, **options: Any) -> UNet2DCon
     return lively(UNet2DConditionModel(**{"sample_size": sample_size, **SD15, **ups, **options}), seed)
 
 
+SHALLOW = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (16, 16),
+    "layers_per_block": 1,
+}
+
+
 def shallow_unet(sample_size: int = 16, seed: int = 0, **options: Any) -> UNet2DConditionModel:
     """Two levels, 4 transformer blocks: 3 at the latent's own size, one in the middle. Quick to run and to compile."""
-    shape = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-        "block_out_channels": (16, 16),
-        "layers_per_block": 1,
-    }
-    return sd15_unet(sample_size, seed, **{**shape, **options})
+    return sd15_unet(sample_size, seed, **{**SHALLOW, **options})
 
 
 def sdxl_unet(
