@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 import pickle
 import subprocess
 import sys
@@ -358,19 +357,20 @@ def test_max_downsample_never_means_nothing(limit: int, blocks: int) -> None:
 SAY = """
 import logging, sys
 sys.path.insert(0, {tests!r})
-logging.getLogger("tofu_sd").setLevel({level})
 import tiny, tofu_sd
-tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
+unet = tiny.sd15_unet()
+tofu_sd.apply_patch(unet, 0.5)
+logging.getLogger("tofu_sd").setLevel(logging.WARNING)
+tofu_sd.apply_patch(unet, 0.25)
 """
 
 
-@pytest.mark.parametrize(("level", "lines"), [(logging.NOTSET, 1), (logging.WARNING, 0)])
-def test_what_was_patched_is_said_unless_the_user_wants_it_quiet(level: int, lines: int) -> None:
+def test_what_was_patched_is_said_unless_the_user_wants_it_quiet() -> None:
     """Loud by default: a patch that does less than it was asked for must not look like one that works."""
-    code = SAY.format(tests=str(Path(__file__).parent), level=level)
+    code = SAY.format(tests=str(Path(__file__).parent))
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
     expected = "UNet2DConditionModel: tofu-r50 on 5 of 16 transformer blocks, tokens 256 -> 128 at a 16 x 16 latent"
-    assert [line for line in said.splitlines() if "tofu" in line] == [expected] * lines
+    assert [line for line in said.splitlines() if "tofu" in line] == [expected]
 
 
 def test_use_rand_is_a_seed() -> None:
