@@ -221,7 +221,7 @@ def generate(
         print(f"damaged, drawn again: {listed(broken)}", file=sys.stderr)
     pictures, made = sum(len(batch) * len(due) for batch, due in turns), 0
     run = uuid.uuid4().hex[:12]
-    beside, timed, last = twin(denoiser_of(pipe)), Counter[str](), ""
+    beside, timed, warm, last = twin(denoiser_of(pipe)), Counter[str](), set[tuple[str, int]](), ""
     if pictures and told is not None:
         write_json(out / RUNS / f"{run}.json", told)
     with (
@@ -234,19 +234,16 @@ def generate(
             mininterval=0.1 if sys.stderr.isatty() else 15,
         ) as progress,
     ):
-        for method, size in {(m.key, len(batch)): (m, len(batch)) for batch, due in turns for m in due}.values():
-            progress.set_description(f"warm-up of {method.key}")
-            with method.applied(pipe):
-                for _ in range(math.ceil(WARM_UP / size)):
-                    draw(pipe, requests[:size], method, settings, steps=settings.steps, beside=beside)
-            last = method.key
-        progress.unpause()  # what is left is reckoned from here
         for batch, due in turns:
             ids = [request.id for request in batch]
             for method in due:
                 progress.set_description(method.key, refresh=False)
                 with method.applied(pipe):
-                    if method.key != last:  # what a step after a switch lays out or fetches anew is not the method's
+                    if (method.key, len(batch)) not in warm:
+                        for _ in range(math.ceil(WARM_UP / len(batch))):
+                            draw(pipe, batch, method, settings, steps=settings.steps, beside=beside)
+                        warm.add((method.key, len(batch)))
+                    elif method.key != last:  # what a step after a switch lays out or fetches anew is not the method's
                         draw(pipe, batch, method, settings, steps=1, output="latent")
                     last = method.key
                     near = beside if timed[method.key] < TIMED / team.size else None

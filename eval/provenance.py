@@ -159,14 +159,18 @@ def runtime(device: torch.device) -> dict[str, str]:
 
 @cache
 def environment() -> str | None:
-    """torch's own report of the machine, its drivers and packages, without folders; None where there is none."""
+    """torch's own report of the machine, its drivers and packages; None where there is none.
+
+    Without folders, and without what a processor's clock was at that moment: another run there reports the same.
+    """
     from torch.utils import collect_env
 
     try:
         report: str = collect_env.get_pretty_env_info()  # type: ignore[no-untyped-call]
-    except (OSError, AttributeError, ValueError):  # it asks many programs, which may not answer as it expects
+    except Exception:  # it asks many programs, which may not answer as it expects: no reason to draw nothing
         return None
-    return without_paths(report).strip()
+    lines = without_paths(report).strip().splitlines()
+    return "\n".join(line for line in lines if "MHz" not in line and "ClockSpeed" not in line)
 
 
 def now() -> str:
@@ -181,7 +185,6 @@ def begin(program: str, argv: Sequence[str], device: torch.device) -> dict[str, 
         "commit": git_commit(),
         "device": device_name(device),
         "runtime": runtime(device),
-        "environment": environment(),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "packages": {name: found for name in PACKAGES if (found := version(name)) is not None},
         "started": now(),

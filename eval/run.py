@@ -225,7 +225,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> Outcome:
     if options.dry_run:
         planned = dry(job)
         return Outcome(Path(planned["out"]), planned=planned if job.team.leads else None, lacking=without)
-    told = provenance.begin("eval.run", argv, job.device)
+    told = {**provenance.begin("eval.run", argv, job.device), "environment": provenance.environment()}
     drawn = drawn_before(job) if options.metrics_only else draw(job, told)
     if options.generate_only or options.shard:
         made = sum(job.team.gather(drawn.made))
@@ -234,15 +234,22 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> Outcome:
     if measured is None:
         return Outcome(drawn.out)
     scores, described = measured
-    drew = runs(drawn.out, scores.records)
-    for one in drew:
-        if one.get("environment") == told["environment"]:  # it is long, and told once
-            one.pop("environment", None)
-    told |= {"process_mib": drawn.memory, "ended": provenance.now(), "drawn": drew}
+    told |= {"process_mib": drawn.memory, "ended": provenance.now(), "drawn": runs(drawn.out, scores.records)}
+    told["environments"] = told_once([told, *told["drawn"]])
     of = len(job.requests) * options.per_prompt
     found = report.save(drawn.out, report.results(drawn.settings, scores, described, told, of=of), scores)
     lacking = without or any("skipped" in metric for metric in described) or bool(table.flaws(found))
     return Outcome(drawn.out, found=found, lacking=lacking)
+
+
+def told_once(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The reports of their machines by their hashes, which stand in the reports' places afterwards."""
+    reports = {}
+    for run in runs:
+        if report := run.get("environment"):
+            run["environment"] = hashlib.sha256(report.encode()).hexdigest()[:8]
+            reports[run["environment"]] = report
+    return reports
 
 
 def plan(options: argparse.Namespace) -> Job:

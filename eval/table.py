@@ -181,6 +181,7 @@ def notes(found: dict[str, Any], shown: Collection[str] | None = None) -> list[s
     lines += [f"{', '.join(untimed)}: no times, {lacking}"] if untimed else []
     others = [label(r) for r in found["rows"] if seconds and r.get("speedup") and r.get("of_one_run") is False]
     lines += [f"{', '.join(others)}: seconds of another run than the full model's are not shown"] if others else []
+    lines += _runtimes(found["provenance"]) if seconds else []
     lines += _set_distances(found)
     if shown is None and all(row.get("peak_bytes") is None for row in found["rows"]):
         used = found["provenance"]["process_mib"]
@@ -243,6 +244,14 @@ def timing(found: dict[str, Any]) -> str:
     said = f"Speed-up: median of {usual} batches{but}; it and s/image with the 5th to 95th percentile"
     other = found["provenance"].get("timing")
     return said + (f"; all of another run, on {other['device']}, of commit {other['commit']}." if other else ".")
+
+
+def _runtimes(told: dict[str, Any]) -> list[str]:
+    """A folder of pictures can outlive a driver, which is no setting of theirs. (Joined runs show no seconds.)"""
+    drawn = [] if "joined" in told else told.get("drawn") or []
+    runtimes = [run["runtime"] for run in drawn if run.get("runtime")]
+    several = dict.fromkeys(", ".join(f"{name} {value}" for name, value in one.items()) for one in runtimes)
+    return [f"Seconds are of pictures drawn under {'; and '.join(several)}."] if len(several) > 1 else []
 
 
 FEW_FOR_KID = 1000

@@ -163,9 +163,11 @@ def test_every_model_is_compiled_however_many_there_are(
         return plain(model, backend=counted[-1])
 
     monkeypatch.setattr(bench.torch, "compile", counting)
-    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 2)  # the older name of a limit that is 8
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     names = ",".join(f"tofu@depth_split={d}" for d in range(3))
-    run(capsys, "--method", names, "--scope", "attention", "--compile", "default")
+    with config.patch({limit: 2}):  # of 8
+        run(capsys, "--method", names, "--scope", "attention", "--compile", "default")
     assert len(counted) == 5
     assert all(counter.frame_count >= 1 for counter in counted)
 

@@ -115,16 +115,21 @@ def test_the_methods_take_turns_on_each_batch(pipe, tmp_path, monkeypatch):
     order = []
     draw = generate.draw
 
-    def noting(pipe, requests, method, settings, *, steps, output="pil", beside=None):
+    def noting(pipe, requests, method, settings, *, steps, output="np", beside=None):
         order.append((method.key, len(requests), steps, output))
         return draw(pipe, requests, method, settings, steps=steps, output=output, beside=beside)
 
     monkeypatch.setattr(generate, "draw", noting)
-    run(pipe, tmp_path)
-    turns = [("full", 2), (TOFU.key, 2), ("full", 1), (TOFU.key, 1)]
-    warm_ups = [("full", 2), (TOFU.key, 2), *2 * [("full", 1)], *2 * [(TOFU.key, 1)]]  # two whole pictures of each
-    assert order[:6] == [(*turn, 2, "pil") for turn in warm_ups]
-    assert order[6:] == [(*turn, *how) for turn in turns for how in ((1, "latent"), (2, "pil"))]  # after each switch
+    drawn, step = (2, "np"), (1, "latent")
+    run(pipe, tmp_path / "pairs")  # two pictures, one: each size is warmed up by two whole pictures or more
+    both, single = (
+        [(key, size, *drawn) for key in ("full", TOFU.key) for _ in range(times)] for size, times in ((2, 2), (1, 3))
+    )
+    assert order == both + single
+    order.clear()
+    run(pipe, tmp_path / "single", settings=replace(SETTINGS, batch=1))
+    again = [(key, 1, *how) for key in ("full", TOFU.key) for how in (step, drawn)]  # after each switch
+    assert order == single + again + again
 
 
 @pytest.mark.parametrize("name", ["tofu", "adaptive", "deepcache"])

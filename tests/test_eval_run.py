@@ -122,8 +122,9 @@ def test_figures_travel_with_their_circumstances(finished):
             "prompts_hash", "pipeline"} <= set(found["settings"])  # fmt: skip
     told = found["provenance"]
     assert {"command", "commit", "packages", "started", "ended", "runtime"} <= set(told)
-    assert f"PyTorch version: {torch.__version__}" in told["environment"]
-    assert all("environment" not in run for run in told["drawn"])  # the same machine: it is told once
+    ((machine, report_of_it),) = told["environments"].items()  # one machine: it is told once
+    assert [machine] == [told["environment"]] == [run["environment"] for run in told["drawn"]]
+    assert f"PyTorch version: {torch.__version__}" in report_of_it
     for metric in found["metrics"]:
         assert metric.get("implementation") or metric.get("skipped")
     tofu = rows(found)["tofu-r50"]
@@ -619,18 +620,30 @@ def test_the_report_of_another_machine_that_drew_is_told_beside_the_own(tiny, mo
     monkeypatch.setattr(provenance, "environment", lambda: "machine two")
     assert job.main([*tiny, "--out", "out"]) == 0
     told = files.read_json(Path("out/results.json"))["provenance"]
-    assert told["environment"] == "machine two"
-    assert [run.get("environment") for run in told["drawn"]] == ["<machine one>", None]
+    first, second = (told["environments"][run["environment"]] for run in told["drawn"])
+    assert (first, second) == ("<machine one>", "machine two")
+    assert told["environment"] == told["drawn"][1]["environment"]
     page = Path("out/report.html").read_text()
     assert "<pre>machine two</pre>" in page
     assert "<pre>&lt;machine one&gt;</pre>" in page
+    assert f"machine {told['drawn'][0]['environment']}, " in page
 
 
-@pytest.mark.parametrize("error", [AttributeError("no pip"), OSError("no such program")])
-def test_a_machine_is_reported_without_its_folders_or_not_at_all(monkeypatch, error):
+def test_seconds_of_pictures_under_two_drivers_are_told(tiny, monkeypatch):
+    """A driver is no setting of theirs: the folder goes on."""
+    for driver, limit in (("1", "2"), ("2", "4")):
+        monkeypatch.setattr(provenance, "runtime", lambda _, driver=driver: {"driver": driver})
+        assert job.main([*tiny, "--limit", limit, "--out", "out"]) == 0
+        notes = table.notes(files.read_json(Path("out/results.json")))
+        assert ("Seconds are of pictures drawn under driver 1; and driver 2." in notes) == (driver == "2")
+
+
+@pytest.mark.parametrize("error", [AttributeError("no pip"), OSError("no such program"), RuntimeError("CUDA is busy")])
+def test_a_machine_is_reported_by_what_stays_or_not_at_all(monkeypatch, error):
     """torch asks many programs; a machine without one of them must not end a run."""
-    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "cuDNN: /usr/lib/own/libcudnn.so.9\n")
-    assert provenance.environment.__wrapped__() == "cuDNN: libcudnn.so.9"
+    told = "cuDNN: /usr/lib/own/libcudnn.so.9\nCPU MHz: 2100.5\nCPU(s): 2\n"
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: told)
+    assert provenance.environment.__wrapped__() == "cuDNN: libcudnn.so.9\nCPU(s): 2"
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", Mock(side_effect=error))
     assert provenance.environment.__wrapped__() is None
 
@@ -970,8 +983,8 @@ def test_more_steps_than_there_are_are_refused_before_anything_is_written(tiny, 
 
 def test_a_method_is_warmed_up_after_every_switch_to_it(tiny, monkeypatch):
     """Also where a batch lacks the pictures of one method alone, after a batch that lacked another's."""
-    assert job.main([*tiny, "--method", "tofu,prune", "--out", "out"]) == 0
-    for lacking in ("tofu-r50/0000.png", "prune-r50/0002.png"):
+    assert job.main([*tiny, "--batch", "1", "--method", "tofu,prune", "--out", "out"]) == 0
+    for lacking in ("tofu-r50/0000.png", "prune-r50/0001.png", "tofu-r50/0002.png", "prune-r50/0003.png"):
         (Path("out") / lacking).unlink()
     drawn = []
     draw = generate.draw
@@ -981,7 +994,7 @@ def test_a_method_is_warmed_up_after_every_switch_to_it(tiny, monkeypatch):
         return draw(pipe, requests, method, settings, **how)
 
     monkeypatch.setattr(generate, "draw", noting)
-    assert job.main([*tiny, "--method", "tofu,prune", "--out", "out"]) == 0
+    assert job.main([*tiny, "--batch", "1", "--method", "tofu,prune", "--out", "out"]) == 0
     expected = [(key, output) for key in ("tofu-r50", "prune-r50") for output in ("latent", "np")]
     assert drawn[-4:] == expected
 
