@@ -42,7 +42,7 @@ from .methods import FULL, Method
 from .options import Help, Parser, add_device, add_dtype, at_least, choices, command, pick_device, pick_dtype
 from .peers import fused_attentions
 from .shapes import CASES, Call, Case
-from .table import short
+from .table import method_column, short
 
 SCHEMA = 1
 SCOPES = {
@@ -439,10 +439,10 @@ def markdown(found: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
 def terminal(found: dict[str, Any], console: Console) -> None:
     for title, rows in _setups(found):
         drawn = Table(title=title, box=SIMPLE_HEAD)
-        drawn.add_column("method", min_width=13)
+        method_column(drawn, [row["method"] for row in rows])
         columns = _columns(rows)
         for column in columns:
-            drawn.add_column(column, justify="right")
+            drawn.add_column(column, justify="right", overflow="fold")
         for row in rows:
             if "skipped" in row:
                 drawn.add_row(row["method"], Text(f"skipped: {row['skipped']}", "dim"))

@@ -290,12 +290,15 @@ def planned(plan: dict[str, Any]) -> list[str]:
     ]
 
 
+LONG_NAME = 17  # of a method, in the terminal: longer ones are folded
+
+
 def terminal(found: dict[str, Any], console: Console) -> None:
     columns, rows = table(found)
     drawn = RichTable(title=f"{found['settings']['model']}: methods against the full model", box=SIMPLE_HEAD)
-    drawn.add_column("method", min_width=13, overflow="fold")
+    method_column(drawn, [label(row) for row, _ in rows])
     for column in columns:
-        drawn.add_column(column.title, justify="right")
+        drawn.add_column(column.title, justify="right", overflow="fold")
     for row, cells in rows:
         # the space lets an interval break where the terminal is narrow
         texts = [Text.assemble(c.value, "\n", (c.interval.replace("–", " – "), "dim")) for c in cells]
@@ -303,6 +306,11 @@ def terminal(found: dict[str, Any], console: Console) -> None:
     console.print(drawn)
     for line in (circumstances(found), *notes(found)):
         console.print(line, style="dim", highlight=False, markup=False)
+
+
+def method_column(drawn: RichTable, names: Sequence[str]) -> None:
+    """The first column. It has a width: given a least one instead, a table that is too wide is cropped at its right."""
+    drawn.add_column("method", width=min(max(map(len, names)), LONG_NAME), overflow="fold")
 
 
 def markdown_rows(titles: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:

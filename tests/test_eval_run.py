@@ -17,6 +17,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from PIL import Image, ImageFont
+from rich.console import Console
 from tiny import SHALLOW, sd15_pipe
 
 from eval import (
@@ -1533,6 +1534,20 @@ def test_files_can_be_read_by_others(tmp_path):
     (tmp_path / "usual").write_text("x")
     assert (tmp_path / "plain").stat().st_mode == (tmp_path / "usual").stat().st_mode
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "usual"]
+
+
+@pytest.mark.parametrize("width", [120, 130])
+def test_a_terminal_shows_every_figure(capsys, width):
+    """The last column was cropped: 1.000 stood there as 1.0."""
+    found, _ = report.read(Path(__file__).parents[1] / "benchmarks" / "results" / "demo-sweep")
+    columns, rows = table.table(table.with_rows(found, ["tofu 50%", "full, other seeds"]))
+    assert len(columns) > 8
+    table.terminal(table.with_rows(found, ["tofu 50%", "full, other seeds"]), Console(width=width))
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= width
+    for _, cells in rows:
+        for cell in cells:
+            assert {cell.value, *cell.interval.split("–")} <= {*shown.split(), ""}
 
 
 def test_a_caption_narrower_than_a_letter_ends():
