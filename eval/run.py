@@ -235,21 +235,11 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> Outcome:
         return Outcome(drawn.out)
     scores, described = measured
     told |= {"process_mib": drawn.memory, "ended": provenance.now(), "drawn": runs(drawn.out, scores.records)}
-    told["environments"] = told_once([told, *told["drawn"]])
+    told["environments"] = provenance.told_once([told, *told["drawn"]])
     of = len(job.requests) * options.per_prompt
     found = report.save(drawn.out, report.results(drawn.settings, scores, described, told, of=of), scores)
     lacking = without or any("skipped" in metric for metric in described) or bool(table.flaws(found))
     return Outcome(drawn.out, found=found, lacking=lacking)
-
-
-def told_once(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The reports of their machines by their hashes, which stand in the reports' places afterwards."""
-    reports = {}
-    for run in runs:
-        if report := run.get("environment"):
-            run["environment"] = hashlib.sha256(report.encode()).hexdigest()[:8]
-            reports[run["environment"]] = report
-    return reports
 
 
 def plan(options: argparse.Namespace) -> Job:
@@ -358,7 +348,7 @@ def tell_missing(job: Job, settings: Settings) -> None:
 
 
 def draw(job: Job, told: dict[str, Any]) -> Drawn:
-    """Every picture there is not yet, of this process's share. told: of this run."""
+    """Every picture there is not yet, of this process's share. told: of this run; the model's revision is added."""
     options, team = job.options, job.team
     pipe, judge, settings, out = ready(job)
     told["revision"] = revision(options.model)
