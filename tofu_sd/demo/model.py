@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -67,11 +67,11 @@ def build_vae() -> AutoencoderKL:
     )
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet(widths: tuple[int, int, int] = (64, 112, 160)) -> UNet2DConditionModel:
     """The upper half of Stable Diffusion 1.5's UNet: 11 transformer blocks, 5 of them at full latent resolution."""
     return UNet2DConditionModel(
         sample_size=32,
-        block_out_channels=(64, 112, 160),
+        block_out_channels=widths,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=2,
@@ -107,12 +107,13 @@ def perceptual_distance(judge: Any, a: Tensor, b: Tensor, stages: int = 5) -> Te
 class Judge(nn.Module):
     """A small classifier of renders. It says what a generated picture shows, and its features compare pictures.
 
-    Input: pictures [B, 3, H, W] in 0..1 of any size.
+    Input: pictures [B, 3, H, W] in 0..1 of any size. labels: how many answers each of its questions has; by default
+    shapes, materials and settings.
     """
 
     WIDTHS = (24, 48, 80, 112, 144)
 
-    def __init__(self) -> None:
+    def __init__(self, labels: Sequence[int] = (len(SHAPES), len(MATERIALS), len(SETTINGS))) -> None:
         super().__init__()
         stages, width = [], 3
         for out in self.WIDTHS:
@@ -128,7 +129,7 @@ class Judge(nn.Module):
             )
             width = out
         self.stages = nn.ModuleList(stages)
-        self.heads = nn.ModuleList(nn.Linear(width, len(names)) for names in (SHAPES, MATERIALS, SETTINGS))
+        self.heads = nn.ModuleList(nn.Linear(width, count) for count in labels)
 
     def maps(self, pictures: Tensor) -> list[Tensor]:
         """Feature maps of the five stages at the pictures' own size: the first half of it, each next half of that."""
@@ -143,11 +144,11 @@ class Judge(nn.Module):
         return self.maps(F.interpolate(pictures, (128, 128), mode="area"))[-1].mean(dim=(2, 3))
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
-        """Logits for shape, material and setting: [B, 6], [B, 4], [B, 4]."""
+        """Logits for each question; by default shape, material and setting: [B, 6], [B, 4], [B, 4]."""
         features = self.features(pictures)
         return [head(features) for head in self.heads]
 
     @torch.no_grad()
     def classify(self, pictures: Tensor) -> Tensor:
-        """Most likely (shape, material, setting) of each picture: long [B, 3]."""
+        """Most likely answers for each picture, by default (shape, material, setting): long [B, 3]."""
         return torch.stack([logits.argmax(-1) for logits in self(pictures)], -1)

@@ -1,11 +1,12 @@
-"""Trains every part of the embedded model from scratch: `python -m tofu_sd.demo.train`.
+"""Trains every part of an embedded model from scratch: `python -m tofu_sd.demo.train [--content textures]`.
 
-    render   96 classes × images each -> renders.npy               the training pictures, 256 × 256
+    render   classes × images each -> renders.npy                  the training pictures, 256 × 256
     judge    classifier on renders; accuracy on fresh ones           judge.safetensors
     vae      autoencoder on 96-pixel crops                           vae/
     encode   latents of the renders and their mirror images          latents-32.npy, latents-16.npy
     low      UNet and text encoder on 16 × 16 latents                unet/, text_encoder/
     high     the same weights on 32 × 32 latents
+    large    the same weights on 64 × 64 latents of 512 × 512 renders, for textures alone
     export   averaged weights in half precision -> tofu_sd/demo/weights
 
 Each stage leaves its result in --work and is skipped when that exists. Cut off, a training goes on from its last
@@ -22,7 +23,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -35,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from . import WEIGHTS
+from . import WEIGHTS, textures
 from .model import (
     Judge,
     build_scheduler,
@@ -45,7 +48,7 @@ from .model import (
     build_vae,
     perceptual_distance,
 )
-from .scenes import CLASSES, render
+from .scenes import CLASSES, MATERIALS, SETTINGS, SHAPES, render
 
 # isort: split
 # after .model, which says in words what is wrong with an installation that cannot import these
@@ -58,27 +61,62 @@ TEST_SEED = 10_000_000  # renders from here on are never trained on
 
 
 @dataclass(frozen=True)
+class Content:
+    """What a model is trained to show.
+
+    classes: with a `prompt`, a `name` and `labels` each. render(classes, seeds, size, device): images
+    [B, 3, size, size] in 0..1. answers: how many values each label has. widths: of the UNet's levels.
+    """
+
+    classes: Sequence[Any]
+    render: Callable[[list[Any], list[int], int, torch.device], Tensor]
+    answers: tuple[int, ...]
+    widths: tuple[int, int, int]
+
+
+def _textures(kinds: list[Any], seeds: list[int], size: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(textures.render(kinds, seeds, size)).to(device)
+
+
+CONTENTS = {
+    "scenes": Content(CLASSES, render, (len(SHAPES), len(MATERIALS), len(SETTINGS)), (64, 112, 160)),
+    "textures": Content(textures.CLASSES, _textures, (len(textures.THINGS), len(textures.LOOKS)), (64, 112, 144)),
+}
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Sizes of the run in samples; the default is what two CPU cores do in about two and a half hours."""
 
+    content: str = "scenes"
     images: int = 80  # renders a class
     size: int = 256  # pixels; latents are size / 8
     judge: int = 60_000
     vae: int = 48_000
     low: int = 60_000
     high: int = 60_000
+    large: int = 0  # on 64 × 64 latents; 0 leaves this stage out
+    large_images: int = 12  # renders a class of twice the size
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.content not in CONTENTS:
+            raise ValueError(f"content is {self.content!r}; it must be one of {', '.join(CONTENTS)}")
+        if self.large < 0:
+            raise ValueError(f"large is {self.large}; it must be at least 0")
         if self.size < 2 * CROP or self.size % 16:
             raise ValueError(f"size is {self.size}; it must be a multiple of 16 of at least {2 * CROP} pixels")
-        for name in ("images", "judge", "vae", "low", "high"):
+        for name in ("images", "judge", "vae", "low", "high", "large_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
-    def kinds(self) -> list[int]:
+    @property
+    def shown(self) -> Content:
+        return CONTENTS[self.content]
+
+    def kinds(self, images: int | None = None) -> list[int]:
         """Class index of every render, in file order."""
-        return [c for c in range(len(CLASSES)) for _ in range(self.images)]
+        return [c for c in range(len(self.shown.classes)) for _ in range(images or self.images)]
 
 
 # --- one training loop for every part ---------------------------------------------------------------------------------
@@ -163,37 +201,55 @@ def _pictures(rows: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.array(rows)).to(device).float() / 255  # a copy: the file's map may not be written to
 
 
-def make_renders(recipe: Recipe, work: Path, device: torch.device) -> np.ndarray:
-    """The training pictures, uint8 [96 × images, 3, size, size], memory-mapped. Rendered once."""
-    path, kinds, chunk = work / "renders.npy", recipe.kinds(), 16
-    shape = (len(kinds), 3, recipe.size, recipe.size)
+def _render_rows(recipe: Recipe, kinds: list[int], size: int, device: torch.device, rows: range) -> np.ndarray:
+    """Renders of some rows of the file, uint8 [len(rows), 3, size, size]."""
+    shown = recipe.shown
+    pictures = shown.render([shown.classes[kinds[r]] for r in rows], [recipe.seed + r for r in rows], size, device)
+    return np.asarray((pictures * 255).round().byte().cpu().numpy())
+
+
+def make_renders(
+    recipe: Recipe, work: Path, device: torch.device, images: int | None = None, scale: int = 1, workers: int = 1
+) -> np.ndarray:
+    """The training pictures, uint8 [classes × images, 3, size, size], memory-mapped. Rendered once.
+
+    scale: 2 renders at twice the recipe's size, into a file of its own. workers: processes that render (on the CPU).
+    """
+    size = scale * recipe.size
+    path, kinds, chunk = work / f"renders{'' if scale == 1 else -size}.npy", recipe.kinds(images), 16
+    shape = (len(kinds), 3, size, size)
     if not path.exists():
         part = path.with_suffix(".tmp")
         out = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-        for i in tqdm(range(0, len(kinds), chunk), desc="render", unit_scale=chunk, unit="image", mininterval=5):
-            rows = range(i, min(i + chunk, len(kinds)))
-            pictures = render([CLASSES[kinds[r]] for r in rows], [recipe.seed + r for r in rows], recipe.size, device)
-            out[i : i + chunk] = (pictures * 255).round().byte().cpu().numpy()
+        chunks = [range(i, min(i + chunk, len(kinds))) for i in range(0, len(kinds), chunk)]
+        one = partial(_render_rows, recipe, kinds, size, torch.device("cpu") if workers > 1 else device)
+        with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+            parts = map(one, chunks) if pool is None else pool.map(one, chunks)
+            bar = tqdm(parts, desc=path.stem, total=len(chunks), unit_scale=chunk, unit="image", mininterval=5)
+            for rows, pictures in zip(chunks, bar, strict=True):
+                out[rows.start : rows.stop] = pictures
         out.flush()
         os.replace(part, path)
     return np.load(path, mmap_mode="r")
 
 
-def judge_accuracy(judge: Judge, device: torch.device, images: int = 960, size: int = 256) -> float:
-    """Share of fresh renders (ten a class) of which shape, material and setting are all recognised."""
-    right = 0
+def judge_accuracy(
+    judge: Judge, device: torch.device, images: int = 960, size: int = 256, content: str = "scenes"
+) -> float:
+    """Share of fresh renders (ten a class of scenes) of which all labels are recognised."""
+    right, shown = 0, CONTENTS[content]
     for i in range(0, images, 32):
         rows = range(i, min(i + 32, images))
-        kinds = [CLASSES[r % len(CLASSES)] for r in rows]
-        found = judge.classify(render(kinds, [TEST_SEED + r for r in rows], size, device))
+        kinds = [shown.classes[r % len(shown.classes)] for r in rows]
+        found = judge.classify(shown.render(kinds, [TEST_SEED + r for r in rows], size, device))
         right += int((found.cpu() == torch.tensor([k.labels for k in kinds])).all(-1).sum())
     return right / images
 
 
 def train_judge(recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray) -> tuple[Judge, dict[str, Any]]:
     torch.manual_seed(recipe.seed)
-    judge = Judge().to(device)
-    labels = torch.tensor([CLASSES[c].labels for c in recipe.kinds()], device=device)
+    judge = Judge(recipe.shown.answers).to(device)
+    labels = torch.tensor([recipe.shown.classes[c].labels for c in recipe.kinds()], device=device)
     batch = 48
 
     def loss(g: torch.Generator) -> Tensor:
@@ -214,7 +270,7 @@ def train_judge(recipe: Recipe, work: Path, device: torch.device, renders: np.nd
 
     figures = fit("judge", judge, loss, samples=recipe.judge, batch=batch, rate=2e-3, work=work, seed=recipe.seed + 1)
     judge.eval().requires_grad_(False)
-    figures["accuracy"] = judge_accuracy(judge, device, size=recipe.size)
+    figures["accuracy"] = judge_accuracy(judge, device, 960, recipe.size, recipe.content)
     return judge, figures
 
 
@@ -248,8 +304,9 @@ def train_vae(
 
     figures = fit("vae", vae, loss, samples=recipe.vae, batch=batch, rate=8e-4, work=work, seed=recipe.seed + 2)
     vae.eval().requires_grad_(False)
-    fresh = [render(list(CLASSES[i : i + 8]), list(range(TEST_SEED + i, TEST_SEED + i + 8)), recipe.size, device)
-             for i in range(0, len(CLASSES), 8)]  # fmt: skip
+    classes = recipe.shown.classes
+    fresh = [recipe.shown.render(list(classes[i : i + 8]), list(range(TEST_SEED + i, TEST_SEED + i + 8)), recipe.size,
+                                 device) for i in range(0, len(classes), 8)]  # fmt: skip
     standardise(vae, torch.cat([vae.encode(pictures * 2 - 1).latent_dist.mode() for pictures in fresh]))
     error = []
     for pictures in fresh:
@@ -277,10 +334,16 @@ def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
 
 
 @torch.no_grad()
-def make_latents(recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray, vae: AutoencoderKL) -> None:
-    """Scaled latents of all renders, then of their mirror images, float16 [2 × n, 4, s, s], at full and half size."""
-    for size in (recipe.size // 8, recipe.size // 16):
-        path, chunk = work / f"latents-{size}.npy", 32
+def make_latents(
+    work: Path, device: torch.device, renders: np.ndarray, vae: AutoencoderKL, scales: Sequence[int]
+) -> None:
+    """Scaled latents of all renders, then of their mirror images, float16 [2 × n, 4, s, s].
+
+    Made at full size for scale 1 and at half size for scale 2.
+    """
+    for scale in scales:
+        size, chunk = renders.shape[-1] // 8 // scale, 32 if renders.shape[-1] < 512 else 8
+        path = work / f"latents-{size}.npy"
         if path.exists():
             continue
         out = np.empty((2 * len(renders), 4, size, size), np.float16)
@@ -301,11 +364,11 @@ def _save(array: np.ndarray, path: Path) -> None:
 class Denoiser(nn.Module):
     """UNet and text encoder, trained together on velocity (v-prediction)."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: Content) -> None:
         super().__init__()
-        self.tokenizer = build_tokenizer(c.prompt for c in CLASSES)
+        self.tokenizer = build_tokenizer(c.prompt for c in shown.classes)
         self.text_encoder = build_text_encoder(self.tokenizer)
-        self.unet = build_unet()
+        self.unet = build_unet(shown.widths)
 
     def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         prompts, which = ids.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
@@ -339,15 +402,17 @@ def train_denoiser(
 ) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     latents = torch.from_numpy(np.load(work / f"latents-{size}.npy"))
-    kinds = torch.tensor(recipe.kinds() * 2)
-    texts = [c.prompt for c in CLASSES] + [c.name for c in CLASSES] + [""]
+    classes = recipe.shown.classes
+    images = len(latents) // 2 // len(classes)  # a class
+    kinds = torch.tensor(recipe.kinds(images) * 2)
+    texts = [c.prompt for c in classes] + [c.name for c in classes] + [""]
     ids = model.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
-    noising, batch = build_scheduler(), 24 if size < 32 else 16
+    noising, batch = build_scheduler(), 24 if size < 32 else 16 if size < 64 else 4
 
     def loss(g: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (batch,), generator=g)
         text, u = kinds[rows], torch.rand(batch, generator=g)
-        text = torch.where(u < 0.2, text + len(CLASSES), text)  # the bare name
+        text = torch.where(u < 0.2, text + len(classes), text)  # the bare name
         text = torch.where(u > 0.9, len(texts) - 1, text)  # no prompt, for guidance
         return velocity_loss(model, latents[rows].to(device).float(), ids[text].to(device), noising, g)
 
@@ -366,10 +431,10 @@ def _whole(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(part, path)
 
 
-def export(work: Path, target: Path, figures: dict[str, Any]) -> None:
+def export(work: Path, target: Path, figures: dict[str, Any], recipe: Recipe) -> None:
     """Writes pipeline and judge as float16 safetensors to `target`, in the layout of any diffusers model folder."""
-    model = Denoiser()
-    model.load_state_dict(load_file(work / "high.safetensors"))
+    model = Denoiser(recipe.shown)
+    model.load_state_dict(load_file(work / f"{'large' if recipe.large else 'high'}.safetensors"))
     trained = AutoencoderKL.from_pretrained(work / "vae")
     vae = AutoencoderKL.from_config({k: v for k, v in trained.config.items() if k != "_name_or_path"})
     vae.load_state_dict(trained.state_dict())  # a model that does not remember the folder it was loaded from
@@ -406,7 +471,7 @@ def export_for_transformers_4(target: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> None:
+def train(recipe: Recipe, work: Path, out: Path, device: torch.device, workers: int = 1) -> None:
     """Runs every stage whose result `work` does not hold yet, then writes the weights to `out`.
 
     ValueError for a folder that holds another recipe's results.
@@ -417,8 +482,8 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> None:
     if note.exists():
         before = json.loads(note.read_text())
         for name, value in figures["recipe"].items():
-            if before["recipe"][name] != value:
-                raise ValueError(f"{work.name} holds results for {name} {before['recipe'][name]}, not {value}")
+            if (held := before["recipe"].get(name, getattr(Recipe(), name))) != value:
+                raise ValueError(f"{work.name} holds results for {name} {held}, not {value}")
         figures = before | figures
 
     def record(stage: str, values: dict[str, Any]) -> None:
@@ -430,8 +495,8 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> None:
         _whole(note, lambda part: part.write_text(json.dumps(figures, indent=1)))
 
     _note()
-    renders = make_renders(recipe, work, device)
-    judge = Judge().to(device).eval().requires_grad_(False)
+    renders = make_renders(recipe, work, device, workers=workers)
+    judge = Judge(recipe.shown.answers).to(device).eval().requires_grad_(False)
     if (work / "judge.safetensors").exists():
         judge.load_state_dict(load_file(work / "judge.safetensors"))
     else:
@@ -444,18 +509,23 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device) -> None:
         vae, values = train_vae(recipe, work, device, renders, judge)
         record("vae", values)
         _whole(work / "vae", vae.save_pretrained)
-    make_latents(recipe, work, device, renders, vae)
+    make_latents(work, device, renders, vae, (1, 2))
 
+    stages = [("low", recipe.size // 16, 5e-4), ("high", recipe.size // 8, 3e-4)]
+    if recipe.large:
+        large = make_renders(recipe, work, device, recipe.large_images, scale=2, workers=workers)
+        make_latents(work, device, large, vae, (1,))
+        stages.append(("large", recipe.size // 4, 1e-4))
     torch.manual_seed(recipe.seed)  # of the first weights
-    model = Denoiser().to(device)
-    for name, size, rate in (("low", recipe.size // 16, 5e-4), ("high", recipe.size // 8, 3e-4)):
+    model = Denoiser(recipe.shown).to(device)
+    for name, size, rate in stages:
         done = work / f"{name}.safetensors"
         if not done.exists():
             samples = getattr(recipe, name)
             record(name, train_denoiser(name, model, recipe, work, device, size=size, samples=samples, rate=rate))
             _whole(done, lambda part: save_file(copy.deepcopy(model).cpu().state_dict(), part))
         model.load_state_dict(load_file(done))
-    _whole(out, lambda part: export(work, part, figures))
+    _whole(out, lambda part: export(work, part, figures, recipe))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -463,12 +533,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="folder for renders, checkpoints")
     parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the finished weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--workers", type=int, default=1, help="processes that render; default: %(default)s")
     for field in fields(Recipe):
-        parser.add_argument(f"--{field.name}", type=int, default=field.default, help="default: %(default)s")
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(field.default),
+            default=field.default,
+            help="default: %(default)s",
+        )
     args = vars(parser.parse_args(argv))
     work, out, device = args.pop("work"), args.pop("out"), torch.device(args.pop("device"))
+    workers = args.pop("workers")
+    if workers < 1:
+        parser.error(f"--workers is {workers}; it must be at least 1")
     try:
-        train(Recipe(**args), work, out, device)
+        train(Recipe(**args), work, out, device, workers)
     except ValueError as error:
         parser.error(str(error))
 
