@@ -24,6 +24,7 @@ from tofu_sd import TokenFusion, patch, recipes
 from tofu_sd.match import alike
 from tofu_sd.policy import BUCKETS, falling_threshold
 from tofu_sd.reduce import prune
+from tofu_sd.step_tracker import ImagePart
 from tofu_sd.vit import AdaptiveReduction
 
 ALL = {"threshold": -1}  # every cosine is above it
@@ -120,8 +121,8 @@ def test_each_bucket_is_the_fixed_ratio_of_as_many_tokens(eighth: int, monkeypat
     fixed = tiny.predict(tofu_sd.apply_patch(unet, r / 256, proportional=True))
     tofu_sd.apply_patch(unet, 0.75, threshold=0.5, proportional=True)
     for state in states(unet):
-        state.alike = float(r)
-    monkeypatch.setattr(patch, "take_stock", lambda *_: None)
+        state.passing.alike = float(r)
+    monkeypatch.setattr(patch, "recall_counts", lambda *_: None)
     assert torch.equal(tiny.predict(unet), fixed)
 
 
@@ -207,15 +208,22 @@ def test_remove_patch_leaves_nothing(options: dict[str, Any]) -> None:
 
 
 def test_a_block_that_is_passed_over_keeps_its_count() -> None:
-    ran, passed = (patch.SiteFusion(TokenFusion(threshold=0.5), prune, threshold=0.5) for _ in range(2))
-    ran.best = passed.best = torch.tensor([[0.9, 0.6, 0.1], [0.7, 0.1, 0.1]])
-    patch.take_stock([ran, passed], begins=False)
-    ran.best = torch.zeros(2, 3)
-    patch.take_stock([ran, passed], begins=False)
-    assert (ran.alike, passed.alike) == (0, 1.5)
-    ran.best = torch.ones(2, 3)
-    patch.take_stock([ran, passed], begins=True)
-    assert (ran.alike, passed.alike, ran.best) == (0, 0, None)
+    sites = ran, passed = [patch.SiteFusion(TokenFusion(threshold=0.5), prune, threshold=0.5) for _ in range(2)]
+    part = ImagePart(None, 900, torch.zeros(1), None)
+
+    def step(*best: Tensor | None, first: bool = False) -> tuple[float, float]:
+        patch.recall_counts(sites, part, first)
+        counted = ran.passing.alike, passed.passing.alike
+        for site, found in zip(sites, best, strict=True):
+            site.passing.best = found
+        patch.keep_best(sites, part)
+        return counted
+
+    some = torch.tensor([[0.9, 0.6, 0.1], [0.7, 0.1, 0.1]])
+    assert step(some, some, first=True) == (0, 0)
+    assert step(torch.zeros(2, 3), None) == (1.5, 1.5)
+    assert step(torch.ones(2, 3), None) == (0, 1.5)
+    assert step(None, None) == (3, 1.5)
 
 
 def test_copies_count_for_themselves() -> None:
@@ -223,7 +231,7 @@ def test_copies_count_for_themselves() -> None:
     expected = picture(unet)
     other = copy.deepcopy(unet)
     assert equal(picture(other), expected)
-    assert all(state.best is None for state in states(copy.deepcopy(unet)))
+    assert all(state.passing == patch.Passing() for state in states(copy.deepcopy(unet)))
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------

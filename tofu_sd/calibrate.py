@@ -82,7 +82,7 @@ def _measure(attention: nn.Module, width: int, fusion: TokenFusion, reduction: R
                 for turn, fused in enumerate((False, True) * 3):  # in turns; the first pair warms up and compiles
 
                     def run(fused: bool = fused, x: Any = x, layout: Any = layout) -> None:
-                        state.layout = layout if fused else None
+                        state.begin(layout if fused else None, None)
                         if not state.normed:
                             state.observe(x)
                         attention(x)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from .kernels.operators import is_compiling
 from .match import Partition, Windows, partition, windows
+from .per_thread import PerThread
 from .policy import TokenFusion
+from .step_tracker import ImagePart, StepTracker
 
 
 class Layout(NamedTuple):
@@ -25,25 +28,50 @@ class Layout(NamedTuple):
     windows: Windows | None
 
 
+@dataclass
+class Forward:
+    """The step of one forward of the model, and the image part that it goes on with.
+
+    open: whether the step lies in the window. first: whether an image part begins, as far as is known. anew: whether
+    maps of earlier calls are out of date. part: None where steps are not followed. layouts: those drawn for this step.
+    """
+
+    timestep: Tensor | None = None
+    open: bool = True
+    first: bool = True
+    anew: bool = True
+    part: ImagePart | None = None
+    layouts: dict[tuple[int, int, torch.device], Layout] = field(default_factory=dict)
+
+
 class Clock:
     """Knows the step and lays out each map's sources and destinations.
 
     A model's forward pre-hook calls `tick` with the timestep; each transformer's pre-hook asks for `layout`. Nothing
-    here depends on what was generated before: the same timestep and size give the same tensors.
+    here depends on what was generated before: the same timestep and size give the same tensors. Each thread that runs
+    the model has a step of its own.
+
+    one_sampling: as of StepTracker.
     """
 
-    def __init__(self, fusion: TokenFusion, train_steps: int = 1000):
+    def __init__(self, fusion: TokenFusion, train_steps: int = 1000, one_sampling: bool = False):
         self.fusion = fusion
         self.train_steps = train_steps
-        self.timestep: Tensor | None = None
-        self.open = True  # whether the step lies in the window
-        self.anew = True  # whether maps of earlier calls are out of date
-        self.begins = True  # whether a picture begins, as far as is known
-        self._step = 0
-        self._last: tuple[float, weakref.ref[Tensor], bool] | None = None
+        self.tracker = StepTracker("match_every" if fusion.threshold is None else "threshold", one_sampling)
+        self._forward = PerThread(Forward)
         self._layouts: dict[tuple[int, int, torch.device], Layout] = {}
         self._lengths: dict[tuple[int, torch.device], Tensor] = {}
         self._expected: tuple[tuple[int, int, Layout], ...] = ()
+
+    @property
+    def now(self) -> Forward:
+        """The step of this thread's forward."""
+        return self._forward.get()
+
+    @property
+    def follows_steps(self) -> bool:
+        """Whether one step of an image hands something to the next."""
+        return self.fusion.match_every > 1 or self.fusion.threshold is not None
 
     def expect(self, h: int, w: int, device: torch.device) -> None:
         """Lays out an h × w map before any call, for compiled code, which would otherwise do it in every call.
@@ -57,19 +85,25 @@ class Clock:
                 torch._dynamo.mark_static_address(index)  # a CUDA graph reads it where it is
             self._expected = (*self._expected, (h, w, layout))
 
-    def tick(self, timestep: Any, conditioning: Tensor | None = None) -> None:
+    def tick(
+        self,
+        timestep: Any,
+        content: Tensor | None = None,
+        conditioning: Tensor | None = None,
+        identifiers: Hashable = None,
+    ) -> Forward:
         """Notes the timestep of this call of the model: a number or a tensor, of which the first value counts.
 
-        conditioning: what the model is told to draw, the same tensor in all steps of a picture.
+        content, conditioning, identifiers: by which the steps of an image are followed, as of StepTracker.visit.
         ValueError for a step window and a timestep outside train_steps..0.
         """
-        fusion = self.fusion
+        fusion, now = self.fusion, self.now
         if fusion.seed is not None:
-            self.timestep = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep)
-            self._layouts.clear()
+            now.timestep = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep)
+            now.layouts = {}
         windowed = (fusion.start, fusion.end) != (0.0, 1.0)
-        if not windowed and fusion.match_every == 1 and fusion.threshold is None:
-            return
+        if not windowed and not self.follows_steps:
+            return now
         if is_compiling():
             needs = "match_every needs" if fusion.threshold is None else "threshold needs"
             raise RuntimeError(
@@ -77,7 +111,8 @@ class Clock:
                 "compiled model cannot read: compile the blocks alone with compile_repeated_blocks()"
             )
         t = float(torch.as_tensor(timestep).flatten()[0])
-        self._count(t, conditioning)
+        if self.follows_steps:
+            self._follow(now, t, content, conditioning, identifiers)
         if windowed:
             if not 0 <= t <= self.train_steps:
                 raise ValueError(
@@ -85,42 +120,41 @@ class Clock:
                     "which this scheduler does not count that way"
                 )
             progress = 1 - t / self.train_steps
-            self.open = fusion.start <= progress and (progress < fusion.end or fusion.end == 1)  # many end at t = 0
+            now.open = fusion.start <= progress and (progress < fusion.end or fusion.end == 1)  # many end at t = 0
+        return now
 
-    def _count(self, t: float, conditioning: Tensor | None) -> None:
-        """Decides whether maps are out of date: every so many steps, and whenever this may be another picture.
-
-        Steps of one picture fall in time and show the model the same tensor of conditioning. Pipelines make that tensor
-        anew for each picture, which therefore starts with maps of its own whatever was drawn before it.
-        """
-        mode = torch.is_inference_mode_enabled()  # whose tensors cannot be used outside it
-        goes_on = False
-        if self._last is not None and conditioning is not None:
-            before, shown, made_in = self._last
-            goes_on = t < before and shown() is conditioning and made_in == mode
-        self._step = self._step + 1 if goes_on else 0
-        self.begins = self._step == 0
-        self.anew = self._step % self.fusion.match_every == 0
-        self._last = None if conditioning is None else (t, weakref.ref(conditioning), mode)
+    def _follow(
+        self, now: Forward, t: float, content: Tensor | None, conditioning: Tensor | None, identifiers: Hashable
+    ) -> None:
+        """Decides whether maps are out of date: every so many steps of an image part, and whenever another begins."""
+        if content is None:
+            now.part, now.first, now.anew = None, True, True
+            return
+        now.part, moved = self.tracker.visit(t, content, conditioning, identifiers)
+        now.first = now.part.step == 0
+        now.anew = moved and now.part.step % self.fusion.match_every == 0
 
     def layout(self, h: int, w: int, device: torch.device) -> Layout | None:
         """The layout of an h × w map at this step; None where no token leaves, or outside the step window."""
-        if not self.open or self.fusion.leaving(h, w) == 0:
+        now = self.now
+        if not now.open or self.fusion.leaving(h, w) == 0:
             return None
         if is_compiling():  # sizes may be symbols, which no dictionary should hold
             for its_h, its_w, layout in self._expected:
                 if h == its_h and w == its_w and device == layout.leaving.device:
                     return layout
             return self._lay_out(h, w, device)
-        key = (h, w, device)
-        if key not in self._layouts:
-            if len(self._layouts) > 16:
-                self._layouts.clear()
-            self._layouts[key] = layout = self._lay_out(h, w, device)
+        known = self._layouts if self.fusion.seed is None else now.layouts
+        layout = known.get((h, w, device))
+        if layout is None:
+            layout = self._lay_out(h, w, device)
             for index in (*layout.parts, layout.leaving, *(layout.windows or ())):
                 # one graph of a compiled block for every size and ratio
                 torch._dynamo.maybe_mark_dynamic(index, list(range(index.ndim)))
-        return self._layouts[key]
+            if len(known) > 16:
+                known.clear()
+            known[h, w, device] = layout
+        return layout
 
     def thinned(self, layout: Layout, alike: float) -> Layout:
         """A layout by which no more leave than are `alike`, in one of a few numbers; none of them is a length of 0."""
@@ -131,15 +165,17 @@ class Clock:
         """A number as the length of a tensor [n], for a block whose graph shall not depend on it."""
         if is_compiling():
             return torch.empty(n, device=device)
-        if (n, device) not in self._lengths:
-            self._lengths[n, device] = torch.empty(n, device=device)
-            torch._dynamo.maybe_mark_dynamic(self._lengths[n, device], 0)
-        return self._lengths[n, device]
+        length = self._lengths.get((n, device))
+        if length is None:
+            length = torch.empty(n, device=device)
+            torch._dynamo.maybe_mark_dynamic(length, 0)
+            self._lengths[n, device] = length
+        return length
 
     def _lay_out(self, h: int, w: int, device: torch.device) -> Layout:
-        fusion, draw = self.fusion, None
-        if fusion.seed is not None and self.timestep is not None:
-            draw = self.timestep.flatten()[0].float().mul(1000).long() + fusion.seed * 1_000_003
+        fusion, draw, timestep = self.fusion, None, self.now.timestep
+        if fusion.seed is not None and timestep is not None:
+            draw = timestep.flatten()[0].float().mul(1000).long() + fusion.seed * 1_000_003
         parts = partition(h, w, fusion.sx, fusion.sy, device, draw)
         near = None
         if fusion.window is not None:
@@ -148,4 +184,4 @@ class Clock:
         return Layout(parts, torch.empty(fusion.leaving(h, w), device=device), near)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "timestep": None, "_last": None, "_layouts": {}, "_lengths": {}, "_expected": ()}
+        return {**self.__dict__, "_layouts": {}, "_lengths": {}, "_expected": ()}

@@ -6,7 +6,7 @@ its `SiteFusion` under the attribute `_tofu`. `detach` swaps it back and removes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .clock import Clock, Layout
+from .clock import Clock, Forward, Layout
 from .kernels.operators import is_compiling
 from .match import alike, condense, most_similar
+from .per_thread import PerThread
 from .policy import TokenFusion
 from .proportional import key_bias
 from .reduce import Reduction, fuse, number_of, unmerge
+from .step_tracker import ImagePart
 from .tokens import SoftMap, TokenMap
 
 ATTRIBUTE = "_tofu"
@@ -53,25 +55,70 @@ class Site:
         return -(-h // self.downsample), -(-w // self.downsample)
 
 
+@dataclass
+class Slot:
+    """A map that blocks share. made: whether a block has made it in this forward."""
+
+    map: TokenMap | SoftMap | None = None
+    made: bool = False
+
+
 class Relay:
-    """Hands the map of the first site that matches to all sites after it."""
+    """Hands the map of the first site that matches to all sites after it, and to later steps of an image part.
 
-    def __init__(self) -> None:
-        self.map: TokenMap | SoftMap | None = None
+    key: by which an image part keeps it.
+    """
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"map": None}
+    def __init__(self, key: Hashable = None) -> None:
+        self.key = key
+        self.slots = PerThread(Slot)
+
+    def begin(self, now: Forward) -> None:
+        """Takes the map of the image part's last call, if it still holds."""
+        known = None if now.anew or now.part is None else now.part.maps.get(self.key)
+        for slot in self.slots.both():
+            slot.map, slot.made = known, False
+
+    def end(self, part: ImagePart) -> None:
+        """Leaves a map that was made in this forward to the image part."""
+        for slot in self.slots.both():
+            if slot.made:
+                part.maps[self.key] = slot.map
+            slot.map, slot.made = None, False
+
+
+@dataclass
+class Passing:
+    """What one forward leaves in a block for its layers.
+
+    as_length: [number of the reduction], from which compiled code reads it. best: [B, S], cosines of the call. alike:
+    how many exceeded the threshold in the step before.
+    """
+
+    layout: Layout | None = None
+    map: TokenMap | SoftMap | None = None
+    as_length: Tensor | None = None
+    best: Tensor | None = None
+    alike: float = 0.0
+
+
+@dataclass
+class Counts:
+    """What a block has done since it was patched, outside of compiled code. merged: calls that ran on fewer tokens."""
+
+    calls: int = 0
+    maps: int = 0
+    merged: int = 0
 
 
 class SiteFusion:
-    """What the swapped-in modules of one site share in a forward: tensors and fixed choices, so that it compiles."""
+    """What the swapped-in modules of one site share: fixed choices, and what each forward leaves for its layers."""
 
     def __init__(
         self, fusion: TokenFusion, reduction: Reduction, relay: Relay | None = None, threshold: float | None = None
     ):
         self.reduction = reduction
         self.number = number_of(reduction)
-        self.as_length: Tensor | None = None  # [number], from which compiled code reads it
         self.relay = relay
         self.proportional = fusion.proportional
         self.keys_only = fusion.keys_only
@@ -81,26 +128,40 @@ class SiteFusion:
         self.temperature = fusion.temperature
         self.threshold = threshold
         self.adaptive = threshold is not None  # what a block asks: it shall not depend on the number
-        self.best: Tensor | None = None  # [B, S], cosines of the last call, by which `take_stock` counts
-        self.alike = 0.0  # how many exceeded the threshold in the call before
-        self.layout: Layout | None = None
-        self.map: TokenMap | SoftMap | None = None
+        self.counts = Counts()
         self.watcher: Callable[[TokenMap], None] | None = None  # is shown every map, but by compiled code
+        self._passing = PerThread(Passing)
+
+    @property
+    def passing(self) -> Passing:
+        """What this thread's forward has left here."""
+        return self._passing.get()
+
+    def begin(self, layout: Layout | None, as_length: Tensor | None) -> None:
+        """Takes the layout of a forward that comes to this block."""
+        for passing in self._passing.both():
+            passing.layout, passing.map, passing.as_length = layout, None, as_length
+        if not is_compiling():
+            self.counts.calls += 1
 
     def observe(self, x: Tensor) -> None:
         """Finds the map of the tokens x [B, N, C] of the block, where the layout fits them."""
-        self.map = None
-        if self.layout is None or x.shape[1] != len(self.layout.parts.src) + len(self.layout.parts.dst):
+        passing = self.passing
+        passing.map = None
+        layout = passing.layout
+        if layout is None or x.shape[1] != len(layout.parts.src) + len(layout.parts.dst):
             return
-        relay = self.relay
-        if relay is not None and relay.map is not None and relay.map.before == x.shape[:2]:
-            self.map = relay.map
+        slot = None if self.relay is None else self.relay.slots.get()
+        if slot is not None and slot.map is not None and slot.map.before == x.shape[:2]:
+            passing.map = slot.map
         else:
-            self.map = self._match(x, self.layout)
-            if relay is not None:
-                relay.map = self.map
-        if self.watcher is not None and self.map is not None and not is_compiling():
-            self.watcher(self.map.hard())
+            passing.map = self._match(x, layout)
+            if not is_compiling():
+                self.counts.maps += passing.map is not None
+            if slot is not None:
+                slot.map, slot.made = passing.map, True
+        if self.watcher is not None and passing.map is not None and not is_compiling():
+            self.watcher(passing.map.hard())
 
     def _match(self, x: Tensor, layout: Layout) -> TokenMap | SoftMap | None:
         if not self.share_guidance:
@@ -121,23 +182,28 @@ class SiteFusion:
             return condense(x, windows, self.temperature)
         pairs = most_similar(x, parts, windows)
         if self.adaptive:
-            self.best = pairs.best
+            self.passing.best = pairs.best
         return pairs.fused(len(leaving)) if len(leaving) else None
 
     def take(self, role: str, x: Tensor) -> TokenMap | SoftMap | None:
         """The map to fuse x with in the layer `role`, if any. The last layer to take it lets go of it."""
-        map = self.map
+        passing = self.passing
+        map = passing.map
         if role == self.roles[-1]:
-            self.map = None
+            passing.map = None
         if role not in self.roles or map is None or map.before != x.shape[:2]:
             return None
+        if not is_compiling():
+            self.counts.merged += role == self.roles[0]
         return map
 
     def reduce(self, x: Tensor, map: TokenMap | SoftMap) -> Tensor:
         """The site's reduction of x [B, N, C]: [B, K, C]."""
         gradient = x.requires_grad and torch.is_grad_enabled()
-        if isinstance(map, TokenMap) and self.as_length is not None and is_compiling() and not gradient:
-            return fuse(x, map.kept, map.home, len(self.as_length))
+        if isinstance(map, TokenMap) and is_compiling() and not gradient:
+            as_length = self.passing.as_length
+            if as_length is not None:
+                return fuse(x, map.kept, map.home, len(as_length))
         return self.reduction(x, map)
 
     def key_bias(self, x: Tensor, map: TokenMap | SoftMap, sdpa: bool) -> Tensor | None:
@@ -150,30 +216,40 @@ class SiteFusion:
         return layer(x) if map is None else unmerge(layer(self.reduce(x, map)), map)
 
     def __getstate__(self) -> dict[str, Any]:
-        passing = {"layout": None, "map": None, "best": None, "alike": 0.0, "as_length": None, "watcher": None}
-        return {**self.__dict__, **passing}
+        return {**self.__dict__, "counts": Counts(), "watcher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.number = number_of(self.reduction)  # in this process
 
 
-def take_stock(sites: Iterable[SiteFusion], begins: bool) -> None:
-    """Counts what was alike in each block in the call before: nothing is known where a picture `begins`.
+def recall_counts(sites: Sequence[SiteFusion], part: ImagePart | None, first: bool) -> None:
+    """Hands each site the count of tokens above its threshold in the step before; none is known at a `first` step.
 
-    A block that did not run (a cache passed it over) keeps its count. All counts are read at once, so that a device is
-    waited for once a step.
+    A block that did not run in that step (a cache passed it over) keeps its count. All counts are read at once, so that
+    a device is waited for once a step.
     """
-    sites = list(sites)
-    seen = [(site, site.best, site.threshold) for site in sites if site.best is not None and not begins]
-    for site in sites:
-        site.best = None
-        if begins:
-            site.alike = 0.0
-    if seen:
-        counts = torch.stack([alike(best, threshold or 0).to(seen[0][1].device) for _, best, threshold in seen])
-        for (site, *_), count in zip(seen, counts.tolist(), strict=True):
-            site.alike = count
+    counts: dict[int, float] = {}
+    if part is not None and not first:
+        waiting = [(i, part.best[i], sites[i].threshold or 0) for i in sorted(part.best)]
+        if waiting:
+            device = waiting[0][1].device
+            found = torch.stack([alike(best, threshold).to(device) for _, best, threshold in waiting]).tolist()
+            part.counts.update(zip((i for i, *_ in waiting), found, strict=True))
+            part.best.clear()
+        counts = part.counts
+    for i, site in enumerate(sites):
+        for passing in site._passing.both():
+            passing.best, passing.alike = None, counts.get(i, 0.0)
+
+
+def keep_best(sites: Sequence[SiteFusion], part: ImagePart) -> None:
+    """Leaves the cosines of this forward to the image part, for the count of its next step."""
+    for i, site in enumerate(sites):
+        for passing in site._passing.both():
+            if passing.best is not None:
+                part.best[i] = passing.best
+            passing.best = None
 
 
 def given(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, *names: str) -> Any:
@@ -183,7 +259,7 @@ def given(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, *names: str
 
 
 class _Tick:
-    """Forward pre-hook of the model: tells the clock the step, where that matters, and lets go of older maps."""
+    """Forward pre-hook of the model: notes the step, and recalls what earlier steps of the image part left."""
 
     def __init__(self, clock: Clock, relays: Sequence[Relay], adaptive: Sequence[SiteFusion]):
         self.clock = clock
@@ -191,13 +267,30 @@ class _Tick:
         self.adaptive = adaptive  # the sites that have a threshold
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        now = self.clock.now
         timestep = given(args, kwargs, 1, "timestep", "timesteps")
         if timestep is not None:  # else the model itself says what it lacks
-            self.clock.tick(timestep, given(args, kwargs, 2, "encoder_hidden_states", "context"))
-        if self.clock.anew:
-            for relay in self.relays:
-                relay.map = None
-        take_stock(self.adaptive, self.clock.begins)
+            content = given(args, kwargs, 0, "sample", "x")
+            self.clock.tick(timestep, content, given(args, kwargs, 2, "encoder_hidden_states", "context"))
+        for relay in self.relays:
+            relay.begin(now)
+        if self.adaptive:
+            recall_counts(self.adaptive, now.part, now.first)
+
+
+class _Tock:
+    """Forward hook of the model: leaves what this step found to the later steps of the image part."""
+
+    def __init__(self, tick: _Tick):
+        self.tick = tick
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        part = self.tick.clock.now.part
+        if part is None:
+            return
+        for relay in self.tick.relays:
+            relay.end(part)
+        keep_best(self.tick.adaptive, part)
 
 
 class _LayOut:
@@ -214,10 +307,10 @@ class _LayOut:
         h, w = x.shape[-2:]
         layout = self.clock.layout(h, w, x.device) if h * w >= self.least else None
         for site in self.sites:
-            site.layout = layout
+            mine = layout
             if layout is not None and site.adaptive:
-                site.layout = self.clock.thinned(layout, site.alike)
-            site.as_length = self.clock.length(site.number, x.device)
+                mine = self.clock.thinned(layout, site.passing.alike)
+            site.begin(mine, self.clock.length(site.number, x.device))
 
 
 @dataclass(frozen=True)
@@ -227,7 +320,8 @@ class Patch:
     fusion: TokenFusion
     sites: tuple[Site, ...]  # the fused ones
     swaps: tuple[tuple[nn.Module, type[nn.Module], type[nn.Module], SiteFusion], ...]  # layer, its class, the new one
-    hooks: tuple[tuple[nn.Module, _Tick | _LayOut], ...]
+    hooks: tuple[tuple[nn.Module, _Tick | _LayOut], ...]  # run before a module
+    after: tuple[tuple[nn.Module, _Tock], ...] = ()  # run after it
     handles: tuple[RemovableHandle, ...] = ()  # of the hooks, once attached
 
 
@@ -238,12 +332,13 @@ def plan(
     swap: Callable[[Site, str], type[nn.Module]],
     train_steps: int | None,
     latent: tuple[int, int] | None = None,
+    one_sampling: bool = False,
 ) -> Patch:
     """The patch that fuses the tokens of `sites` under `fusion`; touches nothing.
 
     swap(site, role) gives the class to swap in or raises. train_steps: where the timesteps count down from; None where
     they do not, which a step window refuses with ValueError. latent: height and width of the latent to expect, where
-    the model may be compiled.
+    the model may be compiled. one_sampling: the patch is put on for the sampling of one batch alone.
     """
     if train_steps is None and (fusion.start, fusion.end) != (0, 1):
         raise ValueError(
@@ -251,7 +346,7 @@ def plan(
             "pipeline's scheduler does not count down to 0; leave them off or take another scheduler"
         )
     roles = {"attn", *fusion.layers} | ({"norm"} if fusion.match_on == "hidden" else set())
-    clock = Clock(fusion, train_steps or 1)
+    clock = Clock(fusion, train_steps or 1, one_sampling)
     fused = fusions(sites, fusion)
     swaps, canvases = [], dict[nn.Module, list[SiteFusion]]()
     for site, state in fused:
@@ -259,8 +354,12 @@ def plan(
         swaps += [(part, type(part), swap(site, role), state) for role, part in site.parts.items() if role in roles]
     relays = tuple(dict.fromkeys(state.relay for _, state in fused if state.relay is not None))
     hooks: list[tuple[nn.Module, _Tick | _LayOut]] = []
+    after: list[tuple[nn.Module, _Tock]] = []
     if fusion.timed or relays:
-        hooks.append((model, _Tick(clock, relays, [state for _, state in fused if state.adaptive])))
+        tick = _Tick(clock, relays, [state for _, state in fused if state.adaptive])
+        hooks.append((model, tick))
+        if clock.follows_steps:
+            after.append((model, _Tock(tick)))
     least = 0 if fusion.min_tokens == "auto" else int(fusion.min_tokens)
     levels = {site.canvas: site.level for site, _ in fused}
     hooks += [(canvas, _LayOut(clock, states, levels[canvas], least)) for canvas, states in canvases.items()]
@@ -268,7 +367,7 @@ def plan(
         device = next(model.parameters()).device
         for size in sorted({site.map_size(latent) for site, _ in fused}):
             clock.expect(*size, device)
-    return Patch(fusion, tuple(site for site, _ in fused), tuple(swaps), tuple(hooks))
+    return Patch(fusion, tuple(site for site, _ in fused), tuple(swaps), tuple(hooks), tuple(after))
 
 
 def fusions(sites: Sequence[Site], fusion: TokenFusion) -> list[tuple[Site, SiteFusion]]:
@@ -279,7 +378,8 @@ def fusions(sites: Sequence[Site], fusion: TokenFusion) -> list[tuple[Site, Site
     def relay(site: Site) -> Relay | None:
         if not fusion.share_level and fusion.match_every == 1:
             return None
-        return relays.setdefault(site.level if fusion.share_level else site.name, Relay())
+        key = site.level if fusion.share_level else site.name
+        return relays.setdefault(key, Relay(key))
 
     def state(site: Site) -> SiteFusion:
         reduction = fusion.reduction(site.depth, down_path)
@@ -302,6 +402,7 @@ def attach(model: nn.Module, patch: Patch) -> None:
             part.__class__ = fused
             setattr(part, ATTRIBUTE, state)
         handles += (module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in patch.hooks)
+        handles += (module.register_forward_hook(hook) for module, hook in patch.after)
         setattr(model, ATTRIBUTE, replace(patch, handles=tuple(handles)))
     except BaseException:
         _undo(patch, handles)

@@ -71,7 +71,7 @@ class AttentionPatches:
         size = map_size(options, q.shape[1])
         if size is None or q.shape[1] < self.least:
             return q, k, v
-        state.layout = self.clock.layout(*size, q.device)
+        state.begin(self.clock.layout(*size, q.device), None)
         state.observe(q)
         self.map = map = state.take("attn", q)
         if map is None or place is None:

@@ -1,0 +1,163 @@
+"""Recognises the steps of one image among the calls of a model, so that what one step found can serve the next.
+
+A sampler may call a model several times a step: for areas with prompts of their own, tiles, context windows, a second
+guidance call, or a second evaluation (Heun). Each image part is followed by itself. A call continues a part if its
+shape, device and identifiers are equal, its conditioning is the same, its timestep moves on in the part's direction or
+repeats, and its content is correlated with the part's last content. Calls that continue none begin a new part.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAME = 0.5  # correlation of the contents of two steps of one image part; steps of two images are near 0
+TIE = 0.01  # parts whose correlations differ by less are told apart by the order of the calls
+REMADE = 3  # equal conditioning in so many other tensors before it counts as the same
+PARTS = 256  # at most, of which the longest unvisited is dropped first
+SAMPLE = 16384  # values of the content that are compared
+LATENT_CHANNELS = 4  # further ones (masks, masked images) do not change from step to step
+logger = logging.getLogger("tofu_sd")
+
+
+@dataclass
+class ImagePart:
+    """What is known of an image part from its calls so far.
+
+    step: from 0, counted by timesteps that differ. maps, best, counts: what the blocks keep from one call to the next.
+    """
+
+    key: Hashable
+    t: float
+    content: Tensor
+    conditioning: Tensor | None
+    step: int = 0
+    direction: int = 0  # -1 where timesteps fall, 1 where they rise, 0 after one
+    same_object: bool = False  # whether the conditioning has been one object in several calls
+    equal_objects: int = 0  # how often it could have been another object of equal content
+    visited: int = 0  # number of the tracker's call that was its last
+    maps: dict[Any, Any] = field(default_factory=dict)
+    best: dict[Any, Tensor] = field(default_factory=dict)
+    counts: dict[Any, float] = field(default_factory=dict)
+
+
+class StepTracker:
+    """Finds the image part that a call of the model continues.
+
+    one_sampling: the tracker lives for the sampling of one batch alone, so that conditioning of equal content belongs
+    to it even if the host makes the tensor again in each call.
+    """
+
+    def __init__(self, option: str = "match_every", one_sampling: bool = False):
+        self.option = option
+        self.one_sampling = one_sampling
+        self._parts: list[ImagePart] = []
+        self._calls = 0
+        self._lost = 0  # calls in a row that continued a part in all but their content
+        self._reported = False
+        self._lock = threading.Lock()
+
+    def visit(
+        self, t: float, content: Tensor, conditioning: Tensor | None, identifiers: Hashable = None
+    ) -> tuple[ImagePart, bool]:
+        """(the part that a call belongs to, whether this is the first of its calls at this timestep).
+
+        t: the timestep or noise level. content: the latent [B, C, h, w] or tokens [B, N, C] of the call. conditioning:
+        what the model is shown of the prompt; None where a host shows none. identifiers: what a host says of the part.
+        """
+        key = (content.shape, content.device, content.dtype, torch.is_inference_mode_enabled(), identifiers)
+        now = standardized(content)
+        with self._lock:
+            self._calls += 1
+            part = self._continued(key, t, now, conditioning)
+            if part is None:
+                part = ImagePart(key, t, now, conditioning, visited=self._calls)
+                self._keep(part)
+                return part, True
+            moved = t != part.t
+            if moved:
+                part.direction = 1 if t > part.t else -1
+                part.step += 1
+            part.t, part.content, part.visited = t, now, self._calls
+            return part, moved
+
+    def _continued(self, key: Hashable, t: float, now: Tensor, conditioning: Tensor | None) -> ImagePart | None:
+        if conditioning is None and not self.one_sampling and key[-1] is None:  # type: ignore[index]
+            return None  # nothing says that two calls belong together
+        candidates = [p for p in self._parts if p.key == key and _moves_on(p, t) and self._same_prompt(p, conditioning)]
+        if not candidates:
+            return None
+        alike = torch.stack([(now * p.content).mean() for p in candidates]).tolist()
+        largest = max(alike)
+        if not largest > SAME:
+            self._report_lost(candidates, t)
+            return None
+        self._lost = 0
+        ties = [p for p, value in zip(candidates, alike, strict=True) if value > largest - TIE]
+        # those that were not called at this timestep yet come first, of them the latest, in the order of their calls
+        return min(ties, key=lambda p: (p.t == t, abs(p.t - t), p.visited))
+
+    def _same_prompt(self, part: ImagePart, conditioning: Tensor | None) -> bool:
+        known = part.conditioning
+        if known is None or conditioning is None:
+            return known is conditioning
+        if known is conditioning:
+            part.same_object = True
+            return True
+        if part.same_object and not self.one_sampling:  # this pipeline keeps the tensor: another is another image's
+            return False
+        if known.shape != conditioning.shape or not torch.equal(known, conditioning):
+            return False
+        part.equal_objects += 1
+        # a few may be other images with the same prompt; more are a pipeline that makes the tensor again in each call
+        return part.equal_objects > REMADE or self.one_sampling
+
+    def _report_lost(self, candidates: list[ImagePart], t: float) -> None:
+        if any(p.t == t for p in candidates):
+            return  # a further part of the first step
+        self._lost += 1
+        if self._lost == 3 and not self._reported:
+            self._reported = True
+            logger.warning(
+                f"{self.option}: successive steps do not show the same image part (new noise in every step, or tiles "
+                "that move), so every call is a first step: tokens are matched again in each, and a threshold merges "
+                "none"
+            )
+
+    def _keep(self, part: ImagePart) -> None:
+        # a part is over when all others have been called several times since
+        over = self._calls - 4 * len(self._parts) - 8
+        self._parts = [p for p in self._parts if p.visited > over][-(PARTS - 1) :]
+        self._parts.append(part)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"option": self.option, "one_sampling": self.one_sampling}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def _moves_on(part: ImagePart, t: float) -> bool:
+    """Whether a call at t can be a later one of the part; twice at a part's first timestep is two parts."""
+    if t == part.t:
+        return part.step > 0
+    return part.direction in (0, 1 if t > part.t else -1)
+
+
+def standardized(content: Tensor) -> Tensor:
+    """At most SAMPLE values of a latent [B, C, h, w] or of tokens [B, N, C], without each channel's mean, at norm 1.
+
+    The mean of the product of two of them is their correlation.
+    """
+    x = content.detach()
+    x = x[:, :LATENT_CHANNELS].flatten(2) if x.ndim == 4 else x[..., :: max(1, x.shape[-1] // 8)].mT
+    x = x[..., :: max(1, x.numel() // SAMPLE)].float()
+    x = x - x.mean(dim=-1, keepdim=True)
+    return x / x.square().mean().sqrt().clamp_min(1e-12)
