@@ -41,7 +41,7 @@ def _fresh_dynamo() -> Iterator[None]:
 
 def picture(unet: Any, steps: tuple[float, ...] = (900, 700, 500, 300), seed: int = 0, h: int = 16) -> list[Tensor]:
     """The predictions of the steps of one picture: time falls, the conditioning is one tensor."""
-    call = tiny.inputs(unet, h, 16, seed=seed)
+    call = tiny.guided(tiny.inputs(unet, h, 16, seed=seed))
     with torch.no_grad():
         return [unet(**{**call, "timestep": torch.tensor(t)}).sample for t in steps]
 

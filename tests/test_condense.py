@@ -223,8 +223,10 @@ def test_compiled_blocks_condense_as_eager_ones_do(options: dict[str, Any]) -> N
     unet, eager = (tofu_sd.apply_patch(tiny.shallow_unet(), TokenFusion.of(HALF, **options)) for _ in range(2))
     unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     for h, w in ((16, 16), (24, 16), (17, 13)):
-        assert torch.equal(tiny.predict(unet, h, w), tiny.predict(eager, h, w))
-    assert not torch.equal(tiny.predict(eager), tiny.predict(tiny.shallow_unet()))
+        call = tiny.guided(tiny.inputs(eager, h, w))
+        assert torch.equal(tiny.predict(unet, **call), tiny.predict(eager, **call))
+    call = tiny.guided(tiny.inputs(eager))
+    assert not torch.equal(tiny.predict(eager, **call), tiny.predict(tiny.shallow_unet(), **call))
 
 
 def test_a_whole_compiled_unet_condenses_as_an_eager_one_does() -> None:

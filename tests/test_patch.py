@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "windows": {"window": 3},
     "condensed": {"temperature": 0.1, "early": "mean", "late": "mean", "window": 3, "sy": 1},
     "large maps alone": {"min_tokens": 100, "levels": 2},
-    "shared maps": {"share_level": True, "share_guidance": True, "match_every": 2, "levels": 2},
+    "shared maps": {"share_level": True, "match_every": 2, "levels": 2},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 

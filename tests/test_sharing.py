@@ -75,7 +75,7 @@ def test_guidance_shares_the_positive_prompts_map(matched: list[int]) -> None:
 
 def test_the_second_half_is_the_one_that_is_matched() -> None:
     """Pipelines put the positive prompt second; its half comes out as it would alone."""
-    unet, call = tiny.sd15_unet(), tiny.inputs(tiny.sd15_unet())
+    unet, call = tiny.sd15_unet(), tiny.guided(tiny.inputs(tiny.sd15_unet()))
     alone = {name: value[1:] if value.ndim else value for name, value in call.items()}
     positive = tiny.predict(tofu_sd.apply_patch(unet, 0.5), **alone)
     both = tiny.predict(tofu_sd.apply_patch(unet, 0.5, share_guidance=True), **call)
@@ -88,6 +88,27 @@ def test_guidance_cannot_share_an_odd_batch() -> None:
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, share_guidance=True)
     with pytest.raises(ValueError, match=r"share_guidance .* 3 samples"):
         tiny.predict(unet, batch=3)
+
+
+def test_guidance_cannot_share_between_two_images() -> None:
+    """A batch of two images without guidance (Turbo, LCM): the first would be merged by the second's map."""
+    pipe = tofu_sd.apply_patch(tiny.sd15_pipe(), 0.5, share_guidance=True)
+    with pytest.raises(ValueError, match=r"share_guidance needs two equal halves .* these 2 differ"):
+        pipe(["a fox", "a whale"], num_inference_steps=1, output_type="latent", guidance_scale=1.0)
+    for _ in range(2):  # with guidance it may, and it is looked at again for every image
+        tiny.images(pipe, prompt=["a fox", "a whale"])
+        with pytest.raises(ValueError, match="these 2 differ"):
+            pipe(["a fox", "a whale"], num_inference_steps=1, output_type="latent", guidance_scale=1.0)
+
+
+def test_a_compiled_model_refuses_it_too() -> None:
+    torch._dynamo.reset()
+    unet = torch.compile(
+        tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, share_guidance=True), backend="eager", fullgraph=True
+    )
+    with pytest.raises(RuntimeError, match="share_guidance"):
+        tiny.predict(unet)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("every", "steps"), [(2, 4), (3, 7), (10, 4)])
@@ -153,7 +174,7 @@ def test_compiled_models_share_as_eager_ones_do(regional: bool, options: dict[st
         unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     else:
         unet = torch.compile(unet, fullgraph=True, backend="eager")
-    call = tiny.inputs(unet)
+    call = tiny.guided(tiny.inputs(unet))
     for t in (900, 800, 700, 900):
         step = {**call, "timestep": torch.tensor(t)}
         with torch.no_grad():

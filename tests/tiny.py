@@ -225,6 +225,12 @@ def inputs(unet: Any, h: int = 16, w: int = 16, batch: int = 2, t: float = 500, 
     return call
 
 
+def guided(call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the same latents in both halves of the batch, as pipelines with guidance give them."""
+    sample = call["sample"]
+    return {**call, "sample": sample[: len(sample) // 2].repeat(2, 1, 1, 1)}
+
+
 def predict(unet: Any, h: int = 16, w: int = 16, batch: int = 2, t: float = 500, seed: int = 0, **call: Any) -> Tensor:
     """One noise prediction."""
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from .calibrate import break_even
 from .environment import check_torchvision
 from .patch import (
+    Patch,
     Sighting,
     Site,
     Summary,
@@ -22,6 +23,7 @@ from .patch import (
     leave_alone,
     patch_of,
     plan,
+    states_of,
     summarize,
     watching,
 )
@@ -36,13 +38,18 @@ if not logger.handlers:  # loud by default, as diffusers and transformers are; l
         logger.setLevel(logging.INFO)
 
 
-def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) -> Model:
+TOMESD = ("max_downsample", "sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")  # in its order
+CONTEXTS = "_tofu_contexts"
+
+
+def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, *more: Any, **options: Any) -> Model:
     """Fuses tokens in the self-attention of a Stable Diffusion pipeline or UNet, from the next call on.
 
     model: a diffusers pipeline with a `unet`, a UNet, or a ControlNet; torch.compile'd or not.
     ratio: share of tokens fused away, or a TokenFusion. options: TokenFusion's fields, and tomesd's names:
     `max_downsample` (fuse down to that downsampling; the highest resolution with attention is always fused) and
-    `use_rand` (draw destinations; reproducible here, from `seed`, 0 if none is given).
+    `use_rand` (draw destinations; reproducible here, from `seed`, 0 if none is given). more: tomesd's arguments by
+    place.
 
     Returns `model`, patched in place. A model that is already patched is patched anew. In training with gradient
     checkpointing, go backward while patched and before the next forward: blocks run again and match again.
@@ -50,6 +57,7 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) 
     layer that something else has wrapped); the model is then as it was.
     """
     host = _host()
+    options = _by_name(more, options)
     unet, train_steps = host.unwrap(model)
     before = patch_of(unet)
     if before is not None:
@@ -63,6 +71,7 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) 
 
             fusion = replace(fusion, depth_split=measure_split(model, sites, fusion))
         patch = plan(unet, sites, fusion, swap, train_steps, host.latent_size(unet))
+        host.check_processors(patch)
         attach(unet, patch)
         if patch.fusion.min_tokens == "auto":
             leave_alone(unet, break_even(unet))
@@ -80,27 +89,58 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) 
 def remove_patch(model: Model) -> Model:
     """Takes the patch off: classes, attributes, hooks and output are what they were before it.
 
-    A model without a patch stays as it is.
+    model: what was patched, or anything that wraps or holds it. A model without a patch stays as it is.
     """
-    host = _host()
-    unet, _ = host.unwrap(model)
-    if patch_of(unet) is not None:
+    for unet in _patched_modules(model):
         detach(unet)
     return model
 
 
 @contextmanager
-def patched(model: Model, ratio: float | TokenFusion = 0.5, **options: Any) -> Iterator[Model]:
-    """`with patched(pipe, 0.5): …` applies the patch and, however the block ends, puts back what was there before."""
+def patched(model: Model, ratio: float | TokenFusion = 0.5, *more: Any, **options: Any) -> Iterator[Model]:
+    """`with patched(pipe, 0.5): …` applies the patch and, however the block ends, puts back what was there before.
+
+    Contexts on one model may end in any order: the patch of the latest one that is open counts.
+    """
     unet, _ = _host().unwrap(model)
-    before = patch_of(unet)
-    apply_patch(model, ratio, **options)
+    context = _Context(patch_of(unet))
+    apply_patch(model, ratio, *more, **options)
+    vars(unet).setdefault(CONTEXTS, []).append(context)
     try:
         yield model
     finally:
-        remove_patch(unet)
-        if before is not None:
-            attach(unet, before)
+        _leave(unet, context)
+
+
+@dataclass(eq=False)
+class _Context:
+    """An open `patched` block. before: what it puts back."""
+
+    before: Patch | None
+
+
+def _leave(unet: Any, context: _Context) -> None:
+    """Ends a context: the last one opened puts back what was there, an earlier one hands that to the next."""
+    contexts: list[_Context] = vars(unet)[CONTEXTS]
+    place = contexts.index(context)
+    if place + 1 < len(contexts):
+        contexts[place + 1].before = context.before
+    else:
+        if patch_of(unet) is not None:
+            detach(unet)
+        if context.before is not None:
+            attach(unet, context.before)
+    del contexts[place]
+    if not contexts:
+        delattr(unet, CONTEXTS)
+
+
+def _patched_modules(model: Any) -> list[Any]:
+    """The patched modules that a model is, wraps or holds."""
+    unet, _ = _host().unwrap(model)
+    if patch_of(unet) is not None:
+        return [unet]
+    return [module for module in unet.modules() if patch_of(module) is not None]
 
 
 @contextmanager
@@ -110,28 +150,32 @@ def watch(model: Any) -> Iterator[list[Sighting]]:
     `seen[i].map`, a TokenMap (kept [B, K], home [B, N], on the CPU), is that of `.block` at `.call` of the model, over
     `.h` x `.w` = N tokens; `merge_map` draws it. ValueError for a model without a patch. Compiled blocks show none.
     """
-    unet, _ = _host().unwrap(model)
-    patch = patch_of(unet)
-    if patch is None:
-        raise ValueError(f"{type(unet).__name__} is not patched: there are no maps to watch; apply_patch comes first")
-    with watching(unet, patch) as seen:
-        yield seen
+    for unet in _patched_modules(model)[:1]:
+        patch = patch_of(unet)
+        assert patch is not None
+        with watching(unet, patch) as seen:
+            yield seen
+        return
+    raise ValueError(f"{type(model).__name__} is not patched: there are no maps to watch; apply_patch comes first")
 
 
 def summary(model: Any, latent: tuple[int, int] | None = None) -> Summary:
     """Which blocks of a model are fused, and how many tokens each keeps. `print` it.
 
-    latent: height and width of the latent (pixels / 8), by default the model's own sample size.
+    latent: height and width of the latent (pixels / 8), by default the model's own sample size. After a run it also
+    says how many calls have run on merged tokens (compiled blocks do not count). ValueError for a latent without area.
     """
     host = _host()
     unet, _ = host.unwrap(model)
+    unet = next(iter(_patched_modules(unet)), unet)
     return _summary(unet, host.find_sites(unet), latent or host.latent_size(unet))
 
 
 def _summary(unet: Any, sites: list[Site], latent: tuple[int, int]) -> Summary:
     patch = patch_of(unet)
     least = least_tokens(patch) if patch else {}
-    return summarize(type(unet).__name__, sites, patch.fusion if patch else None, least, latent)
+    counts = {name: state.counts for name, state in states_of(patch).items()} if patch else {}
+    return summarize(type(unet).__name__, sites, patch.fusion if patch else None, least, latent, counts)
 
 
 def _host() -> ModuleType:
@@ -140,6 +184,17 @@ def _host() -> ModuleType:
     from .hosts import diffusers
 
     return diffusers
+
+
+def _by_name(more: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Options with tomesd's arguments by place among them. TypeError for too many, or for one given twice."""
+    if len(more) > len(TOMESD):
+        raise TypeError(f"{len(more)} arguments after the ratio; tomesd has {len(TOMESD)}: {', '.join(TOMESD)}")
+    by_place = dict(zip(TOMESD, more, strict=False))
+    twice = [name for name in by_place if name in options]
+    if twice:
+        raise TypeError(f"{twice[0]} is given by place and by name: give it once")
+    return {**by_place, **options}
 
 
 def _fusion(sites: list[Site], ratio: float | TokenFusion, options: dict[str, Any]) -> TokenFusion:

@@ -145,16 +145,15 @@ class Clock:
                     return layout
             return self._lay_out(h, w, device)
         known = self._layouts if self.fusion.seed is None else now.layouts
-        layout = known.get((h, w, device))
-        if layout is None:
+        if (h, w, device) not in known:
             layout = self._lay_out(h, w, device)
             for index in (*layout.parts, layout.leaving, *(layout.windows or ())):
                 # one graph of a compiled block for every size and ratio
                 torch._dynamo.maybe_mark_dynamic(index, list(range(index.ndim)))
-            if len(known) > 16:
-                known.clear()
+            if len(known) > 16:  # another thread may be about to read one
+                known = self._layouts = {}
             known[h, w, device] = layout
-        return layout
+        return known[h, w, device]
 
     def thinned(self, layout: Layout, alike: float) -> Layout:
         """A layout by which no more leave than are `alike`, in one of a few numbers; none of them is a length of 0."""

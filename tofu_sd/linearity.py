@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .match import bipartite_soft_matching, partition
-from .patch import Site, fusions, given, patch_of
+from .patch import Site, fusions, get_argument, patch_of
 from .policy import TokenFusion
 
 POINTS = 11  # N of Eq. 8
@@ -107,7 +107,7 @@ class _Begin:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.call += 1
-        timestep = given(args, kwargs, 1, "timestep", "timesteps")
+        timestep = get_argument(args, kwargs, 1, "timestep", "timesteps")
         self.timestep = float(torch.as_tensor(timestep).flatten()[0])
 
 
@@ -121,7 +121,7 @@ class _Probe:
         self.busy = False
 
     def see_size(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        h, w = given(args, kwargs, 0, "hidden_states", "x").shape[-2:]
+        h, w = get_argument(args, kwargs, 0, "hidden_states", "x").shape[-2:]
         self.size = int(h), int(w)
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ class _Probe:
     def measurer(self, role: str) -> Callable[..., None]:
         @torch.no_grad()
         def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = given(args, kwargs, 0, "hidden_states", "x")
+            x = get_argument(args, kwargs, 0, "hidden_states", "x")
             if self.ends is None or self.busy or x.ndim != 3:
                 return
             x = x.float()

@@ -6,9 +6,12 @@ its `SiteFusion` under the attribute `_tofu`. `detach` swaps it back and removes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .clock import Clock, Forward, Layout
-from .kernels.operators import is_compiling
+from .kernels.operators import is_compiling, refuse_export
 from .match import alike, condense, most_similar
 from .per_thread import PerThread
 from .policy import TokenFusion
@@ -129,7 +132,7 @@ class SiteFusion:
         self.threshold = threshold
         self.adaptive = threshold is not None  # what a block asks: it shall not depend on the number
         self.counts = Counts()
-        self.watcher: Callable[[TokenMap], None] | None = None  # is shown every map, but by compiled code
+        self.watchers: list[Callable[[TokenMap], None]] = []  # are shown every map, but by compiled code
         self._passing = PerThread(Passing)
 
     @property
@@ -160,17 +163,13 @@ class SiteFusion:
                 self.counts.maps += passing.map is not None
             if slot is not None:
                 slot.map, slot.made = passing.map, True
-        if self.watcher is not None and passing.map is not None and not is_compiling():
-            self.watcher(passing.map.hard())
+        if self.watchers and passing.map is not None and not is_compiling():
+            for watcher in list(self.watchers):
+                watcher(passing.map.hard())
 
     def _match(self, x: Tensor, layout: Layout) -> TokenMap | SoftMap | None:
         if not self.share_guidance:
             return self._map(x, layout)
-        if x.shape[0] % 2:
-            raise ValueError(
-                f"share_guidance matches one half of the batch for both, which has {x.shape[0]} samples: it needs the "
-                "negative and the positive prompt in one batch"
-            )
         half = self._map(x[x.shape[0] // 2 :], layout)
         return None if half is None else half.twice()
 
@@ -216,7 +215,7 @@ class SiteFusion:
         return layer(x) if map is None else unmerge(layer(self.reduce(x, map)), map)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "counts": Counts(), "watcher": None}
+        return {**self.__dict__, "counts": Counts(), "watchers": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -252,7 +251,7 @@ def keep_best(sites: Sequence[SiteFusion], part: ImagePart) -> None:
             passing.best = None
 
 
-def given(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, *names: str) -> Any:
+def get_argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, *names: str) -> Any:
     """An argument of a host's module, by any of the names that hosts have for it, or by its place; None if neither."""
     named = next((kwargs[name] for name in names if name in kwargs), None)
     return args[place] if named is None and len(args) > place else named
@@ -268,10 +267,10 @@ class _Tick:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         now = self.clock.now
-        timestep = given(args, kwargs, 1, "timestep", "timesteps")
+        timestep = get_argument(args, kwargs, 1, "timestep", "timesteps")
         if timestep is not None:  # else the model itself says what it lacks
-            content = given(args, kwargs, 0, "sample", "x")
-            self.clock.tick(timestep, content, given(args, kwargs, 2, "encoder_hidden_states", "context"))
+            content = get_argument(args, kwargs, 0, "sample", "x")
+            self.clock.tick(timestep, content, get_argument(args, kwargs, 2, "encoder_hidden_states", "context"))
         for relay in self.relays:
             relay.begin(now)
         if self.adaptive:
@@ -293,6 +292,43 @@ class _Tock:
         keep_best(self.tick.adaptive, part)
 
 
+class _CheckGuidance:
+    """Forward pre-hook of the model under `share_guidance`: the two halves of the batch must be the same latents.
+
+    Pipelines with guidance repeat the latents for the negative and the positive prompt; without guidance the halves are
+    different images. A batch is looked at once for each conditioning tensor, as it makes the device wait.
+    """
+
+    def __init__(self) -> None:
+        self._checked = PerThread(list[Any])  # [weak reference to the conditioning, shape] of the last batch
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = get_argument(args, kwargs, 0, "sample", "x")
+        shown = get_argument(args, kwargs, 2, "encoder_hidden_states", "context")
+        if not isinstance(x, Tensor):
+            return  # the model itself says what it lacks
+        if len(x) % 2:
+            raise ValueError(
+                f"share_guidance needs two equal halves of the batch, which has {len(x)} samples: {_GUIDANCE}"
+            )
+        first, second = x.chunk(2)
+        if is_compiling():
+            torch._assert_async((first == second).all(), f"share_guidance: {_GUIDANCE}")
+            return
+        checked = self._checked.get()
+        if checked and checked[0]() is shown and checked[1] == x.shape:
+            return
+        if not torch.equal(first, second):
+            raise ValueError(
+                f"share_guidance needs two equal halves of the batch, and these {len(x)} differ: {_GUIDANCE}"
+            )
+        if shown is not None:
+            checked[:] = [weakref.ref(shown), x.shape]
+
+
+_GUIDANCE = "the pipeline must run the negative and the positive prompt in one batch (guidance above 1); leave it off"
+
+
 class _LayOut:
     """Forward pre-hook of what sees the 4-D map: hands its sites this step's sources and destinations."""
 
@@ -303,14 +339,19 @@ class _LayOut:
         self.least = least  # tokens, under which the map is left alone
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = given(args, kwargs, 0, "hidden_states", "x")
+        x = get_argument(args, kwargs, 0, "hidden_states", "x")
         h, w = x.shape[-2:]
         layout = self.clock.layout(h, w, x.device) if h * w >= self.least else None
+        if layout is not None:
+            refuse_export()
         for site in self.sites:
             mine = layout
             if layout is not None and site.adaptive:
                 mine = self.clock.thinned(layout, site.passing.alike)
             site.begin(mine, self.clock.length(site.number, x.device))
+
+
+Hook = _Tick | _LayOut | _CheckGuidance
 
 
 @dataclass(frozen=True)
@@ -320,7 +361,7 @@ class Patch:
     fusion: TokenFusion
     sites: tuple[Site, ...]  # the fused ones
     swaps: tuple[tuple[nn.Module, type[nn.Module], type[nn.Module], SiteFusion], ...]  # layer, its class, the new one
-    hooks: tuple[tuple[nn.Module, _Tick | _LayOut], ...]  # run before a module
+    hooks: tuple[tuple[nn.Module, Hook], ...]  # run before a module
     after: tuple[tuple[nn.Module, _Tock], ...] = ()  # run after it
     handles: tuple[RemovableHandle, ...] = ()  # of the hooks, once attached
 
@@ -353,7 +394,9 @@ def plan(
         canvases.setdefault(site.canvas, []).append(state)
         swaps += [(part, type(part), swap(site, role), state) for role, part in site.parts.items() if role in roles]
     relays = tuple(dict.fromkeys(state.relay for _, state in fused if state.relay is not None))
-    hooks: list[tuple[nn.Module, _Tick | _LayOut]] = []
+    hooks: list[tuple[nn.Module, Hook]] = []
+    if fusion.share_guidance and fusion.ratio:
+        hooks.append((model, _CheckGuidance()))
     after: list[tuple[nn.Module, _Tock]] = []
     if fusion.timed or relays:
         tick = _Tick(clock, relays, [state for _, state in fused if state.adaptive])
@@ -424,6 +467,12 @@ def _undo(patch: Patch, handles: Sequence[RemovableHandle]) -> None:
         part.__class__ = original
 
 
+def states_of(patch: Patch) -> dict[str, SiteFusion]:
+    """The state of each patched block, by its name."""
+    owners = {part: site.name for site in patch.sites for part in site.parts.values()}
+    return {owners[part]: state for part, _, _, state in patch.swaps}
+
+
 def leave_alone(model: nn.Module, least: dict[int, int]) -> None:
     """From now on the patch of a model fuses maps of at least so many tokens, given for each level."""
     patch = patch_of(model)
@@ -447,35 +496,30 @@ class Sighting:
 def watching(model: nn.Module, patch: Patch) -> Iterator[list[Sighting]]:
     """Inside, every map that the patch of a model makes is added to what this gives."""
     seen: list[Sighting] = []
-    calls = [-1]
-    sizes: dict[nn.Module, tuple[int, int]] = {}
+    numbers = itertools.count()
+    here = threading.local()  # of a thread: the number of its call, and the sizes of the maps in it
 
     def begin(*_: Any) -> None:
-        calls[0] += 1
+        here.call, here.sizes = next(numbers), {}
 
     def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sizes[module] = tuple(given(args, kwargs, 0, "hidden_states", "x").shape[-2:])
+        here.sizes[module] = tuple(get_argument(args, kwargs, 0, "hidden_states", "x").shape[-2:])
 
     def watch(site: Site, map: TokenMap) -> None:
-        outer = before[site.name]
-        if outer is not None:
-            outer(map)
-        seen.append(Sighting(site.name, calls[0], *sizes[site.canvas], TokenMap(map.kept.cpu(), map.home.cpu())))
+        h, w = here.sizes[site.canvas]
+        seen.append(Sighting(site.name, here.call, h, w, TokenMap(map.kept.cpu(), map.home.cpu())))
 
-    states = {
-        site.name: next(state for part, _, _, state in patch.swaps if part in site.parts.values())
-        for site in patch.sites
-    }
+    states = states_of(patch)
     handles = [model.register_forward_pre_hook(begin)]
     handles += [c.register_forward_pre_hook(measure, with_kwargs=True) for c in {site.canvas for site in patch.sites}]
-    before = {name: state.watcher for name, state in states.items()}
-    for site in patch.sites:
-        states[site.name].watcher = partial(watch, site)
+    watchers = {site.name: partial(watch, site) for site in patch.sites}
+    for name, watcher in watchers.items():
+        states[name].watchers.append(watcher)
     try:
         yield seen
-    finally:
-        for name, state in states.items():
-            state.watcher = before[name]
+    finally:  # its own and no other's: contexts may end in any order
+        for name, watcher in watchers.items():
+            states[name].watchers.remove(watcher)
         for handle in handles:
             handle.remove()
 
@@ -484,7 +528,7 @@ def watching(model: nn.Module, patch: Patch) -> Iterator[list[Sighting]]:
 class Row:
     """One patched block in a Summary. least: fewer tokens than that are left alone.
 
-    after: what is left of `before` tokens, under a threshold at the least.
+    after: what is left of `before` tokens, under a threshold at the least. counts: what the block has done so far.
     """
 
     name: str
@@ -495,6 +539,7 @@ class Row:
     reduction: str
     least: int = 0
     threshold: float | None = None
+    counts: Counts = field(default_factory=Counts)
 
     @property
     def alone(self) -> bool:
@@ -539,7 +584,17 @@ class Summary:
             f"{row.before:>6} -> {row.after:<6} {'left alone' if row.alone else row.how}"
             for row in self.rows
         ]
-        return "\n".join([self.headline, *lines])
+        return "\n".join([self.headline, *lines, *self.observed])
+
+    @property
+    def observed(self) -> list[str]:
+        """What has happened since the model was patched, in a line; nothing before the first call."""
+        calls = max((row.counts.calls for row in self.rows), default=0)
+        if not calls:
+            return []
+        merged, maps = (max(getattr(row.counts, name) for row in self.rows) for name in ("merged", "maps"))
+        line = f"  so far: {calls} calls of a block, {merged} of them on merged tokens, {maps} maps made"
+        return [line if merged else f"{line}: these options have merged nothing"]
 
 
 def least_tokens(patch: Patch) -> dict[int, int]:
@@ -548,12 +603,20 @@ def least_tokens(patch: Patch) -> dict[int, int]:
 
 
 def summarize(
-    model: str, sites: Sequence[Site], fusion: TokenFusion | None, least: dict[int, int], latent: tuple[int, int]
+    model: str,
+    sites: Sequence[Site],
+    fusion: TokenFusion | None,
+    least: dict[int, int],
+    latent: tuple[int, int],
+    counts: Mapping[str, Counts] | None = None,
 ) -> Summary:
     """The Summary of a model with these sites under `fusion` at a latent of this height and width.
 
-    least: for each level, fewer tokens than that are left alone.
+    least: for each level, fewer tokens than that are left alone. counts: what each block has done, by its name.
+    ValueError for a latent without area.
     """
+    if len(latent) != 2 or min(latent) < 1:
+        raise ValueError(f"latent is {latent}; it must be a height and a width of at least 1 (pixels / 8)")
     if fusion is None:
         return Summary(model, latent, len(sites), None, ())
     rows = []
@@ -562,5 +625,6 @@ def summarize(
         fewest = least.get(site.level, 0)
         leaving = fusion.leaving(h, w) if h * w >= fewest else 0
         how = state.reduction.__name__, fewest, state.threshold
-        rows.append(Row(site.name, site.depth, (h, w), h * w, h * w - leaving, *how))
+        done = (counts or {}).get(site.name, Counts())
+        rows.append(Row(site.name, site.depth, (h, w), h * w, h * w - leaving, *how, done))
     return Summary(model, latent, len(sites), fusion, tuple(rows))

@@ -21,6 +21,7 @@ from torch import Tensor
 from .kernels.operators import is_compiling
 
 SDPBackend = getattr(torch._C, "_SDPBackend", None)  # torch.nn.attention, which has it too, came with torch 2.3
+SDPA = torch._C._nn.scaled_dot_product_attention  # torch's own, whatever has taken its place in torch.nn.functional
 FLASH_DEVICE, FLASH_TYPES = "cuda", (torch.float16, torch.bfloat16)
 FLASH_CHANNELS = 256  # of a head, at most
 EXTRA = 8  # channels more: flash takes multiples of 8
@@ -34,7 +35,7 @@ class KeyBias(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            if func is F.scaled_dot_product_attention:
+            if func is SDPA:
                 return attend(*args, **(kwargs or {}))
             result = func(*args, **(kwargs or {}))
         return result.as_subclass(cls) if func in _SHAPING else result
@@ -70,9 +71,38 @@ def weighted_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, size: Tensor
 
     For hosts whose own attention has no place for weights.
     """
+    if not is_compiling():
+        check_kernel(q.device, q.dtype)
     q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))  # [B, H, N, d]
     bias = size.log()[:, None, None].expand(-1, heads, -1, -1)  # [B, H, 1, K], float32
     return attend(q, k, v, bias).transpose(1, 2).flatten(2)
+
+
+_heeding: list[Any] = [SDPA]  # functions in torch's place that are known to heed a mask
+
+
+def check_kernel(device: torch.device, dtype: torch.dtype) -> None:
+    """RuntimeError where another function has taken scaled_dot_product_attention's place that ignores masks.
+
+    Kernels without masks (SageAttention) are put there so; log(n_i) would be lost without a word.
+    """
+    kernel = F.scaled_dot_product_attention
+    if kernel in _heeding:
+        return
+    q, k, v = torch.linspace(-2, 2, 3 * 16 * 64, device=device, dtype=dtype).sin().view(3, 1, 1, 16, 64)
+    bias = torch.zeros(1, 1, 1, 16, device=device, dtype=dtype)
+    bias[..., 8:] = 5
+    try:
+        plain, weighted = kernel(q, k, v), kernel(q, k, v, attn_mask=bias)
+    except TypeError:
+        plain = weighted = v
+    if torch.equal(plain, weighted):
+        raise RuntimeError(
+            f"proportional adds log(n) to the logits as an attention mask, and {kernel.__module__}."
+            f"{kernel.__qualname__}, which has taken scaled_dot_product_attention's place, ignores masks: leave "
+            "proportional off, or put torch's own back"
+        )
+    _heeding.append(kernel)
 
 
 def flash_takes(query: Tensor, dropout_p: float = 0.0, is_causal: bool = False, **more: Any) -> bool:

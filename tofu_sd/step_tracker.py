@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any

@@ -5,9 +5,12 @@ Written against diffusers 0.32 to 0.42. Host words (hidden_states, encoder_hidde
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import (
     Attention,
@@ -19,29 +22,64 @@ from diffusers.models.attention_processor import (
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from ..patch import ATTRIBUTE, Site, SiteFusion
+from ..kernels.operators import is_compiling
+from ..patch import ATTRIBUTE, Patch, Site, SiteFusion
+from ..proportional import check_kernel
 from ..reduce import unmerge
 from .norm import FusedNorm, refuse_wrapped
 
+logger = logging.getLogger("tofu_sd")
+
 
 def unwrap(model: Any) -> tuple[nn.Module, int | None]:
-    """(the UNet of a pipeline or the module itself, out of torch.compile's wrapper; the scheduler's training steps).
+    """(the UNet of a pipeline or the module itself, out of its wrappers; the scheduler's training steps).
 
-    The steps are None for a scheduler whose timesteps do not count down from them: they are functions of the noise.
-    TypeError where there is no UNet.
+    Wrappers are those of torch.compile, DistributedDataParallel, DataParallel and PEFT. The steps are None for a
+    scheduler whose timesteps do not count down from them: they are functions of the noise. TypeError where there is no
+    UNet.
     """
-    unet = getattr(model, "unet", model)
+    unet = _out_of_wrappers(getattr(_out_of_wrappers(model), "unet", model))
     if not isinstance(unet, nn.Module):
+        raise TypeError(_no_unet(model, unet))
+    nets = getattr(unet, "nets", None)
+    if isinstance(nets, nn.ModuleList):  # MultiControlNetModel
         raise TypeError(
-            f"{type(model).__name__} has no `unet`: token fusion acts on the transformer blocks of Stable Diffusion's "
-            "UNets (SD 1.x, 2.x, SDXL and their relatives); pass such a pipeline or its UNet"
+            f"{type(unet).__name__} holds {len(nets)} models: patch each of its `nets`, or the pipeline's `unet`"
         )
-    unet = getattr(unet, "_orig_mod", unet)
     scheduler = getattr(model, "scheduler", None)
     config = getattr(scheduler, "config", None)
     if getattr(config, "timestep_type", None) == "continuous" or type(scheduler).__name__.startswith("EDM"):
         return unet, None
     return unet, int(getattr(config, "num_train_timesteps", None) or 1000)
+
+
+def _out_of_wrappers(model: Any) -> Any:
+    """The model inside of torch.compile's, DistributedDataParallel's, DataParallel's and PEFT's wrappers."""
+    while isinstance(model, nn.Module):
+        inner: Any = getattr(model, "_orig_mod", None)
+        base = getattr(model, "get_base_model", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        elif hasattr(model, "peft_config") and callable(base):
+            inner = base()
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
+    return model
+
+
+def _no_unet(model: Any, unet: Any) -> str:
+    """Why a model cannot be patched that has no UNet of torch."""
+    if unet is not model:
+        kind = f"{type(unet).__module__}.{type(unet).__qualname__}"
+        return (
+            f"the `unet` of {type(model).__name__} is a {kind} and no torch module (ONNX Runtime, OpenVINO and "
+            "TensorRT run exported models, which cannot be patched): use the pipeline of diffusers"
+        )
+    return (
+        f"{type(model).__name__} has no `unet`: token fusion acts on the transformer blocks of Stable Diffusion's UNets "
+        "(SD 1.x, 2.x, SDXL and their relatives); pass such a pipeline or its UNet"
+    )
 
 
 def latent_size(unet: nn.Module) -> tuple[int, int]:
@@ -124,8 +162,11 @@ class FusedAttention(Attention):  # type: ignore[misc]
         map = site.take("attn", hidden_states)
         if map is None or encoder_hidden_states is not None or attention_mask is not None:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        if site.keys_only or site.proportional:
-            _check_processor(self.processor, site)
+        if _keeps_maps(self.processor):
+            if not is_compiling():
+                _report_left_alone(self.processor)
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        _check_processor(self, site)
         fused = site.reduce(hidden_states, map)
         bias = site.key_bias(hidden_states, map, sdpa=type(self.processor) in _SDPA)
         if bias is not None and self.upcast_attention and isinstance(self.processor, _UPCASTING):
@@ -137,10 +178,24 @@ class FusedAttention(Attention):  # type: ignore[misc]
 
 _SDPA = (AttnProcessor2_0, FusedAttnProcessor2_0)  # others look closely at their mask (xformers), or add it themselves
 _UPCASTING = (AttnProcessor, SlicedAttnProcessor)  # they add the bias to scores in float32 under upcast_attention
+_STOCK = Attention.__module__  # processors of diffusers itself, which tell cross-attention by nothing
+_reads_mask: dict[type[Any], bool] = {}  # whether processors of a class heed their mask
 
 
-def _check_processor(processor: Any, site: SiteFusion) -> None:
+def check_processors(patch: Patch) -> None:
+    """RuntimeError for processors that cannot do what a patch asks of them, before anything is generated."""
+    for part, _, fused, state in patch.swaps:
+        if fused is FusedAttention and not _keeps_maps(part.processor):
+            _check_processor(part, state)
+        elif fused is FusedCrossAttention:
+            _check_cross_processor(part.processor)
+
+
+def _check_processor(attention: Attention, site: SiteFusion) -> None:
     """RuntimeError for a processor that does not attend to the keys and weights it is given."""
+    if not (site.keys_only or site.proportional):
+        return
+    processor = attention.processor
     name = type(processor).__name__
     if name.startswith("PAG") or "CrossFrame" in name:  # they split the batch, or take the keys of another frame
         option = "keys_only" if site.keys_only else "proportional"
@@ -149,6 +204,57 @@ def _check_processor(processor: Any, site: SiteFusion) -> None:
         raise RuntimeError(
             "keys_only fuses keys and values apart from the queries, which fuse_qkv_projections() has made one "
             "projection: call unfuse_qkv_projections() first, or leave keys_only off"
+        )
+    if site.keys_only and type(processor).__module__ != _STOCK:
+        raise RuntimeError(
+            f"keys_only gives self-attention keys of its own, by which {name} may take it for cross-attention: leave "
+            "keys_only off, or set a processor of diffusers.models.attention_processor"
+        )
+    if site.proportional and not is_compiling():
+        check_kernel(attention.to_q.weight.device, attention.to_q.weight.dtype)
+        if type(processor).__module__ != _STOCK and not _heeds_mask(attention):
+            raise RuntimeError(
+                f"proportional adds log(n) to the logits as an attention mask, which {name} does not heed: leave "
+                "proportional off, or set a processor that does"
+            )
+
+
+def _check_cross_processor(processor: Any) -> None:
+    """RuntimeError for a processor that may read maps of words, which have a row for each pixel."""
+    if type(processor).__module__ != _STOCK:
+        raise RuntimeError(
+            f"merge_crossattn gives {type(processor).__name__} fewer queries than the map has pixels, and it may read "
+            "attention maps: leave merge_crossattn off, or set a processor of diffusers.models.attention_processor"
+        )
+
+
+def _heeds_mask(attention: Attention) -> bool:
+    """Whether a processor's result depends on its mask, found once for each class on a copy of it."""
+    kind = type(attention.processor)
+    if kind not in _reads_mask:
+        weight = attention.to_q.weight
+        x = torch.linspace(-1, 1, 4 * attention.query_dim, dtype=weight.dtype, device=weight.device).sin()
+        x = x.view(1, 4, attention.query_dim)
+        mask = x.new_tensor([0.0, 0.0, 0.0, 8.0]).view(1, 1, 4)
+        with torch.no_grad():
+            one, other = (copy.deepcopy(attention.processor)(attention, x, attention_mask=m) for m in (0 * mask, mask))
+        _reads_mask[kind] = not torch.equal(one, other)
+    return _reads_mask[kind]
+
+
+def _keeps_maps(processor: Any) -> bool:
+    """Whether a processor keeps attention maps, which its pipeline reads as images (self-attention guidance)."""
+    return "Store" in type(processor).__name__
+
+
+_reported: set[type[Any]] = set()
+
+
+def _report_left_alone(processor: Any) -> None:
+    if type(processor) not in _reported:
+        _reported.add(type(processor))
+        logger.warning(
+            f"{type(processor).__name__} keeps attention maps for its pipeline: blocks that have it are not merged"
         )
 
 
@@ -162,6 +268,7 @@ class FusedCrossAttention(Attention):  # type: ignore[misc]
         attend = super().forward
         if kwargs.get("ip_adapter_masks") is not None:  # they are laid on the full map
             return attend(hidden_states, *args, **kwargs)
+        _check_cross_processor(self.processor)
         return site.around("crossattn", lambda x: attend(x, *args, **kwargs), hidden_states)
 
 

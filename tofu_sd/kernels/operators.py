@@ -17,6 +17,23 @@ def _never() -> bool:
 is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", _never)  # torch 2.3 brought it
 
 
+def refuse_export() -> None:
+    """RuntimeError where the model is being traced or exported in a way that a patch does not survive.
+
+    A trace would keep the matching of one image size and one step. ONNX has no form of the matching. torch.compile and
+    torch.export take a patched model.
+    """
+    if getattr(torch.compiler, "is_dynamo_compiling", _never)():
+        return
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError("a patched model cannot be exported to ONNX: call tofu_sd.remove_patch before the export")
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise RuntimeError(
+            "torch.jit.trace would keep the matching of one image size: call tofu_sd.remove_patch before tracing, or "
+            "use torch.compile or torch.export, which take a patched model"
+        )
+
+
 def operator(name: str, schema: str, shapes: Callable[..., Any]) -> Callable[[Function], Function]:
     """Registers a function with torch under `name`; `shapes` gives empty tensors like its results.
 
