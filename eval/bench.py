@@ -39,7 +39,7 @@ from tofu_sd.calibrate import synchronize
 from . import EvalError, methods, provenance, report, shapes
 from .files import read_json, to_json, write
 from .methods import FULL, Method
-from .options import Help, Parser, add_device, add_dtype, at_least, choices, command, pick_device, pick_dtype
+from .options import Help, Parser, add_device, add_dtype, as_path, at_least, choices, command, pick_device, pick_dtype
 from .peers import fused_attentions
 from .shapes import CASES, Call, Case
 from .table import method_column, short
@@ -101,15 +101,15 @@ def parser() -> Parser:
     )
     add_device(p)
     add_dtype(p)
-    p.add_argument("--out", type=Path, metavar="FILE", help="also write the results there, as JSON")
+    p.add_argument("--out", type=as_path, metavar="FILE", help="also write the results there, as JSON")
     p.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else on stdout")
     p.add_argument(
         "--table",
-        type=Path,
+        type=as_path,
         metavar="FILE",
         help="measure nothing; print FILE's rows, of --scope and --method, for a page",
     )
-    p.add_argument("--quality", type=Path, nargs="+", default=[], metavar="DIR", help="of eval.run, for --table")
+    p.add_argument("--quality", type=as_path, nargs="+", default=[], metavar="DIR", help="of eval.run, for --table")
     return p
 
 

@@ -51,6 +51,7 @@ from .options import (
     Parser,
     add_device,
     add_dtype,
+    as_path,
     at_least,
     command,
     finite,
@@ -133,14 +134,14 @@ def parser() -> Parser:
     p.add_argument("--stress", action="store_true", help="find the most that each method fuses at the full accuracy")
     add_device(p)
     add_dtype(p, "float32")  # in which the papers measure
-    p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: runs/classify-MODEL)")
-    p.add_argument("--maps", type=Path, metavar="FILE", help="draw which tokens are one in the last layers, as PNG")
-    p.add_argument("--plot", type=Path, metavar="FILE", help="write the drawing there, as SVG")
+    p.add_argument("--out", type=as_path, metavar="DIR", help="folder (default: runs/classify-MODEL)")
+    p.add_argument("--maps", type=as_path, metavar="FILE", help="draw which tokens are one in the last layers, as PNG")
+    p.add_argument("--plot", type=as_path, metavar="FILE", help="write the drawing there, as SVG")
     p.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of --table, say full 'tome, r = 16'")
     show = p.add_mutually_exclusive_group()
-    show.add_argument("--table", type=Path, metavar="DIR", help="measure nothing; print a folder's table for a page")
+    show.add_argument("--table", type=as_path, metavar="DIR", help="measure nothing; print a folder's table for a page")
     show.add_argument(
-        "--linearity", type=Path, metavar="DIR", help="the same of each layer's functional linearity (ToFu Fig. 3)"
+        "--linearity", type=as_path, metavar="DIR", help="the same of each layer's functional linearity (ToFu Fig. 3)"
     )
     return p
 

@@ -27,7 +27,7 @@ from .classifiers import WEIGHTS
 from .files import read_json, write_json
 from .flops import FORMULAS
 from .labelled import Labelled
-from .options import Help, Parser, add_device, at_least, choices, command, pick_device, whole_numbers
+from .options import Help, Parser, add_device, as_path, at_least, choices, command, pick_device, whole_numbers
 from .statistics import bootstrap
 from .table import markdown_rows, terminal_rows
 
@@ -85,8 +85,8 @@ def parser() -> Parser:
     p.add_argument("--depth", type=at_least(1), default=4, metavar="N", help="layers")
     p.add_argument("--clusters", default="12,48", metavar="K,K", help="fewest and most of a picture's 196 patches")
     add_device(p)
-    p.add_argument("--out", type=Path, default=Path("runs/condensation"), metavar="DIR", help="folder of the trainings")
-    p.add_argument("--table", type=Path, metavar="DIR", help="train nothing; print the tables of a folder for a page")
+    p.add_argument("--out", type=as_path, default=Path("runs/condensation"), metavar="DIR", help="folder of trainings")
+    p.add_argument("--table", type=as_path, metavar="DIR", help="train nothing; print a folder's tables for a page")
     return p
 
 

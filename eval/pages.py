@@ -13,11 +13,10 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from . import EvalError
 from .files import write
-from .options import Help, Parser, command
+from .options import Help, Parser, as_path, command
 
 TABLE = re.compile(
     r"(<!-- python -m (eval\.(?:report|bench|classify|condensation)|tofu_sd\.linearity) (.*?) -->\n).*?(<!-- end -->)",
@@ -51,7 +50,7 @@ def parser() -> Parser:
         epilog=EXAMPLES,
         formatter_class=Help,
     )
-    p.add_argument("pages", type=Path, nargs="+", metavar="PAGE", help="a page in Markdown")
+    p.add_argument("pages", type=as_path, nargs="+", metavar="PAGE", help="a page in Markdown")
     return p
 
 

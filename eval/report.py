@@ -28,7 +28,7 @@ from .files import listed, png, read_json, to_json, write
 from .generate import Settings
 from .maps import FOLDER, fit
 from .methods import FULL
-from .options import Help, Parser, at_least, command
+from .options import Help, Parser, as_path, at_least, command
 from .score import Scores
 from .table import circumstances, commits, label, markdown, markdown_against, notes, table, with_rows
 
@@ -326,20 +326,20 @@ def parser() -> Parser:
         formatter_class=Help,
     )
     p.add_argument(
-        "out", type=Path, nargs="+", help="folder that eval.run wrote; several of the same settings for a table or plot"
+        "out", type=as_path, nargs="+", help="folder of eval.run; several of the same settings for a table or plot"
     )
     what = p.add_mutually_exclusive_group()
     what.add_argument("--markdown", action="store_true", help="print the table for a README, write nothing")
     what.add_argument("--against", metavar="ROW", help="print how each row differs from this one, say 'tome 50%%'")
     what.add_argument("--frontier", action="store_true", help="print the methods that no other beats in both, and how")
-    what.add_argument("--plot", type=Path, metavar="FILE", help="write quality against cost as a drawing, as SVG")
-    what.add_argument("--grid", type=Path, metavar="FILE", help="write the pictures of --rows side by side, as PNG")
+    what.add_argument("--plot", type=as_path, metavar="FILE", help="write quality against cost as a drawing, as SVG")
+    what.add_argument("--grid", type=as_path, metavar="FILE", help="write the pictures of --rows side by side, as PNG")
     p.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of the table, say full 'tofu 50%%'")
     p.add_argument("--columns", nargs="+", default=[], metavar="TITLE", help="of the table, say speed-up PSNR")
     p.add_argument("--by", choices=list(frontier.COSTS), help="the cost of --frontier (default: the first it has)")
     p.add_argument(
         "--times",
-        type=Path,
+        type=as_path,
         metavar="DIR",
         help="take the times of this run of the same settings, of any machine",
     )

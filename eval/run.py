@@ -35,6 +35,7 @@ from .options import (
     Parser,
     add_device,
     add_dtype,
+    as_path,
     at_least,
     command,
     enough_memory,
@@ -93,8 +94,8 @@ def parser() -> Parser:
     )
     add_device(p)
     add_dtype(p)
-    p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: one in runs/ named after the settings)")
-    p.add_argument("--reference", type=Path, metavar="DIR", help="of an earlier run, to take the full model's pictures")
+    p.add_argument("--out", type=as_path, metavar="DIR", help="folder (default: one in runs/ named after the settings)")
+    p.add_argument("--reference", type=as_path, metavar="DIR", help="of an earlier run, for the full model's pictures")
     p.add_argument(
         "--scale-row", action=argparse.BooleanOptionalAction, help="add the full model under other seeds, for scale"
     )
@@ -111,9 +112,9 @@ def parser() -> Parser:
     p.add_argument("--metrics", default="standard", help=f"standard, all, or some of {','.join(metrics.NAMES)}")
     p.add_argument("--lpips-net", default="alex", help=", ".join(metrics.LPIPS_NETS))
     p.add_argument(
-        "--lpips-backbone", type=Path, metavar="PATH", help="torchvision weights of that net (default: downloaded)"
+        "--lpips-backbone", type=as_path, metavar="PATH", help="torchvision weights of that net (default: downloaded)"
     )
-    p.add_argument("--inception-weights", type=Path, metavar="PATH", help="for FID and KID (default: downloaded)")
+    p.add_argument("--inception-weights", type=as_path, metavar="PATH", help="for FID and KID (default: downloaded)")
     p.add_argument("--clip-model", default=metrics.CLIP, metavar="MODEL", help="for clip: its id or folder")
     p.add_argument("--dino-model", default=metrics.DINO, metavar="MODEL", help="for dino: its id or folder")
     p.add_argument(

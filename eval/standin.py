@@ -23,7 +23,7 @@ from tofu_sd.demo.model import build_tokenizer
 
 from . import EvalError, prompts, shapes
 from .files import without_paths
-from .options import Help, Parser, command
+from .options import Help, Parser, as_path, command
 
 PIXELS = 512
 VAE = {
@@ -85,7 +85,7 @@ def parser() -> Parser:
         epilog=EXAMPLES,
         formatter_class=Help,
     )
-    p.add_argument("folder", type=Path, help="a new one; it takes 2.2 GB")
+    p.add_argument("folder", type=as_path, help="a new one; it takes 2.2 GB")
     return p
 
 

@@ -31,7 +31,7 @@ from . import EvalError, labelled
 from .classifiers import ABOUT, STEMS, WEIGHTS, Architecture, ConvolutionStem, described
 from .files import read_json, to_json, write, write_json
 from .labelled import PIECE, Labelled
-from .options import Help, Parser, add_device, at_least, command, finite, pick_device, said, working, written
+from .options import Help, Parser, add_device, as_path, at_least, command, finite, pick_device, said, working, written
 
 RECIPE = "recipe.json"
 PER_CLASS, FRESH = 200, 40  # scenes of a class to learn from and to be judged by
@@ -58,7 +58,7 @@ def parser() -> Parser:
         formatter_class=Help,
     )
     default = Architecture()
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the classifier")
+    p.add_argument("--out", type=as_path, required=True, metavar="DIR", help="folder for the classifier")
     p.add_argument(
         "--data", default="scenes", help="scenes, or a folder with train/ and val/, a folder a class in each"
     )
