@@ -23,7 +23,10 @@ from .methods import FULL
 from .options import Help, Parser, as_path, command
 from .table import commits, flaws, gained, gap, label, measured, short, spent, unlike
 
-SAME = ("model", "prompts", "seed", "size", "steps", "guidance", "dtype", "batch", "attention", "n", *DERIVED)
+SAME = (
+    *("model", "variant", "prompts", "seed", "size", "steps", "guidance", "dtype", "batch", "attention", "n"),
+    *DERIVED,
+)
 TIMED = ("device", "torch", "diffusers", "transformers")
 
 

@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import base64
-import csv
-import hashlib
 import io
 import sys
 from collections.abc import Sequence
@@ -23,8 +21,8 @@ import markupsafe
 from jsonschema.exceptions import best_match
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from . import EvalError, frontier, plots
-from .files import listed, png, read_json, to_json, write
+from . import EvalError, frontier, plots, spreadsheet
+from .files import listed, parse_json, png, read_json, read_text, to_json, write
 from .generate import Settings
 from .maps import FOLDER, fit
 from .methods import FULL
@@ -34,6 +32,8 @@ from .table import circumstances, commits, label, markdown, markdown_against, no
 
 SCHEMA = 1
 RESULTS, PER_IMAGE = "results.json", "per_image.csv"
+FIELDS = ("method", "key", "id", "prompt", "seed", "seconds")  # of the table, before the metrics
+AGAIN = "the same command of eval.run writes it again"
 PAIRS = 10  # the worst and the best of each method
 GRID_ROWS = 6
 TIMES = ("seconds", "denoising", "speedup", "beside", "of_one_run")  # of a row
@@ -65,13 +65,8 @@ def save(out: Path, found: dict[str, Any], scores: Scores) -> dict[str, Any]:
     It goes last and names the table's hash: of a run that is killed between the two neither passes for whole.
     """
     names = [metric["name"] for metric in found["metrics"] if metric.get("per_image")]
-    table = io.StringIO()
-    fields = ["method", "key", "id", "prompt", "seed", "seconds", *names]
-    writer = csv.DictWriter(table, fields, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(scores.images)
-    content = table.getvalue().encode()
-    found = {**found, "per_image_sha256": hashlib.sha256(content).hexdigest()}
+    content = spreadsheet.to_csv([*FIELDS, *names], scores.images)
+    found = {**found, "per_image_sha256": spreadsheet.digest(content)}
     write(out / PER_IMAGE, content)
     write(out / RESULTS, to_json(found))
     draw(out)
@@ -87,25 +82,57 @@ def draw(out: Path) -> None:
 
 def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """(results.json, the rows of per_image.csv). EvalError where they are not there, or not of one run."""
-    found, again = read_json(out / RESULTS), "the same command of eval.run writes it again"
-    if found is None and not (out / RESULTS).exists():
+    if not (out / RESULTS).exists():
         raise EvalError(f"{out.name} holds no {RESULTS}: python -m eval.run --out {out.name} writes one")
-    if found is None:
-        raise EvalError(f"{out.name}/{RESULTS} is damaged: it holds no JSON: {again}")
+    try:
+        found = parse_json(read_text(out / RESULTS))
+    except OSError as error:
+        raise EvalError(f"cannot read {out.name}/{RESULTS}: {error.strerror}") from error
+    except ValueError as error:
+        raise EvalError(f"{out.name}/{RESULTS} is damaged: it holds no JSON: {AGAIN} ({error})") from error
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
         raise EvalError(f"{out.name}/{RESULTS} has schema {schema}, this program reads {SCHEMA}")
     wrong = best_match(_schema().iter_errors(found))
     if wrong is not None:
         at = "".join(f"[{part!r}]" for part in wrong.absolute_path)
-        raise EvalError(f"{out.name}/{RESULTS} is damaged: {at and f'in {at} '}{wrong.message[:200]}: {again}")
+        message = " ".join(wrong.message.split())[:200]
+        raise EvalError(f"{out.name}/{RESULTS} is damaged: {at and f'in {at} '}{message}: {AGAIN}")
+    if not any(row["key"] == FULL.key and "skipped" not in row for row in found["rows"]):
+        raise EvalError(f"{out.name}/{RESULTS} is damaged: it has no row of the full model: {AGAIN}")
+    return found, _images(out, found)
+
+
+def _images(out: Path, found: dict[str, Any]) -> list[dict[str, str]]:
+    """The rows of per_image.csv. EvalError where it is not the table of these results."""
     try:
-        content = (out / PER_IMAGE).read_bytes()
+        content = read_text(out / PER_IMAGE)
+        rows, digest = spreadsheet.from_csv(content), spreadsheet.digest(content)
     except FileNotFoundError as error:
-        raise EvalError(f"{out.name} has lost its {PER_IMAGE}: {again}") from error
-    if found.get("per_image_sha256") not in (None, hashlib.sha256(content).hexdigest()):  # older ones do not name it
-        raise EvalError(f"{out.name}: {RESULTS} and {PER_IMAGE} are of two runs: {again}")
-    return found, list(csv.DictReader(io.StringIO(content.decode(), newline="")))
+        raise EvalError(f"{out.name} has lost its {PER_IMAGE}: {AGAIN}") from error
+    except OSError as error:
+        raise EvalError(f"cannot read {out.name}/{PER_IMAGE}: {error.strerror}") from error
+    except ValueError as error:
+        raise EvalError(f"{out.name}/{PER_IMAGE} cannot be read: {error}: {AGAIN}") from error
+    if found.get("per_image_sha256") not in (None, digest):  # older ones do not name it
+        raise EvalError(f"{out.name}: {RESULTS} and {PER_IMAGE} are of two runs, or the table was edited: {AGAIN}")
+    numbers = [metric["name"] for metric in found["metrics"] if metric.get("per_image")]
+    lacking = [name for name in (*FIELDS, *numbers) if rows and name not in rows[0]]
+    if not rows or lacking:
+        raise EvalError(f"{out.name}/{PER_IMAGE} has no {f'column {lacking[0]!r}' if lacking else 'rows'}: {AGAIN}")
+    for number, row in enumerate(rows, start=2):
+        for name in numbers:
+            if row[name] and not _is_number(row[name]):
+                raise EvalError(f"{out.name}/{PER_IMAGE}, row {number}: {name} is {row[name]!r}, no number: {AGAIN}")
+    return rows
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @cache
