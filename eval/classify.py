@@ -39,9 +39,9 @@ from tofu_sd.linearity import best_split
 from tofu_sd.tokens import TokenMap
 from tofu_sd.vit import RECIPES
 
-from . import EvalError, classifiers, labelled, plots, provenance
+from . import EvalError, classifiers, formats, labelled, plots, provenance
 from .classifiers import Classifier
-from .files import png, read_json, write, write_json
+from .files import check_place, png, write, write_json
 from .flops import FORMULAS
 from .frontier import COLOURS
 from .labelled import Labelled
@@ -151,6 +151,9 @@ def main(argv: Sequence[str]) -> int:
     """0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
     options = parser().parse_args(argv)
     refuse_idle(options, said(parser(), argv))
+    for name in ("out", "maps", "plot"):
+        if (place := getattr(options, name)) is not None:
+            check_place(place, f"--{name}", folder=name == "out")  # before minutes of measuring
     if options.table:
         found = read(options.table)
         print(markdown_rows(*cells({**found, "rows": named(found["rows"], options.rows)}), notes(found)), end="")
@@ -512,9 +515,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def read(out: Path) -> dict[str, Any]:
-    found = read_json(out / "classify.json")
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA or "stress" not in found.get("settings", {}):
-        raise EvalError(f"{out.name} holds no results of eval.classify")
+    found = formats.read(out / "classify.json", formats.CLASSIFY, SCHEMA, "eval.classify", out.name)
+    if not any(row["method"] == FULL.name for row in found["rows"]):
+        raise EvalError(f"{out.name} holds no results of eval.classify: there is no row {FULL.name!r}")
+    if len({len(layers) for layers in found["linearity"]}) > 1:
+        raise EvalError(f"{out.name} holds no results of eval.classify: linearity is of classifiers of unequal depth")
     return found
 
 

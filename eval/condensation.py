@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tofu_sd.adaptivision import AdaptiVision
 
-from . import EvalError, classifiers, provenance, train
+from . import classifiers, formats, provenance, train
 from .classifiers import WEIGHTS
-from .files import read_json, write_json
+from .files import check_place, write_json
 from .flops import FORMULAS
 from .labelled import Labelled
 from .options import Help, Parser, add_device, as_path, at_least, choices, command, pick_device, whole_numbers
@@ -97,6 +97,7 @@ def main(argv: Sequence[str]) -> int:
     if options.table:
         print(markdown(read(options.table), choices(options.of, TITLES, "table")), end="")
         return 0
+    check_place(options.out, "--out", folder=True)  # before hours of training
     found = run(options, argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for table in choices(options.of, TITLES, "table"):
@@ -169,10 +170,7 @@ def cost(model: nn.Module, fresh: Labelled, device: torch.device) -> tuple[float
 
 
 def read(out: Path) -> dict[str, Any]:
-    found = read_json(out / "condensation.json")
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA or "clusters" not in found.get("settings", {}):
-        raise EvalError(f"{out.name} holds no results of eval.condensation")
-    return found
+    return formats.read(out / "condensation.json", formats.CONDENSATION, SCHEMA, "eval.condensation", out.name)
 
 
 def cells(found: dict[str, Any], table: str) -> tuple[list[str], list[list[str]]]:

@@ -113,16 +113,6 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
-def load_json(path: Path, writer: str) -> Any:
-    """The content of a JSON file that the user named. EvalError where it cannot be read, naming what writes such."""
-    try:
-        return parse_json(read_text(path))
-    except OSError as error:
-        raise EvalError(f"cannot read {shown(path)}: {error.strerror}; it takes a file of {writer}") from error
-    except ValueError as error:
-        raise EvalError(f"cannot read {shown(path)}: {error}; it takes a file of {writer}") from error
-
-
 def read_text(path: Path) -> str:
     """The text of a file as any program saves it: with a byte order mark or without. ValueError if it is not UTF-8."""
     content = path.read_bytes()

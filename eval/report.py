@@ -22,7 +22,7 @@ from jsonschema.exceptions import best_match
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from . import EvalError, frontier, plots, spreadsheet
-from .files import listed, parse_json, png, read_json, read_text, to_json, write
+from .files import check_place, listed, parse_json, png, read_json, read_text, to_json, write
 from .generate import Settings
 from .maps import FOLDER, fit
 from .methods import FULL
@@ -382,6 +382,9 @@ def main(argv: Sequence[str]) -> int:
         if getattr(options, name) and name not in TAKES.get(part, ()):
             raise EvalError(f"--{name} says nothing of {f'--{part}' if part else 'the whole report'}")
     out = options.out[0]
+    for name in ("plot", "grid"):
+        if (place := getattr(options, name)) is not None:
+            check_place(place, f"--{name}")
     if len(options.out) > 1 and part in ("", "grid"):
         raise EvalError(f"{'--grid' if part else 'the whole report'} shows the pictures of one folder")
     found, images = joined(options.out)

@@ -157,6 +157,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     of_suite = {}
     if options.suite is not None:
         of_suite = {name: value for name, value in suites.load(options.suite).items() if name != "about"}
+        if unknown := sorted(of_suite.keys() - vars(options).keys()):
+            raise EvalError(f"the suite {options.suite!r} has an unknown option {unknown[0]!r}")
         p.set_defaults(**of_suite)
         options = p.parse_args(argv)
     options.typed = said(p, argv)
