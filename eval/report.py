@@ -98,9 +98,18 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
         at = "".join(f"[{part!r}]" for part in wrong.absolute_path)
         message = " ".join(wrong.message.split())[:200]
         raise EvalError(f"{out.name}/{RESULTS} is damaged: {at and f'in {at} '}{message}: {AGAIN}")
-    if not any(row["key"] == FULL.key and "skipped" not in row for row in found["rows"]):
+    rows = [row for row in found["rows"] if "skipped" not in row]
+    if not any(row["key"] == FULL.key for row in rows):
         raise EvalError(f"{out.name}/{RESULTS} is damaged: it has no row of the full model: {AGAIN}")
-    return found, _images(out, found)
+    for figure in (figure for row in rows for figure in row["metrics"].values()):
+        ends = [figure["low"] is None, figure["high"] is None]
+        if ends[0] != ends[1] or (figure["value"] is None and not all(ends)):
+            raise EvalError(f"{out.name}/{RESULTS} is damaged: it has one end of an interval: {AGAIN}")
+    images = _images(out, found)
+    ids = {row["key"]: sorted(image["id"] for image in images if image["key"] == row["key"]) for row in rows}
+    if other := [key for key, own in ids.items() if own != ids[FULL.key] or not own]:
+        raise EvalError(f"{out.name}: {PER_IMAGE} lacks images of {listed(other)}, which {RESULTS} has: {AGAIN}")
+    return found, images
 
 
 def _images(out: Path, found: dict[str, Any]) -> list[dict[str, str]]:
