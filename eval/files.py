@@ -114,12 +114,15 @@ def read_json(path: Path) -> Any | None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file as any program saves it: with a byte order mark or without. ValueError if it is not UTF-8."""
+    """The text of a file as any program saves it, without a byte order mark and Windows' line ends.
+
+    ValueError if it is not UTF-8.
+    """
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError("it is UTF-16; save it as UTF-8")
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from error
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from . import EvalError
-from .files import write
+from .files import read_text, write
 from .options import Help, Parser, as_path, command
 
 TABLE = re.compile(
@@ -30,8 +30,12 @@ def filled(page: str) -> str:
 
 
 def _printed(program: str, arguments: str) -> str:
+    try:
+        argv = shlex.split(arguments)
+    except ValueError as error:
+        raise EvalError(f"{program} {arguments}: the arguments cannot be read: {error}") from error
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        code = importlib.import_module(program).main(shlex.split(arguments))
+        code = importlib.import_module(program).main(argv)
     if code:
         raise EvalError(f"{program} {arguments} failed")
     return text.getvalue()
@@ -57,7 +61,11 @@ def parser() -> Parser:
 @command(goes_on=False)
 def main(argv: Sequence[str]) -> int:
     for page in parser().parse_args(argv).pages:
-        write(page, filled(page.read_text(encoding="utf-8")))
+        try:
+            text = read_text(page)
+        except ValueError as error:
+            raise EvalError(f"cannot read the page {page.name}: {error}") from error
+        write(page, filled(text))
     return 0
 
 

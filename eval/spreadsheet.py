@@ -24,7 +24,7 @@ def to_csv(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 def from_csv(text: str) -> list[dict[str, str]]:
     """The rows of such a table, as they were given. ValueError for what is no table."""
-    lines = csv.reader(io.StringIO(text.replace("\r\n", "\n"), newline=""), strict=True)
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         names, *rows = list(lines)
     except (csv.Error, ValueError) as error:
@@ -47,8 +47,8 @@ def plain(cell: str) -> str:
 
 
 def digest(text: str) -> str:
-    """The SHA-256 of what a table holds, whatever line ends, quotes and mark of UTF-8 it was saved with."""
-    rows = list(csv.reader(io.StringIO(text.removeprefix("\ufeff").replace("\r\n", "\n"), newline="")))
+    """The SHA-256 of what a table holds, whatever quotes it was saved with."""
+    rows = list(csv.reader(io.StringIO(text, newline="")))
     held = io.StringIO()
     csv.writer(held, lineterminator="\n").writerows(rows)
     return hashlib.sha256(held.getvalue().encode()).hexdigest()
