@@ -155,8 +155,11 @@ def damaged(out: Path, method: Method, request: Request) -> bool:
     return not _whole(record) or _sha(picture) != record.get("sha256")
 
 
+LONGEST = 1e9  # seconds; beyond them figures are not finite
+
+
 def _is_seconds(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LONGEST
 
 
 def _is_count(value: Any, least: int = 0) -> bool:

@@ -15,11 +15,13 @@ NEGATIVE = re.compile(r"-(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?|-inf", re.IGNORECASE)
 
 def to_csv(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     """A table with a line of names. Texts that a spreadsheet would take for formulas begin with an apostrophe."""
+    return "".join(map(_line, [names, *([safe(row.get(name, "")) for name in names] for row in rows)]))
+
+
+def _line(cells: Iterable[Any]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: safe(value) for name, value in row.items()} for row in rows)
-    return text.getvalue()
+    csv.writer(text, lineterminator="\r\n").writerow(cells)  # it quotes cells with characters of the line's end alone
+    return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def from_csv(text: str) -> list[dict[str, str]]:
@@ -48,7 +50,5 @@ def plain(cell: str) -> str:
 
 def digest(text: str) -> str:
     """The SHA-256 of what a table holds, whatever quotes it was saved with."""
-    rows = list(csv.reader(io.StringIO(text, newline="")))
-    held = io.StringIO()
-    csv.writer(held, lineterminator="\n").writerows(rows)
-    return hashlib.sha256(held.getvalue().encode()).hexdigest()
+    rows = csv.reader(io.StringIO(text, newline=""))
+    return hashlib.sha256("".join(map(_line, rows)).encode()).hexdigest()

@@ -16,9 +16,7 @@ from eval import EvalError, files, interrupts, labelled, prompts
 from eval.options import as_path, command
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = sorted(
-    path.stem for path in (ROOT / "eval").glob("*.py") if "__main__" in path.read_text(encoding="utf-8")
-)
+PROGRAMS = sorted(path.stem for path in (ROOT / "eval").glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
 # in torch's place: Ctrl-C in the middle of an import, which a library hides
 INTERRUPTED = """
 import os, signal, time
@@ -180,7 +178,7 @@ def test_what_cannot_be_written_is_named_by_its_own_name_and_leaves_nothing(tmp_
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    with pytest.raises(OSError, match="out.json'$") as raised:
+    with pytest.raises(OSError, match=r"out\.json'$") as raised:
         files.write(tmp_path / "out.json", "after")
     assert raised.value.errno == number
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
