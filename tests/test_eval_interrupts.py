@@ -49,7 +49,7 @@ def test_ctrl_c_during_imports_is_one_line(name, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", ["run", "prompts", "standin"])
 def test_a_package_that_is_missing_is_one_line(name, tmp_path):
     done = start(name, tmp_path, 'raise ModuleNotFoundError("No module named \'numpy\'", name="numpy")')
     assert (done.returncode, done.stdout) == (2, "")
