@@ -29,7 +29,7 @@ ADVICE = {  # what to do about an error of the system
     errno.EEXIST: "a file or a link is in the place of that folder; remove it or give another path",
     errno.ENOTDIR: "a part of that path is a file; give another path",
     errno.EISDIR: "a folder is in the place of that file; remove it or give another path",
-    errno.ENOENT: "that path does not exist and cannot be made; give another",
+    errno.ENOENT: "that path does not exist or cannot be made; give another",
     errno.ELOOP: "its links lead in a circle; give another path",
     errno.ENAMETOOLONG: "give a shorter path",
 }
