@@ -29,13 +29,19 @@ raise RuntimeError("it went on")
 """
 
 
+def in_the_foreground() -> None:
+    """Takes Ctrl-C, which these tests ignore where a shell runs them in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(name: str, tmp_path: Path, stub: str) -> subprocess.CompletedProcess[str]:
     """A command line with a torch that is this text."""
     (tmp_path / "torch.py").write_text(stub)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     return subprocess.run(
-        [sys.executable, "-m", f"eval.{name}"], env=environment, capture_output=True, text=True, cwd=tmp_path
-    )
+        [sys.executable, "-m", f"eval.{name}"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, preexec_fn=in_the_foreground,
+    )  # fmt: skip
 
 
 # --- Ctrl-C -----------------------------------------------------------------------------------------------------------
@@ -69,6 +75,7 @@ def test_ctrl_c_while_the_real_packages_are_imported(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "eval.run", "--out", "out"],
         env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=in_the_foreground,
     )  # fmt: skip
     maps = Path(f"/proc/{process.pid}/maps")
     for _ in range(400):
