@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 from tofu_sd.calibrate import synchronize
 
-from . import EvalError, methods, provenance, report, shapes
-from .files import read_json, to_json, write
+from . import EvalError, formats, methods, provenance, report, shapes
+from .files import check_place, listed, to_json, write
 from .methods import FULL, Method
-from .options import Help, Parser, add_device, add_dtype, at_least, choices, command, pick_device, pick_dtype
+from .options import Help, Parser, add_device, add_dtype, as_path, at_least, choices, command, pick_device, pick_dtype
 from .peers import fused_attentions
 from .shapes import CASES, Call, Case
 from .table import method_column, short
@@ -101,15 +101,15 @@ def parser() -> Parser:
     )
     add_device(p)
     add_dtype(p)
-    p.add_argument("--out", type=Path, metavar="FILE", help="also write the results there, as JSON")
+    p.add_argument("--out", type=as_path, metavar="FILE", help="also write the results there, as JSON")
     p.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else on stdout")
     p.add_argument(
         "--table",
-        type=Path,
+        type=as_path,
         metavar="FILE",
         help="measure nothing; print FILE's rows, of --scope and --method, for a page",
     )
-    p.add_argument("--quality", type=Path, nargs="+", default=[], metavar="DIR", help="of eval.run, for --table")
+    p.add_argument("--quality", type=as_path, nargs="+", default=[], metavar="DIR", help="of eval.run, for --table")
     return p
 
 
@@ -121,6 +121,8 @@ def main(argv: Sequence[str]) -> int:
         found = part(read(options.table), options.scope, options.method)
         print(markdown(found, quality(options.quality)), end="")
         return 0
+    if options.out:
+        check_place(options.out, "--out")  # before minutes of measuring
     with contextlib.redirect_stdout(sys.stderr) if options.json else nullcontext():
         found = bench(options, argv)
     if options.out:
@@ -380,9 +382,10 @@ class IdealAttention(Attention):  # type: ignore[misc]
 
 def read(path: Path) -> dict[str, Any]:
     """Results that were written by --out."""
-    found = read_json(path)
-    if found is None or found.get("schema") != SCHEMA:
-        raise EvalError(f"{path.name} holds no results of python -m eval.bench --out (schema {SCHEMA})")
+    found = formats.read(path, formats.BENCH, SCHEMA, "python -m eval.bench --out", path.name)
+    rounds = {len(row["samples"]) for row in found["rows"] if "samples" in row}
+    if len(rounds) > 1:
+        raise EvalError(f"{path.name} is damaged: its rows have {listed(sorted(map(str, rounds)))} samples")
     return found
 
 

@@ -19,8 +19,8 @@ from tofu_sd import demo
 from tofu_sd.adaptivision import AdaptiVision
 from tofu_sd.demo.model import Judge
 
-from . import EvalError
-from .files import read_json, without_paths
+from . import EvalError, formats
+from .files import check_shape, read_json, without_paths
 
 WEIGHTS, ABOUT = "model.safetensors", "model.json"
 EMBEDDED = Path(demo.__file__).parent / "classifiers"
@@ -134,8 +134,12 @@ def _of_folder(folder: Path, name: str, device: torch.device, dtype: torch.dtype
     about = read_json(folder / ABOUT)
     if not isinstance(about, dict) or "architecture" not in about:
         raise EvalError(f"the folder {folder.name!r} holds no classifier: {ABOUT} is not there, or is broken")
-    architecture = Architecture(**about["architecture"])
-    model = architecture.build()
+    check_shape(about, formats.CLASSIFIER, f"{folder.name}/{ABOUT}", "eval.train")
+    try:
+        architecture = Architecture(**about["architecture"])
+        model = architecture.build()
+    except (TypeError, ZeroDivisionError, AttributeError, RuntimeError) as error:  # of sizes that are no integers >= 1
+        raise EvalError(f"{folder.name}/{ABOUT} has an architecture that cannot be built: {error}") from error
     try:
         weights = {key: value.float() for key, value in load_file(folder / WEIGHTS).items()}
         model.load_state_dict(weights)

@@ -39,9 +39,9 @@ from tofu_sd.linearity import best_split
 from tofu_sd.tokens import TokenMap
 from tofu_sd.vit import RECIPES
 
-from . import EvalError, classifiers, labelled, plots, provenance
+from . import EvalError, classifiers, formats, labelled, plots, provenance
 from .classifiers import Classifier
-from .files import png, read_json, write, write_json
+from .files import check_place, png, write, write_json
 from .flops import FORMULAS
 from .frontier import COLOURS
 from .labelled import Labelled
@@ -51,6 +51,7 @@ from .options import (
     Parser,
     add_device,
     add_dtype,
+    as_path,
     at_least,
     command,
     finite,
@@ -133,14 +134,14 @@ def parser() -> Parser:
     p.add_argument("--stress", action="store_true", help="find the most that each method fuses at the full accuracy")
     add_device(p)
     add_dtype(p, "float32")  # in which the papers measure
-    p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: runs/classify-MODEL)")
-    p.add_argument("--maps", type=Path, metavar="FILE", help="draw which tokens are one in the last layers, as PNG")
-    p.add_argument("--plot", type=Path, metavar="FILE", help="write the drawing there, as SVG")
+    p.add_argument("--out", type=as_path, metavar="DIR", help="folder (default: runs/classify-MODEL)")
+    p.add_argument("--maps", type=as_path, metavar="FILE", help="draw which tokens are one in the last layers, as PNG")
+    p.add_argument("--plot", type=as_path, metavar="FILE", help="write the drawing there, as SVG")
     p.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of --table, say full 'tome, r = 16'")
     show = p.add_mutually_exclusive_group()
-    show.add_argument("--table", type=Path, metavar="DIR", help="measure nothing; print a folder's table for a page")
+    show.add_argument("--table", type=as_path, metavar="DIR", help="measure nothing; print a folder's table for a page")
     show.add_argument(
-        "--linearity", type=Path, metavar="DIR", help="the same of each layer's functional linearity (ToFu Fig. 3)"
+        "--linearity", type=as_path, metavar="DIR", help="the same of each layer's functional linearity (ToFu Fig. 3)"
     )
     return p
 
@@ -150,6 +151,9 @@ def main(argv: Sequence[str]) -> int:
     """0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
     options = parser().parse_args(argv)
     refuse_idle(options, said(parser(), argv))
+    for name in ("out", "maps", "plot"):
+        if (place := getattr(options, name)) is not None:
+            check_place(place, f"--{name}", folder=name == "out")  # before minutes of measuring
     if options.table:
         found = read(options.table)
         print(markdown_rows(*cells({**found, "rows": named(found["rows"], options.rows)}), notes(found)), end="")
@@ -511,9 +515,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def read(out: Path) -> dict[str, Any]:
-    found = read_json(out / "classify.json")
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA or "stress" not in found.get("settings", {}):
-        raise EvalError(f"{out.name} holds no results of eval.classify")
+    found = formats.read(out / "classify.json", formats.CLASSIFY, SCHEMA, "eval.classify", out.name)
+    if not any(row["method"] == FULL.name for row in found["rows"]):
+        raise EvalError(f"{out.name} holds no results of eval.classify: there is no row {FULL.name!r}")
+    if len({len(layers) for layers in found["linearity"]}) > 1:
+        raise EvalError(f"{out.name} holds no results of eval.classify: linearity is of classifiers of unequal depth")
     return found
 
 

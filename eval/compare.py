@@ -20,10 +20,13 @@ from . import EvalError, report
 from .files import listed, to_json
 from .generate import DERIVED
 from .methods import FULL
-from .options import Help, Parser, command
+from .options import Help, Parser, as_path, command
 from .table import commits, flaws, gained, gap, label, measured, short, spent, unlike
 
-SAME = ("model", "prompts", "seed", "size", "steps", "guidance", "dtype", "batch", "attention", "n", *DERIVED)
+SAME = (
+    *("model", "variant", "prompts", "seed", "size", "steps", "guidance", "dtype", "batch", "attention", "n"),
+    *DERIVED,
+)
 TIMED = ("device", "torch", "diffusers", "transformers")
 
 
@@ -119,8 +122,8 @@ def parser() -> Parser:
         epilog=EXAMPLES,
         formatter_class=Help,
     )
-    p.add_argument("a", type=Path, help="folder of a run")
-    p.add_argument("b", type=Path, help="folder of another")
+    p.add_argument("a", type=as_path, help="folder of a run")
+    p.add_argument("b", type=as_path, help="folder of another")
     p.add_argument("--json", action="store_true", help="print it as JSON")
     return p
 

@@ -22,12 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tofu_sd.adaptivision import AdaptiVision
 
-from . import EvalError, classifiers, provenance, train
+from . import classifiers, formats, provenance, train
 from .classifiers import WEIGHTS
-from .files import read_json, write_json
+from .files import check_place, write_json
 from .flops import FORMULAS
 from .labelled import Labelled
-from .options import Help, Parser, add_device, at_least, choices, command, pick_device, whole_numbers
+from .options import Help, Parser, add_device, as_path, at_least, choices, command, pick_device, whole_numbers
 from .statistics import bootstrap
 from .table import markdown_rows, terminal_rows
 
@@ -85,8 +85,8 @@ def parser() -> Parser:
     p.add_argument("--depth", type=at_least(1), default=4, metavar="N", help="layers")
     p.add_argument("--clusters", default="12,48", metavar="K,K", help="fewest and most of a picture's 196 patches")
     add_device(p)
-    p.add_argument("--out", type=Path, default=Path("runs/condensation"), metavar="DIR", help="folder of the trainings")
-    p.add_argument("--table", type=Path, metavar="DIR", help="train nothing; print the tables of a folder for a page")
+    p.add_argument("--out", type=as_path, default=Path("runs/condensation"), metavar="DIR", help="folder of trainings")
+    p.add_argument("--table", type=as_path, metavar="DIR", help="train nothing; print a folder's tables for a page")
     return p
 
 
@@ -97,6 +97,7 @@ def main(argv: Sequence[str]) -> int:
     if options.table:
         print(markdown(read(options.table), choices(options.of, TITLES, "table")), end="")
         return 0
+    check_place(options.out, "--out", folder=True)  # before hours of training
     found = run(options, argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for table in choices(options.of, TITLES, "table"):
@@ -169,10 +170,7 @@ def cost(model: nn.Module, fresh: Labelled, device: torch.device) -> tuple[float
 
 
 def read(out: Path) -> dict[str, Any]:
-    found = read_json(out / "condensation.json")
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA or "clusters" not in found.get("settings", {}):
-        raise EvalError(f"{out.name} holds no results of eval.condensation")
-    return found
+    return formats.read(out / "condensation.json", formats.CONDENSATION, SCHEMA, "eval.condensation", out.name)
 
 
 def cells(found: dict[str, Any], table: str) -> tuple[list[str], list[list[str]]]:

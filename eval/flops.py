@@ -42,7 +42,8 @@ def counted(out: Path, settings: Settings, method: Method) -> int | None:
     """What `count` found for this very method."""
     told = read_json(out / FOLDER / f"{method.key}.json")
     made = _made(settings, method)
-    return told["flops"] if isinstance(told, dict) and made.items() <= told.items() else None
+    flops = told["flops"] if isinstance(told, dict) and made.items() <= told.items() and "flops" in told else None
+    return flops if isinstance(flops, int) and not isinstance(flops, bool) else None
 
 
 def _made(settings: Settings, method: Method) -> dict[str, str]:

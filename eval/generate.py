@@ -16,15 +16,16 @@ import gc
 import hashlib
 import json
 import math
+import re
 import sys
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, get_type_hints
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from tqdm import tqdm
 from tofu_sd.calibrate import synchronize
 
 from . import EvalError
-from .files import listed, png, read_json, write, write_json
+from .files import check_place, listed, png, read_json, shown, write, write_json
 from .methods import FULL, Method
 from .options import quiet_patches
 from .prompts import Request
@@ -46,6 +47,9 @@ WARM_UP = 2  # pictures, at least, that a method draws at each size of batch bef
 TIMED = 10  # batches of each method that the full model's denoiser runs beside, which doubles what they take
 DRAWING = 1  # to be raised when `draw` draws otherwise than before
 RUNS = "runs"  # the folder of what is told of each run that drew pictures
+# what a run writes beside its pictures
+FILES = ("settings.json", "results.json", "per_image.csv", "report.html", "grid.png")
+FOLDERS = (RUNS, "measured", "flops", "maps")
 # settings that follow from others: where both differ, those say why
 DERIVED = ("prompts_hash", "pipeline", "tokenizers")
 
@@ -70,6 +74,7 @@ class Settings:
     diffusers: str
     transformers: str
     tokenizers: str | None = None  # a hash of how prompts are read; older runs do not tell it
+    variant: str | None = None  # of the weights' files, as fp16; None: the plain ones
 
 
 def claim(out: Path, settings: Settings) -> None:
@@ -81,14 +86,13 @@ def claim(out: Path, settings: Settings) -> None:
 def refuse_others(out: Path, settings: Settings) -> bool:
     """EvalError for a folder that holds something else, naming what differs. True for one that holds nothing yet."""
     new = asdict(settings)
-    if out.exists() and not out.is_dir():
-        raise EvalError(f"--out {out.name}: there is a file of that name")
+    check_place(out, "--out", folder=True)
     others = out.exists() and any(path.name[0] != "." for path in out.iterdir())  # dots: what is not whole yet
     settings_of(out)  # refuses what cannot be read
     old = read_json(out / "settings.json")  # after the look: another process may write them between the two
     if not isinstance(old, dict):
         if others:
-            raise EvalError(f"--out {out.name}: the folder is not empty and holds no settings.json; give another")
+            raise EvalError(f"--out {shown(out)}: the folder is not empty and holds no settings.json; give another")
         return True
     if name := differing(new, old):
         raise EvalError(
@@ -106,18 +110,28 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> str | None:
 
 def settings_of(out: Path, option: str = "--out") -> Settings | None:
     """Those of the pictures in a folder, which is an option's; None where none are told."""
-    told = read_json(out / "settings.json")
-    if told is None and (out / "settings.json").exists():
+    path = out / "settings.json"
+    told = read_json(path)
+    if path.exists() and not isinstance(told, dict):
         raise EvalError(f"{option} {out.name}: its settings.json cannot be read; put it right or give another folder")
+    names = {field.name for field in fields(Settings)}
+    if not isinstance(told, dict) or not told.keys() <= names:
+        return None
+    hints = get_type_hints(Settings)
+    for name, value in told.items():
+        number = isinstance(value, int) and hints[name] == float | None  # other programs write 3.0 as 3
+        if isinstance(value, bool) or not (isinstance(value, hints[name]) or number):
+            raise EvalError(f"{option} {out.name}: {name} in its settings.json is {value!r}; it must be {hints[name]}")
     try:
-        return Settings(**told) if isinstance(told, dict) else None
-    except TypeError:
+        return Settings(**told)
+    except TypeError:  # of an older version, which had fewer
         return None
 
 
 def identity(settings: Settings, method: Method) -> str:
     """A hash of everything but the request that decides a picture."""
-    decides = {name: value for name, value in asdict(settings).items() if (name, value) != ("tokenizers", None)}
+    later = ("tokenizers", "variant")  # fields that older runs do not have
+    decides = {name: value for name, value in asdict(settings).items() if name not in later or value is not None}
     told = json.dumps([DRAWING, decides, method.identity], sort_keys=True)
     return hashlib.sha256(told.encode()).hexdigest()[:16]
 
@@ -141,10 +155,45 @@ def damaged(out: Path, method: Method, request: Request) -> bool:
     return not _whole(record) or _sha(picture) != record.get("sha256")
 
 
+LONGEST = 1e9  # seconds; beyond them figures are not finite
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LONGEST
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_run(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w-]+", value) is not None  # it names a file
+
+
+NEEDED: dict[str, Callable[[Any], bool]] = {  # what figures come from, in every record
+    "run": _is_run,
+    "batch": lambda value: _is_count(value, 1),
+    "timed": lambda value: isinstance(value, bool),
+    "seconds": _is_seconds,
+}
+FURTHER: dict[str, Callable[[Any], bool]] = {  # where a record has it
+    "denoising": _is_seconds,
+    "full_denoising": _is_seconds,
+    "peak_bytes": _is_count,
+    "reserved_bytes": _is_count,
+    "held_bytes": _is_count,
+    "finite": lambda value: isinstance(value, bool),
+    "drawn_with": lambda value: isinstance(value, list) and all(isinstance(id, str) for id in value),
+}
+
+
 def _whole(record: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether a record says all that figures are drawn from."""
-    kinds = {"run": str, "batch": int, "timed": bool, "seconds": float}
-    return isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+    """Whether a record says all that figures come from, in their types and ranges."""
+    if not isinstance(record, dict) or not all(fits(record.get(name)) for name, fits in NEEDED.items()):
+        return False
+    if record.get("full_denoising") is not None and record.get("denoising") is None:
+        return False
+    return all(fits(record[name]) for name, fits in FURTHER.items() if record.get(name) is not None)
 
 
 def runs(out: Path, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -153,10 +202,22 @@ def runs(out: Path, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
     def told(run: str) -> dict[str, Any]:
         found = read_json(out / RUNS / f"{run}.json")
-        return found if isinstance(found, dict) else {}
+        return _readable(found) if isinstance(found, dict) else {}
 
     found = [{**told(run), "run": run, "pictures": n} for run, n in counts.items()]
     return sorted(found, key=lambda run: str(run.get("started", "")))
+
+
+def _readable(told: dict[str, Any]) -> dict[str, Any]:
+    """What is told of a run without entries of another type than a run has: the file can have been edited."""
+    tables = {"runtime", "packages"}
+
+    def fits(name: str, value: Any) -> bool:
+        if name in tables:
+            return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
+        return value is None or isinstance(value, str)
+
+    return {name: value for name, value in told.items() if fits(name, value)}
 
 
 def _asked(settings: Settings, method: Method, request: Request) -> dict[str, Any]:
@@ -188,6 +249,22 @@ def take_over(reference: Path, out: Path, settings: Settings, requests: Sequence
                 write_json(out / RUNS / f"{record['run']}.json", told)
         theirs += record is not None and own in (None, record)
     return theirs
+
+
+def refuse_obstacles(out: Path, methods: Sequence[Method], requests: Sequence[Request]) -> None:
+    """EvalError where a folder is in the place of a file that a run writes, or a file in that of a folder.
+
+    Else it is an error after hours, and the same one again where the run resumes.
+    """
+    place = f"--out {shown(out)}: the place of"
+    for name in (*FOLDERS, *(method.key for method in methods)):
+        check_place(out / name, place, folder=True)
+    for name in FILES:
+        check_place(out / name, place)
+    for method in methods:
+        for name in (f"{method.key}/{request.id}.{ending}" for request in requests for ending in ("png", "json")):
+            if (out / name).is_dir():
+                raise EvalError(f"--out {shown(out)}: {name} is a folder; remove it, a file belongs there")
 
 
 def batches(requests: Sequence[Request], settings: Settings) -> list[Sequence[Request]]:

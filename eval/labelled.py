@@ -117,16 +117,31 @@ def _kept(
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
-        out: Any = None
-        for begin in working(range(0, n, CHUNK), f"{what}: {n} scenes"):
-            rows = range(begin, min(begin + CHUNK, n))
-            drawn = draw([CLASSES[i % len(CLASSES)] for i in rows], [first_seed + i for i in rows], side)
-            if out is None:
-                out = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (n, *drawn.shape[1:]))
-            out[begin : begin + len(rows)] = (drawn * 255).round().byte().numpy()
-        out.flush()
-        os.replace(unfinished, path)
-    return np.load(path, mmap_mode="r")
+        try:
+            _render(unfinished, what, draw, side, n, first_seed)
+            os.replace(unfinished, path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise EvalError(f"{path.name} in {cache} is damaged; delete it, it is rendered again") from error
+
+
+def _render(file: Path, what: str, draw: Callable[..., Tensor], side: int, n: int, first_seed: int) -> None:
+    """Writes what `_kept` reads."""
+    out: Any = None
+    for begin in working(range(0, n, CHUNK), f"{what}: {n} scenes"):
+        rows = range(begin, min(begin + CHUNK, n))
+        drawn = draw([CLASSES[i % len(CLASSES)] for i in rows], [first_seed + i for i in rows], side)
+        if out is None:
+            out = np.lib.format.open_memmap(file, "w+", np.uint8, (n, *drawn.shape[1:]))
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash where the map is written
+                with file.open("r+b") as opened:
+                    os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        out[begin : begin + len(rows)] = (drawn * 255).round().byte().numpy()
+    out.flush()
 
 
 class Mixed(Dataset[tuple[Tensor, int]]):

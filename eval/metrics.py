@@ -145,7 +145,7 @@ def choose(
         ],
         "judge": lambda: judged(judge, prompts, device),
     }
-    if judge is None and names in ("all", "standard"):
+    if judge is None and "judge" in asked and "judge" not in names.split(","):
         asked.remove("judge")  # it is the demo model's own
     return [metric for name in NAMES if name in asked for metric in makers[name]()]
 
@@ -180,7 +180,8 @@ TAKERS = {  # options of nets, and the metrics that they are for
 def check(names: str, nets: Nets) -> list[str]:
     """The names in a list of metrics; EvalError for an unknown one or a missing file, before anything is computed."""
     groups = {"all": NAMES, "standard": STANDARD}
-    asked = list(groups[names]) if names in groups else choices(names, NAMES, "metric")
+    parts = [part.strip() for part in names.split(",")]
+    asked = choices(",".join(",".join(groups.get(part, [part])) for part in parts), NAMES, "metric")
     if nets.lpips not in LPIPS_NETS:
         hint = did_you_mean(nets.lpips, LPIPS_NETS)
         raise EvalError(f"unknown LPIPS net {nets.lpips!r}{hint}; known: {', '.join(LPIPS_NETS)}")

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
@@ -19,7 +20,8 @@ from tqdm import tqdm
 from tofu_sd.policy import did_you_mean
 
 from . import EvalError
-from .files import without_paths
+from .files import PASSING, explain, without_paths
+from .interrupts import STOPPED, interrupted, interruptible
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -36,7 +38,8 @@ def command(goes_on: bool) -> Callable[[Callable[[Sequence[str]], int]], Main]:
     """Makes a program of what takes its arguments: it ends with 2, after one line, where what was asked for cannot be,
     and with 130 where it was interrupted.
 
-    goes_on: whether the same command, given again, takes up what was begun; what stops it then says so.
+    goes_on: whether the same command, given again, takes up what was begun; what stops it then says so, unless the same
+    command would fail again.
     """  # fmt: skip
     again = "; the same command goes on from here" if goes_on else ""
 
@@ -44,24 +47,44 @@ def command(goes_on: bool) -> Callable[[Callable[[Sequence[str]], int]], Main]:
         @wraps(work)
         def main(argv: Sequence[str] | None = None) -> int:
             try:
-                code = work(sys.argv[1:] if argv is None else list(argv))
-                sys.stdout.flush()
-                return code
+                with interruptible():
+                    return _run(work, sys.argv[1:] if argv is None else list(argv))
             except BrokenPipeError:  # who reads has had enough, as `head` does
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more when it ends
+                _drop_output()
                 return 141  # as a shell says of what SIGPIPE ended
-            except EvalError as error:
-                print(f"error: {error}", file=sys.stderr)
-            except OSError as error:
-                print(f"error: {without_paths(str(error))}{again}", file=sys.stderr)
-            except KeyboardInterrupt:
-                print(f"\nstopped{again}", file=sys.stderr)
-                return 130
+            except (EvalError, OSError, KeyboardInterrupt) as error:
+                if interrupted(error):
+                    print(f"\nstopped{again}", file=sys.stderr)  # below the ^C of a terminal
+                    return STOPPED
+                resumes = again if isinstance(error, OSError) and error.errno in PASSING else ""
+                told = explain(error) if isinstance(error, OSError) else str(error)
+                print(f"error: {told}{resumes}", file=sys.stderr)
             return 2
 
         return main
 
     return made
+
+
+def _run(work: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """The exit code of a program, once all that it printed has left."""
+    for argument in argv:
+        if not argument.isprintable() and re.search("[\ud800-\udfff]", argument):
+            raise EvalError(f"the argument {argument!a} is not UTF-8; give another name")
+    try:
+        return work(argv)
+    finally:  # also after --help, which ends by SystemExit
+        if sys.stdout is not None:  # None where the shell closed it
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _drop_output()  # Python flushes once more when it ends
+                raise
+
+
+def _drop_output() -> None:
+    """Sends whatever is still printed nowhere: its reader is gone, or its disk is full."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -132,6 +155,14 @@ def at_least(least: int, most: int = 2**31) -> Any:
         return int(text)
 
     return whole_number
+
+
+def as_path(text: str) -> Path:
+    """The path of a file or folder, as an argument's type. One without a name, as '.', gets it from its folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a path; give the name of a file or folder")
+    path = Path(text)
+    return path if path.name else path.absolute()
 
 
 def whole_numbers(text: str) -> list[int]:

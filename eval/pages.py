@@ -13,11 +13,10 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from . import EvalError
-from .files import write
-from .options import Help, Parser, command
+from .files import read_text, write
+from .options import Help, Parser, as_path, command
 
 TABLE = re.compile(
     r"(<!-- python -m (eval\.(?:report|bench|classify|condensation)|tofu_sd\.linearity) (.*?) -->\n).*?(<!-- end -->)",
@@ -31,8 +30,12 @@ def filled(page: str) -> str:
 
 
 def _printed(program: str, arguments: str) -> str:
+    try:
+        argv = shlex.split(arguments)
+    except ValueError as error:
+        raise EvalError(f"{program} {arguments}: the arguments cannot be read: {error}") from error
     with contextlib.redirect_stdout(io.StringIO()) as text:
-        code = importlib.import_module(program).main(shlex.split(arguments))
+        code = importlib.import_module(program).main(argv)
     if code:
         raise EvalError(f"{program} {arguments} failed")
     return text.getvalue()
@@ -51,14 +54,18 @@ def parser() -> Parser:
         epilog=EXAMPLES,
         formatter_class=Help,
     )
-    p.add_argument("pages", type=Path, nargs="+", metavar="PAGE", help="a page in Markdown")
+    p.add_argument("pages", type=as_path, nargs="+", metavar="PAGE", help="a page in Markdown")
     return p
 
 
 @command(goes_on=False)
 def main(argv: Sequence[str]) -> int:
     for page in parser().parse_args(argv).pages:
-        write(page, filled(page.read_text(encoding="utf-8")))
+        try:
+            text = read_text(page)
+        except ValueError as error:
+            raise EvalError(f"cannot read the page {page.name}: {error}") from error
+        write(page, filled(text))
     return 0
 
 

@@ -16,10 +16,13 @@ from tofu_sd.demo.scenes import PROMPT
 from tofu_sd.policy import did_you_mean
 
 from . import EvalError
+from .files import parse_json, read_text
 from .options import Help, Parser, command
 
 IMAGENET_HASH = "0b0f9fee7c952f25"  # start of the SHA-256 of the 1000 names, joined by newlines
 IMAGENET_IMAGES = 2  # of each class
+LONGEST_ID = 200  # bytes; file systems allow 255 with the ending
+EXAMPLE = '{"prompt": "a fox", "id": "fox", "seed": 1}'
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,11 @@ def load(name: str, seed0: int = 0) -> list[Request]:
             f"unknown prompts {name!r}{did_you_mean(name, KNOWN)}; known: {', '.join(KNOWN)}, or a .txt or .jsonl file"
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
     except OSError as error:
         raise EvalError(f"cannot read the prompts {path.name!r}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise EvalError(f"cannot read the prompts {path.name!r}: they are not UTF-8 ({error.reason})") from error
+    except ValueError as error:
+        raise EvalError(f"cannot read the prompts {path.name!r}: {error}") from error
     # JSON may hold what splitlines takes for the end of a line
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
@@ -154,19 +157,25 @@ def digest(requests: Sequence[Request]) -> str:
 
 def _from_json(line: str, i: int, seed0: int, where: str) -> Request:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
-        raise EvalError(f"{where}: not JSON ({error})") from error
+        raise EvalError(f"{where}: {error}; it takes an object such as {EXAMPLE}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise EvalError(f"{where}: not an object with a 'prompt' that is a text")
+        raise EvalError(f"{where}: not an object with a 'prompt' that is a text, such as {EXAMPLE}")
     if extra := sorted(set(row) - {"prompt", "id", "seed"}):
         raise EvalError(f"{where}: unknown field {extra[0]!r}; known: prompt, id, seed")
     seed = row.get("seed", seed0 + i)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= 2**62:
         raise EvalError(f"{where}: the seed is {seed!r}; it must be a whole number from 0 to 2**62")
-    request = Request(str(row.get("id", f"{i:04d}")), _text(row["prompt"], where), seed)
-    if not re.fullmatch(r"\w[\w.-]*", request.id):
-        raise EvalError(f"{where}: the id {request.id!r} cannot name a file")
+    name = row.get("id", f"{i:04d}")
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        raise EvalError(f"{where}: the id is {name!r}; it must be a text or an integer")
+    request = Request(str(name), _text(row["prompt"], where), seed)
+    if not re.fullmatch(r"\w[\w.-]*", request.id) or len(request.id.encode()) > LONGEST_ID:
+        raise EvalError(
+            f"{where}: the id {request.id[:LONGEST_ID]!r} cannot name a file: it takes letters, digits, '_', '.' and "
+            f"'-', {LONGEST_ID} bytes at most"
+        )
     return request
 
 

@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import base64
-import csv
-import hashlib
 import io
 import sys
 from collections.abc import Sequence
@@ -23,17 +21,19 @@ import markupsafe
 from jsonschema.exceptions import best_match
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-from . import EvalError, frontier, plots
-from .files import listed, png, read_json, to_json, write
+from . import EvalError, frontier, plots, spreadsheet
+from .files import check_place, listed, parse_json, png, read_json, read_text, to_json, write
 from .generate import Settings
 from .maps import FOLDER, fit
 from .methods import FULL
-from .options import Help, Parser, at_least, command
+from .options import Help, Parser, as_path, at_least, command
 from .score import Scores
 from .table import circumstances, commits, label, markdown, markdown_against, notes, table, with_rows
 
 SCHEMA = 1
 RESULTS, PER_IMAGE = "results.json", "per_image.csv"
+FIELDS = ("method", "key", "id", "prompt", "seed", "seconds")  # of the table, before the metrics
+AGAIN = "the same command of eval.run writes it again"
 PAIRS = 10  # the worst and the best of each method
 GRID_ROWS = 6
 TIMES = ("seconds", "denoising", "speedup", "beside", "of_one_run")  # of a row
@@ -65,13 +65,8 @@ def save(out: Path, found: dict[str, Any], scores: Scores) -> dict[str, Any]:
     It goes last and names the table's hash: of a run that is killed between the two neither passes for whole.
     """
     names = [metric["name"] for metric in found["metrics"] if metric.get("per_image")]
-    table = io.StringIO()
-    fields = ["method", "key", "id", "prompt", "seed", "seconds", *names]
-    writer = csv.DictWriter(table, fields, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(scores.images)
-    content = table.getvalue().encode()
-    found = {**found, "per_image_sha256": hashlib.sha256(content).hexdigest()}
+    content = spreadsheet.to_csv([*FIELDS, *names], scores.images)
+    found = {**found, "per_image_sha256": spreadsheet.digest(content)}
     write(out / PER_IMAGE, content)
     write(out / RESULTS, to_json(found))
     draw(out)
@@ -87,25 +82,66 @@ def draw(out: Path) -> None:
 
 def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """(results.json, the rows of per_image.csv). EvalError where they are not there, or not of one run."""
-    found, again = read_json(out / RESULTS), "the same command of eval.run writes it again"
-    if found is None and not (out / RESULTS).exists():
+    if not (out / RESULTS).exists():
         raise EvalError(f"{out.name} holds no {RESULTS}: python -m eval.run --out {out.name} writes one")
-    if found is None:
-        raise EvalError(f"{out.name}/{RESULTS} is damaged: it holds no JSON: {again}")
+    try:
+        found = parse_json(read_text(out / RESULTS))
+    except OSError as error:
+        raise EvalError(f"cannot read {out.name}/{RESULTS}: {error.strerror}") from error
+    except ValueError as error:
+        raise EvalError(f"{out.name}/{RESULTS} is damaged: it holds no JSON: {AGAIN} ({error})") from error
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
         raise EvalError(f"{out.name}/{RESULTS} has schema {schema}, this program reads {SCHEMA}")
     wrong = best_match(_schema().iter_errors(found))
     if wrong is not None:
         at = "".join(f"[{part!r}]" for part in wrong.absolute_path)
-        raise EvalError(f"{out.name}/{RESULTS} is damaged: {at and f'in {at} '}{wrong.message[:200]}: {again}")
+        message = " ".join(wrong.message.split())[:200]
+        raise EvalError(f"{out.name}/{RESULTS} is damaged: {at and f'in {at} '}{message}: {AGAIN}")
+    rows = [row for row in found["rows"] if "skipped" not in row]
+    if not any(row["key"] == FULL.key for row in rows):
+        raise EvalError(f"{out.name}/{RESULTS} is damaged: it has no row of the full model: {AGAIN}")
+    for figure in (figure for row in rows for figure in row["metrics"].values()):
+        ends = [figure["low"] is None, figure["high"] is None]
+        if ends[0] != ends[1] or (figure["value"] is None and not all(ends)):
+            raise EvalError(f"{out.name}/{RESULTS} is damaged: it has one end of an interval: {AGAIN}")
+    images = _images(out, found)
+    ids = {row["key"]: sorted(image["id"] for image in images if image["key"] == row["key"]) for row in rows}
+    if other := [key for key, own in ids.items() if own != ids[FULL.key] or not own]:
+        raise EvalError(f"{out.name}: {PER_IMAGE} lacks images of {listed(other)}, which {RESULTS} has: {AGAIN}")
+    return found, images
+
+
+def _images(out: Path, found: dict[str, Any]) -> list[dict[str, str]]:
+    """The rows of per_image.csv. EvalError where it is not the table of these results."""
     try:
-        content = (out / PER_IMAGE).read_bytes()
+        content = read_text(out / PER_IMAGE)
+        rows, digest = spreadsheet.from_csv(content), spreadsheet.digest(content)
     except FileNotFoundError as error:
-        raise EvalError(f"{out.name} has lost its {PER_IMAGE}: {again}") from error
-    if found.get("per_image_sha256") not in (None, hashlib.sha256(content).hexdigest()):  # older ones do not name it
-        raise EvalError(f"{out.name}: {RESULTS} and {PER_IMAGE} are of two runs: {again}")
-    return found, list(csv.DictReader(io.StringIO(content.decode(), newline="")))
+        raise EvalError(f"{out.name} has lost its {PER_IMAGE}: {AGAIN}") from error
+    except OSError as error:
+        raise EvalError(f"cannot read {out.name}/{PER_IMAGE}: {error.strerror}") from error
+    except ValueError as error:
+        raise EvalError(f"{out.name}/{PER_IMAGE} cannot be read: {error}: {AGAIN}") from error
+    if found.get("per_image_sha256") not in (None, digest):  # older ones do not name it
+        raise EvalError(f"{out.name}: {RESULTS} and {PER_IMAGE} are of two runs, or the table was edited: {AGAIN}")
+    numbers = [metric["name"] for metric in found["metrics"] if metric.get("per_image")]
+    lacking = [name for name in (*FIELDS, *numbers) if rows and name not in rows[0]]
+    if not rows or lacking:
+        raise EvalError(f"{out.name}/{PER_IMAGE} has no {f'column {lacking[0]!r}' if lacking else 'rows'}: {AGAIN}")
+    for number, row in enumerate(rows, start=2):
+        for name in numbers:
+            if row[name] and not _is_number(row[name]):
+                raise EvalError(f"{out.name}/{PER_IMAGE}, row {number}: {name} is {row[name]!r}, no number: {AGAIN}")
+    return rows
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 @cache
@@ -326,20 +362,20 @@ def parser() -> Parser:
         formatter_class=Help,
     )
     p.add_argument(
-        "out", type=Path, nargs="+", help="folder that eval.run wrote; several of the same settings for a table or plot"
+        "out", type=as_path, nargs="+", help="folder of eval.run; several of the same settings for a table or plot"
     )
     what = p.add_mutually_exclusive_group()
     what.add_argument("--markdown", action="store_true", help="print the table for a README, write nothing")
     what.add_argument("--against", metavar="ROW", help="print how each row differs from this one, say 'tome 50%%'")
     what.add_argument("--frontier", action="store_true", help="print the methods that no other beats in both, and how")
-    what.add_argument("--plot", type=Path, metavar="FILE", help="write quality against cost as a drawing, as SVG")
-    what.add_argument("--grid", type=Path, metavar="FILE", help="write the pictures of --rows side by side, as PNG")
+    what.add_argument("--plot", type=as_path, metavar="FILE", help="write quality against cost as a drawing, as SVG")
+    what.add_argument("--grid", type=as_path, metavar="FILE", help="write the pictures of --rows side by side, as PNG")
     p.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of the table, say full 'tofu 50%%'")
     p.add_argument("--columns", nargs="+", default=[], metavar="TITLE", help="of the table, say speed-up PSNR")
     p.add_argument("--by", choices=list(frontier.COSTS), help="the cost of --frontier (default: the first it has)")
     p.add_argument(
         "--times",
-        type=Path,
+        type=as_path,
         metavar="DIR",
         help="take the times of this run of the same settings, of any machine",
     )
@@ -355,6 +391,9 @@ def main(argv: Sequence[str]) -> int:
         if getattr(options, name) and name not in TAKES.get(part, ()):
             raise EvalError(f"--{name} says nothing of {f'--{part}' if part else 'the whole report'}")
     out = options.out[0]
+    for name in ("plot", "grid"):
+        if (place := getattr(options, name)) is not None:
+            check_place(place, f"--{name}")
     if len(options.out) > 1 and part in ("", "grid"):
         raise EvalError(f"{'--grid' if part else 'the whole report'} shows the pictures of one folder")
     found, images = joined(options.out)

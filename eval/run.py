@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,30 @@ from torch import nn
 from tofu_sd import demo, recipes
 from tofu_sd.environment import check_torchvision
 
-from . import EvalError, flops, maps, methods, metrics, peers, prompts, provenance, report, suites, table
-from .files import listed, tidy, to_json
-from .generate import Settings, claim, damaged, differing, generate, refuse_others, runs, settings_of, take_over
+from . import EvalError, earlier, flops, maps, methods, metrics, peers, prompts, provenance, report, suites, table
+from .components import check_prompts
+from .files import check_place, listed, tidy, to_json
+from .generate import (
+    Settings,
+    claim,
+    damaged,
+    differing,
+    generate,
+    refuse_obstacles,
+    refuse_others,
+    runs,
+    settings_of,
+    take_over,
+)
+from .guidance import check_guidance, guidance_scale
 from .methods import FULL, SCALE, Method
-from .model import check_steps, load_model, own_size, revision, try_out
+from .model import check_steps, load_model, own_size, revision, try_out, variant_of
 from .options import (
     Help,
     Parser,
     add_device,
     add_dtype,
+    as_path,
     at_least,
     command,
     enough_memory,
@@ -77,6 +91,9 @@ def parser() -> Parser:
     )
     p.add_argument("--suite", metavar="NAME", help=f"options under a name: {', '.join(suites.NAMES)}; others override")
     p.add_argument("--model", default="demo", help="demo, or a diffusers text-to-image model: its id or folder")
+    p.add_argument(
+        "--variant", metavar="NAME", help="of the weights, as fp16 (default: the plain ones, or fp16 where it is alone)"
+    )
     p.add_argument("--prompts", default="demo", help="demo, imagenet1k, or a .txt or .jsonl file")
     p.add_argument("--per-prompt", type=at_least(1), default=1, metavar="N", help="pictures of each prompt of the list")
     p.add_argument("--ratio", default="0.5", metavar="R,R", help="share of tokens fused away; several give a row each")
@@ -93,8 +110,8 @@ def parser() -> Parser:
     )
     add_device(p)
     add_dtype(p)
-    p.add_argument("--out", type=Path, metavar="DIR", help="folder (default: one in runs/ named after the settings)")
-    p.add_argument("--reference", type=Path, metavar="DIR", help="of an earlier run, to take the full model's pictures")
+    p.add_argument("--out", type=as_path, metavar="DIR", help="folder (default: one in runs/ named after the settings)")
+    p.add_argument("--reference", type=as_path, metavar="DIR", help="of an earlier run, for the full model's pictures")
     p.add_argument(
         "--scale-row", action=argparse.BooleanOptionalAction, help="add the full model under other seeds, for scale"
     )
@@ -111,9 +128,9 @@ def parser() -> Parser:
     p.add_argument("--metrics", default="standard", help=f"standard, all, or some of {','.join(metrics.NAMES)}")
     p.add_argument("--lpips-net", default="alex", help=", ".join(metrics.LPIPS_NETS))
     p.add_argument(
-        "--lpips-backbone", type=Path, metavar="PATH", help="torchvision weights of that net (default: downloaded)"
+        "--lpips-backbone", type=as_path, metavar="PATH", help="torchvision weights of that net (default: downloaded)"
     )
-    p.add_argument("--inception-weights", type=Path, metavar="PATH", help="for FID and KID (default: downloaded)")
+    p.add_argument("--inception-weights", type=as_path, metavar="PATH", help="for FID and KID (default: downloaded)")
     p.add_argument("--clip-model", default=metrics.CLIP, metavar="MODEL", help="for clip: its id or folder")
     p.add_argument("--dino-model", default=metrics.DINO, metavar="MODEL", help="for dino: its id or folder")
     p.add_argument(
@@ -140,6 +157,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     of_suite = {}
     if options.suite is not None:
         of_suite = {name: value for name, value in suites.load(options.suite).items() if name != "about"}
+        if unknown := sorted(of_suite.keys() - vars(options).keys()):
+            raise EvalError(f"the suite {options.suite!r} has an unknown option {unknown[0]!r}")
         p.set_defaults(**of_suite)
         options = p.parse_args(argv)
     options.typed = said(p, argv)
@@ -174,7 +193,8 @@ def main(argv: Sequence[str]) -> int:
 class Job:
     """What is asked for, as far as it can be told without the model.
 
-    chosen: the methods. requests: the whole list of prompts; asked: what of it is drawn, as often as it is.
+    chosen: the methods. requests: the whole list of prompts; asked: what of it is drawn, as often as it is. metrics: as
+    --metrics names them.
     """
 
     options: argparse.Namespace
@@ -184,6 +204,7 @@ class Job:
     nets: metrics.Nets
     team: Team
     device: torch.device
+    metrics: str
 
     @property
     def drawn(self) -> list[Method]:
@@ -193,10 +214,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures to be measured. judge: the classifier that goes with the model. made: how many of them by this process,
-    memory: MiB that it took.
+    """Pictures of a job, to be measured. judge: the classifier that goes with the model. made: how many of them by this
+    process, memory: MiB that it took.
     """  # fmt: skip
 
+    job: Job
     settings: Settings
     out: Path
     judge: nn.Module | None
@@ -230,12 +252,14 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> Outcome:
     if options.generate_only or options.shard:
         made = sum(job.team.gather(drawn.made))
         return Outcome(drawn.out, made if job.team.leads else None, lacking=without)
+    job = drawn.job
     measured = measure(job, drawn)
     if measured is None:
         return Outcome(drawn.out)
     scores, described = measured
     told |= {"process_mib": drawn.memory, "ended": provenance.now(), "drawn": runs(drawn.out, scores.records)}
     told["environments"] = provenance.told_once([told, *told["drawn"]])
+    tell_lost(drawn, described)
     of = len(job.requests) * options.per_prompt
     found = report.save(drawn.out, report.results(drawn.settings, scores, described, told, of=of), scores)
     lacking = without or any("skipped" in metric for metric in described) or bool(table.flaws(found))
@@ -261,6 +285,8 @@ def plan(options: argparse.Namespace) -> Job:
                     f"{method.name}: what {name}=auto comes to is measured anew by every process, so that pictures of "
                     f"two runs need not agree; give a number {number}"
                 )
+    guidance = demo.GUIDANCE if options.guidance is None and options.model == "demo" else options.guidance
+    check_guidance(chosen, guidance)
     if options.maps and not any(method.fusion for method in chosen):
         raise EvalError("--maps shows what this package's methods fuse, and --method asks for none of them")
     device = pick_device(options.device)
@@ -281,13 +307,16 @@ def plan(options: argparse.Namespace) -> Job:
         check_torchvision()
     except ImportError as error:
         raise EvalError(str(error)) from error
-    return Job(options, chosen, requests, asked, nets, team, team.device or device)
+    return Job(options, chosen, requests, asked, nets, team, team.device or device, options.metrics)
 
 
 def dry(job: Job) -> dict[str, Any]:
     """What there would be to draw, and what of it is there."""
     _, _, settings, out = ready(job)
     refuse_others(out, settings)
+    refuse_obstacles(out, job.drawn, job.asked)
+    if writes_results(job):
+        with_earlier(job, out, settings)
     tell_too_small(job, settings)
     there = {m.key: set(records(out, settings, m, job.asked)) for m in job.drawn}
     if job.options.reference:
@@ -304,13 +333,19 @@ def ready(job: Job) -> tuple[Any, nn.Module | None, Settings, Path]:
     """(pipeline, its judge, settings, folder) of pictures to be drawn. EvalError for what no model would do."""
     reference = job.options.reference
     theirs = settings_of_reference(reference) if reference else None
+    if job.options.out is not None:
+        check_place(job.options.out, "--out", folder=True)  # before minutes of loading
     dtype = pick_dtype(job.options.dtype, job.device)
-    pipe, judge = load_model(job.options.model, job.device, dtype)
+    pipe, judge = load_model(job.options.model, job.device, dtype, job.options.variant)
+    if job.team.leads and job.options.variant is None and (variant := variant_of(pipe)):
+        print(f"the model has weights of the variant {variant} alone: these are used", file=sys.stderr)
     try_out(pipe, job.chosen)
+    check_prompts(pipe, [request.prompt for request in job.asked])
     check_steps(pipe, job.options.steps)
     if job.options.map_block is not None:
         maps.check(pipe, job.drawn, job.options.map_block)
     settings = _settings(job.options, pipe, job.requests, job.device, dtype)
+    check_guidance(job.chosen, guidance_scale(pipe, settings.guidance))
     if any(method.name.rpartition(":")[2] == "hypertile" for method in job.chosen):
         peers.check_tiles(pipe, settings.size // pipe.vae_scale_factor)
     if theirs and (name := differing(asdict(settings), asdict(theirs))):  # there is none to take, and hours to draw
@@ -319,6 +354,32 @@ def ready(job: Job) -> tuple[Any, nn.Module | None, Settings, Path]:
             f"{getattr(settings, name)!r}"
         )
     return pipe, judge, settings, job.options.out or default_out(settings, job.options.limit, job.options.only)
+
+
+def writes_results(job: Job) -> bool:
+    """Whether the run measures, and so writes the figures of its folder."""
+    return not (job.options.generate_only or job.options.shard)
+
+
+def with_earlier(job: Job, out: Path, settings: Settings) -> Job:
+    """The job with the methods and metrics that the folder's results have, so that no figure is lost.
+
+    EvalError where that cannot be: for fewer images, or for methods whose images are not all there.
+    """
+    before = earlier.read(out)
+    if before is None:
+        return job
+    earlier.check_images(before, out, job.asked)
+    chosen = earlier.joined_methods(before, job.chosen, out, settings, job.asked)
+    names = earlier.joined_metrics(before, job.metrics, metrics.check(job.metrics, job.nets))
+    return replace(job, chosen=chosen, metrics=names)
+
+
+def tell_lost(drawn: Drawn, described: list[dict[str, Any]]) -> None:
+    """Which metrics of the folder's results cannot be measured any more."""
+    before = earlier.read(drawn.out)
+    for line in earlier.lost_metrics(before, described) if before else ():
+        print(line, file=sys.stderr)
 
 
 def settings_of_reference(folder: Path) -> Settings:
@@ -333,14 +394,14 @@ def settings_of_reference(folder: Path) -> Settings:
 
 def tell_too_small(job: Job, settings: Settings) -> None:
     """Which metrics these pictures will be too small for, before hours of drawing."""
-    for metric in metrics.too_small(job.options.metrics, settings.size) if job.team.leads else ():
+    for metric in metrics.too_small(job.metrics, settings.size) if job.team.leads else ():
         print(f"{metric.name} is skipped: {metric.reason}", file=sys.stderr)
 
 
 def tell_missing(job: Job, settings: Settings) -> None:
     """Which metrics lack weights or packages, before hours of drawing: their nets are loaded once for it."""
-    names = ",".join(name for name in metrics.check(job.options.metrics, job.nets) if name != "judge")
-    told = {metric.name for metric in metrics.too_small(job.options.metrics, settings.size)}
+    names = ",".join(name for name in metrics.check(job.metrics, job.nets) if name != "judge")
+    told = {metric.name for metric in metrics.too_small(job.metrics, settings.size)}
     cpu = torch.device("cpu")
     for metric in metrics.choose(names, job.nets, size=settings.size, prompts=(), device=cpu) if names else ():
         if isinstance(metric, metrics.Skipped) and metric.name not in told:
@@ -352,6 +413,10 @@ def draw(job: Job, told: dict[str, Any]) -> Drawn:
     options, team = job.options, job.team
     pipe, judge, settings, out = ready(job)
     told["revision"] = revision(options.model)
+    refuse_others(out, settings)
+    if writes_results(job):
+        job = with_earlier(job, out, settings)
+    refuse_obstacles(out, job.drawn, job.asked)
     claim(out, settings)
     tell_too_small(job, settings)
     if team.leads and not (options.generate_only or options.shard):
@@ -373,7 +438,7 @@ def draw(job: Job, told: dict[str, Any]) -> Drawn:
             maps.save(out, pipe, job.drawn, settings, job.asked[0], options.map_step, options.map_block)
     if options.generate_only or options.shard:
         print(f"drew {made} pictures in {out}", file=sys.stderr)
-    return Drawn(settings, out, judge, made, memory)
+    return Drawn(job, settings, out, judge, made, memory)
 
 
 def drawn_before(job: Job) -> Drawn:
@@ -387,7 +452,8 @@ def drawn_before(job: Job) -> Drawn:
     settings = settings_of(options.out)
     if settings is None:
         raise EvalError(f"--out {options.out.name}: there is no settings.json of eval.run in it")
-    asked = {name: getattr(options, name) for name in ("model", "size", "steps", "guidance", "batch", "dtype")}
+    fixed = ("model", "size", "steps", "guidance", "batch", "dtype", "variant")
+    asked = {name: getattr(options, name) for name in fixed}
     for name, value in {**asked, "model": _model_name(options.model)}.items():
         if name in options.said and value not in (getattr(settings, name), "auto"):
             raise EvalError(f"--{name} is {value}; {options.out.name}'s were drawn with {getattr(settings, name)}")
@@ -396,6 +462,9 @@ def drawn_before(job: Job) -> Drawn:
             f"--out {options.out.name}: its pictures were drawn for the prompts {settings.prompts!r} and seeds from "
             f"{settings.seed}, which are not those of --prompts and --seed"
         )
+    check_guidance(job.chosen, settings.guidance)
+    job = with_earlier(job, options.out, settings)
+    refuse_obstacles(options.out, job.drawn, job.asked)
     for method in job.drawn:
         found = records(options.out, settings, method, job.asked)
         other = [r.id for r in job.asked if r.id not in found and (options.out / method.key / f"{r.id}.png").exists()]
@@ -405,7 +474,8 @@ def drawn_before(job: Job) -> Drawn:
             why = "are damaged, or their records" if broken else "were drawn by other code"
             raise EvalError(f"{method.key}: {names} {why}; without --metrics-only they are drawn anew")
         check_complete(job.asked, found, method.key)
-    return Drawn(settings, options.out, demo.judge(device=job.device) if settings.model == "demo" else None)
+    judge = demo.judge(device=job.device) if settings.model == "demo" else None
+    return Drawn(job, settings, options.out, judge)
 
 
 def measure(job: Job, drawn: Drawn) -> tuple[Scores, list[dict[str, Any]]] | None:
@@ -413,7 +483,7 @@ def measure(job: Job, drawn: Drawn) -> tuple[Scores, list[dict[str, Any]]] | Non
     settings, out, wanted = drawn.settings, drawn.out, [request.prompt for request in job.asked]
     with enough_memory("--metrics-only --device cpu measures without the accelerator"):
         loaded = metrics.choose(
-            job.options.metrics, job.nets, size=settings.size, prompts=wanted, device=job.device, judge=drawn.judge
+            job.metrics, job.nets, size=settings.size, prompts=wanted, device=job.device, judge=drawn.judge
         )
         loaded = metrics.usable(loaded, load(out / FULL.key, job.asked[:2]), wanted[:2])
         loaded = everywhere(loaded, job.team)
@@ -458,6 +528,7 @@ def _settings(
         diffusers=provenance.version("diffusers") or "unknown",
         transformers=provenance.version("transformers") or "unknown",
         tokenizers=provenance.tokenizers_hash(pipe),
+        variant=variant_of(pipe),
     )
 
 

@@ -22,8 +22,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from tofu_sd.demo.model import build_tokenizer
 
 from . import EvalError, prompts, shapes
-from .files import without_paths
-from .options import Help, Parser, command
+from .files import check_place, without_paths
+from .options import Help, Parser, as_path, command
 
 PIXELS = 512
 VAE = {
@@ -35,7 +35,7 @@ VAE = {
     "sample_size": PIXELS,
     "scaling_factor": 0.18215,
 }
-TEXT = {  # of CLIP ViT-L/14
+TEXT: dict[str, int] = {  # of CLIP ViT-L/14
     "vocab_size": 49408,
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -56,6 +56,8 @@ SCHEDULER = {
 def build(texts: Sequence[str], dtype: torch.dtype = torch.float16) -> Any:
     """The pipeline. texts: what its tokenizer learns its words from."""
     tokenizer = build_tokenizer(texts)
+    # a row of the text encoder for each token, as in a whole model
+    tokenizer.add_tokens([f"<unused-{i}>" for i in range(TEXT["vocab_size"] - len(tokenizer))])
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -85,7 +87,7 @@ def parser() -> Parser:
         epilog=EXAMPLES,
         formatter_class=Help,
     )
-    p.add_argument("folder", type=Path, help="a new one; it takes 2.2 GB")
+    p.add_argument("folder", type=as_path, help="a new one; it takes 2.2 GB")
     return p
 
 
@@ -94,6 +96,7 @@ def main(argv: Sequence[str]) -> int:
     folder = parser().parse_args(argv).folder
     if folder.exists():
         raise EvalError(f"{folder.name} is there already; give a new folder")
+    check_place(folder, "folder", folder=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     pipe = build([request.prompt for request in prompts.load("imagenet1k")])
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as unfinished:

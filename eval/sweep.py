@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from tofu_sd import recipes
 
 from . import EvalError, peers, run
-from .options import Help, Parser, choices
+from .options import Help, Parser, choices, command
 
 FORMS = {"plain": "{}", "p": "{}+p", "kv": "kv:{}", "kv+p": "kv:{}+p"}
 REDUCTIONS = ("tofu", "tome", "prune", "mlerp")
@@ -67,17 +67,13 @@ def grid(reductions: str, forms: str, options: Sequence[str], also: str) -> str:
     return ",".join(names + ([] if also == "none" else also.split(",")))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command(goes_on=True)
+def main(argv: Sequence[str]) -> int:
     """Runs the grid; the codes are eval.run's."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        asked, rest = parser().parse_known_args(argv)
-        if any(option.partition("=")[0] in ("--method", "--suite") for option in rest):
-            raise EvalError("the grid names the methods: --reduction, --form, --with and --also")
-        methods = grid(asked.reduction, asked.form, asked.options, asked.also)
-    except EvalError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    asked, rest = parser().parse_known_args(argv)
+    if any(option.partition("=")[0] in ("--method", "--suite") for option in rest):
+        raise EvalError("the grid names the methods: --reduction, --form, --with and --also")
+    methods = grid(asked.reduction, asked.form, asked.options, asked.also)
     counted = [] if "--metrics-only" in rest else ["--flops"]
     return run.main(["--method", methods, "--ratio", asked.ratio, *counted, *rest])
 

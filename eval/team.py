@@ -6,6 +6,7 @@ What each of them does is fixed by its rank alone, so that they share nothing bu
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -57,7 +58,10 @@ def assemble(cpu: bool) -> Team:
 
     EvalError where it cannot find the others: each of them alone would do all the work, in the same folder.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not re.fullmatch(r"[1-9]\d*", told):
+        raise EvalError(f"WORLD_SIZE is {told!r}; it must be an integer >= 1: unset it, or start by accelerate launch")
+    size = int(told)
     if size == 1:
         return ALONE
     from accelerate import PartialState

@@ -7,6 +7,7 @@ FlexiViT, CVPR 2023). Cut off, the same command goes on from the last checkpoint
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import sys
@@ -27,11 +28,11 @@ from tofu_sd import demo
 from tofu_sd.adaptivision import STRATEGIES, AdaptiVision
 from tofu_sd.demo.train import TEST_SEED, fit
 
-from . import EvalError, labelled
+from . import EvalError, divergence, labelled
 from .classifiers import ABOUT, STEMS, WEIGHTS, Architecture, ConvolutionStem, described
-from .files import read_json, to_json, write, write_json
+from .files import check_place, read_json, shown, to_json, write, write_json
 from .labelled import PIECE, Labelled
-from .options import Help, Parser, add_device, at_least, command, finite, pick_device, said, working, written
+from .options import Help, Parser, add_device, as_path, at_least, command, finite, pick_device, said, working, written
 
 RECIPE = "recipe.json"
 PER_CLASS, FRESH = 200, 40  # scenes of a class to learn from and to be judged by
@@ -58,7 +59,7 @@ def parser() -> Parser:
         formatter_class=Help,
     )
     default = Architecture()
-    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the classifier")
+    p.add_argument("--out", type=as_path, required=True, metavar="DIR", help="folder for the classifier")
     p.add_argument(
         "--data", default="scenes", help="scenes, or a folder with train/ and val/, a folder a class in each"
     )
@@ -115,6 +116,7 @@ def main(argv: Sequence[str]) -> int:
 def train(options: argparse.Namespace) -> dict[str, Any]:
     """The figures of the training, which stand in the folder beside the weights."""
     device = pick_device(options.device)
+    check_place(options.out, "--out", folder=True)
     fitting(options)
     learnt, fresh = data(options.data, options.side, options.guided)
     architecture = asked_for(options, len(learnt.classes), 0 if learnt.guidance is None else learnt.guidance.shape[-1])
@@ -124,7 +126,17 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {"data": learnt.name, "pictures": len(learnt), "torch": str(torch.__version__)}
 
     def stage(name: str, model: nn.Module, samples: int, rate: float) -> None:
+        checkpoint = options.out / f"{name}.ckpt"
+        steps = itertools.count(divergence.resumed_at(checkpoint) + 1)
+
         def loss(g: torch.Generator) -> Tensor:
+            value = loss_of_batch(g)
+            step = next(steps)
+            if not value.isfinite():
+                raise divergence.stopped(checkpoint, f"the loss is {value.item()} at step {step} of {name}", rate)
+            return value
+
+        def loss_of_batch(g: torch.Generator) -> Tensor:
             rows = torch.randint(len(learnt), (BATCH,), generator=g)
             pictures, labels = default_collate([learnt.pictures[i] for i in rows.tolist()])
             pictures, labels = augmented(pictures, g).to(device), labels.to(device)
@@ -134,9 +146,12 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
                     return model.loss(pictures, labels, told)
                 return F.cross_entropy(model(pictures).float(), labels, label_smoothing=0.05)
 
-        figures[name] = fit(
-            name, model, loss, samples=samples, batch=BATCH, rate=rate, work=options.out, seed=options.seed
-        )
+        with divergence.written(checkpoint):
+            figures[name] = fit(
+                name, model, loss, samples=samples, batch=BATCH, rate=rate, work=options.out, seed=options.seed
+            )
+        if not divergence.is_finite(model.state_dict().values()):
+            raise divergence.stopped(checkpoint, f"weights are not finite after the last step of {name}", rate)
 
     coarse_first = begins_coarse(options)
     if coarse_first:
@@ -148,6 +163,8 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     right = torch.cat(correct(model, fresh, device))
     figures |= {"accuracy": right.double().mean().item(), "n": len(right)}
     weights = {name: value.detach().half().cpu().contiguous() for name, value in model.state_dict().items()}
+    if not divergence.is_finite(weights.values()):
+        raise divergence.stopped(options.out / "fine.ckpt", "weights are beyond half precision", options.rate)
     write(options.out / WEIGHTS, save(weights))
     write_json(options.out / ABOUT, described(architecture, options.seed, learnt.classes, figures))
     return figures
@@ -202,6 +219,8 @@ def claim(out: Path, recipe: dict[str, Any]) -> None:
     """Makes the folder of a training, or goes on in it. EvalError for one of another recipe, naming what differs."""
     recipe = json.loads(to_json(recipe))  # as it is read again, without tuples
     before = read_json(out / RECIPE) if out.exists() else None
+    if (out / RECIPE).exists() and not isinstance(before, dict):
+        raise EvalError(f"--out {shown(out)}: its {RECIPE} cannot be read; put it right or give another folder")
     usual = json.loads(to_json(vars(parser().parse_args(["--out", "."])) | {"out": None}))
     held = recipe if before is None else {**recipe, **usual, **before}  # an option that was not there had its default
     for name, value in recipe.items():

@@ -239,12 +239,13 @@ def test_of_several_drawings_the_fastest_is_compared_with_the_fastest():
     assert generate.fastest(*({**cost, "full_denoising": None} for cost in own[:2]))["full_denoising"] is None
 
 
-def test_a_folder_of_before_tokenizers_were_told_is_still_what_it_was():
-    older = replace(SETTINGS, tokenizers=None)
-    whole = {name: value for name, value in asdict(older).items() if name != "tokenizers"}
+def test_a_folder_of_before_tokenizers_and_variants_were_told_is_still_what_it_was():
+    older = replace(SETTINGS, tokenizers=None, variant=None)
+    whole = {name: value for name, value in asdict(older).items() if name not in ("tokenizers", "variant")}
     told = json.dumps([generate.DRAWING, whole, TOFU.identity], sort_keys=True)
     assert generate.identity(older, TOFU) == hashlib.sha256(told.encode()).hexdigest()[:16]
-    assert generate.identity(replace(SETTINGS, tokenizers="a"), TOFU) != generate.identity(older, TOFU)
+    for later in ({"tokenizers": "a"}, {"variant": "fp16"}):
+        assert generate.identity(replace(older, **later), TOFU) != generate.identity(older, TOFU)
 
 
 def test_what_runs_beside_a_method_is_not_in_its_time(pipe, monkeypatch):

@@ -455,11 +455,11 @@ def test_a_part_of_a_list_is_a_part_of_its_pictures(tiny, capsys):
     assert job.main([*tiny, "--method", "tofu", "--dry-run", "--json", "--out", "out"]) == 0
     assert [method["there"] for method in json.loads(capsys.readouterr().out)["methods"]] == [2, 2]
     again = [*tiny, "--method", "tofu", "--metrics", "psnr", "--out", "out"]
-    # one of those that were there, and one of the repeated ones
-    assert job.main([*again, "--per-prompt", "2", "--only", "0001,0002_1"]) == 0
+    # those that were there, and one of the repeated ones
+    assert job.main([*again, "--per-prompt", "2", "--only", "0001,0002,0002_1"]) == 0
     assert {path.stem for path in Path("out/full").glob("*.png")} == {"0001", "0002", "0002_1"}
     told = files.read_json(Path("out/results.json"))
-    assert (told["settings"]["n"], told["settings"]["of"]) == (2, 10)
+    assert (told["settings"]["n"], told["settings"]["of"]) == (3, 10)
 
 
 def test_a_model_that_a_method_does_not_fit_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from tofu_sd.policy import did_you_mean
 from .. import EvalError
 from ..files import read_json
 
+VALUES = (str, int, float)  # bool is an int
 NAMES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.json")))
 
 
@@ -21,5 +22,6 @@ def load(name: str) -> dict[str, Any]:
     if name not in NAMES:
         raise EvalError(f"unknown suite {name!r}{did_you_mean(name, NAMES)}; known: {', '.join(NAMES)}")
     found = read_json(Path(__file__).parent / f"{name}.json")
-    assert isinstance(found, dict)
+    if not isinstance(found, dict) or not all(isinstance(value, VALUES) for value in found.values()):
+        raise EvalError(f"the suite {name!r} is damaged: {name}.json must be an object of texts and numbers")
     return found

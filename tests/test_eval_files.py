@@ -1,0 +1,362 @@
+"""Files that others saved, edited or damaged: they are read, or refused in one line, and a spreadsheet runs none."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import hashlib
+import io
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_eval_run import COMMAND, ToyJudge
+from tiny import SHALLOW, sd15_pipe
+
+from eval import (
+    EvalError,
+    bench,
+    compare,
+    earlier,
+    files,
+    formats,
+    generate,
+    maps,
+    methods,
+    prompts,
+    report,
+    spreadsheet,
+)
+from eval import run as job
+
+ROOT = Path(__file__).parent.parent
+FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-cat", "@SUM(A1)", "\t=1", "'=1+1", "''=1"]
+PROMPTS = [*(text for text in FORMULAS if text[0] != "\t"), "a bee", 'an old, "quoted" oak', "-5"]
+ODD = ["", "[]", "null", "1", '"x"', "{}", "{", "[" * 100_000, "NaN", '{"schema": 1}', '{"schema": 1, "rows": {}}',
+       '{"schema": 1, "settings": [], "rows": [], "provenance": null, "metrics": 3}']  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of a run whose prompts begin as formulas do."""
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "own.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+        out = folder / "out"
+        assert job.main([*COMMAND, "--metrics", "psnr", "--prompts", str(folder / "own.jsonl"), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def out(made, tmp_path, monkeypatch):
+    """A copy of it in the current folder."""
+    shutil.copytree(made, tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    return Path("out")
+
+
+def refusal(capsys, program, *arguments):
+    """The one line that a command ends with."""
+    capsys.readouterr()
+    assert program.main([str(argument) for argument in arguments]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("error: ")
+    assert told.err.count("\n") == 1
+    return told.err
+
+
+# --- spreadsheets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [*FORMULAS, "\r=1", "a fox", "", "'tis", "'", "-0.5", "-1e-3", "-inf", "a\n=1", "–1"])
+def test_a_cell_is_read_as_it_was_given(text):
+    table = spreadsheet.to_csv(["a", "b"], [{"a": text, "b": -0.5}])
+    assert spreadsheet.from_csv(table) == [{"a": text, "b": "-0.5"}]
+
+
+@pytest.mark.parametrize(
+    ("text", "runs"),
+    [
+        *((text, True) for text in FORMULAS[:5]),
+        ("\r=1", True),
+        ("-5", False),
+        ("-0.5e-3", False),
+        ("-inf", False),
+        ("a=1", False),
+        ("'tis", False),
+    ],
+)
+def test_what_a_spreadsheet_would_run_begins_with_an_apostrophe(text, runs):  # fmt: skip
+    assert spreadsheet.safe(text) == ("'" if runs else "") + text
+    assert spreadsheet.safe(-5) == -5
+
+
+def test_no_cell_that_is_written_is_a_formula(made):
+    with (made / "per_image.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    cells = [cell for row in rows for cell in row]
+    assert not [cell for cell in cells if cell[:1] in ("=", "+", "@", "\t", "\r")]
+    assert {cell for cell in cells if cell.startswith("-")} == {"-5"}
+    _, images = report.read(made)
+    assert [image["prompt"] for image in images[: len(PROMPTS)]] == PROMPTS
+
+
+def saved_elsewhere(path: Path) -> None:
+    """As Windows' programs save it: a byte order mark and other line ends."""
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+def test_files_that_were_saved_elsewhere_are_read(out, capsys):
+    assert report.main(["out", "--markdown"]) == 0
+    before = capsys.readouterr().out
+    for name in ("results.json", "per_image.csv", "settings.json"):
+        saved_elsewhere(out / name)
+    rows = list(csv.reader(io.StringIO((out / "per_image.csv").read_text(encoding="utf-8-sig"), newline="")))
+    with (out / "per_image.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)  # as LibreOffice quotes
+    assert report.main(["out", "--markdown"]) == 0
+    assert capsys.readouterr().out == before
+    assert generate.settings_of(out) is not None
+
+
+def test_prompts_that_were_saved_elsewhere_are_read(tmp_path):
+    for ending, text in (("txt", "a fox\na bee\n"), ("jsonl", '{"prompt": "a fox"}\n{"prompt": "a bee"}\n')):
+        file = tmp_path / f"own.{ending}"
+        file.write_text(text)
+        before = prompts.load(str(file))
+        saved_elsewhere(file)
+        assert prompts.load(str(file)) == before
+        file.write_text(text, encoding="utf-16")
+        with pytest.raises(
+            EvalError, match=rf"cannot read the prompts 'own\.{ending}': it is UTF-16; save it as UTF-8"
+        ):
+            prompts.load(str(file))
+
+
+@pytest.mark.parametrize("name", ["results.json", "per_image.csv"])
+def test_another_encoding_is_refused_in_words(out, capsys, name):
+    text = (out / name).read_text(encoding="utf-8")
+    (out / name).write_text(text, encoding="utf-16")
+    assert "it is UTF-16; save it as UTF-8" in refusal(capsys, report, "out", "--markdown")
+    (out / name).write_bytes(text.encode().replace(b"a bee", b"a b\xe9e").replace(b"own", b"\xe9"))
+    assert "it is not UTF-8" in refusal(capsys, report, "out", "--markdown")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: text.replace(",", ";"), "comma"),
+        (lambda text: text + "more\n", "has 1 cells and the first row 7; save it with commas"),
+        (lambda text: text.replace("a bee", "a wasp"), "are of two runs, or the table was edited"),
+        (lambda text: '"', "it is no table of comma-separated values"),
+        (lambda text: "", "it is no table of comma-separated values"),
+    ],
+)
+def test_a_table_that_was_edited_is_refused(out, capsys, change, said):
+    table = out / "per_image.csv"
+    table.write_text(change(table.read_text(encoding="utf-8")), encoding="utf-8")
+    assert said in refusal(capsys, report, "out", "--markdown")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda rows: [row[:-1] for row in rows], "has no column 'PSNR'"),
+        (lambda rows: [row[1:] for row in rows], "has no column 'method'"),
+        (lambda rows: rows[:1], "has no rows"),
+        (lambda rows: [*rows[:-1], [*rows[-1][:-1], "much"]], "PSNR is 'much', no number"),
+        (lambda rows: rows[:-1], "lacks images of tofu-r50"),
+    ],
+)
+def test_a_table_without_a_hash_is_looked_at_cell_by_cell(out, capsys, change, said):
+    """Older results do not name it."""
+    told = files.read_json(out / "results.json")
+    del told["per_image_sha256"]
+    files.write_json(out / "results.json", told)
+    rows = list(csv.reader(io.StringIO((out / "per_image.csv").read_text(encoding="utf-8"), newline="")))
+    with (out / "per_image.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(change(rows))
+    assert said in refusal(capsys, report, "out", "--markdown")
+
+
+# --- JSON of another shape --------------------------------------------------------------------------------------------
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where a JSON value has parts."""
+    inside = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+    return [place for key, part in inside for place in [(*at, key), *places(part, (*at, key))]]
+
+
+def changed(value: Any, place: tuple[Any, ...], to: Any) -> Any:
+    """A copy with another value there, or without one where that is None."""
+    whole = part = copy.deepcopy(value)
+    for key in place[:-1]:
+        part = part[key]
+    if to is None:
+        del part[place[-1]]
+    else:
+        part[place[-1]] = to
+    return whole
+
+
+@pytest.mark.parametrize("to", [None, {}, "x", -1, 1e300])
+def test_results_with_any_part_changed_are_read_or_refused_in_a_line(out, capsys, to):
+    found = files.read_json(out / "results.json")
+    seen = set()
+    for place in places(found):
+        (out / "results.json").write_text(json.dumps(changed(found, place, to)))
+        capsys.readouterr()
+        code = report.main(["out", "--markdown"])
+        told = capsys.readouterr().err
+        assert (code, told.count("\n")) in ((0, 0), (2, 1)), (place, told)
+        seen.add(code)
+    assert 2 in seen
+
+
+@pytest.mark.parametrize("content", ODD)
+def test_files_that_hold_something_else_are_one_line(out, capsys, content):
+    Path("odd.json").write_text(content)
+    assert "odd.json" in refusal(capsys, bench, "--table", "odd.json")
+    (out / "results.json").write_text(content)
+    assert "out/results.json" in refusal(capsys, report, "out", "--markdown")
+    assert "out/results.json" in refusal(capsys, compare, "out", "out")
+    if content not in ("", "{"):
+        Path("odd.jsonl").write_text(content)
+        assert "odd.jsonl, line 1: " in refusal(capsys, job, "--prompts", "odd.jsonl")
+
+
+@pytest.mark.parametrize("to", [None, {}, "x", -1, True])
+def test_a_benchmark_with_any_part_changed_is_read_or_refused_in_a_line(tmp_path, monkeypatch, capsys, to):
+    monkeypatch.chdir(tmp_path)
+    found = files.read_json(ROOT / "benchmarks" / "results" / "bench-cpu-unet-options.json")
+    found["rows"] = [{**row, **({"samples": row["samples"][:3]} if "samples" in row else {})} for row in found["rows"]]
+    seen = set()
+    for place in places({**found, "rows": found["rows"][:3]}):
+        Path("odd.json").write_text(json.dumps(changed({**found, "rows": found["rows"][:3]}, place, to)))
+        capsys.readouterr()
+        code = bench.main(["--table", "odd.json"])
+        assert (code, capsys.readouterr().err.count("\n")) in ((0, 0), (2, 1)), place
+        seen.add(code)
+    assert seen == {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "shape"),
+    [("classify-demo", "classify.json", formats.CLASSIFY), ("condensation", "condensation.json", formats.CONDENSATION)],
+)
+def test_the_published_results_are_of_the_shapes_and_others_are_not(tmp_path, folder, name, shape):
+    path = ROOT / "benchmarks" / "results" / folder / name
+    found = formats.read(path, shape, 1, "a program", folder)
+    for place in [(key,) for key in shape["properties"]] + [("rows", 0, key) for key in ("accuracy", "flops")]:
+        (tmp_path / name).write_text(json.dumps(changed(found, place, None)))
+        with pytest.raises(EvalError, match=f"^odd is not as a program writes it: .*{place[-1]}"):
+            formats.read(tmp_path / name, shape, 1, "a program", "odd")
+    for content in ODD:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(EvalError, match=r"^odd [^\n]*$"):
+            formats.read(tmp_path / name, shape, 1, "a program", "odd")
+
+
+@pytest.mark.parametrize("content", [*ODD[1:5], *ODD[6:9]])
+def test_settings_of_another_shape_are_refused(out, capsys, content):
+    (out / "settings.json").write_text(content)
+    with pytest.raises(EvalError, match=r"--out out: its settings\.json cannot be read"):
+        generate.settings_of(out)
+
+
+@pytest.mark.parametrize(("name", "value"), [("size", "64"), ("size", True), ("guidance", "x"), ("model", 3)])
+def test_settings_of_another_type_are_named(out, name, value):
+    files.write_json(out / "settings.json", {**files.read_json(out / "settings.json"), name: value})
+    with pytest.raises(EvalError, match=f"--out out: {name} in its settings.json is {value!r}; it must be"):
+        generate.settings_of(out)
+
+
+# --- records of images ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"seconds": value} for value in (0, 0.0, -1.0, "1", None, True, [1], 10**400)),
+        *({"batch": value} for value in (0, True, "2", 1.5, None)),
+        *({"run": value} for value in ("../../x", "", None, 3)),
+        *({"timed": value} for value in (1, None, "yes")),
+        *({"denoising": value} for value in (0, "x", -1)),
+        {"denoising": None, "full_denoising": 1.0},
+        {"full_denoising": "x"}, {"peak_bytes": -1}, {"peak_bytes": 1.5}, {"finite": 1}, {"drawn_with": "0000"},
+    ],
+)  # fmt: skip
+def test_a_record_that_figures_cannot_come_from_is_damaged(out, change):
+    (request, *_), method = prompts.load("demo"), methods.parse("tofu", [0.5])[0]
+    path = out / method.key / f"{request.id}.json"
+    record = files.read_json(path)
+    assert not generate.damaged(out, method, request)
+    path.write_text(json.dumps({**record, **change}))
+    assert generate.damaged(out, method, request)
+
+
+@pytest.mark.parametrize("content", [*ODD[:8], '{"seconds": NaN}'])
+def test_a_record_that_is_none_is_damaged(out, content):
+    (request, *_), method = prompts.load("demo"), methods.parse("tofu", [0.5])[0]
+    (out / method.key / f"{request.id}.json").write_text(content)
+    assert generate.damaged(out, method, request)
+
+
+def test_damaged_records_are_generated_again_and_the_figures_are_the_same(out, made, monkeypatch, capsys):
+    monkeypatch.setattr(job, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+    command = [*COMMAND, "--metrics", "psnr", "--prompts", str(made.parent / "own.jsonl"), "--out", "out"]
+    for name, change in (("0000", {"seconds": 0.0}), ("0001", {"seconds": math.nan}), ("0002", {"batch": "2"})):
+        path = out / "tofu-r50" / f"{name}.json"
+        path.write_text(json.dumps({**files.read_json(path), **change}))
+    told = files.read_json(out / "results.json")["rows"][1]["metrics"]
+    assert job.main([*command, "--metrics-only"]) == 2
+    assert "0000.png, 0001.png, 0002.png are damaged, or their records" in capsys.readouterr().err
+    assert job.main(command) == 0
+    assert "damaged, drawn again: tofu-r50/0000.png, tofu-r50/0001.png" in capsys.readouterr().err
+    assert files.read_json(out / "results.json")["rows"][1]["metrics"] == told
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "3", '{"runtime": [], "packages": {"x": 1}, "commit": 5, "environment": {}}']
+)
+def test_what_is_told_of_a_run_in_another_shape_is_left_out(out, made, monkeypatch, content):
+    monkeypatch.setattr(job, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+    for path in (out / "runs").iterdir():
+        path.write_text(content)
+    command = [*COMMAND, "--metrics", "psnr", "--prompts", str(made.parent / "own.jsonl"), "--out", "out"]
+    assert job.main([*command, "--metrics-only"]) == 0
+    (drawn,) = files.read_json(out / "results.json")["provenance"]["drawn"]
+    assert drawn.keys() == {"run", "pictures"}
+
+
+def test_counted_operations_of_another_shape_are_counted_again(out):
+    from eval import flops
+
+    settings, method = generate.settings_of(out), methods.parse("tofu", [0.5])[0]
+    assert settings is not None
+    for told, counted in ((7, 7), ("x", None), (True, None), (None, None)):
+        files.write_json(out / "flops" / "tofu-r50.json", {**flops._made(settings, method), "flops": told})
+        assert flops.counted(out, settings, method) == counted
+    files.write_json(out / "maps" / "tofu-r50.json", [])
+    assert not maps.saved(out, settings, method)
+
+
+def test_earlier_results_of_another_shape_are_none(tmp_path):
+    assert earlier.read(tmp_path) is None
+    for content in ODD:
+        (tmp_path / "results.json").write_text(content)
+        found = earlier.read(tmp_path)
+        assert found is None or (found.rows, found.metrics, found.ids) == ([], [], set())
+
+
+def test_the_hash_of_a_table_is_of_what_it_holds():
+    table = spreadsheet.to_csv(["a"], [{"a": "x, y"}, {"a": "z"}])
+    assert spreadsheet.digest(table) == hashlib.sha256(table.encode()).hexdigest()
+    assert spreadsheet.digest('"a"\n"x, y"\n"z"\n') == spreadsheet.digest(table)
+    assert spreadsheet.digest(table.replace("z", "w")) != spreadsheet.digest(table)
