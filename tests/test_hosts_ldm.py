@@ -70,6 +70,8 @@ def state(model):
 @pytest.mark.parametrize("options", OPTIONS, ids=told)
 def test_it_draws_what_the_diffusers_adapter_draws_and_is_restored_to_the_bit(unets, options, by_name):
     unet, model = unets
+    if "levels" in options and unet.config.get("addition_embed_type"):
+        pytest.skip("diffusers merges the middle block too, which lies on SDXL's second level")
     before, plain = state(model), predict(unets)
     with tofu_sd.patched(unet, **{"ratio": 0.5, **options}):
         expected = tiny.predict(unet, 16, 16)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..tokens import TokenMap, merge_map
 from .ldm import Place
 from .options import OPTIONS, Option, fusion_of
-from .patcher import AttentionPatches, Options, patch_model
+from .patcher import Options, patch_model, watch_model
 
 try:
     from comfy_api.latest import ComfyExtension, io
@@ -47,8 +47,9 @@ def fuse(model: Any, **options: Any) -> Any:
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Options) -> Tensor:
-    """ComfyUI's own attention, whichever was chosen at its start."""
-    return optimized_attention(q, k, v, heads, attn_precision=options.get("attn_precision"))
+    """ComfyUI's own attention, whichever was chosen at its start, or what another node has put in its place."""
+    override = {"transformer_options": options} if "optimized_attention_override" in options else {}
+    return optimized_attention(q, k, v, heads, attn_precision=options.get("attn_precision"), **override)
 
 
 def show(model: Any, positive: Any, latent: dict[str, Any], at_percent: float = 0.5, map_seed: int = 0) -> Tensor:
@@ -59,16 +60,12 @@ def show(model: Any, positive: Any, latent: dict[str, Any], at_percent: float = 
     import comfy.sample
     import comfy.samplers
 
-    clone = model.clone()
-    patches = patches_of(clone)
-    if patches is None:
-        raise ValueError("this model fuses no tokens: put Token Fusion (ToFu) before Token Fusion Map")
     maps: dict[Place, Tensor] = {}
 
     def keep(place: Place, map: TokenMap, h: int, w: int) -> None:
         maps.setdefault(place, merge_map(map, h, w)[-1].cpu())
 
-    patches.watcher = keep
+    clone, patches = watch_model(model, keep)
     samples = comfy.sample.fix_empty_latent_channels(clone, latent["samples"][:1])
     sigma = clone.get_model_object("model_sampling").percent_to_sigma(at_percent)
     comfy.sample.sample_custom(
@@ -76,19 +73,10 @@ def show(model: Any, positive: Any, latent: dict[str, Any], at_percent: float = 
         torch.tensor([sigma, 0.0]), positive, positive, samples, disable_pbar=True, seed=map_seed,
     )  # fmt: skip
     if not maps:
-        raise ValueError(
-            f"nothing is fused at {at_percent:g} of the sampling: the model's window or least map excludes it"
-        )
+        raise ValueError(f"nothing is fused at {at_percent:g} of the sampling: {'; '.join(sorted(patches.reasons))}")
     h, w = (8 * side for side in samples.shape[-2:])
     pictures = [F.interpolate(colours[None], size=(h, w), mode="nearest")[0] for colours in maps.values()]
     return torch.stack(pictures).permute(0, 2, 3, 1)
-
-
-def patches_of(model: Any) -> AttentionPatches | None:
-    """The patches of ours that a model carries."""
-    there = model.model_options.get("transformer_options", {}).get("patches", {}).get("attn1_patch", ())
-    owners = (getattr(patch, "__self__", None) for patch in there)
-    return next((owner for owner in owners if isinstance(owner, AttentionPatches)), None)
 
 
 # --- the nodes --------------------------------------------------------------------------------------------------------
