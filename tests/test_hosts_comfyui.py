@@ -22,6 +22,7 @@ import torch
 from patcher_host import Patcher, UNetModel, attention
 
 from tofu_sd import TokenFusion
+from tofu_sd.hosts.patcher import patches_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM, PYTHON = os.environ.get("COMFYUI"), os.environ.get("COMFYUI_PYTHON", sys.executable)
@@ -149,7 +150,7 @@ def test_what_nobody_changes_is_the_default_of_the_package(comfy, model):
     nodes = comfy("V1")
     asked = nodes.TokenFusionNode.INPUT_TYPES()["optional"]
     untouched = nodes.fuse(model, **{name: told["default"] for name, (_, told) in asked.items()})
-    assert nodes.patches_of(untouched).fusion == nodes.patches_of(nodes.fuse(model)).fusion == TokenFusion()
+    assert patches_of(untouched).fusion == patches_of(nodes.fuse(model)).fusion == TokenFusion()
 
 
 @pytest.mark.parametrize(
@@ -197,6 +198,28 @@ def test_the_folder_is_nothing_to_who_else_comes_by(monkeypatch):
     spec.loader.exec_module(module)
     assert not hasattr(module, "comfy_entrypoint")
     assert not hasattr(module, "NODE_CLASS_MAPPINGS")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import tofu_sd",
+        "from tofu_sd import recipes, apply_patch",
+        "import tofu_sd.hosts.ldm",
+        "import types, sys; sys.modules['comfy'] = types.ModuleType('comfy'); import tofu_sd",
+        "import tofu_sd, importlib; importlib.reload(tofu_sd)",
+    ],
+)
+def test_the_package_is_imported_in_the_folder_above_a_clone_of_its_name(tmp_path, code):
+    """Where Python finds this folder's own file first, in a script as at the prompt."""
+    (tmp_path / "tofu_sd").symlink_to(ROOT)
+    look = f"{code}; import tofu_sd; print(callable(tofu_sd.apply_patch), tofu_sd.__file__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", look], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", str(tmp_path / "tofu_sd" / "tofu_sd" / "__init__.py")]
 
 
 # --- in the program itself --------------------------------------------------------------------------------------------
