@@ -33,6 +33,7 @@ elif "comfy" in sys.modules:  # in the program: others import this file too, as 
         _load_package()
     from tofu_sd.hosts import comfyui
 
+    WEB_DIRECTORY = "./web"  # reads workflows that were saved before the node had a preset
     # both at once would be loaded as the older kind
     if comfyui.io is not None:
         comfy_entrypoint = comfyui.comfy_entrypoint

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..policy import TokenFusion
 from ..recipes import RECIPES
 from . import ldm
-from .options import OPTIONS, Option, fusion_of, read, values_of
+from .options import OPTIONS, PRESETS, Option, fusion_of, read, values_of
 from .patcher import Options, patch_model
 
 TITLE = "Token Fusion (ToFu)"
@@ -29,7 +29,6 @@ HIRES = replace(RATIO, name="hires_ratio", tooltip="The same in the second pass 
 # after "enabled", requests give them in this order, which is a promise: new ones come at the end
 ASKED = (RATIO, HIRES, *OPTIONS[1:])
 ALWAYS_SAVED = (RATIO.name, "early", "late")  # the others where they are not the default
-PRESETS = ("tofu", "tofu-fast", "faithful", "tome")
 AXES = "tofu_sd_axes"
 logger = logging.getLogger("tofu_sd")
 
