@@ -387,14 +387,22 @@ LAWS = [
     "ratio 0 is bit-equal", "the model beside it is bit-equal", "two clones at once", "the same seed", "the window",
     "nobody else's dice", "odd latents run", "interrupted it is the same again", "HyperTile before it",
     "HyperTile after it", "HyperTile on other blocks", "Deep Shrink beside it",
-    "beside the built-in merging nothing is fused twice",
+    "beside the built-in merging nothing is fused twice", "PAG acts beside four levels", "SAG acts beside four levels",
+    "the window is that of the sampling",
 ]  # fmt: skip
+COMPILED = ["plain then half then plain", "half then most then half", "weighted then half then weighted",
+            "half then plain"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 @pytest.mark.parametrize("law", LAWS)
 def test_in_comfyui_the_laws_hold(said, kind, law):
     assert said[kind]["laws"][law] is True
+
+
+@pytest.mark.parametrize("order", COMPILED)
+def test_in_comfyui_a_compiled_model_gives_the_image_of_its_settings(said, order):
+    assert said["sd15"]["laws"][f"compiled, {order}"] is True
 
 
 @pytest.mark.parametrize("model", ["sd15", "sdxl", "embedded"])
