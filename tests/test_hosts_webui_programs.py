@@ -1,8 +1,8 @@
 """The extension in web UIs themselves, wherever there is a checkout of one that has been started once.
 
 A1111=/folder/of/stable-diffusion-webui pytest tests/test_hosts_webui_programs.py, by A1111_PYTHON if its packages are
-another environment's; FORGE, NEO (Forge Neo) and REFORGE likewise. Each is started with this repository in its extensions/, and asked
-for pictures.
+another environment's; FORGE, NEO (Forge Neo) and REFORGE likewise. Each is started with this repository in its
+extensions/, and asked for pictures.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Starts a web UI with this repository as an extension, on a CPU, asks it for pictures, and prints what came as JSON.
 
-It is the one whose folder this is run in: AUTOMATIC1111, Forge, Forge Neo or reForge. It needs all that the program needs
-(requirements_versions.txt, its repositories/, the tokenizer that AUTOMATIC1111 loads from the hub's cache). What is
-drawn with is a random model in SD 1.5's layout and size, as no checkpoint can be had. See
+It is the one whose folder this is run in: AUTOMATIC1111, Forge, Forge Neo or reForge. It needs all that the program
+needs (requirements_versions.txt, its repositories/, the tokenizer that AUTOMATIC1111 loads from the hub's cache). What
+is drawn with is a random model in SD 1.5's layout and size, as no checkpoint can be had. See
 test_hosts_webui_programs.py.
 """
 
