@@ -254,7 +254,7 @@ class AttentionPatches:
             return OUTSIDE
         if place in options.get(KEY, self.call).replaced:
             return REPLACED
-        if any("forward" in vars(layer) for layer in self._layers(place)):
+        if any(map(is_altered, self._layers(place))):
             return ALTERED
         if k.shape != q.shape or v.shape != q.shape:
             return CHANGED
@@ -275,6 +275,12 @@ class AttentionPatches:
         if reason in INTERPLAY and reason not in self.reasons:
             logger.warning(f"Token Fusion leaves blocks unmerged: {reason}")
         self.reasons.add(reason)
+
+
+def is_altered(layer: Any) -> bool:
+    """Whether a module has a `forward` of its own; its class's, put back after one had been there, is none."""
+    own = vars(layer).get("forward")
+    return own is not None and getattr(own, "__func__", None) is not type(layer).forward
 
 
 def attention_at(replaced: Mapping[Any, Any], place: Place) -> Any:
