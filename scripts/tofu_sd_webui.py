@@ -1,4 +1,4 @@
-"""AUTOMATIC1111, Forge and reForge load this file where the repository is in their extensions/."""
+"""AUTOMATIC1111, Forge, reForge and SD.Next load this file where the repository is in their extensions/."""
 
 from modules import script_callbacks
 

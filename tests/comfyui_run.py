@@ -121,6 +121,8 @@ def look(kind, fuse):
         "odd latents run": sample(half, kind, 17, 23).shape == (1, 4, 17, 23),
         "the window": not (torch.equal(late, plain) or torch.equal(late, first)),
         **beside(kind, fuse, model),
+        **guided(kind, fuse, model),
+        **(compiled(kind, fuse, model) if kind == "sd15" else {}),
         **stopped(kind, half, first),
         "the model beside it is bit-equal": torch.equal(sample(model, kind), plain),
     }
@@ -135,13 +137,13 @@ def beside(kind, fuse, model):
     from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
     from comfy_extras.nodes_tomesd import TomePatchModel
 
-    from tofu_sd.hosts.comfyui import patches_of
+    from tofu_sd.hosts.patcher import patches_of
 
     size = 32 if kind == "sd15" else 64  # so that HyperTile's tiles are smaller than the highest map with attention
     depth = 0 if kind == "sd15" else 1
 
-    def tiled(model, more=0):
-        return node(HyperTile)(model=model, tile_size=64, swap_size=1, max_depth=depth + more, scale_depth=False)
+    def tiled(model):
+        return node(HyperTile)(model=model, tile_size=64, swap_size=1, max_depth=depth, scale_depth=False)
 
     def shrunk(model):  # within the blocks that are fused, to a size that no halved latent has
         block = 1 if kind == "sd15" else 3
@@ -159,22 +161,79 @@ def beside(kind, fuse, model):
     half = fuse(model)
     plain, ours = draw(model), draw(half)
     tiles, small, tome = draw(tiled(model)), draw(shrunk(model)), draw(merged(model))
-    deeper = tiled(half, more=1)
+    two = fuse(model, levels=2)
     maps, watched = set(), fuse(shrunk(model))
     patches_of(watched).watcher = lambda place, map, h, w: maps.add((h, w))
     fused_and_small = draw(watched)
     return {
-        # of the two that want a block the first node has it: a fused map is none of HyperTile's sizes, a tile no map
-        "HyperTile after it": torch.equal(draw(tiled(half)), ours) and not torch.equal(tiles, plain),
+        # a block that HyperTile cuts into tiles is its own, in either order
+        "HyperTile after it": torch.equal(draw(tiled(half)), tiles) and not torch.equal(tiles, plain),
         "HyperTile before it": torch.equal(draw(fuse(tiled(model))), tiles),
-        "HyperTile on other blocks": both_act(draw(deeper), ours, draw(tiled(model, more=1))),
+        "HyperTile on other blocks": both_act(draw(tiled(two)), tiles, draw(two)),
         "Deep Shrink beside it": both_act(fused_and_small, ours, small)
         and torch.equal(draw(shrunk(half)), fused_and_small) and maps == {(32, 32), (20, 20)},
         # which does nothing on SDXL
-        "beside the built-in merging nothing is fused twice": torch.equal(draw(merged(half)), ours)
-        and torch.equal(draw(fuse(merged(model))), tome if kind == "sd15" else ours)
+        "beside the built-in merging nothing is fused twice": all(
+            torch.equal(draw(both), tome if kind == "sd15" else ours) for both in (merged(half), fuse(merged(model)))
+        )
         and torch.equal(tome, plain) == (kind == "sdxl"),
     }  # fmt: skip
+
+
+def guided(kind, fuse, model):
+    """With guidance that replaces self-attention, a sampling that is changed after it, and as the program compiles."""
+    from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+    from comfy_extras.nodes_sag import SelfAttentionGuidance
+
+    def pag(model):
+        return node(PerturbedAttentionGuidance)(model=model, scale=3.0)
+
+    def sag(model):
+        return node(SelfAttentionGuidance)(model=model, scale=0.5, blur_sigma=2.0)
+
+    def lcm(model):
+        return node(ModelSamplingDiscrete)(model=model, sampling="lcm", zsnr=True)
+
+    def draw(model):
+        return sample(model, kind, 32, 32, steps=2)
+
+    whole = fuse(model, preset="faithful", levels=4)
+    window = {"start_percent": 0.3, "end_percent": 0.8}
+    ours, guides = draw(whole), {"PAG": pag, "SAG": sag}
+    return {
+        **{f"{name} acts beside four levels": not torch.equal(draw(guide(whole)), ours)
+           and torch.equal(draw(guide(whole)), draw(fuse(guide(model), preset="faithful", levels=4)))
+           for name, guide in guides.items()},
+        "the window is that of the sampling": torch.equal(
+            draw(lcm(fuse(model, **window))), draw(fuse(lcm(model), **window))
+        ),
+    }  # fmt: skip
+
+
+def compiled(kind, fuse, model):
+    """Compiled without guards on what patches it, as the program's newer node does it."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    def fast(model):
+        clone = model.clone()
+        options = {"guard_filter_fn": lambda guards: ["transformer_options" not in guard.name for guard in guards]}
+        set_torch_compile_wrapper(model=clone, backend="eager", options=options)
+        return clone
+
+    def draw(model):
+        return sample(model, kind, steps=1)
+
+    models = {"plain": model, "half": fuse(model), "most": fuse(model, ratio=0.75),
+              "weighted": fuse(model, preset="faithful")}  # fmt: skip
+    expected = {name: draw(one) for name, one in models.items()}
+    found = {}
+    for order in (("plain", "half", "plain"), ("half", "most", "half"), ("weighted", "half", "weighted"),
+                  ("half", "plain")):  # fmt: skip
+        torch._dynamo.reset()
+        same = [torch.allclose(draw(fast(models[name])), expected[name], atol=1e-4) for name in order]
+        found[f"compiled, {' then '.join(order)}"] = all(same)
+    return found
 
 
 def stopped(kind, half, first):

@@ -15,7 +15,8 @@ import twins
 
 torch.set_num_threads(1)
 FOLDER = sys.argv[1]
-sys.argv = ["forge", "--always-cpu", "--all-in-fp32"]
+NEO = Path("modules_forge/packages").is_dir()  # Forge Neo has other names for both
+sys.argv = ["forge", *(["--cpu", "--force-fp32"] if NEO else ["--always-cpu", "--all-in-fp32"])]
 COMMON = {"in_channels": 4, "model_channels": 32, "out_channels": 4, "num_heads": 4, "use_spatial_transformer": True}
 if Path("backend").is_dir():
     from backend.attention import attention_function

@@ -31,8 +31,11 @@ class BasicTransformerBlock(nn.Module):
         for patch in patches.get("attn1_patch", ()):
             q, k, v = patch(q, k, v, told)
         q, k, v = self.attn1.to_q(q), self.attn1.to_k(k), self.attn1.to_v(v)
-        place = (*options["block"], options["block_index"])
-        instead = options.get("patches_replace", {}).get("attn1", {}).get(place)
+        place, replaced = (
+            (*options["block"], options["block_index"]),
+            options.get("patches_replace", {}).get("attn1", {}),
+        )
+        instead = replaced.get(place, replaced.get(place[:2]))
         out = attention(q, k, v, told["n_heads"], told) if instead is None else instead(q, k, v, told)
         out = self.attn1.to_out[0](out)
         for patch in patches.get("attn1_output_patch", ()):
@@ -180,14 +183,14 @@ class UNetModel(nn.Module):
         return self.unet.conv_out(self.unet.conv_act(self.unet.conv_norm_out(x)))
 
 
-class Patcher:
+class OlderPatcher:
     """What these programs hand from node to node: a model and what is to be done to it, copied before it is changed."""
 
     def __init__(self, unet: Any):
         self.model = SimpleNamespace(diffusion_model=unet)
         self.model_options: dict[str, Any] = {"transformer_options": {}}
 
-    def clone(self) -> Patcher:
+    def clone(self) -> Any:
         other = copy.copy(self)
         other.model_options = copy.deepcopy(self.model_options)
         return other
@@ -210,10 +213,42 @@ class Patcher:
         options = {**self.model_options["transformer_options"], "sigmas": torch.full((len(x),), t / 100), **told}
         options.setdefault("cond_or_uncond", [1, 0])
         with torch.no_grad():
-            return self.model.diffusion_model(x, torch.tensor(float(t)), context, options, added)
+            return self._apply(x, torch.tensor(float(t)), context, options, added)
+
+    def _apply(self, x: Tensor, t: Tensor, context: Tensor, options: Any, added: Any) -> Tensor:
+        return self.model.diffusion_model(x, t, context, options, added)
 
 
-class ForgePatcher(Patcher):
+class Executor:
+    """Runs the wrappers of a call one inside the other, and then the model."""
+
+    def __init__(self, model: Any, run: Any, wrappers: list[Any]):
+        self.class_obj, self.run, self.wrappers = model, run, wrappers
+
+    def __call__(self, *args: Any, **more: Any) -> Any:
+        if not self.wrappers:
+            return self.run(*args, **more)
+        return self.wrappers[0](Executor(self.class_obj, self.run, self.wrappers[1:]), *args, **more)
+
+
+class Patcher(OlderPatcher):
+    """One that wraps the call of the model, as ComfyUI does since the end of 2024."""
+
+    def add_wrapper_with_key(self, kind: str, key: str, wrapper: Any) -> None:
+        wrappers = self.model_options["transformer_options"].setdefault("wrappers", {}).setdefault(kind, {})
+        wrappers.setdefault(key, []).append(wrapper)
+
+    def _apply(self, x: Tensor, t: Tensor, context: Tensor, options: Any, added: Any) -> Tensor:
+        def run(
+            x: Tensor, t: Tensor, concat: Any, context: Tensor, control: Any, options: Any, y: Any = None
+        ) -> Tensor:
+            return self.model.diffusion_model(x, t, context, options, y)
+
+        wrappers = [w for there in options.get("wrappers", {}).get("apply_model", {}).values() for w in there]
+        return Executor(self.model, run, wrappers)(x, t, None, context, None, options, y=added)
+
+
+class ForgePatcher(OlderPatcher):
     """One that shows patches the map before every layer, and does not tell its size."""
 
     def add_block_inner_modifier(self, modifier: Any) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor
 import tofu_sd
 from tofu_sd import TokenFusion, recipes
 from tofu_sd.clock import Clock
-from tofu_sd.hosts import ldm
 from tofu_sd.match import Windows, condense, soft_assignment
 from tofu_sd.proportional import weighted_attention
 from tofu_sd.reduce import mean, unmerge
@@ -285,11 +284,6 @@ def test_what_cannot_be_condensed_is_named(name: str) -> None:
     options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         TokenFusion.of(HALF, **options)
-
-
-def test_a_threshold_is_refused_where_steps_are_not_known() -> None:
-    with pytest.raises(ValueError, match=r"threshold is 0\.0, .* conditioning anew"):
-        ldm.apply(torch.nn.Module(), TokenFusion(threshold=0.0))
 
 
 def test_the_map_is_a_value() -> None:

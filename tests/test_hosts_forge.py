@@ -1,7 +1,7 @@
-"""The adapter in Forge's own UNet, and in reForge's, where there is a checkout of it.
+"""The adapter in Forge's own UNet, and in Forge Neo's and reForge's, where there is a checkout of it.
 
 FORGE=/folder/of/forge pytest tests/test_hosts_forge.py, by FORGE_PYTHON if its packages are another environment's;
-REFORGE likewise.
+NEO and REFORGE likewise.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ LAWS = ["ratio 0 is bit-equal", "the model beside it is bit-equal", "two clones 
         "beside the built-in merging nothing is fused twice"]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["FORGE", "REFORGE"])
+@pytest.fixture(scope="module", params=["FORGE", "NEO", "REFORGE"])
 def said(request, tmp_path_factory):
     """What was found, in a process of its own, and the folder of what was drawn."""
     program, python = os.environ.get(request.param), os.environ.get(f"{request.param}_PYTHON", sys.executable)
     if not program:
         pytest.skip(f"{request.param} names no checkout")
-    paths = [program, f"{program}/packages_3rdparty", f"{program}/repositories/huggingface_guess",
-             str(ROOT), str(ROOT / "tests")]  # fmt: skip
+    packages = ("packages_3rdparty", "modules_forge/packages", "repositories/huggingface_guess")
+    paths = [program, *(f"{program}/{folder}" for folder in packages), str(ROOT), str(ROOT / "tests")]
     folder = tmp_path_factory.mktemp("forge")
     ran = subprocess.run(
         [python, str(ROOT / "tests" / "forge_run.py"), str(folder)], capture_output=True, text=True, cwd=program,

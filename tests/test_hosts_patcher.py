@@ -14,7 +14,7 @@ from torch import nn
 import tofu_sd
 from tofu_sd import TokenFusion
 from tofu_sd.hosts import ldm
-from tofu_sd.hosts.patcher import map_size, patch_model
+from tofu_sd.hosts.patcher import map_size, patch_model, patches_of
 
 # in these programs a patch sees normed tokens alone, so that is what both are to compare
 OPTIONS = [
@@ -65,6 +65,8 @@ def test_the_program_itself_is_faithful(unets):
 def test_both_adapters_draw_the_same(unets, options, size):
     """To rounding: the diffusers block and the program's add and multiply in another order."""
     unet, patcher = unets
+    if "levels" in options and unet.config.get("addition_embed_type"):
+        pytest.skip("diffusers merges the middle block too, which lies on SDXL's second level")
     with tofu_sd.patched(unet, **{"ratio": 0.5, **options, "match_on": "normed"}):
         expected = tiny.predict(unet, *size)
     found = call(unet, fused(patcher, **options), *size)
@@ -136,13 +138,12 @@ def test_maps_are_kept_for_as_many_steps_as_asked_of_one_sampling(unets):
     unet, patcher = unets
     inputs = tiny.inputs(unet)
     added = inputs.get("added_cond_kwargs")
-    clone, schedule = fused(patcher, match_every=2), torch.tensor([9.0, 5.0, 1.0])
-    state = next(iter(clone.model_options["transformer_options"]["patches"]["attn1_patch"][0].__self__.states.values()))
-    seen = []
-    state.watcher = lambda map: seen.append(map)
+    clone, schedule, seen = fused(patcher, match_every=2), torch.tensor([9.0, 5.0, 1.0]), []
+    owner = patches_of(clone)
+    owner.watcher = lambda place, map, h, w: seen.append(map) if place == owner.places[0] else None
     for t, sampling in ((900, schedule), (500, schedule), (100, schedule), (50, schedule.clone())):
         clone.predict(inputs["sample"] + t, t, inputs["encoder_hidden_states"], added, sample_sigmas=sampling)
-    same = [torch.equal(a.home, b.home) and a.home is b.home for a, b in itertools.pairwise(seen)]
+    same = [a.home is b.home for a, b in itertools.pairwise(seen)]
     assert same == [True, False, False]  # the second is the first's; the fourth is of another sampling
 
 
@@ -159,7 +160,7 @@ def test_forge_is_asked_for_the_size_where_no_latent_tells_it(unets):
     forge = ForgePatcher(patcher.model.diffusion_model)
     seen = {}
     clone = fused(forge)
-    owner = clone.model_options["transformer_options"]["patches"]["attn1_patch"][0].__self__
+    owner = patches_of(clone)
     owner.watcher = lambda place, map, h, w: seen.setdefault(place, (h, w))
     assert torch.equal(call(unet, clone, 18, 14), call(unet, fused(patcher), 18, 14))
     down = ldm.find_sites(patcher.model.diffusion_model)[next(iter(seen))].downsample
@@ -213,16 +214,6 @@ def test_a_prompt_at_a_time_is_what_both_at_once_are(unets):
         assert torch.allclose(part, whole[i : i + 1], atol=1e-5)
 
 
-def test_self_attention_that_something_else_has_replaced_is_not_taken_from_it(unets):
-    unet, patcher = unets
-    other = patcher.clone()
-    place = next(iter(ldm.find_sites(patcher.model.diffusion_model)))
-    other.set_model_attn1_replace(lambda q, k, v, options: attention(q, k, v, options["n_heads"], options), *place)
-    with pytest.raises(ValueError, match="another patch has replaced self-attention"):
-        fused(other, proportional=True)
-    assert not torch.equal(call(unet, fused(other)), call(unet, patcher))  # without weights they go together
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -254,7 +245,7 @@ def test_of_two_in_a_row_the_later_counts_and_the_earlier_model_stays(unets, kin
 
 def test_maps_that_will_be_left_alone_are_told(unets):
     _, summary = patch_model(unets[1], TokenFusion(0.5, min_tokens=10_000), attention)
-    assert "left alone (fewer than 10000)" in summary.headline
+    assert "maps of fewer than 10000 tokens left alone" in summary.headline
 
 
 def test_a_window_takes_noise_levels(unets):

@@ -1,8 +1,8 @@
 """The extension in web UIs themselves, wherever there is a checkout of one that has been started once.
 
 A1111=/folder/of/stable-diffusion-webui pytest tests/test_hosts_webui_programs.py, by A1111_PYTHON if its packages are
-another environment's; FORGE and REFORGE likewise. Each is started with this repository in its extensions/, and asked
-for pictures.
+another environment's; FORGE, NEO (Forge Neo) and REFORGE likewise. Each is started with this repository in its
+extensions/, and asked for pictures.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import sd15_file
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(scope="module", params=["A1111", "FORGE", "REFORGE"])
+@pytest.fixture(scope="module", params=["A1111", "FORGE", "NEO", "REFORGE"])
 def server(request):
     """What a program drew, in a process of its own."""
     program, python = os.environ.get(request.param), os.environ.get(f"{request.param}_PYTHON", sys.executable)
     if not program:
         pytest.skip(f"{request.param} names no checkout")
-    if not (Path(program) / "repositories").exists():
+    if request.param != "NEO" and not (Path(program) / "repositories").exists():
         pytest.skip(f"{program} has no repositories/: it was never started")
     ran = subprocess.run(
         [python, str(ROOT / "tests" / "webui_server.py")], capture_output=True, text=True, cwd=program, timeout=2400,

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import runpy
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -21,12 +22,18 @@ def blocks(language, page=README):
     return re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
 
 
+def names_of(code, folder, names=None):
+    """The names that code leaves behind."""
+    (folder / "code.py").write_text(code)
+    return runpy.run_path(str(folder / "code.py"), init_globals=names)
+
+
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_its_python_runs_as_it_stands(number):
+def test_its_python_runs_as_it_stands(number, tmp_path):
     pipe = tofu_sd.demo.load()
     pipe.set_progress_bar_config(disable=True)
     names = {"pipe": pipe, "tofu_sd": tofu_sd}  # the first block imports it for all that follow
-    exec(blocks("python")[number], names)
+    names = names_of(blocks("python")[number], tmp_path, names)
     assert tofu_sd.summary(names["pipe"]).fusion is not None  # each block ends with a patched pipeline
 
 
@@ -51,19 +58,17 @@ def small_models(monkeypatch):
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python", DIFFUSERS))))
-def test_the_diffusers_page_runs_as_it_stands(small_models, number):
+def test_the_diffusers_page_runs_as_it_stands(small_models, number, tmp_path):
     code = blocks("python", DIFFUSERS)[number]
     assert "num_inference_steps=20" in code
-    names = {}
-    exec(code.replace("num_inference_steps=20", "num_inference_steps=2").replace("512", "64"), names)
+    names = names_of(code.replace("num_inference_steps=20", "num_inference_steps=2").replace("512", "64"), tmp_path)
     assert names["image"].size[0] >= 64
 
 
-def test_the_classifiers_page_runs_as_it_stands():
+def test_the_classifiers_page_runs_as_it_stands(tmp_path):
     pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
     (code,) = blocks("python", (ROOT / "docs" / "classifiers.md").read_text())
-    names = {}
-    exec(code, names)
+    names = names_of(code, tmp_path)
     assert type(names["model"].blocks[0]).__name__ == "Block"  # the patch is gone at its end
 
 

@@ -95,7 +95,7 @@ class Sampler:
 class Processing:
     """What a picture is made with."""
 
-    def __init__(self, program: Program, **options: Any):
+    def __init__(self, program: Any, **options: Any):
         self.sd_model = program.sd_model
         self.sampler: Any = None
         self.enable_hr = self.is_hr_pass = False
@@ -167,6 +167,36 @@ class Program:
 
         found: torch.Tensor = run() if self.forge else p.sampler.launch_sampling(len(T), run)
         return found
+
+
+class PipelineProgram:
+    """SD.Next: generates with a diffusers pipeline; what was not interrupted is told to scripts at its end."""
+
+    def __init__(self, pipe: Any):
+        self.sd_model, self.script = pipe, None
+        self.errors: list[Exception] = []
+
+    def _call(self, hook: str, *args: Any) -> None:
+        try:
+            getattr(self.script, hook)(*args)
+        except Exception as error:
+            self.errors.append(error)
+
+    def generate(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        images: torch.Tensor = self.sd_model(
+            "a fox", num_inference_steps=4, output_type="latent", generator=generator
+        ).images
+        return images
+
+    def draw(self, args: Any, *, interrupted: bool = False, **options: Any) -> tuple[torch.Tensor, Processing]:
+        p = Processing(self, **options)
+        self._call("process", p, *args)
+        if interrupted:
+            return torch.zeros(0), p
+        x = self.generate()
+        self._call("postprocess", p, None, *args)
+        return x, p
 
 
 def saved(p: Processing) -> str:

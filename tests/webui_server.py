@@ -1,8 +1,8 @@
 """Starts a web UI with this repository as an extension, on a CPU, asks it for pictures, and prints what came as JSON.
 
-It is the one whose folder this is run in: AUTOMATIC1111, Forge or reForge. It needs all that the program needs
-(requirements_versions.txt, its repositories/, the tokenizer that AUTOMATIC1111 loads from the hub's cache). What is
-drawn with is a random model in SD 1.5's layout and size, as no checkpoint can be had. See
+It is the one whose folder this is run in: AUTOMATIC1111, Forge, Forge Neo or reForge. It needs all that the program
+needs (requirements_versions.txt, its repositories/, the tokenizer that AUTOMATIC1111 loads from the hub's cache). What
+is drawn with is a random model in SD 1.5's layout and size, as no checkpoint can be had. See
 test_hosts_webui_programs.py.
 """
 
@@ -28,8 +28,9 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = Path.cwd()
 FORGES = (PROGRAM / "modules_forge").exists()  # and reForge's
+NEO = (PROGRAM / "modules_forge" / "packages").exists()
 ARGUMENTS = ["--skip-prepare-environment", "--skip-torch-cuda-test", "--no-download-sd-model", "--no-hashing", "--api",
-             *(["--always-cpu", "--all-in-fp32"] if FORGES else
+             *(["--cpu", "--force-fp32"] if NEO else ["--always-cpu", "--all-in-fp32"] if FORGES else
                ["--use-cpu", "all", "--no-half", "--precision", "full", "--do-not-download-clip"])]  # fmt: skip
 PICTURE = {"prompt": "a torus", "seed": 1, "steps": 2, "width": 128, "height": 128, "sampler_name": "Euler"}
 FAITHFUL = {"early": "mean", "late": "mean", "proportional": True, "window": 8}

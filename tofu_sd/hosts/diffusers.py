@@ -77,8 +77,8 @@ def _no_unet(model: Any, unet: Any) -> str:
             "TensorRT run exported models, which cannot be patched): use the pipeline of diffusers"
         )
     return (
-        f"{type(model).__name__} has no `unet`: token fusion acts on the transformer blocks of Stable Diffusion's UNets "
-        "(SD 1.x, 2.x, SDXL and their relatives); pass such a pipeline or its UNet"
+        f"{type(model).__name__} has no `unet`: token fusion acts on the transformer blocks of Stable Diffusion's "
+        "UNets (SD 1.x, 2.x, SDXL and their relatives); pass such a pipeline or its UNet"
     )
 
 

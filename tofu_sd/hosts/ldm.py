@@ -5,13 +5,15 @@ Found by structure and not by class: each of these programs has classes of its o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..patch import ATTRIBUTE, Site, SiteFusion, Summary, attach, detach, patch_of, plan, summarize
+from ..patch import ATTRIBUTE, Site, SiteFusion, attach, detach, fusions, patch_of, plan
 from ..policy import TokenFusion
 from ..proportional import weighted_attention
 from ..reduce import unmerge
@@ -20,23 +22,27 @@ from .norm import FusedNorm, refuse_wrapped
 STAGES = {"input_blocks": "down", "middle_block": "mid", "output_blocks": "up"}
 SIDES = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}  # as patches are told of them
 Place = tuple[str, int, int]
+TEMPORAL = re.compile(r"tempor|motion|time_", re.IGNORECASE)  # in names of modules whose tokens are frames
+MIDDLE = 2**31
+"""The level of the middle block, which no `levels` reaches: guidance nodes (SAG, SEG, PAG) replace its self-attention,
+and it has too few tokens for merging to pay."""
 
 
 def find_sites(unet: Any) -> dict[Place, Site]:
     """All transformer blocks with self-attention over a 4-D map, by their places, in execution order.
 
     A place is ("input", 1, 0): the side, the number of the block in it, the number of the transformer block
-    there, as patches are told.
+    there, as patches are told. Blocks over time, such as AnimateDiff's motion modules and the time stack of Stable
+    Video Diffusion, are no sites.
 
     ValueError where there is none, saying what was looked for.
     """
     found = [
         (side, number, index, path, downsample, name, canvas, block)
         for side, number, path, downsample, stage, prefix in _stages(unet)
-        for name, canvas in stage.named_modules(prefix=prefix)
-        if isinstance(getattr(canvas, "transformer_blocks", None), nn.ModuleList)
+        for name, canvas in _transformers(stage, prefix)
         for index, block in enumerate(canvas.transformer_blocks)
-        if not getattr(block, "disable_self_attn", False)
+        if _attends_to_itself(block)
     ]
     if not found:
         raise ValueError(
@@ -47,13 +53,38 @@ def find_sites(unet: Any) -> dict[Place, Site]:
     levels = sorted({downsample for _, _, _, _, downsample, *_ in found})
     sites = {}
     for depth, (side, number, index, path, downsample, name, canvas, block) in enumerate(found):
-        parts = {"norm": block.norm1, "attn": block.attn1, "crossattn": block.attn2, "mlp": block.ff}
+        parts = {
+            "norm": block.norm1, "attn": block.attn1, "crossattn": getattr(block, "attn2", None),
+            "mlp": getattr(block, "ff", None),
+        }  # fmt: skip
         parts = {role: part for role, part in parts.items() if part is not None}
+        level = MIDDLE if side == "middle" else levels.index(downsample)
         sites[side, number, index] = Site(
-            f"{name}.transformer_blocks.{index}", depth, path, levels.index(downsample), downsample,
+            f"{name}.transformer_blocks.{index}", depth, path, level, downsample,
             block.norm1.normalized_shape[0], canvas, parts, type(block),
         )  # fmt: skip
     return sites
+
+
+def _transformers(stage: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
+    """(name, module) of every transformer over a map in a stage; one inside a temporal module is none."""
+    temporal: list[str] = []
+    for name, module in stage.named_modules(prefix=prefix):
+        if any(name.startswith(f"{outer}.") for outer in temporal):
+            continue
+        if TEMPORAL.search(type(module).__name__) or TEMPORAL.search(name.rpartition(".")[2]):
+            temporal.append(name)
+        elif isinstance(getattr(module, "transformer_blocks", None), nn.ModuleList):
+            yield name, module
+
+
+def _attends_to_itself(block: Any) -> bool:
+    """Whether a transformer block has the layers of Stable Diffusion's, and its first attention is self-attention."""
+    if TEMPORAL.search(type(block).__name__) or getattr(block, "disable_self_attn", False):
+        return False
+    layers = ("to_q", "to_k", "to_v", "to_out")
+    normalized = hasattr(getattr(block, "norm1", None), "normalized_shape")
+    return normalized and all(hasattr(getattr(block, "attn1", None), layer) for layer in layers)
 
 
 def _stages(unet: Any) -> Iterator[tuple[str, int, str, int, nn.Module, str]]:
@@ -80,30 +111,49 @@ def number_of_tokens(fusion: TokenFusion) -> int:
     return int(fusion.min_tokens)
 
 
-def told(unet: Any, sites: dict[Place, Site], fusion: TokenFusion) -> Summary:
-    """What is fused, at the latent of a picture of 512 pixels: these programs say the size when they draw."""
-    least = {site.level: number_of_tokens(fusion) for site in sites.values()}
-    return summarize(type(unet).__name__, list(sites.values()), fusion, least, (64, 64))
+@dataclass(frozen=True)
+class PatchSummary:
+    """Which blocks of a model are merged. The size of the map is unknown until an image is generated.
+
+    model: class of the UNet. blocks: how many transformer blocks it has. merged: the merged ones, by name, each with
+    the name of its reduction.
+    """
+
+    model: str
+    blocks: int
+    fusion: TokenFusion
+    merged: dict[str, str]
+
+    @property
+    def headline(self) -> str:
+        least = self.fusion.min_tokens
+        skipped = f", maps of fewer than {least} tokens left alone" if least else ""
+        return f"{self.model}: {self.fusion.key} on {len(self.merged)} of {self.blocks} transformer blocks{skipped}"
+
+    def __str__(self) -> str:
+        width = max(map(len, self.merged), default=0)
+        return "\n".join([self.headline, *(f"  {name:<{width}}  {how}" for name, how in self.merged.items())])
+
+
+def summarize(unet: Any, sites: dict[Place, Site], fusion: TokenFusion) -> PatchSummary:
+    """What is merged in a UNet with these sites under `fusion`."""
+    merged = {site.name: state.reduction.__name__ for site, state in fusions(list(sites.values()), fusion)}
+    return PatchSummary(type(unet).__name__, len(sites), fusion, merged)
 
 
 # --- patching in place, where a program has no patches ----------------------------------------------------------------
 
 
-def apply(unet: Any, fusion: TokenFusion) -> Summary:
-    """Fuses tokens in a UNet of AUTOMATIC1111 from now on, in the place of what was applied before.
+def apply(unet: Any, fusion: TokenFusion) -> PatchSummary:
+    """Fuses tokens in a UNet of AUTOMATIC1111 for one sampling, in the place of what was applied before.
 
     ValueError or RuntimeError where it cannot be; the UNet is then without a patch.
     """
     restore(unet)
     number_of_tokens(fusion)
-    if fusion.threshold is not None:
-        raise ValueError(
-            f"threshold is {fusion.threshold!r}, which counts in one step for the next: this program makes its "
-            "conditioning anew in every step, so that none is known to follow another"
-        )
     sites = find_sites(unet)
-    attach(unet, plan(unet, list(sites.values()), fusion, swap, train_steps=1000))
-    return told(unet, sites, fusion)
+    attach(unet, plan(unet, list(sites.values()), fusion, swap, train_steps=1000, one_sampling=True))
+    return summarize(unet, sites, fusion)
 
 
 def restore(unet: Any) -> None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..policy import TokenFusion, did_you_mean, reduction_named
+from ..recipes import RECIPES
 
 
 @dataclass(frozen=True)
 class Option:
-    """A number from `least` to `most`, a switch, or one of some names."""
+    """A number from `least` to `most`, a switch, or one of some names. advanced: hidden until it is asked for."""
 
     name: str
     default: Any
@@ -23,6 +24,7 @@ class Option:
     most: float | None = None
     step: float | None = None
     names: tuple[str, ...] = ()
+    advanced: bool = False
 
     @property
     def label(self) -> str:
@@ -53,22 +55,58 @@ BIG = 2**31 - 1
 # none is called seed: ComfyUI would put a second widget beside it
 OPTIONS = (
     Option("ratio", 0.5, "Share of the tokens that are fused away. 0 leaves the picture as it is.", 0.0, 0.75, 0.01),
-    Option("early", "prune", "How tokens are fused on the way down: prune keeps one of each group.", names=REDUCE),
-    Option("late", "mlerp", "How they are fused after that: mlerp averages and keeps the largest norm.", names=REDUCE),
-    Option("depth_split", -1, "Blocks before this one are early. -1: the whole way down.", -1, 100, 1),
+    Option(
+        "early", "prune", "How tokens are fused on the way down: prune keeps one of each group.", names=REDUCE,
+        advanced=True,
+    ),
+    Option(
+        "late", "mlerp", "How they are fused after that: mlerp averages and keeps the largest norm.", names=REDUCE,
+        advanced=True,
+    ),
+    Option(
+        "depth_split", -1, "Blocks before this one are early. -1: the whole way down.", -1, 100, 1, advanced=True,
+    ),
     Option(
         "proportional", False,
         "A fused token gets the attention of all it stands for: much nearer to the full picture; best with mean twice.",
+        advanced=True,
     ),
-    Option("keys_only", False, "Fuse keys and values alone: nearer to the full picture, and slower."),
-    Option("levels", 1, "How many resolutions are fused, from the highest one with attention.", 1, 4, 1),
-    Option("start_percent", 0.0, "Fuse from this part of the sampling on.", 0.0, 1.0, 0.001),
-    Option("end_percent", 1.0, "Fuse up to this part of the sampling.", 0.0, 1.0, 0.001),
-    Option("grid_seed", -1, "-1: fixed destinations. Else drawn at every step, alike for the same seed.", -1, BIG, 1),
-    Option("window", 0, "Look for like tokens within squares of so many cells: faster. 0: in the whole map.", 0, 64, 1),
-    Option("match_every", 1, "Look for like tokens at every so many steps: faster, less exact.", 1, 20, 1),
-    Option("share_level", False, "Look for like tokens once for all blocks of a resolution: faster, less exact."),
-    Option("min_tokens", 0, "Leave maps of fewer tokens alone, where fusing does not pay.", 0, 2**20, 64),
+    Option("keys_only", False, "Fuse keys and values alone: nearer to the full picture, and slower.", advanced=True),
+    Option(
+        "levels", 1,
+        "How many resolutions are fused, from the highest one with attention. The middle block never is: guidance "
+        "(SAG, SEG, PAG) acts there.",
+        1, 4, 1, advanced=True,
+    ),
+    Option("start_percent", 0.0, "Fuse from this part of the sampling on.", 0.0, 1.0, 0.001, advanced=True),
+    Option("end_percent", 1.0, "Fuse up to this part of the sampling.", 0.0, 1.0, 0.001, advanced=True),
+    Option(
+        "grid_seed", -1, "-1: fixed destinations. Else drawn at every step, alike for the same seed.", -1, BIG, 1,
+        advanced=True,
+    ),
+    Option(
+        "window", 0, "Look for like tokens within squares of so many cells: faster. 0: in the whole map.", 0, 64, 1,
+        advanced=True,
+    ),
+    Option(
+        "match_every", 1, "Look for like tokens at every so many steps: faster, less exact.", 1, 20, 1, advanced=True,
+    ),
+    Option(
+        "share_level", False, "Look for like tokens once for all blocks of a resolution: faster, less exact.",
+        advanced=True,
+    ),
+    Option(
+        "min_tokens", 0, "Leave maps of fewer tokens alone, where fusing does not pay.", 0, 2**20, 64, advanced=True,
+    ),
+)  # fmt: skip
+CUSTOM = "custom"
+PRESETS = ("tofu", "tofu-fast", "faithful", "tome")
+METHOD = ("early", "late", "depth_split", "proportional", "keys_only", "window")  # the options that a preset sets
+PRESET = Option(
+    "preset", "tofu",
+    "faithful stays nearest to the full picture, at the speed of tofu-fast; tofu and tome are the papers' methods. It "
+    f"sets {', '.join(METHOD)}, whose inputs count with custom alone; all others always count.",
+    names=(*PRESETS, CUSTOM),
 )  # fmt: skip
 
 
@@ -114,3 +152,19 @@ def values_of(fusion: TokenFusion) -> dict[str, Any]:
         "start_percent": float(fusion.start),
         "end_percent": float(fusion.end),
     }
+
+
+def chosen(preset: str, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """(the values with those of a preset in their place, the names of those that were set otherwise and do not count).
+
+    ValueError for an unknown preset.
+    """
+    if preset == CUSTOM:
+        return dict(values), []
+    if preset not in PRESETS:
+        known = (*PRESETS, CUSTOM)
+        raise ValueError(f"unknown preset {preset!r}{did_you_mean(str(preset), known)}; known: {', '.join(known)}")
+    defaults = {option.name: option.default for option in OPTIONS}
+    method = {name: value for name, value in values_of(RECIPES[preset]).items() if name in METHOD}
+    ignored = [name for name in METHOD if values.get(name, defaults[name]) not in (defaults[name], method[name])]
+    return {**values, **method}, ignored

@@ -1,7 +1,7 @@
-"""AUTOMATIC1111, Forge and reForge: a script beside their own, whose options are saved with the picture.
+"""AUTOMATIC1111, Forge, reForge and SD.Next: a script beside their own, whose options are saved with the picture.
 
 Forge and reForge have a patcher, which is made anew for each sampling. In AUTOMATIC1111 the UNet is patched in place
-while its sampler runs, and restored however that ends.
+while its sampler runs, and restored however that ends. SD.Next has diffusers pipelines (see sdnext.py).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..policy import TokenFusion
 from ..recipes import RECIPES
-from . import ldm
-from .options import OPTIONS, Option, fusion_of, read, values_of
+from . import ldm, sdnext
+from .options import OPTIONS, PRESETS, Option, fusion_of, read, values_of
 from .patcher import Options, patch_model
 
 TITLE = "Token Fusion (ToFu)"
@@ -29,7 +29,6 @@ HIRES = replace(RATIO, name="hires_ratio", tooltip="The same in the second pass 
 # after "enabled", requests give them in this order, which is a promise: new ones come at the end
 ASKED = (RATIO, HIRES, *OPTIONS[1:])
 ALWAYS_SAVED = (RATIO.name, "early", "late")  # the others where they are not the default
-PRESETS = ("tofu", "tofu-fast", "faithful", "tome")
 AXES = "tofu_sd_axes"
 logger = logging.getLogger("tofu_sd")
 
@@ -109,6 +108,13 @@ def tell(p: Any, error: Exception) -> None:
     if message not in p.comments:  # once for a picture
         logger.warning(message)
         p.comment(message)
+
+
+def one_ratio(p: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with one ratio for both passes, as a pipeline keeps its patch; said where they were to differ."""
+    if getattr(p, "enable_hr", False) and values[HIRES.name] != values[RATIO.name]:
+        p.comment(f"Token Fusion: hires_ratio does not count here; both passes have ratio {values[RATIO.name]:g}.")
+    return {**values, HIRES.name: values[RATIO.name]}
 
 
 # --- fusing -----------------------------------------------------------------------------------------------------------
@@ -231,16 +237,27 @@ class TokenFusionScript(scripts.Script):  # type: ignore[misc]
     def process(self, p: Any, *args: Any) -> None:
         """Saves the options with the picture, before the program writes its parameters down."""
         forget(p)
+        pipeline = sdnext.runs_pipeline(p)
+        if pipeline:  # `postprocess` is not called for an image that is interrupted
+            sdnext.stop(p)
         try:
             values = asked(p, args)
             if values is None:
                 return
-            if not hasattr(scripts.Script, "process_before_every_sampling"):
+            if pipeline:
+                values = one_ratio(p, values)
+                sdnext.start(p, passes(values)[0], shared.opts)
+            elif not hasattr(scripts.Script, "process_before_every_sampling"):
                 raise RuntimeError("this program is too old for it; AUTOMATIC1111 has what it takes from 1.10 on")
             passes(values)
             p.extra_generation_params.update(parameters(values, bool(getattr(p, "enable_hr", False))))
         except (ValueError, TypeError, RuntimeError) as error:
             tell(p, error)
+
+    def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
+        """Restores a pipeline."""
+        if sdnext.runs_pipeline(p):
+            sdnext.stop(p)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **more: Any) -> None:
         """Fuses in the pass that is about to begin."""

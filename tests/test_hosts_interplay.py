@@ -1,0 +1,457 @@
+"""Token Fusion in ComfyUI and Forge beside other nodes, in several threads, and in compiled models.
+
+Other nodes always run as they do without it. A block that both want stays unmerged, and the log says so once.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+
+import pytest
+import tiny
+import torch
+from patcher_host import BasicTransformerBlock, ForgePatcher, OlderPatcher, Patcher, SpatialTransformer, UNetModel
+from patcher_host import attention as own
+from torch import nn
+
+from tofu_sd import TokenFusion
+from tofu_sd.hosts import ldm
+from tofu_sd.hosts.patcher import patch_model, patches_of, watch_model
+
+FAITHFUL = {"early": "mean", "late": "mean", "proportional": True}
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return tiny.sd15_unet()
+
+
+@pytest.fixture(params=[Patcher, ForgePatcher], ids=["ComfyUI", "Forge"])
+def patcher(request, unet):
+    return request.param(UNetModel(unet))
+
+
+def merge(patcher, ratio=0.5, **options):
+    return patch_model(patcher, TokenFusion.of(ratio, **options), own, lambda share: 10 * (1 - share))[0]
+
+
+def call(patcher, h=16, w=16, t=500, seed=1, **more):
+    unet = patcher.model.diffusion_model.unet
+    return patcher.predict(tiny.noise(2, 4, h, w, seed=seed), t, tiny.inputs(unet)["encoder_hidden_states"], **more)
+
+
+def merged_places(patcher, *size, **more):
+    """Places of the blocks that are merged in one call."""
+    seen = []
+    watched, _ = watch_model(patcher, lambda place, map, h, w: seen.append(place))
+    call(watched, *size, **more)
+    return seen
+
+
+# --- which blocks are sites -------------------------------------------------------------------------------------------
+
+
+class MotionBlock(nn.Module):
+    """As in AnimateDiff's motion modules: attention over frames, under names of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention_blocks = nn.ModuleList()
+
+
+class TimeBlock(BasicTransformerBlock):
+    """A block over frames with the names of a block over a map."""
+
+
+class Container(nn.Module):
+    def __init__(self, blocks):
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList(blocks)
+
+
+class MotionModule(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+def block_of(unet):
+    return unet.down_blocks[0].attentions[0].transformer_blocks[0]
+
+
+@pytest.mark.parametrize("kind", ["without norm1", "no layers", "temporal by its module", "temporal by its name"])
+def test_motion_modules_in_the_unet_are_no_sites(unet, kind):
+    model = UNetModel(unet)
+    before = ldm.find_sites(model)
+    other = {
+        "without norm1": lambda: Container([MotionBlock()]),
+        "no layers": lambda: Container([nn.Module()]),
+        "temporal by its module": lambda: MotionModule(Container([BasicTransformerBlock(block_of(unet))])),
+        "temporal by its name": lambda: Container([TimeBlock(block_of(unet))]),
+    }[kind]()
+    if kind == "temporal by its name":
+        holder = nn.Module()
+        holder.time_stack = other
+        other = holder
+    for stage in (model.input_blocks[1], model.output_blocks[9], model.middle_block):
+        stage.append(other)
+    assert list(ldm.find_sites(model)) == list(before)
+
+
+def test_the_node_changes_after_motion_modules_were_left_in_the_model(unet):
+    model = Patcher(UNetModel(unet))
+    merge(model)
+    for number in (1, 2, 4, 10):
+        model.model.diffusion_model.input_blocks[number].append(Container([MotionBlock()]))
+    _, summary = patch_model(merge(model), TokenFusion(0.25), own)
+    assert "on 5 of 16 transformer blocks" in summary.headline
+
+
+def test_blocks_over_time_are_not_taken_for_a_map_of_as_many_tokens(unet):
+    """Stable Video Diffusion calls the patches for its time stack too, under the place of the block before it."""
+    model = Patcher(UNetModel(unet))
+    transformer = next(m for m in model.model.diffusion_model.input_blocks[1] if isinstance(m, SpatialTransformer))
+    transformer.time_stack = nn.ModuleList()
+    patches = patches_of(merge(model))
+    q = tiny.noise(16, 16, 16)  # 16 tokens of 16 frames: space and time have the same shape
+    told = {"block": ("input", 1), "block_index": 0, "activations_shape": [16, 16, 4, 4]}
+    assert patches.before(q, q, q, dict(told))[0].shape == (16, 8, 16)
+    assert patches.before(q, q, q, dict(told))[0] is q
+    q = tiny.noise(32, 16, 16)
+    assert patches.before(q, q, q, dict(told))[0] is q
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+def test_the_middle_block_is_never_merged(patcher, levels):
+    model = merge(patcher, levels=levels)
+    places = merged_places(model, 64, 64)
+    assert len(places) == {1: 5, 2: 10, 4: 15}[levels]
+    assert not any(side == "middle" for side, _, _ in places)
+    _, summary = patch_model(patcher, TokenFusion(0.5, levels=levels), own)
+    assert f"on {len(places)} of 16 transformer blocks" in summary.headline
+    assert "middle" not in str(summary)
+    unet = UNetModel(patcher.model.diffusion_model.unet)
+    assert all(site.level > 3 for (side, _, _), site in ldm.find_sites(unet).items() if side == "middle")
+
+
+# --- nodes that replace self-attention --------------------------------------------------------------------------------
+
+
+def counting(calls):
+    def replacement(q, k, v, options):
+        calls.append((q.shape[1], options["block"]))
+        return own(q, k, v, options["n_heads"], options)
+
+    return replacement
+
+
+def replaced_at(options, function, place):
+    """What guidance nodes do to the options of one call of the model."""
+    options = dict(options)
+    there = options["patches_replace"] = dict(options.get("patches_replace", {}))
+    there["attn1"] = {**there.get("attn1", {}), place: function}
+    return options
+
+
+@pytest.mark.parametrize("options", [{}, FAITHFUL], ids=["plain", "proportional"])
+@pytest.mark.parametrize("place", [("input", 1), ("input", 1, 0), ("output", 10)])
+@pytest.mark.parametrize("order", ["before", "after", "sampling"])
+def test_a_node_that_replaces_self_attention_runs_on_the_whole_map(patcher, order, place, options, caplog):
+    calls = []
+    if order == "before":
+        other = patcher.clone()
+        other.set_model_attn1_replace(counting(calls), *place)
+        model = merge(other, **options)
+    else:
+        model = merge(patcher, **options)
+        usual = call(model)
+        if order == "after":
+            model = model.clone()
+            model.set_model_attn1_replace(counting(calls), *place)
+        else:
+            told = model.model_options["transformer_options"]
+            model = model.clone()
+            model.model_options["transformer_options"] = replaced_at(told, counting(calls), place)
+    found = call(model)
+    assert [tokens for tokens, _ in calls] == [256]
+    assert len(merged_places(model)) == 4
+    assert caplog.text.count("another node replaces its self-attention") == 2  # the second is the watched clone's
+    call(model)
+    assert caplog.text.count("another node replaces its self-attention") == 2
+    assert len(merged_places(merge(patcher, **options))) == 5
+    if order != "before":
+        assert not torch.equal(found, usual)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_another_nodes_function_is_never_overwritten(patcher, order):
+    calls, other = [], patcher.clone()
+    for number in (1, 2):
+        other.set_model_attn1_replace(counting(calls), "input", number)
+    model = merge(other, **FAITHFUL)
+    there = model.model_options["transformer_options"]["patches_replace"]["attn1"]
+    mine = {place for place, function in there.items() if getattr(function, "__self__", None) is patches_of(model)}
+    assert mine == {("output", 9), ("output", 10), ("output", 11)}
+    call(merge(model, ratio=0.25, **FAITHFUL) if order == "after" else model)
+    assert [block for _, block in calls] == [("input", 1), ("input", 2)]
+
+
+def test_a_program_that_does_not_show_who_replaced_attention_is_refused_in_words(unet):
+    other = OlderPatcher(UNetModel(unet))
+    other.set_model_attn1_replace(counting([]), "input", 1)
+    with pytest.raises(ValueError, match="another patch has replaced self-attention in this model"):
+        merge(other, **FAITHFUL)
+
+
+def test_guidance_in_the_middle_block_leaves_all_others_merged(patcher):
+    calls = []
+    model = merge(patcher, levels=4, **FAITHFUL)
+    model.set_model_attn1_replace(counting(calls), "middle", 0)
+    assert len(merged_places(model, 64, 64)) == 15
+    assert [tokens for tokens, _ in calls] == [64]
+
+
+# --- nodes that add to the tokens or change them ----------------------------------------------------------------------
+
+
+def add_whole_map(scale):
+    """As LLLite does: adds a map of its own to the queries."""
+
+    def patch(q, k, v, options):
+        return q + scale * tiny.noise(1, 256, 1, seed=3) if q.shape[1] == 256 or scale else q, k, v
+
+    return patch
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_node_that_adds_a_whole_map_gives_the_same_in_either_order(patcher, where):
+    def only_at_the_top(q, k, v, options):
+        return add_whole_map(0.5)(q, k, v, options) if options["block"] in (("input", 1), ("output", 11)) else (q, k, v)
+
+    if where == "before":
+        first = patcher.clone()
+        first.set_model_attn1_patch(only_at_the_top)
+        model = merge(first)
+    else:
+        model = merge(patcher)
+        model.set_model_attn1_patch(only_at_the_top)
+    assert len(merged_places(model)) == 5
+    reference = patcher.clone()
+    reference.set_model_attn1_patch(only_at_the_top)
+    assert torch.equal(call(model), call(merge(reference)))
+    assert not torch.equal(call(model), call(merge(patcher)))
+
+
+def test_a_node_that_reads_the_result_sees_the_whole_map(patcher):
+    sizes, model = set(), merge(patcher)
+    earlier = patcher.clone()
+    for other in (model, earlier):
+        other.set_model_attn1_output_patch(lambda out, options: sizes.add(out.shape[1]) or out)
+    call(model)
+    assert sizes == {256, 64, 16, 4}
+    sizes.clear()
+    call(merge(earlier))
+    assert sizes == {256, 64, 16, 4}
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_node_that_cuts_the_map_into_tiles_has_its_blocks(patcher, order, caplog):
+    def tile(q, k, v, options):
+        return (q.reshape(8, 64, -1), k, v) if q.shape[1] == 256 else (q, k, v)
+
+    def untile(out, options):
+        return out.reshape(2, 256, -1) if out.shape[0] == 8 else out
+
+    def tiled(model):
+        model = model.clone()
+        model.set_model_attn1_patch(lambda q, k, v, o: tuple(tile(x, x, x, o)[0] for x in (q, k, v)))
+        model.set_model_attn1_output_patch(untile)
+        return model
+
+    alone = call(tiled(patcher))
+    assert torch.equal(call(merge(tiled(patcher)) if order == "before" else tiled(merge(patcher))), alone)
+    assert "another node changes the tokens of its self-attention first" in caplog.text
+
+
+@pytest.mark.parametrize("layer", ["block", "attn1", "to_q", "to_out"])
+def test_a_block_whose_forward_another_node_has_replaced_stays_unmerged(patcher, layer, caplog):
+    """As reference ControlNets do, which add the tokens of a whole map inside it."""
+    model = merge(patcher)
+    block = next(b for b in patcher.model.diffusion_model.modules() if isinstance(b, BasicTransformerBlock))
+    changed = {"block": block, "attn1": block.attn1, "to_q": block.attn1.to_q, "to_out": block.attn1.to_out}[layer]
+    original = changed.forward
+    try:
+        changed.forward = lambda *args: original(*args)
+        assert len(merged_places(model)) == 4
+        assert "another node replaces a `forward` in it" in caplog.text
+        changed.forward = original  # as they put it back
+        assert len(merged_places(model)) == 5
+    finally:
+        del changed.forward
+    assert len(merged_places(model)) == 5
+
+
+# --- clones -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_watched_clone_leaves_no_watcher_on_the_model(patcher):
+    model = merge(patcher)
+    twin, seen = model.clone(), []
+    usual = call(model)
+    watched, _ = watch_model(model, lambda *found: seen.append(found))
+    assert torch.equal(call(watched), usual)
+    assert len(seen) == 5
+    for other in (model, twin, model.clone()):
+        assert patches_of(other).watcher is None
+        assert torch.equal(call(other), usual)
+    assert len(seen) == 5
+
+
+def test_a_watcher_that_fails_leaves_nothing_on_the_model(patcher):
+    model = merge(patcher)
+
+    def fail(*found):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        call(watch_model(model, fail)[0])
+    assert torch.equal(call(model), call(merge(patcher)))
+
+
+def test_clones_that_share_everything_keep_their_own_settings(patcher):
+    """Newer programs hand the same lists and functions to a clone."""
+    model = merge(patcher, 0.5, **FAITHFUL)
+    half = call(model)
+    shallow = model.clone()
+    shallow.model_options = {**model.model_options}
+    quarter = merge(shallow, 0.25)
+    assert not torch.equal(call(quarter), half)
+    assert torch.equal(call(quarter), call(merge(patcher, 0.25)))
+    assert torch.equal(call(model), half)
+
+
+# --- several threads --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, FAITHFUL, {"share_level": True}, {"match_every": 2}, {"seed": 3}, {"start": 0.4}, {"levels": 2}]
+)
+def test_two_threads_in_one_block_give_what_each_gives_alone(patcher, options):
+    """As on several devices: both are between our first and our last patch of each block at the same time."""
+    sizes, schedule = {"A": (16, 16), "B": (12, 20)}, torch.tensor([9.0, 5.0, 1.0])
+    steps = [(900, 1), (500, 2)]
+    model = merge(patcher, **options)
+
+    def generate(name, model):
+        return [call(model, *sizes[name], t=t, seed=seed, sample_sigmas=schedule) for t, seed in steps]
+
+    alone = {name: generate(name, merge(patcher, **options)) for name in sizes}
+    barrier, found = threading.Barrier(2, timeout=60), {}
+    met = model.clone()
+
+    def meet(q, k, v, told):
+        barrier.wait()
+        return q, k, v
+
+    def meet_after(out, told):
+        barrier.wait()
+        return out
+
+    met.model_options["transformer_options"]["patches"]["attn1_patch"].insert(0, meet)
+    met.model_options["transformer_options"]["patches"]["attn1_output_patch"].append(meet_after)
+    threads = [threading.Thread(target=lambda n=name: found.update({n: generate(n, met)})) for name in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name in sizes:
+        assert all(torch.equal(a, b) for a, b in zip(found[name], alone[name], strict=True)), name
+
+
+def test_blocks_of_two_calls_that_interleave_in_one_thread_keep_their_maps(patcher):
+    patches = patches_of(merge(patcher))
+    x, y = tiny.noise(2, 256, 16, seed=1), tiny.noise(1, 64, 16, seed=2)
+    told = [{"block": ("input", 1), "activations_shape": [len(z), 16, s, s]} for z, s in ((x, 16), (y, 8))]
+    a = patches.before(x, x, x, told[0])[0]
+    b = patches.before(y, y, y, told[1])[0]
+    assert (a.shape[1], b.shape[1]) == (128, 32)
+    assert patches.after(a, told[0]).shape == x.shape
+    assert patches.after(b, told[1]).shape == y.shape
+
+
+# --- noise levels -----------------------------------------------------------------------------------------------------
+
+
+def test_the_window_is_that_of_the_sampling_the_model_has_when_it_runs(unet):
+    """A node after ours may change it."""
+    model = Patcher(UNetModel(unet))
+    late = merge(model, start=0.6)  # by the sampling it had: sigma 5 lies before it
+    assert torch.equal(call(late), call(model))
+    late.model.model_sampling = types.SimpleNamespace(percent_to_sigma=lambda share: 100 * (1 - share))
+    assert torch.equal(call(late), call(merge(model)))
+
+
+# --- compiled models --------------------------------------------------------------------------------------------------
+
+
+class CompilingPatcher(Patcher):
+    """A model compiled as the program's own node does, without guards on what patches it."""
+
+    def __init__(self, unet):
+        super().__init__(unet)
+        self.compiled = torch.compile(
+            unet, backend="eager",
+            options={"guard_filter_fn": lambda guards: ["options" not in guard.name for guard in guards]},
+        )  # fmt: skip
+
+    def _apply(self, x, t, context, options, added):
+        self.model.diffusion_model, before = self.compiled, self.model.diffusion_model
+        try:
+            return super()._apply(x, t, context, options, added)
+        finally:
+            self.model.diffusion_model = before
+
+
+@pytest.fixture
+def compiled(unet):
+    torch._dynamo.reset()
+    yield CompilingPatcher(UNetModel(unet))
+    torch._dynamo.reset()
+
+
+SETTINGS = {"plain": None, "half": (0.5, {}), "most": (0.75, {}), "weighted": (0.5, FAITHFUL)}
+
+
+@pytest.mark.parametrize(
+    "order",
+    [("plain", "half", "plain"), ("half", "most", "half"), ("half", "plain", "half"), ("half", "weighted", "plain")],
+    ids="-".join,
+)
+def test_a_compiled_model_gives_the_image_of_its_settings_whatever_ran_before(compiled, unet, order):
+    expected = {
+        name: call(Patcher(UNetModel(unet)) if told is None else merge(Patcher(UNetModel(unet)), told[0], **told[1]))
+        for name, told in SETTINGS.items()
+    }
+    models = {
+        name: compiled if told is None else merge(compiled, told[0], **told[1]) for name, told in SETTINGS.items()
+    }
+    for name in order:
+        assert torch.allclose(call(models[name]), expected[name], atol=1e-5), name
+    assert (expected["plain"] - expected["half"]).abs().max() > 1e-3
+
+
+def test_a_compiled_model_follows_the_window_from_step_to_step(compiled):
+    model = merge(compiled, start=0.6)
+    places = [len(merged_places(model, t=t)) for t in (900, 300)]
+    assert places == [0, 5]
+
+
+def test_what_a_call_does_to_the_state_of_autocast_ends_with_it(patcher):
+    def fail(*found):
+        assert isinstance(patcher, ForgePatcher) or not torch.is_autocast_cache_enabled()
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        call(watch_model(merge(patcher), fail)[0])
+    assert torch.is_autocast_cache_enabled()
