@@ -35,7 +35,12 @@ def break_even(model: nn.Module) -> dict[int, int]:
         site = next(site for site in patch.sites if part in site.parts.values())
         if site.level in found or part is not site.parts["attn"]:
             continue
-        weight = next(part.parameters())
+        weight = next(part.parameters(), None)
+        if weight is None:
+            raise ValueError(
+                "min_tokens is 'auto', which measures with tokens of the weights' type, and this model's attention has "
+                "no weights of its own (it is quantized): give a number of tokens"
+            )
         if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
             raise ValueError(
                 f"min_tokens is 'auto', which measures with tokens of the weights' type, and these are {weight.dtype}: "

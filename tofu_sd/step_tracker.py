@@ -20,7 +20,8 @@ from torch import Tensor
 SAME = 0.5  # correlation of the contents of two steps of one image part; steps of two images are near 0
 TIE = 0.01  # parts whose correlations differ by less are told apart by the order of the calls
 REMADE = 3  # equal conditioning in so many other tensors before it counts as the same
-PARTS = 256  # at most, of which the longest unvisited is dropped first
+PARTS = 128  # at most, of which the longest unvisited is dropped first
+PATIENCE = 64  # calls of other parts after which a part may be over
 SAMPLE = 16384  # values of the content that are compared
 LATENT_CHANNELS = 4  # further ones (masks, masked images) do not change from step to step
 logger = logging.getLogger("tofu_sd")
@@ -42,6 +43,7 @@ class ImagePart:
     same_object: bool = False  # whether the conditioning has been one object in several calls
     equal_objects: int = 0  # how often it could have been another object of equal content
     visited: int = 0  # number of the tracker's call that was its last
+    gap: int = 0  # most calls of the tracker from one of its visits to the next
     maps: dict[Any, Any] = field(default_factory=dict)
     best: dict[Any, Tensor] = field(default_factory=dict)
     counts: dict[Any, float] = field(default_factory=dict)
@@ -84,6 +86,7 @@ class StepTracker:
             if moved:
                 part.direction = 1 if t > part.t else -1
                 part.step += 1
+            part.gap = max(part.gap, self._calls - part.visited)
             part.t, part.content, part.visited = t, now, self._calls
             return part, moved
 
@@ -131,10 +134,9 @@ class StepTracker:
             )
 
     def _keep(self, part: ImagePart) -> None:
-        # a part is over when all others have been called several times since
-        over = self._calls - 4 * len(self._parts) - 8
-        self._parts = [p for p in self._parts if p.visited > over][-(PARTS - 1) :]
-        self._parts.append(part)
+        """Adds a part, and drops those that are over: unvisited for many times as long as ever before."""
+        live = [p for p in self._parts if self._calls - p.visited <= PATIENCE + 8 * (p.gap or 8)]
+        self._parts = [*sorted(live, key=lambda p: p.visited)[1 - PARTS :], part]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"option": self.option, "one_sampling": self.one_sampling}

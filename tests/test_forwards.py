@@ -1,0 +1,209 @@
+"""What one forward of a model needs is its own: two threads, several parts of an image, second-order samplers."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+import tofu_sd
+from tofu_sd import patch, step_tracker
+from tofu_sd.step_tracker import ImagePart, StepTracker
+
+OVER_STEPS: dict[str, dict[str, Any]] = {
+    "match_every": {"match_every": 2},
+    "one map a resolution, over steps": {"match_every": 3, "share_level": True},
+    "threshold": {"threshold": 0.85, "ratio": 0.75},
+    "seed": {"seed": 3},
+    "window of steps": {"start": 0.2, "end": 0.6},
+}
+over_steps = pytest.mark.parametrize("options", OVER_STEPS.values(), ids=OVER_STEPS)
+TIMES = (900.0, 700.0, 500.0, 300.0)
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def interleaved(module: Any, one: Callable[[], Tensor], other: Callable[[], Tensor]) -> list[Tensor]:
+    """The results of two threads; the second runs whole while the first stands behind `module`."""
+    inside, done, results = threading.Event(), threading.Event(), dict[str, Tensor]()
+
+    def pause(*_: Any) -> None:
+        if threading.current_thread().name == "first" and not inside.is_set():
+            inside.set()
+            assert done.wait(60)
+
+    def first() -> None:
+        results["first"] = one()
+
+    def second() -> None:
+        assert inside.wait(60)
+        results["second"] = other()
+        done.set()
+
+    handle = module.register_forward_hook(pause)
+    threads = [threading.Thread(target=run, name=run.__name__) for run in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handle.remove()
+    return [results["first"], results["second"]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"share_level": True}, {"proportional": True}, {"keys_only": True}, {"match_on": "normed"},
+     {"merge_crossattn": True, "merge_mlp": True}, *OVER_STEPS.values()],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("layer", ["norm1", "attn1"])
+def test_two_threads_in_one_block_give_what_each_gives_alone(layer: str, options: dict[str, Any]) -> None:
+    """Of two sizes and timesteps: a layout, map or step of the other thread would show."""
+    unet = tofu_sd.apply_patch(tiny.sd15_unet(), **{"ratio": 0.5, **options})
+    calls = [{"seed": 1, "t": 700.0}, {"seed": 2, "t": 300.0, "h": 24, "w": 16}]
+    one, other = (lambda call=call: tiny.predict(unet, **call) for call in calls)
+    alone = [tiny.predict(copy.deepcopy(unet), **call) for call in calls]
+    module = getattr(unet.down_blocks[0].attentions[0].transformer_blocks[0], layer)
+    together = interleaved(module, one, other)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_maps_are_recorded_by_the_call_of_their_thread() -> None:
+    unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    with tofu_sd.watch(unet) as seen:
+        interleaved(block.attn1, lambda: tiny.predict(unet), lambda: tiny.predict(unet, h=24))
+    assert {(s.call, s.h) for s in seen} == {(0, 16), (1, 24)}
+
+
+# --- parts of an image ------------------------------------------------------------------------------------------------
+
+
+def parts(unet: Any, contents: dict[str, Tensor], prompts: dict[str, Tensor], order: Callable[[int], list[str]],
+          times: tuple[float, ...] = TIMES) -> dict[tuple[str, int, int], Tensor]:  # fmt: skip
+    """The predictions of several parts of one image, called one after the other in each step.
+
+    Keys are the part, the step, and how often it was called in that step before.
+    """
+    results: dict[tuple[str, int, int], Tensor] = {}
+    with torch.no_grad():
+        for step, t in enumerate(times):
+            for name in order(step):
+                again = sum(key[:2] == (name, step) for key in results)
+                sample = contents[name] + 0.1 * step + 0.01 * again
+                call = {"timestep": torch.tensor(t), "encoder_hidden_states": prompts[name]}
+                results[name, step, again] = unet(sample, **call).sample
+    return results
+
+
+def check_parts(unet: Any, contents: dict[str, Tensor], prompts: dict[str, Tensor], order: Callable[[int], list[str]],
+                **options: Any) -> None:  # fmt: skip
+    """Each part comes out of the sequence of all as it comes out alone."""
+    tofu_sd.apply_patch(unet, **{"ratio": 0.5, **options})
+    together = parts(copy.deepcopy(unet), contents, prompts, order)
+    for name in contents:
+        alone = parts(
+            copy.deepcopy(unet), contents, prompts, lambda step, name=name: [n for n in order(step) if n == name]
+        )
+        for key, value in alone.items():
+            assert torch.equal(together[key], value), key
+
+
+A, B, C = (tiny.noise(2, 4, 16, 16, seed=seed) for seed in (1, 2, 3))
+PROMPT, OTHER = tiny.noise(2, 7, 16, seed=4), tiny.noise(2, 7, 16, seed=5)
+ONE, BOTH = {"a": PROMPT, "b": PROMPT, "c": PROMPT}, {"a": PROMPT, "b": OTHER}
+SEQUENCES: dict[str, tuple[dict[str, Tensor], dict[str, Tensor], Callable[[int], list[str]]]] = {
+    "tiles with one prompt": ({"a": A, "b": B, "c": C}, ONE, lambda step: ["a", "b", "c"]),
+    "tiles in another order in each step": (
+        {"a": A, "b": B, "c": C}, ONE, lambda step: ["a", "b", "c"][:: 1 if step % 2 else -1],
+    ),
+    "areas with prompts of their own": ({"a": A, "b": B}, BOTH, lambda step: ["a", "b"]),
+    "split guidance: one latent, two prompts": ({"a": A, "b": A}, BOTH, lambda step: ["a", "b"]),
+    "an area that ends early": ({"a": A, "b": B}, BOTH, lambda step: ["a", "b"][: 2 - step // 2]),
+    "Heun: two calls from the second step on": ({"a": A}, ONE, lambda step: ["a"] * (1 + (step > 0))),
+    "Heun with split guidance": ({"a": A, "b": A}, BOTH, lambda step: ["a", "b"] * (1 + (step > 0))),
+    "sizes that differ": ({"a": A, "b": tiny.noise(2, 4, 24, 16)}, ONE, lambda step: ["a", "b"]),
+}  # fmt: skip
+
+
+@over_steps
+@pytest.mark.parametrize("sequence", SEQUENCES)
+def test_each_part_of_an_image_comes_out_as_it_does_alone(sequence: str, options: dict[str, Any]) -> None:
+    check_parts(tiny.shallow_unet(), *SEQUENCES[sequence], **options)
+
+
+@pytest.mark.parametrize("sequence", ["tiles with one prompt", "areas with prompts of their own"])
+def test_each_part_reuses_its_maps(sequence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The property above would hold if every call matched."""
+    matched, match = [], patch.most_similar
+    monkeypatch.setattr(patch, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
+    contents, prompts, order = SEQUENCES[sequence]
+    parts(tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_every=2), contents, prompts, order)
+    assert len(matched) == 3 * len(contents) * 2  # blocks, parts, every other of four steps
+
+
+def test_times_that_rise_are_steps_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inversion goes from the image to the noise."""
+    matched, match = [], patch.most_similar
+    monkeypatch.setattr(patch, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_every=4)
+    parts(unet, {"a": A}, {"a": PROMPT}, lambda step: ["a"], TIMES[::-1])
+    assert len(matched) == 3
+
+
+def test_new_noise_in_every_step_is_matched_again_and_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker, messages = StepTracker(), list[str]()
+    monkeypatch.setattr(step_tracker.logger, "warning", messages.append)
+    found = [tracker.visit(t, tiny.noise(1, 4, 8, 8, seed=int(t)), PROMPT) for t in range(9, 0, -1)]
+    assert all(part.step == 0 and first for part, first in found)
+    assert len(messages) == 1
+    assert messages[0].startswith("match_every: successive steps do not show the same image part")
+
+
+def visits(tracker: StepTracker, *calls: tuple[float, Tensor, Tensor]) -> list[ImagePart]:
+    return [tracker.visit(t, content, prompt)[0] for t, content, prompt in calls]
+
+
+def test_a_second_image_with_the_same_prompt_is_another_part() -> None:
+    """A pipeline makes its tensor again for each image, here broken off and followed by one later in the schedule."""
+    first, second, other = visits(StepTracker(), (900, A, PROMPT), (800, A, PROMPT), (700, A, PROMPT.clone()))
+    assert first is second
+    assert other is not first
+
+
+def test_one_sampling_knows_its_conditioning_by_content() -> None:
+    calls = [(t, A, PROMPT.clone()) for t in (900, 800, 700)]
+    assert len({id(part) for part in visits(StepTracker(one_sampling=True), *calls)}) == 1
+    assert len({id(part) for part in visits(StepTracker(), *calls)}) == 3
+
+
+def test_a_host_that_makes_the_conditioning_in_each_call_is_recognised_after_a_few() -> None:
+    calls = [(t, A, PROMPT.clone()) for t in range(900, 0, -100)]
+    assert len({id(part) for part in visits(StepTracker(), *calls)}) < len(calls)
+
+
+@pytest.mark.parametrize("content", [A.clone().fill_(float("nan")), torch.zeros_like(A)], ids=["nan", "zeros"])
+def test_content_that_says_nothing_continues_nothing(content: Tensor) -> None:
+    found = visits(StepTracker(), (900, content, PROMPT), (800, content, PROMPT))
+    assert found[0] is not found[1]
+
+
+def test_parts_of_images_that_are_over_are_forgotten() -> None:
+    tracker = StepTracker()
+    for image in range(100):
+        visits(tracker, *((t, tiny.noise(1, 4, 8, 8, seed=image), PROMPT) for t in (900, 500)))
+    assert len(tracker._parts) < 50
+
+
+def test_a_part_is_kept_while_many_others_are_called() -> None:
+    tracker = StepTracker()
+    tiles = [tiny.noise(1, 4, 8, 8, seed=seed) for seed in range(100)]
+    steps = [visits(tracker, *((t, tile, PROMPT) for tile in tiles)) for t in (900, 500, 100)]
+    assert all(a is b is c for a, b, c in zip(*steps, strict=True))

@@ -1,0 +1,322 @@
+"""Who has put a patch where: contexts that end in any order, wrappers, and what a patch refuses to run with."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionAttendAndExcitePipeline, StableDiffusionSAGPipeline
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from test_patch import anatomy
+from torch import Tensor, nn
+
+import tofu_sd
+from tofu_sd import TokenFusion
+from tofu_sd.patch import patch_of
+
+# --- contexts ---------------------------------------------------------------------------------------------------------
+
+
+def ratio(unet: Any) -> float | None:
+    patch = patch_of(unet)
+    return None if patch is None else patch.fusion.ratio
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
+@pytest.mark.parametrize("before", [None, 0.1])
+def test_contexts_may_end_in_any_order(before: float | None, order: tuple[int, ...]) -> None:
+    """The latest one that is open counts, and after the last all is as it was."""
+    unet = tiny.shallow_unet()
+    if before is not None:
+        tofu_sd.apply_patch(unet, before)
+    was, ratios = anatomy(unet), [0.25, 0.5, 0.75]
+    contexts = [tofu_sd.patched(unet, r) for r in ratios]
+    for context, r in zip(contexts, ratios, strict=True):
+        context.__enter__()
+        assert ratio(unet) == r
+    open_ = [0, 1, 2]
+    for number in order:
+        contexts[number].__exit__(None, None, None)
+        open_.remove(number)
+        assert ratio(unet) == (ratios[open_[-1]] if open_ else before)
+    if before is None:
+        assert anatomy(unet) == was
+    assert not hasattr(unet, "_tofu_contexts")
+
+
+def test_a_context_that_cannot_begin_leaves_the_others() -> None:
+    unet = tiny.shallow_unet()
+    with tofu_sd.patched(unet, 0.5):
+        with pytest.raises(ValueError, match="ratio is 2"), tofu_sd.patched(unet, 2):
+            pass
+        assert ratio(unet) == 0.5
+    assert ratio(unet) is None
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_recordings_may_end_in_any_order(order: tuple[int, int]) -> None:
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
+    recordings = [tofu_sd.watch(unet) for _ in range(2)]
+    seen = [recording.__enter__() for recording in recordings]
+    tiny.predict(unet)
+    recordings[order[0]].__exit__(None, None, None)
+    tiny.predict(unet)
+    recordings[order[1]].__exit__(None, None, None)
+    tiny.predict(unet)
+    assert (len(seen[order[0]]), len(seen[order[1]])) == (3, 6)
+
+
+# --- wrappers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "DataParallel": nn.DataParallel,
+    "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+    "torch.compile": lambda unet: torch.compile(unet, backend="eager"),
+    "PEFT": lambda unet: peft.get_peft_model(unet, peft.LoraConfig(target_modules=["to_q"])),
+    "torch.compile of DataParallel": lambda unet: torch.compile(nn.DataParallel(unet), backend="eager"),
+}
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_wrapped_model_is_patched_and_undone_through_its_wrapper_or_without_it(name: str) -> None:
+    unet = tiny.shallow_unet()
+    wrapped = WRAPPERS[name](unet)
+    for one, other in ((wrapped, unet), (unet, wrapped)):
+        tofu_sd.apply_patch(one, 0.5)
+        assert ratio(unet) == 0.5
+        assert "on 3 of 4 transformer blocks" in tofu_sd.summary(other).headline
+        tofu_sd.remove_patch(other)
+        assert ratio(unet) is None
+
+
+def test_a_patch_is_found_in_whatever_holds_the_model() -> None:
+    class Step(nn.Module):
+        def __init__(self, model: nn.Module):
+            super().__init__()
+            self.model = model
+
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
+    holder = Step(unet)
+    assert "on 3 of 4 transformer blocks" in tofu_sd.summary(holder).headline
+    with tofu_sd.watch(holder) as seen:
+        tiny.predict(unet)
+    assert len(seen) == 3
+    tofu_sd.remove_patch(holder)
+    assert ratio(unet) is None
+
+
+def test_several_controlnets_are_refused_by_name() -> None:
+    nets = MultiControlNetModel([tiny.controlnet(), tiny.controlnet()])
+    with pytest.raises(TypeError, match=r"MultiControlNetModel holds 2 models: patch each of its `nets`"):
+        tofu_sd.apply_patch(nets, 0.5)
+    for net in nets.nets:
+        tofu_sd.apply_patch(net, 0.5)
+
+
+def test_an_exported_unet_is_refused_by_name() -> None:
+    class Exported:
+        unet = object()
+
+    with pytest.raises(TypeError, match=r"the `unet` of Exported is a builtins\.object and no torch module .*ONNX"):
+        tofu_sd.apply_patch(Exported(), 0.5)
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def test_arguments_by_place_are_tomesds() -> None:
+    by_place = patch_of(tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, 2, 4, 2, False, True, False, True))
+    assert by_place is not None
+    assert by_place.fusion == TokenFusion(0.5, levels=2, sx=4, sy=2, merge_mlp=True)
+    with pytest.raises(TypeError, match="max_downsample is given by place and by name"):
+        tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, 1, max_downsample=2)
+    with pytest.raises(TypeError, match="8 arguments after the ratio; tomesd has 7"):
+        tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, *range(8))
+
+
+@pytest.mark.parametrize("latent", [(0, 0), (-8, -8), (64,)])
+def test_a_latent_without_area_is_refused(latent: Any) -> None:
+    with pytest.raises(ValueError, match="it must be a height and a width of at least 1"):
+        tofu_sd.summary(tofu_sd.apply_patch(tiny.shallow_unet(), 0.5), latent)
+
+
+def test_quantized_attention_cannot_be_measured() -> None:
+    unet = torch.ao.quantization.quantize_dynamic(tiny.shallow_unet(), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match=r"min_tokens is 'auto'.*it is quantized"):
+        tofu_sd.apply_patch(unet, 0.5, min_tokens="auto")
+    assert ratio(unet) is None
+
+
+def test_the_summary_says_what_has_happened() -> None:
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_every=2)
+    assert tofu_sd.summary(unet).observed == []
+    call = tiny.inputs(unet)
+    for t in (900, 700, 500):
+        tiny.predict(unet, **{**call, "timestep": torch.tensor(t)})
+    assert tofu_sd.summary(unet).observed == ["  so far: 3 calls of a block, 3 of them on merged tokens, 2 maps made"]
+    tofu_sd.apply_patch(unet, 0.5, threshold=1.5)
+    tiny.predict(unet)
+    assert str(tofu_sd.summary(unet)).endswith("0 maps made: these options have merged nothing")
+
+
+# --- processors and kernels -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    return lambda function: monkeypatch.setattr(F, "scaled_dot_product_attention", function)
+
+
+OWN = F.scaled_dot_product_attention
+
+
+def without_masks(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, **more: Any) -> Tensor:
+    return OWN(q, k, v)
+
+
+def that_takes_no_masks(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    return OWN(q, k, v)
+
+
+def with_masks(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
+    return OWN(q, k, v, **more)
+
+
+@pytest.mark.parametrize("function", [without_masks, that_takes_no_masks])
+def test_a_kernel_without_masks_is_refused_under_proportional(function: Any, kernel: Callable[[Any], None]) -> None:
+    """Before and after the patch; without weights it may run."""
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, proportional=True)
+    kernel(function)
+    message = rf"{function.__name__}, which has taken scaled_dot_product_attention's place, ignores masks"
+    with pytest.raises(RuntimeError, match=message):
+        tiny.predict(unet)
+    with pytest.raises(RuntimeError, match=message):
+        tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, proportional=True)
+
+
+def test_a_kernel_that_heeds_masks_may_take_torchs_place(kernel: Callable[[Any], None]) -> None:
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, proportional=True)
+    expected = tiny.predict(unet)
+    kernel(with_masks)
+    assert torch.equal(tiny.predict(unet), expected)
+
+
+class Counting(AttnProcessor2_0):
+    """Tells cross-attention by its encoder_hidden_states, as maps of words do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross: list[bool] = []
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, *a: Any, **m: Any
+    ) -> Tensor:
+        self.cross.append(encoder_hidden_states is not None)
+        return super().__call__(attn, hidden_states, encoder_hidden_states, *a, **m)
+
+
+class Deaf(AttnProcessor):
+    """Ignores its mask."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, *a: Any, **m: Any
+    ) -> Tensor:
+        return super().__call__(attn, hidden_states, encoder_hidden_states)
+
+
+def test_a_processor_sees_self_attention_as_self_attention() -> None:
+    unet, counting = tiny.shallow_unet(), Counting()
+    unet.set_attn_processor(counting)
+    tiny.predict(tofu_sd.apply_patch(unet, 0.5))
+    assert counting.cross == [False, True] * 4
+
+
+@pytest.mark.parametrize(
+    ("processor", "options", "message"),
+    [
+        (Counting(), {"keys_only": True}, "keys_only .* by which Counting may take it for cross-attention"),
+        (Counting(), {"merge_crossattn": True}, "merge_crossattn gives Counting fewer queries"),
+        (Deaf(), {"proportional": True}, "as an attention mask, which Deaf does not heed"),
+    ],
+)
+def test_processors_that_cannot_do_it_are_refused_by_name(processor: Any, options: Any, message: str) -> None:
+    """When the patch comes and, for a processor that comes later, when it runs."""
+    unet = tiny.shallow_unet()
+    tofu_sd.apply_patch(unet, 0.5, **options)
+    unet.set_attn_processor(processor)
+    with pytest.raises(RuntimeError, match=message):
+        tiny.predict(unet)
+    tofu_sd.remove_patch(unet)
+    with pytest.raises(RuntimeError, match=message):
+        tofu_sd.apply_patch(unet, 0.5, **options)
+    assert ratio(unet) is None
+
+
+@pytest.mark.parametrize("options", [{"keys_only": True}, {"merge_crossattn": True}], ids=str)
+def test_attend_and_excite_is_refused_in_words(options: dict[str, Any]) -> None:
+    pipe = tofu_sd.apply_patch(tiny.sd15_pipe(StableDiffusionAttendAndExcitePipeline), 0.5, **options)
+    call = {"token_indices": [1, 2], "max_iter_to_alter": 1, "attn_res": (16, 16), "num_inference_steps": 2}
+    with pytest.raises(RuntimeError, match=r"leave (keys_only|merge_crossattn) off"):
+        pipe("a fox", output_type="latent", **call)
+
+
+def test_blocks_whose_maps_a_pipeline_reads_are_not_merged() -> None:
+    """Self-attention guidance keeps the middle block's map and reads it as an image."""
+    pipe = tofu_sd.apply_patch(tiny.sd15_pipe(StableDiffusionSAGPipeline), 0.5, levels=4)
+    assert torch.isfinite(tiny.images(pipe)).all()
+    rows = {row.name: row.counts.merged for row in tofu_sd.summary(pipe).rows}
+    assert rows["mid_block.attentions.0.transformer_blocks.0"] > 0  # in calls without the pipeline's processor
+    assert min(rows.values()) > 0
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+class Step(nn.Module):
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        out: Tensor = self.unet(x, t, c, return_dict=False)[0]
+        return out
+
+
+INPUTS = tiny.noise(2, 4, 16, 16), torch.tensor(500.0), tiny.noise(2, 7, 16)
+
+
+@pytest.mark.parametrize("options", [{}, {"seed": 3}, {"share_level": True}, {"keys_only": True}], ids=str)
+def test_torch_export_takes_a_patched_model(options: dict[str, Any]) -> None:
+    step = Step(tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, **options))
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(step, INPUTS).module()(*INPUTS), step(*INPUTS))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tracing_and_onnx_are_refused_in_words() -> None:
+    """A trace would hold the matching of one size; without the patch both work."""
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch\.jit\.trace would keep .*remove_patch"):
+        torch.jit.trace(Step(unet), INPUTS)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"cannot be exported to ONNX: call tofu_sd\.remove_patch"):
+        torch.onnx.export(Step(unet), INPUTS, io.BytesIO(), dynamo=False)
+    tofu_sd.remove_patch(unet)
+    with torch.no_grad():
+        traced = torch.jit.trace(Step(unet), INPUTS, check_trace=False)
+        assert torch.equal(traced(*INPUTS), Step(unet)(*INPUTS))
