@@ -75,6 +75,52 @@ def test_two_threads_in_one_block_give_what_each_gives_alone(layer: str, options
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+def test_compiled_blocks_run_one_call_at_a_time() -> None:
+    """They have one layout for all threads: another thread's of another size would leave a block unmerged."""
+    torch._dynamo.reset()
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
+    calls = [{"seed": seed, "h": 16 + 8 * seed} for seed in range(3)]
+    alone = [tiny.predict(copy.deepcopy(unet), **call) for call in calls]
+    unet.compile_repeated_blocks(fullgraph=True, backend="eager")
+    for call in calls:
+        tiny.predict(unet, **call)
+    wrong: list[int] = []
+
+    def run(number: int) -> None:
+        for _ in range(5):
+            if not torch.equal(tiny.predict(unet, **calls[number]), alone[number]):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert all(not module._forward_hooks for module in unet.modules())
+    torch._dynamo.reset()
+
+
+def test_an_interrupted_call_does_not_lock_compiled_blocks() -> None:
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
+    canvas = unet.down_blocks[0].attentions[0]
+    hook = next(hook for hook in canvas._forward_pre_hooks.values() if isinstance(hook, patch._LayOut))
+    held = hook.one_at_a_time
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    held.hold(canvas)  # as for a compiled block beside another thread
+    handle = canvas.proj_in.register_forward_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        tiny.predict(unet)
+    handle.remove()
+    held.hold(canvas)
+    tiny.predict(unet)
+    assert not canvas._forward_hooks
+    assert held._lock.acquire(blocking=False)
+
+
 def test_maps_are_recorded_by_the_call_of_their_thread() -> None:
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
