@@ -37,7 +37,7 @@ from tqdm import tqdm
 from tofu_sd.calibrate import synchronize
 
 from . import EvalError, formats, methods, provenance, report, shapes
-from .files import check_place, listed, to_json, write
+from .files import check_place, listed, to_json, write_results
 from .methods import FULL, Method
 from .options import Help, Parser, add_device, add_dtype, as_path, at_least, choices, command, pick_device, pick_dtype
 from .peers import fused_attentions
@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr) if options.json else nullcontext():
         found = bench(options, argv)
     if options.out:
-        write(options.out, to_json(found))
+        write_results(options.out, found)
     if options.json:
         print(to_json(found["rows"]), end="")
     else:

@@ -41,7 +41,7 @@ from tofu_sd.vit import RECIPES
 
 from . import EvalError, classifiers, formats, labelled, plots, provenance
 from .classifiers import Classifier
-from .files import check_place, png, write, write_json
+from .files import check_place, png, write, write_results
 from .flops import FORMULAS
 from .frontier import COLOURS
 from .labelled import Labelled
@@ -253,7 +253,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     # what half precision rounds away would be taken for a bend
     straight = [host.linearity(deepcopy(one.model).float(), held).mean(dim=1).tolist() for one in models]
     found = {"schema": SCHEMA, "settings": settings, "rows": rows, "linearity": straight, "provenance": told}
-    write_json(out / "classify.json", found)
+    write_results(out / "classify.json", found)
     if not options.stress:
         drawing = plot(found)
         write(out / "plot.svg", drawing)

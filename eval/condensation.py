@@ -24,7 +24,7 @@ from tofu_sd.adaptivision import AdaptiVision
 
 from . import classifiers, formats, provenance, train
 from .classifiers import WEIGHTS
-from .files import check_place, write_json
+from .files import check_place, write_results
 from .flops import FORMULAS
 from .labelled import Labelled
 from .options import Help, Parser, add_device, as_path, at_least, choices, command, pick_device, whole_numbers
@@ -142,7 +142,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
                 "clusters": options.clusters, "n": rights.shape[1], "classes": len(fresh.classes),
                 "device": provenance.device_name(device), "torch": str(torch.__version__)}  # fmt: skip
     found = {"schema": SCHEMA, "settings": settings, "rows": rows, "provenance": told}
-    write_json(options.out / "condensation.json", found)
+    write_results(options.out / "condensation.json", found)
     return found
 
 

@@ -6,9 +6,11 @@ import codecs
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -49,6 +51,19 @@ def write(path: Path, content: bytes | str) -> None:
         if isinstance(error, OSError) and error.errno and error.filename != str(path.parent):
             raise OSError(error.errno, error.strerror, str(path)) from error  # nobody knows the temporary file
         raise
+
+
+def write_results(path: Path, value: Any) -> None:
+    """Writes results as JSON. Earlier results of other content stay, under the next free number (`name.1.json`).
+
+    A line on stderr names the file that holds them.
+    """
+    content = to_json(value)
+    if path.is_file() and path.read_bytes() != content.encode():
+        kept = next(p for n in itertools.count(1) if not (p := path.with_suffix(f".{n}{path.suffix}")).exists())
+        path.rename(kept)
+        print(f"{path.name} held earlier results, which are kept in {kept.name}", file=sys.stderr)
+    write(path, content)
 
 
 def explain(error: OSError) -> str:

@@ -31,6 +31,7 @@ from eval import (
     spreadsheet,
 )
 from eval import run as job
+from eval.files import write_results
 
 ROOT = Path(__file__).parent.parent
 FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-cat", "@SUM(A1)", "\t=1", "'=1+1", "''=1"]
@@ -360,3 +361,16 @@ def test_the_hash_of_a_table_is_of_what_it_holds():
     assert spreadsheet.digest(table) == hashlib.sha256(table.encode()).hexdigest()
     assert spreadsheet.digest('"a"\n"x, y"\n"z"\n') == spreadsheet.digest(table)
     assert spreadsheet.digest(table.replace("z", "w")) != spreadsheet.digest(table)
+
+
+def test_earlier_results_are_kept_under_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second run into one file, as of eval.bench, takes nothing away."""
+    path = tmp_path / "bench.json"
+    for value in (1, 2, 2, 3):
+        write_results(path, {"value": value})
+    held = {file.name: json.loads(file.read_text())["value"] for file in tmp_path.iterdir()}
+    assert held == {"bench.json": 3, "bench.1.json": 1, "bench.2.json": 2}
+    assert capsys.readouterr().err.splitlines() == [
+        "bench.json held earlier results, which are kept in bench.1.json",
+        "bench.json held earlier results, which are kept in bench.2.json",
+    ]

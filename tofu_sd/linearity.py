@@ -292,7 +292,7 @@ class Curve:
             curve = cls(**{**told, "measured": [Linearity(**one) for one in told["measured"]]})
             if curve.fused and set(curve.fused).issubset(by_depth(curve.measured, [curve.deciding])):
                 return curve
-        except (json.JSONDecodeError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             pass
         raise ValueError(f"{Path(file).name} holds no measurements of this program")
 
