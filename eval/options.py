@@ -17,11 +17,11 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import torch
 from tqdm import tqdm
 
+from tofu_sd.interrupts import STOPPED, interrupted, interruptible
 from tofu_sd.policy import did_you_mean
 
 from . import EvalError
 from .files import PASSING, explain, without_paths
-from .interrupts import STOPPED, interrupted, interruptible
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -12,11 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from eval import EvalError, files, interrupts, labelled, prompts
+from eval import EvalError, files, labelled, prompts
 from eval.options import as_path, command
+from tofu_sd import interrupts
 
 ROOT = Path(__file__).parent.parent
-PROGRAMS = sorted(path.stem for path in (ROOT / "eval").glob("*.py") if "__main__" in path.read_text(encoding="utf-8"))
+PROGRAMS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in ("eval", "tofu_sd")
+    for path in (ROOT / folder).rglob("*.py")
+    if "if __name__ ==" in path.read_text(encoding="utf-8")
+)
 # in torch's place: Ctrl-C in the middle of an import, which a library hides
 INTERRUPTED = """
 import os, signal, time
@@ -39,7 +45,7 @@ def start(name: str, tmp_path: Path, stub: str) -> subprocess.CompletedProcess[s
     (tmp_path / "torch.py").write_text(stub)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     return subprocess.run(
-        [sys.executable, "-m", f"eval.{name}"],
+        [sys.executable, "-m", name],
         env=environment, cwd=tmp_path, capture_output=True, text=True, preexec_fn=in_the_foreground,
     )  # fmt: skip
 
@@ -55,7 +61,7 @@ def test_ctrl_c_during_imports_is_one_line(name, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
 
 
-@pytest.mark.parametrize("name", ["run", "prompts", "standin"])
+@pytest.mark.parametrize("name", ["eval.run", "eval.prompts", "tofu_sd.linearity"])
 def test_a_package_that_is_missing_is_one_line(name, tmp_path):
     done = start(name, tmp_path, 'raise ModuleNotFoundError("No module named \'numpy\'", name="numpy")')
     assert (done.returncode, done.stdout) == (2, "")
@@ -65,7 +71,7 @@ def test_a_package_that_is_missing_is_one_line(name, tmp_path):
 
 
 def test_a_bug_in_an_import_is_not_hidden(tmp_path):
-    done = start("report", tmp_path, 'raise RuntimeError("a bug")')
+    done = start("eval.report", tmp_path, 'raise RuntimeError("a bug")')
     assert done.returncode == 1
     assert done.stderr.endswith("RuntimeError: a bug\n")
 

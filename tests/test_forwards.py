@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from patcher_host import ForgePatcher, Patcher, UNetModel, attention
 from torch import Tensor
 
 import tofu_sd
-from tofu_sd import patch, step_tracker
+from tofu_sd import TokenFusion, patch, step_tracker
+from tofu_sd.hosts.patcher import patch_model
 from tofu_sd.step_tracker import ImagePart, StepTracker
 
 OVER_STEPS: dict[str, dict[str, Any]] = {
@@ -87,7 +89,7 @@ def test_compiled_blocks_run_one_call_at_a_time() -> None:
     wrong: list[int] = []
 
     def run(number: int) -> None:
-        for _ in range(5):
+        for _ in range(3):
             if not torch.equal(tiny.predict(unet, **calls[number]), alone[number]):
                 wrong.append(number)
 
@@ -183,6 +185,30 @@ SEQUENCES: dict[str, tuple[dict[str, Tensor], dict[str, Tensor], Callable[[int],
 @pytest.mark.parametrize("sequence", SEQUENCES)
 def test_each_part_of_an_image_comes_out_as_it_does_alone(sequence: str, options: dict[str, Any]) -> None:
     check_parts(tiny.shallow_unet(), *SEQUENCES[sequence], **options)
+
+
+@pytest.mark.parametrize("program", [Patcher, ForgePatcher])
+@pytest.mark.parametrize("sequence", SEQUENCES)
+@pytest.mark.parametrize("every", [2, 3])
+def test_parts_keep_to_themselves_in_programs_with_patches(every: int, sequence: str, program: Any) -> None:
+    """ComfyUI calls a model once for each area and says which; the schedule is one tensor in all steps."""
+    contents, prompts, order = SEQUENCES[sequence]
+    schedule, unet = torch.tensor(TIMES) / 100, UNetModel(tiny.shallow_unet())
+
+    def generated(names: str) -> dict[tuple[str, int, int], Tensor]:
+        model, _ = patch_model(program(unet), TokenFusion(0.5, match_every=every), attention)
+        results: dict[tuple[str, int, int], Tensor] = {}
+        for step, t in enumerate(TIMES):
+            for name in [name for name in order(step) if name in names]:
+                again = sum(key[:2] == (name, step) for key in results)
+                shown = {"sample_sigmas": schedule, "uuids": [id(prompts[name])]}
+                sample = contents[name] + 0.1 * step + 0.01 * again
+                results[name, step, again] = model.predict(sample, t, prompts[name], None, **shown)
+        return results
+
+    together = generated("abc")
+    for name in contents:
+        assert all(torch.equal(together[key], value) for key, value in generated(name).items())
 
 
 @pytest.mark.parametrize("sequence", ["tiles with one prompt", "areas with prompts of their own"])

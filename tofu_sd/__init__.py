@@ -4,6 +4,12 @@ import tofu_sd
 tofu_sd.apply_patch(pipe, ratio=0.5)
 """
 
+from . import interrupts
+
+if interrupts.is_command():  # before the modules that take seconds to import
+    interrupts.guard()
+
+# isort: split
 from . import demo, recipes
 from .api import apply_patch, patched, remove_patch, summary, watch
 from .policy import TokenFusion

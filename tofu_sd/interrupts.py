@@ -24,8 +24,8 @@ def guard() -> None:
 
 
 def is_command() -> bool:
-    """Whether Python was started as `python -m eval.NAME` and has not yet run the module."""
-    started = any(part.removeprefix("-m").startswith("eval.") for part in sys.orig_argv)
+    """Whether Python was started as `python -m eval.NAME` or `-m tofu_sd.NAME` and has not yet run the module."""
+    started = any(part.removeprefix("-m").startswith(("eval.", "tofu_sd.")) for part in sys.orig_argv)
     return sys.argv[:1] == ["-m"] and started
 
 
