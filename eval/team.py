@@ -5,6 +5,7 @@ What each of them does is fixed by its rank alone, so that they share nothing bu
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from collections.abc import Sequence
@@ -72,4 +73,6 @@ def assemble(cpu: bool) -> Team:
             f"WORLD_SIZE says that this is one of {size} processes, and accelerate finds {state.num_processes}: "
             "start them by accelerate launch or torchrun, or each by itself with --shard"
         )
+    # PyTorch's threads that still wait for messages at the end of a process now and then abort it ("terminate called")
+    atexit.register(state.destroy_process_group)
     return Team(state.process_index, state.num_processes, None if cpu else state.device)

@@ -1018,6 +1018,17 @@ def test_processes_that_cannot_find_each_other_are_refused(monkeypatch):
         team.assemble(cpu=False)
 
 
+def test_processes_part_before_they_end(monkeypatch):
+    """A process group that is still open at the end of a process now and then aborts it (exit code -6)."""
+    state = Namespace(num_processes=2, process_index=1, device=None, destroy_process_group=lambda: None)
+    registered = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+    monkeypatch.setattr("atexit.register", registered.append)
+    team.assemble(cpu=True)
+    assert registered == [state.destroy_process_group]
+
+
 def test_where_there_is_no_accelerator_a_team_is_one_of_cpus(tiny, monkeypatch):
     seen = []
     monkeypatch.setattr(job, "pick_device", lambda name: torch.device("cpu" if name == "auto" else name))
