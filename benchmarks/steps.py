@@ -7,7 +7,6 @@ import sys
 import time
 
 import torch
-
 from tofu_sd.match import bipartite_soft_matching, partition
 from tofu_sd.reduce import mean, mlerp, prune, unmerge
 

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 
 from tofu_sd import recipes
 
-from . import EvalError, peers, run
-from .options import Help, Parser, choices, command
+from . import EvalError
+from .common.cli import Help, Parser, choices, command
+from .evaluation.printed import run_and_print
+from .methods import peers
 
 FORMS = {"plain": "{}", "p": "{}+p", "kv": "kv:{}", "kv+p": "kv:{}+p"}
 REDUCTIONS = ("tofu", "tome", "prune", "mlerp")
@@ -75,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         raise EvalError("the grid names the methods: --reduction, --form, --with and --also")
     methods = grid(asked.reduction, asked.form, asked.options, asked.also)
     counted = [] if "--metrics-only" in rest else ["--flops"]
-    return run.main(["--method", methods, "--ratio", asked.ratio, *counted, *rest])
+    return run_and_print(["--method", methods, "--ratio", asked.ratio, *counted, *rest])
 
 
 if __name__ == "__main__":

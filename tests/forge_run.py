@@ -36,7 +36,7 @@ else:
 from safetensors.torch import save_file  # noqa: E402
 
 from tofu_sd import TokenFusion  # noqa: E402
-from tofu_sd.hosts.patcher import patch_model  # noqa: E402
+from tofu_sd.hosts._model_patcher import patch_model  # noqa: E402
 
 SHAPES = {
     "sd15": {**COMMON, "num_res_blocks": [2] * 4, "channel_mult": (1, 2, 2, 2), "transformer_depth": [1] * 6 + [0] * 2,

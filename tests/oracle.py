@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tofu_sd.match import bipartite_soft_matching, partition
-from tofu_sd.reduce import Reduction, mlerp, prune, unmerge
+from tofu_sd.core.matching import bipartite_soft_matching
+from tofu_sd.core.partition import partition
+from tofu_sd.core.reductions import Reduction, mlerp, prune, unmerge
 
 TOP = {
     "UNet2DConditionModel": (0, -1),

@@ -20,12 +20,13 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import tofu_sd
-from tofu_sd import TokenFusion, patch, recipes
-from tofu_sd.match import alike
-from tofu_sd.policy import BUCKETS, falling_threshold
-from tofu_sd.reduce import prune
-from tofu_sd.step_tracker import ImagePart
-from tofu_sd.vit import AdaptiveReduction
+from tofu_sd import TokenFusion, recipes
+from tofu_sd.config import BUCKETS, falling_threshold
+from tofu_sd.core.matching import alike
+from tofu_sd.core.reductions import prune
+from tofu_sd.patching import block_state, hooks, patch
+from tofu_sd.patching.image_parts import ImagePart
+from tofu_sd.vit.methods import AdaptiveReduction
 
 ALL = {"threshold": -1}  # every cosine is above it
 NONE = {"threshold": 1.5}
@@ -122,7 +123,7 @@ def test_each_bucket_is_the_fixed_ratio_of_as_many_tokens(eighth: int, monkeypat
     tofu_sd.apply_patch(unet, 0.75, threshold=0.5, proportional=True)
     for state in states(unet):
         state.passing.alike = float(r)
-    monkeypatch.setattr(patch, "recall_counts", lambda *_: None)
+    monkeypatch.setattr(hooks, "recall_counts", lambda *_: None)
     assert torch.equal(tiny.predict(unet), fixed)
 
 
@@ -212,11 +213,11 @@ def test_a_block_that_is_passed_over_keeps_its_count() -> None:
     part = ImagePart(None, 900, torch.zeros(1), None)
 
     def step(*best: Tensor | None, first: bool = False) -> tuple[float, float]:
-        patch.recall_counts(sites, part, first)
+        block_state.recall_counts(sites, part, first)
         counted = ran.passing.alike, passed.passing.alike
         for site, found in zip(sites, best, strict=True):
             site.passing.best = found
-        patch.keep_best(sites, part)
+        block_state.keep_best(sites, part)
         return counted
 
     some = torch.tensor([[0.9, 0.6, 0.1], [0.7, 0.1, 0.1]])
@@ -231,7 +232,7 @@ def test_copies_count_for_themselves() -> None:
     expected = picture(unet)
     other = copy.deepcopy(unet)
     assert equal(picture(other), expected)
-    assert all(state.passing == patch.Passing() for state in states(copy.deepcopy(unet)))
+    assert all(state.passing == block_state.Passing() for state in states(copy.deepcopy(unet)))
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tofu_sd.adaptivision import (
+from research.adaptivision.model import (
     AdaptiveFocusAttention,
     AdaptiVision,
     CrossModalTokenFusion,
@@ -18,7 +18,7 @@ from tofu_sd.adaptivision import (
     alignment_loss,
     pool,
 )
-from tofu_sd.match import soft_assignment
+from tofu_sd.core.matching import soft_assignment
 
 
 def tokens(*shape, seed=0):

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import tofu_sd
-from tofu_sd import calibrate
-from tofu_sd.patch import patch_of
+from tofu_sd.patching import autotune as calibrate
+from tofu_sd.patching.patch import patch_of
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,9 @@ from torch._dynamo.testing import CompileCounter
 
 import tofu_sd
 from tofu_sd import TokenFusion
-from tofu_sd.match import partition
+from tofu_sd.core.partition import partition
+from tofu_sd.core.reductions import prune
 from tofu_sd.recipes import named
-from tofu_sd.reduce import prune
 
 SIZES = [(16, 16), (24, 16), (16, 24), (32, 16), (8, 24), (40, 16), (20, 20), (17, 13)]
 RATIOS = [0.5, 0.25, 0.75, 0.1, 0.6]

@@ -14,11 +14,12 @@ from torch import Tensor
 
 import tofu_sd
 from tofu_sd import TokenFusion, recipes
-from tofu_sd.clock import Clock
-from tofu_sd.match import Windows, condense, soft_assignment
-from tofu_sd.proportional import weighted_attention
-from tofu_sd.reduce import mean, unmerge
-from tofu_sd.tokens import SoftMap
+from tofu_sd.core.matching import condense, soft_assignment
+from tofu_sd.core.partition import Windows
+from tofu_sd.core.proportional import weighted_attention
+from tofu_sd.core.reductions import mean, unmerge
+from tofu_sd.core.token_map import SoftMap
+from tofu_sd.patching.step_tracker import Clock
 
 CPU = torch.device("cpu")
 COLD = 1e-7

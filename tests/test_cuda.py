@@ -11,9 +11,10 @@ from oracle import oracle
 from torch import Tensor
 
 import tofu_sd
-from tofu_sd.match import bipartite_soft_matching, partition
-from tofu_sd.proportional import attend, by_channel, by_mask
-from tofu_sd.reduce import REDUCTIONS
+from tofu_sd.core.matching import bipartite_soft_matching
+from tofu_sd.core.partition import partition
+from tofu_sd.core.proportional import attend, by_channel, by_mask
+from tofu_sd.core.reductions import REDUCTIONS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -86,8 +87,9 @@ def test_weighted_attention_is_right_by_whichever_way_it_goes() -> None:
 
 
 def test_the_memory_of_what_runs_beside_a_method_is_not_the_methods() -> None:
-    from eval import generate, methods
-    from eval.prompts import Request
+    from eval.images import generate
+    from eval.images.requests import Request
+    from eval.methods import registry as methods
 
     settings = generate.Settings("m", "p", "own", "h", 0, 64, 2, None, 1, "cuda", "float32", "a", "t", "d", "tf")
     pipe, requests = tiny.sd15_pipe().to("cuda"), [Request("0000", "a fox", 0)]

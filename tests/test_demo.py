@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 import tofu_sd
+from eval.metrics.statistics import wilson
+from research.demo_training.check import digests, draw, main
+from research.demo_training.stages import judge_accuracy
 from tofu_sd.demo import GUIDANCE, WEIGHTS
-from tofu_sd.demo.check import digests, draw, main, wilson
-from tofu_sd.demo.scenes import CLASSES
-from tofu_sd.demo.train import judge_accuracy
+from tofu_sd.demo.scene_classes import CLASSES
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -49,7 +50,7 @@ def test_it_stays_small_and_its_weights_are_the_documented_ones():
 
 
 def test_its_figures_are_those_of_these_weights_and_good_enough():
-    """What `python -m tofu_sd.demo.check --out benchmarks/results/demo-check.json` wrote, in some minutes."""
+    """What `python -m research.demo_training.check --out benchmarks/results/demo-check.json` wrote, in some minutes."""
     figures = json.loads((ROOT / "benchmarks" / "results" / "demo-check.json").read_text())
     assert figures["weights"] == digests()
     assert (figures["n"], figures["steps"], figures["guidance"]) == (240, 20, GUIDANCE)
@@ -79,7 +80,7 @@ def judged(pictures):
 
 
 def test_it_draws_what_is_asked_for(pipe):
-    """240 pictures are judged by `python -m tofu_sd.demo.check`; 6 of them here, of which 90 % would be 5.4."""
+    """`python -m research.demo_training.check` judges 240 images; 6 of them here, of which 90 % would be 5.4."""
     assert judged(draw(pipe, 6, steps=15, guidance=GUIDANCE, size=256, batch=6)) >= 0.8
 
 
@@ -132,5 +133,5 @@ def test_wilsons_interval_ends_where_the_share_is_just_possible():
 def test_a_missing_weights_folder_is_not_silent(monkeypatch, tmp_path):
     monkeypatch.setattr("tofu_sd.demo.WEIGHTS", Path(tmp_path / "none"))
     for missing in (tofu_sd.demo.load, tofu_sd.demo.judge):
-        with pytest.raises(FileNotFoundError, match=r"none: .*python -m tofu_sd\.demo\.train"):
+        with pytest.raises(FileNotFoundError, match=r"none: .*python -m research\.demo_training\.train"):
             missing()

@@ -11,8 +11,8 @@ USES = [
     APPLY,
     "tofu_sd.demo.load()",
     "tofu_sd.demo.judge()",
-    "import tofu_sd.demo.check",
-    "import tofu_sd.demo.train",
+    "import research.demo_training.check",
+    "import research.demo_training.train",
 ]
 
 

@@ -21,7 +21,7 @@ from test_patch import anatomy
 from torch import Tensor
 
 import tofu_sd
-from tofu_sd.reduce import mean
+from tofu_sd.core.reductions import mean
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "ratio below 0": ({"ratio": -0.1}, ValueError, r"ratio is -0\.1; it must lie between 0 and 0\.75"),

@@ -12,9 +12,16 @@ from diffusers import UNet2DConditionModel
 from torch._dynamo.testing import CompileCounter
 
 import tofu_sd
-import tofu_sd.patch
-from eval import bench, methods, peers, shapes
-from eval.shapes import CASES, Case
+import tofu_sd.patching.patch
+from eval import bench as bench_module
+from eval.methods import peers
+from eval.methods import registry as methods
+from eval.speed import benchmark as bench
+from eval.speed import contender as contender_module
+from eval.speed import model_shapes as shapes
+from eval.speed import tables
+from eval.speed.model_shapes import CASES, Case
+from tofu_sd.patching import block_state
 
 CPU = torch.device("cpu")
 T = torch.tensor(500)
@@ -75,7 +82,7 @@ def test_the_ideal_attends_to_the_first_tokens_alone() -> None:
 
 
 def run(capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, Any]]:
-    assert bench.main(["--case", "small-128", "--device", "cpu", "--rounds", "3", "--json", *options]) == 0
+    assert bench_module.main(["--case", "small-128", "--device", "cpu", "--rounds", "3", "--json", *options]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -121,31 +128,31 @@ def test_what_there_was_no_time_for_is_a_row_that_says_so(
 def test_the_table_holds_speed_and_quality(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rows = run(capsys, "--method", "tofu,tome+p", "--scope", "attention", "--out", str(tmp_path / "b.json"))
     figures = {"tofu-r50": {"PSNR ↑": "36.65 (35.60–37.61)", "n": "96"}, "not-here": {"PSNR ↑": "1", "n": "7"}}
-    text = bench.markdown(bench.read(tmp_path / "b.json"), figures)
+    text = tables.markdown(tables.read(tmp_path / "b.json"), figures)
     assert "PSNR, LPIPS: of 96 of the embedded model's pictures" in text  # a figure goes nowhere without its n
     line = next(line for line in text.splitlines() if line.startswith("| tofu "))
     assert f"{1000 * rows[2]['p50']:.1f} (" in line
     assert line.endswith("| 36.65 (35.60–37.61) |")
     assert next(line for line in text.splitlines() if line.startswith("| tome+p ")).endswith("| – |")
     assert "`python -m eval.bench --case small-128" in text
-    assert bench.main(["--table", str(tmp_path / "b.json"), "--method", "tofu", "--scope", "attention"]) == 0
+    assert bench_module.main(["--table", str(tmp_path / "b.json"), "--method", "tofu", "--scope", "attention"]) == 0
     printed = capsys.readouterr().out
     assert [line.split(" |")[0] for line in printed.splitlines() if line.startswith("| ")] == [
         "| method", "| full", "| ideal", "| tofu"
     ]  # fmt: skip
-    assert bench.main(["--table", str(tmp_path / "b.json"), "--method", "tofoo"]) == 2
+    assert bench_module.main(["--table", str(tmp_path / "b.json"), "--method", "tofoo"]) == 2
     assert "unknown method 'tofoo' (did you mean 'tofu'?)" in capsys.readouterr().err
-    assert bench.main(["--table", str(tmp_path / "none.json")]) == 2
+    assert bench_module.main(["--table", str(tmp_path / "none.json")]) == 2
     assert "none.json holds no results" in capsys.readouterr().err
 
 
 def test_rounds_are_compared_one_by_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Medians hide how often the order turns."""
     run(capsys, "--method", "tofu,tomesd", "--scope", "attention", "--out", str(tmp_path / "b.json"))
-    found = bench.read(tmp_path / "b.json")
+    found = tables.read(tmp_path / "b.json")
     rows = {row["method"]: row for row in found["rows"]}
     rows["tofu"]["samples"], rows["tomesd"]["samples"] = [1.0, 3.0, 1.0], [2.0, 2.0, 2.0]
-    lines = [line.split(" | ") for line in bench.markdown(found, {}).splitlines() if line.startswith("| ")]
+    lines = [line.split(" | ") for line in tables.markdown(found, {}).splitlines() if line.startswith("| ")]
     at = lines[0].index("rounds ahead of tomesd |")
     told = {line[0].strip("| "): line[at].strip("| ") for line in lines[1:]}
     assert (told["tofu"], told["tomesd"]) == ("2 of 3", "–")
@@ -190,8 +197,8 @@ def test_what_saves_over_several_steps_is_measured_over_as_many(
 ) -> None:
     """One step alone would show the step that costs all, or one that costs nothing."""
     matched: list[int] = []
-    plain = tofu_sd.patch.most_similar
-    monkeypatch.setattr(tofu_sd.patch, "most_similar", lambda *args: matched.append(1) or plain(*args))
+    plain = block_state.most_similar
+    monkeypatch.setattr(block_state, "most_similar", lambda *args: matched.append(1) or plain(*args))
     steps: list[int] = []
     ran = bench.Contender.sample
 
@@ -258,7 +265,7 @@ def test_backends_are_used(backend: str, capsys: pytest.CaptureFixture[str]) -> 
     ],
 )
 def test_bad_input_is_told_in_a_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(options) == 2
+    assert bench_module.main(options) == 2
     told = capsys.readouterr()
     assert message in told.err
     assert told.out == ""
@@ -269,4 +276,4 @@ def test_memory_held_for_a_moment_counts() -> None:
         for _ in range(3):
             torch.ones(2**20).add_(1)
 
-    assert 2**22 <= bench.peak(run, CPU) < 2**22 + 2**16
+    assert 2**22 <= contender_module.peak(run, CPU) < 2**22 + 2**16

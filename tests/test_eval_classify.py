@@ -15,11 +15,19 @@ from rich.console import Console
 
 timm = pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
 
-from eval import EvalError, classifiers, classify, labelled, pages, reductions, table, train  # noqa: E402
+from eval import EvalError  # noqa: E402
+from eval.reporting import pages  # noqa: E402
+from eval.reporting import tables as table  # noqa: E402
+from research.classifiers import datasets as labelled  # noqa: E402
+from research.classifiers import evaluate as classify  # noqa: E402
+from research.classifiers import methods as reductions  # noqa: E402
+from research.classifiers import models as classifiers  # noqa: E402
+from research.classifiers import train  # noqa: E402
+from research.demo_training.scenes import render  # noqa: E402
 from tofu_sd import demo  # noqa: E402
-from tofu_sd.demo.scenes import CLASSES, render  # noqa: E402
-from tofu_sd.reduce import mean, mlerp, prune  # noqa: E402
-from tofu_sd.vit import AdaptiveReduction, TokenReduction  # noqa: E402
+from tofu_sd.core.reductions import mean, mlerp, prune  # noqa: E402
+from tofu_sd.demo.scene_classes import CLASSES  # noqa: E402
+from tofu_sd.vit.methods import AdaptiveReduction, TokenReduction  # noqa: E402
 
 SMALL = [
     "--stem",
@@ -595,12 +603,14 @@ def test_a_group_is_shown_in_its_mean_colour():
 def test_the_table_of_a_folder_is_a_page_s(trained, pictures, tmp_path, capsys):
     run(trained, pictures, tmp_path, "--method", "tome", "--r", "8")
     capsys.readouterr()
-    page = f"a\n<!-- python -m eval.classify --table {tmp_path} -->\nwhat stood there\n<!-- end -->\n"
+    page = f"a\n<!-- python -m research.classifiers.classify --table {tmp_path} -->\nwhat stood there\n<!-- end -->\n"
     filled = pages.filled(page)
     assert "| tome, r = 8 | " in filled
     assert "2 classifiers of seeds 0, 1" in filled
     assert "what stood there" not in filled
-    lines = pages.filled(f"<!-- python -m eval.classify --linearity {tmp_path} -->\n<!-- end -->\n").splitlines()
+    lines = pages.filled(
+        f"<!-- python -m research.classifiers.classify --linearity {tmp_path} -->\n<!-- end -->\n"
+    ).splitlines()
     assert [line.split(" | ")[0] for line in lines if line[:3] in ("| 0", "| 1", "| 2", "| 3")] == [
         "| 0", "| 1", "| 2", "| 3",
     ]  # fmt: skip
@@ -650,7 +660,7 @@ def test_what_cannot_be_is_told_in_a_line_before_anything_is_written(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--table", "nowhere"], "nowhere holds no results of eval.classify"),
+        (["--table", "nowhere"], "nowhere holds no results of research.classifiers.classify"),
         (["--table", "nowhere", "--limit", "3"], "--limit says nothing of --table"),
         (["--linearity", "nowhere", "--maps", "a.png"], "--maps says nothing of --linearity"),
         (["--linearity", "nowhere", "--rows", "full"], "--rows says nothing of --linearity"),

@@ -9,8 +9,13 @@ import torch
 
 pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
 
-from eval import classifiers, condensation, labelled, pages, train
-from tofu_sd.demo.scenes import CLASSES, nearness, render
+from eval.reporting import pages
+from research.adaptivision import ablations as condensation
+from research.classifiers import datasets as labelled
+from research.classifiers import models as classifiers
+from research.classifiers import train
+from research.demo_training.scenes import nearness, render
+from tofu_sd.demo.scene_classes import CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,7 @@ def test_a_variant_is_trained_as_often_as_there_are_seeds(few, tmp_path):
 
 
 def test_its_tables_stand_in_a_page(few, trained):
-    page = f"<!-- python -m eval.condensation --table {trained[0]} --of strategy -->\n<!-- end -->\n"
+    page = f"<!-- python -m research.adaptivision.ablations --table {trained[0]} --of strategy -->\n<!-- end -->\n"
     filled = pages.filled(page)
     assert "**How tokens become fewer (table 5)**" in filled
     assert filled.count("\n| ") == 1 + 4
@@ -106,7 +111,7 @@ def test_guidance_is_of_the_pictures_beside_it(few, tmp_path):
         (["--seeds", "one"], "'one' is not a whole number"),
         (["--clusters", "48"], "'48' is neither two numbers such as 16,64 nor none"),
         (["--clusters", "48,12"], "clusters is (48, 12); it must be the fewest and the most"),
-        (["--table", "nowhere"], "nowhere holds no results of eval.condensation"),
+        (["--table", "nowhere"], "nowhere holds no results of research.adaptivision.ablations"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(few, tmp_path, capsys, options, said):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval import EvalError, divergence
-from tofu_sd.demo.train import fit
+from eval import EvalError
+from research.classifiers import divergence
+from research.demo_training.fit import fit
 
 STATE = {"optimiser": {}, "step": 7, "spent": 1.0, "curve": []}
 
@@ -94,9 +95,10 @@ SIZES = ["--kind", "adaptivision", "--stem", "patches", "--side", "32", "--patch
 
 @pytest.fixture
 def train(monkeypatch, tmp_path):
-    """eval.train on a few pictures of noise, in an empty folder."""
+    """research.classifiers.train on a few pictures of noise, in an empty folder."""
     pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
-    from eval import labelled, train
+    from research.classifiers import datasets as labelled
+    from research.classifiers import train
 
     class Noise(torch.utils.data.Dataset):
         targets = [0, 1] * 16
@@ -116,7 +118,7 @@ def train(monkeypatch, tmp_path):
 @pytest.mark.parametrize("often", [False, True])
 def test_a_training_that_diverges_stops_at_once(train, monkeypatch, capsys, often):
     if often:  # a checkpoint after every step
-        monkeypatch.setattr("tofu_sd.demo.train.CHECKPOINT_SECONDS", -1)
+        monkeypatch.setattr("research.demo_training.fit.CHECKPOINT_SECONDS", -1)
     steps = itertools.count()
     monkeypatch.setattr(train, "augmented", lambda pictures, g: (next(steps), pictures)[1])
     assert train.main(["--out", "out", "--rate", "1e9", "--samples", "3200", *SIZES]) == 2

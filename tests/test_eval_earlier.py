@@ -11,10 +11,15 @@ import pytest
 from test_eval_run import COMMAND, ToyJudge
 from tiny import SHALLOW, sd15_pipe
 
-from eval import files, generate, metrics, peers
-from eval import run as job
-from eval.methods import SCALE, parse
-from eval.prompts import Request
+from eval import run
+from eval.common import files
+from eval.evaluation import execute as job
+from eval.evaluation import plan
+from eval.images import output_dir
+from eval.images.requests import Request
+from eval.methods import peers
+from eval.methods.registry import SCALE, parse
+from eval.metrics import registry as metrics
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +37,8 @@ def made(tmp_path_factory, pipe):
     folder = tmp_path_factory.mktemp("made")
     (folder / "own.txt").write_text("\n".join(PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "load_model", lambda *_: (pipe, ToyJudge()))
-        assert job.main([*PLAIN, str(folder / "own.txt"), "--method", "tofu", "--out", str(folder / "out")]) == 0
+        patch.setattr(plan, "load_model", lambda *_: (pipe, ToyJudge()))
+        assert run.main([*PLAIN, str(folder / "own.txt"), "--method", "tofu", "--out", str(folder / "out")]) == 0
     return folder / "out"
 
 
@@ -47,7 +52,7 @@ def finished(command, made):
 @pytest.fixture
 def command(monkeypatch, tmp_path, pipe):
     """A run of five prompts into the folder out, of the tiny pipeline."""
-    monkeypatch.setattr(job, "load_model", lambda *_: (pipe, ToyJudge()))
+    monkeypatch.setattr(plan, "load_model", lambda *_: (pipe, ToyJudge()))
     (tmp_path / "own.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -71,7 +76,7 @@ def refusal(capsys, *arguments):
     """The one line of a run that is refused; nothing in the folder has changed."""
     before, images = written(), sorted(Path("out").rglob("*.png"))
     capsys.readouterr()
-    assert job.main(list(arguments)) == 2
+    assert run.main(list(arguments)) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: --out out: ")
     assert told.count("\n") == 1
@@ -80,9 +85,9 @@ def refusal(capsys, *arguments):
 
 
 def test_another_method_is_a_further_row(command):
-    assert job.main([*command, "--method", "tofu", "--scale-row"]) == 0
+    assert run.main([*command, "--method", "tofu", "--scale-row"]) == 0
     before = rows()
-    assert job.main([*command, "--method", "prune", "--ratio", "0.25"]) == 0
+    assert run.main([*command, "--method", "prune", "--ratio", "0.25"]) == 0
     after = rows()
     assert list(after) == ["full", "tofu-r50", "prune-r25", SCALE.key]
     for key, row in before.items():
@@ -95,16 +100,16 @@ def test_another_method_is_a_further_row(command):
 
 
 def test_the_baseline_against_itself_stays(command):
-    assert job.main([*command, "--method", "full,tofu"]) == 0
-    assert job.main([*command, "--method", "prune"]) == 0
+    assert run.main([*command, "--method", "full,tofu"]) == 0
+    assert run.main([*command, "--method", "prune"]) == 0
     assert rows()["full"]["metrics"]["PSNR"]["infinite"] == 5
     assert list(rows()) == ["full", "tofu-r50", "prune-r50"]
 
 
 def test_measuring_alone_keeps_the_rows_too(finished):
-    assert job.main([*finished, "--method", "prune", "--generate-only"]) == 0
+    assert run.main([*finished, "--method", "prune", "--generate-only"]) == 0
     assert list(rows()) == ["full", "tofu-r50"]  # the stage that measures nothing changes no figures
-    assert job.main([*finished, "--method", "prune", "--metrics-only"]) == 0
+    assert run.main([*finished, "--method", "prune", "--metrics-only"]) == 0
     assert list(rows()) == ["full", "tofu-r50", "prune-r50"]
 
 
@@ -112,9 +117,9 @@ def test_options_and_stacked_methods_are_found_again_by_their_rows(command):
     names = "kv:tome+p,tofu@window=8,todo"
     if peers.STACKED["deepcache"].missing is None:
         names += ",deepcache,deepcache:tofu"
-    assert job.main([*command, "--method", names, "--limit", "1"]) == 0
+    assert run.main([*command, "--method", names, "--limit", "1"]) == 0
     before = list(rows())
-    assert job.main([*command, "--method", "prune", "--limit", "1"]) == 0
+    assert run.main([*command, "--method", "prune", "--limit", "1"]) == 0
     assert list(rows()) == [*before, "prune-r50"]
 
 
@@ -129,25 +134,25 @@ def test_figures_of_more_images_are_not_replaced(finished, capsys, fewer, method
 
 
 def test_more_images_are_added_for_all_methods_or_for_none(command, capsys):
-    assert job.main([*command, "--method", "tofu", "--limit", "2"]) == 0
+    assert run.main([*command, "--method", "tofu", "--limit", "2"]) == 0
     told = refusal(capsys, *command, "--method", "prune")
     assert "its results have tofu-r50, of which 2 of 5 images are there" in told
     assert "add 'tofu' to --method to generate them, or give another --out" in told
-    assert job.main([*command, "--method", "prune,tofu"]) == 0
+    assert run.main([*command, "--method", "prune,tofu"]) == 0
     assert {key: row["n"] for key, row in rows().items()} == {"full": 5, "tofu-r50": 5, "prune-r50": 5}
 
 
 def test_an_image_of_a_further_method_that_is_damaged_is_named_by_its_method(command, capsys):
-    assert job.main([*command, "--method", "tofu", "--scale-row"]) == 0
+    assert run.main([*command, "--method", "tofu", "--scale-row"]) == 0
     Path("out/tofu-r50/0001.png").write_bytes(b"x")
     assert "tofu-r50, of which 4 of 5 images are there" in refusal(capsys, *command, "--method", "prune")
-    assert job.main([*command, "--method", "tofu,prune"]) == 0
+    assert run.main([*command, "--method", "tofu,prune"]) == 0
     Path(f"out/{SCALE.key}/0001.png").unlink()
     assert "add --scale-row to generate them" in refusal(capsys, *command, "--method", "prune")
 
 
 def test_a_method_that_cannot_be_found_again_is_not_dropped(command, capsys, monkeypatch):
-    assert job.main([*command, "--method", "tofu,tomesd"]) == 0
+    assert run.main([*command, "--method", "tofu,tomesd"]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(peers, "version", lambda name: None)
         told = refusal(capsys, *command, "--method", "prune")
@@ -160,20 +165,20 @@ def test_a_method_that_cannot_be_found_again_is_not_dropped(command, capsys, mon
 
 def test_metrics_are_added_too_and_one_that_is_lost_is_told(command, capsys, monkeypatch):
     pytest.importorskip("pytorch_msssim")
-    assert job.main([*command, "--method", "tofu", "--metrics", "psnr,ssim,judge"]) == 0
+    assert run.main([*command, "--method", "tofu", "--metrics", "psnr,ssim,judge"]) == 0
     before = rows()["tofu-r50"]["metrics"]
-    assert job.main([*command, "--method", "prune"]) == 0
+    assert run.main([*command, "--method", "prune"]) == 0
     assert rows()["tofu-r50"]["metrics"] == before
     assert rows()["prune-r50"]["metrics"].keys() == before.keys()
     assert "was in the results" not in capsys.readouterr().err
     monkeypatch.setattr(metrics, "ssim", lambda size: metrics.Skipped("SSIM", "pip install pytorch-msssim"))
-    assert job.main([*command, "--method", "prune"]) == 0
+    assert run.main([*command, "--method", "prune"]) == 0
     assert "SSIM was in the results and is left out: pip install pytorch-msssim\n" in capsys.readouterr().err
 
 
 def test_results_that_are_damaged_are_written_again(finished):
     Path("out/results.json").write_text("{")
-    assert job.main([*finished, "--method", "tofu"]) == 0
+    assert run.main([*finished, "--method", "tofu"]) == 0
     assert list(rows()) == ["full", "tofu-r50"]
 
 
@@ -199,7 +204,7 @@ def test_what_is_in_the_place_of_a_file_is_told_before_anything_is_generated(
     path.mkdir() if folder else path.write_text("")
     Path("out/results.json").unlink()  # as of a run that has not come to its figures
     monkeypatch.setattr(job, "generate", lambda *_: pytest.fail("it went on"))
-    assert job.main([*finished, "--method", "tofu", *stage]) == 2
+    assert run.main([*finished, "--method", "tofu", *stage]) == 2
     told = capsys.readouterr().err
     assert said in told
     assert told.count("\n") == 1
@@ -220,8 +225,8 @@ def test_an_out_that_cannot_be_is_refused_in_its_own_words(command, monkeypatch,
     Path("link").symlink_to("nowhere/y")
     Path("file").write_text("")
     if out != ".":  # that folder can be looked into after the model alone
-        monkeypatch.setattr(job, "load_model", lambda *_: pytest.fail("it went on"))
-    assert job.main([*command, "--out", out]) == 2
+        monkeypatch.setattr(plan, "load_model", lambda *_: pytest.fail("it went on"))
+    assert run.main([*command, "--out", out]) == 2
     told = capsys.readouterr().err
     assert told.startswith(f"error: {said}")
     assert told.count("\n") == 1
@@ -230,7 +235,7 @@ def test_an_out_that_cannot_be_is_refused_in_its_own_words(command, monkeypatch,
 
 
 def test_the_current_folder_can_be_the_one(command):
-    assert job.main([*command, "--method", "tofu", "--limit", "1", "--out", "."]) == 0
+    assert run.main([*command, "--method", "tofu", "--limit", "1", "--out", "."]) == 0
     assert Path("results.json").exists()
 
 
@@ -244,7 +249,7 @@ def test_a_disk_that_takes_no_image_is_one_line(command, monkeypatch, capsys, nu
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", refuse)
-    assert job.main([*command, "--method", "tofu"]) == 2
+    assert run.main([*command, "--method", "tofu"]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(f"error: [Errno {number}] ")
     assert "out/full/0000.png" in told
@@ -258,12 +263,12 @@ def test_thousands_of_places_are_looked_at_in_no_time(tmp_path, monkeypatch):
     exists = os.path.lexists
     monkeypatch.setattr(os.path, "lexists", lambda path: (calls.append(path), exists(path))[1])
     requests = [Request(f"{i:04}", "a fox", i) for i in range(500)]
-    generate.refuse_obstacles(tmp_path, parse("tofu", [0.5]), requests)
+    output_dir.refuse_obstacles(tmp_path, parse("tofu", [0.5]), requests)
     assert len(calls) < 100
 
 
 def test_the_plan_of_a_dry_run_is_json(finished, capsys):
     capsys.readouterr()
-    assert job.main([*finished, "--method", "prune", "--dry-run", "--json"]) == 0
+    assert run.main([*finished, "--method", "prune", "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["methods"]
     assert [(method["key"], method["there"]) for method in told] == [("full", 5), ("prune-r50", 0)]

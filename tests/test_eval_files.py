@@ -16,22 +16,20 @@ import pytest
 from test_eval_run import COMMAND, ToyJudge
 from tiny import SHALLOW, sd15_pipe
 
-from eval import (
-    EvalError,
-    bench,
-    compare,
-    earlier,
-    files,
-    formats,
-    generate,
-    maps,
-    methods,
-    prompts,
-    report,
-    spreadsheet,
-)
-from eval import run as job
-from eval.files import write_results
+from eval import EvalError, run
+from eval import bench as bench_module
+from eval import compare as compare_module
+from eval import report as report_module
+from eval.common import files, formats
+from eval.common.files import write_results
+from eval.evaluation import plan
+from eval.images import generate, output_dir
+from eval.images import merge_maps as maps
+from eval.images import requests as prompts
+from eval.methods import registry as methods
+from eval.reporting import earlier_results as earlier
+from eval.reporting import results as report
+from eval.reporting import spreadsheet
 
 ROOT = Path(__file__).parent.parent
 FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-cat", "@SUM(A1)", "\t=1", "'=1+1", "''=1"]
@@ -46,9 +44,9 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     (folder / "own.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+        patch.setattr(plan, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
         out = folder / "out"
-        assert job.main([*COMMAND, "--metrics", "psnr", "--prompts", str(folder / "own.jsonl"), "--out", str(out)]) == 0
+        assert run.main([*COMMAND, "--metrics", "psnr", "--prompts", str(folder / "own.jsonl"), "--out", str(out)]) == 0
     return out
 
 
@@ -113,16 +111,16 @@ def saved_elsewhere(path: Path) -> None:
 
 
 def test_files_that_were_saved_elsewhere_are_read(out, capsys):
-    assert report.main(["out", "--markdown"]) == 0
+    assert report_module.main(["out", "--markdown"]) == 0
     before = capsys.readouterr().out
     for name in ("results.json", "per_image.csv", "settings.json"):
         saved_elsewhere(out / name)
     rows = list(csv.reader(io.StringIO((out / "per_image.csv").read_text(encoding="utf-8-sig"), newline="")))
     with (out / "per_image.csv").open("w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)  # as LibreOffice quotes
-    assert report.main(["out", "--markdown"]) == 0
+    assert report_module.main(["out", "--markdown"]) == 0
     assert capsys.readouterr().out == before
-    assert generate.settings_of(out) is not None
+    assert output_dir.settings_of(out) is not None
 
 
 def test_prompts_that_were_saved_elsewhere_are_read(tmp_path):
@@ -143,9 +141,9 @@ def test_prompts_that_were_saved_elsewhere_are_read(tmp_path):
 def test_another_encoding_is_refused_in_words(out, capsys, name):
     text = (out / name).read_text(encoding="utf-8")
     (out / name).write_text(text, encoding="utf-16")
-    assert "it is UTF-16; save it as UTF-8" in refusal(capsys, report, "out", "--markdown")
+    assert "it is UTF-16; save it as UTF-8" in refusal(capsys, report_module, "out", "--markdown")
     (out / name).write_bytes(text.encode().replace(b"a bee", b"a b\xe9e").replace(b"own", b"\xe9"))
-    assert "it is not UTF-8" in refusal(capsys, report, "out", "--markdown")
+    assert "it is not UTF-8" in refusal(capsys, report_module, "out", "--markdown")
 
 
 @pytest.mark.parametrize(
@@ -161,7 +159,7 @@ def test_another_encoding_is_refused_in_words(out, capsys, name):
 def test_a_table_that_was_edited_is_refused(out, capsys, change, said):
     table = out / "per_image.csv"
     table.write_text(change(table.read_text(encoding="utf-8")), encoding="utf-8")
-    assert said in refusal(capsys, report, "out", "--markdown")
+    assert said in refusal(capsys, report_module, "out", "--markdown")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +180,7 @@ def test_a_table_without_a_hash_is_looked_at_cell_by_cell(out, capsys, change, s
     rows = list(csv.reader(io.StringIO((out / "per_image.csv").read_text(encoding="utf-8"), newline="")))
     with (out / "per_image.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(change(rows))
-    assert said in refusal(capsys, report, "out", "--markdown")
+    assert said in refusal(capsys, report_module, "out", "--markdown")
 
 
 # --- JSON of another shape --------------------------------------------------------------------------------------------
@@ -213,7 +211,7 @@ def test_results_with_any_part_changed_are_read_or_refused_in_a_line(out, capsys
     for place in places(found):
         (out / "results.json").write_text(json.dumps(changed(found, place, to)))
         capsys.readouterr()
-        code = report.main(["out", "--markdown"])
+        code = report_module.main(["out", "--markdown"])
         told = capsys.readouterr().err
         assert (code, told.count("\n")) in ((0, 0), (2, 1)), (place, told)
         seen.add(code)
@@ -223,13 +221,13 @@ def test_results_with_any_part_changed_are_read_or_refused_in_a_line(out, capsys
 @pytest.mark.parametrize("content", ODD)
 def test_files_that_hold_something_else_are_one_line(out, capsys, content):
     Path("odd.json").write_text(content)
-    assert "odd.json" in refusal(capsys, bench, "--table", "odd.json")
+    assert "odd.json" in refusal(capsys, bench_module, "--table", "odd.json")
     (out / "results.json").write_text(content)
-    assert "out/results.json" in refusal(capsys, report, "out", "--markdown")
-    assert "out/results.json" in refusal(capsys, compare, "out", "out")
+    assert "out/results.json" in refusal(capsys, report_module, "out", "--markdown")
+    assert "out/results.json" in refusal(capsys, compare_module, "out", "out")
     if content not in ("", "{"):
         Path("odd.jsonl").write_text(content)
-        assert "odd.jsonl, line 1: " in refusal(capsys, job, "--prompts", "odd.jsonl")
+        assert "odd.jsonl, line 1: " in refusal(capsys, run, "--prompts", "odd.jsonl")
 
 
 @pytest.mark.parametrize("to", [None, {}, "x", -1, True])
@@ -241,7 +239,7 @@ def test_a_benchmark_with_any_part_changed_is_read_or_refused_in_a_line(tmp_path
     for place in places({**found, "rows": found["rows"][:3]}):
         Path("odd.json").write_text(json.dumps(changed({**found, "rows": found["rows"][:3]}, place, to)))
         capsys.readouterr()
-        code = bench.main(["--table", "odd.json"])
+        code = bench_module.main(["--table", "odd.json"])
         assert (code, capsys.readouterr().err.count("\n")) in ((0, 0), (2, 1)), place
         seen.add(code)
     assert seen == {0, 2}
@@ -268,14 +266,14 @@ def test_the_published_results_are_of_the_shapes_and_others_are_not(tmp_path, fo
 def test_settings_of_another_shape_are_refused(out, capsys, content):
     (out / "settings.json").write_text(content)
     with pytest.raises(EvalError, match=r"--out out: its settings\.json cannot be read"):
-        generate.settings_of(out)
+        output_dir.settings_of(out)
 
 
 @pytest.mark.parametrize(("name", "value"), [("size", "64"), ("size", True), ("guidance", "x"), ("model", 3)])
 def test_settings_of_another_type_are_named(out, name, value):
     files.write_json(out / "settings.json", {**files.read_json(out / "settings.json"), name: value})
     with pytest.raises(EvalError, match=f"--out out: {name} in its settings.json is {value!r}; it must be"):
-        generate.settings_of(out)
+        output_dir.settings_of(out)
 
 
 # --- records of images ------------------------------------------------------------------------------------------------
@@ -310,15 +308,15 @@ def test_a_record_that_is_none_is_damaged(out, content):
 
 
 def test_damaged_records_are_generated_again_and_the_figures_are_the_same(out, made, monkeypatch, capsys):
-    monkeypatch.setattr(job, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+    monkeypatch.setattr(plan, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
     command = [*COMMAND, "--metrics", "psnr", "--prompts", str(made.parent / "own.jsonl"), "--out", "out"]
     for name, change in (("0000", {"seconds": 0.0}), ("0001", {"seconds": math.nan}), ("0002", {"batch": "2"})):
         path = out / "tofu-r50" / f"{name}.json"
         path.write_text(json.dumps({**files.read_json(path), **change}))
     told = files.read_json(out / "results.json")["rows"][1]["metrics"]
-    assert job.main([*command, "--metrics-only"]) == 2
+    assert run.main([*command, "--metrics-only"]) == 2
     assert "0000.png, 0001.png, 0002.png are damaged, or their records" in capsys.readouterr().err
-    assert job.main(command) == 0
+    assert run.main(command) == 0
     assert "damaged, drawn again: tofu-r50/0000.png, tofu-r50/0001.png" in capsys.readouterr().err
     assert files.read_json(out / "results.json")["rows"][1]["metrics"] == told
 
@@ -327,19 +325,19 @@ def test_damaged_records_are_generated_again_and_the_figures_are_the_same(out, m
     "content", ["[]", "3", '{"runtime": [], "packages": {"x": 1}, "commit": 5, "environment": {}}']
 )
 def test_what_is_told_of_a_run_in_another_shape_is_left_out(out, made, monkeypatch, content):
-    monkeypatch.setattr(job, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+    monkeypatch.setattr(plan, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
     for path in (out / "runs").iterdir():
         path.write_text(content)
     command = [*COMMAND, "--metrics", "psnr", "--prompts", str(made.parent / "own.jsonl"), "--out", "out"]
-    assert job.main([*command, "--metrics-only"]) == 0
+    assert run.main([*command, "--metrics-only"]) == 0
     (drawn,) = files.read_json(out / "results.json")["provenance"]["drawn"]
     assert drawn.keys() == {"run", "pictures"}
 
 
 def test_counted_operations_of_another_shape_are_counted_again(out):
-    from eval import flops
+    from eval.images import flops
 
-    settings, method = generate.settings_of(out), methods.parse("tofu", [0.5])[0]
+    settings, method = output_dir.settings_of(out), methods.parse("tofu", [0.5])[0]
     assert settings is not None
     for told, counted in ((7, 7), ("x", None), (True, None), (None, None)):
         files.write_json(out / "flops" / "tofu-r50.json", {**flops._made(settings, method), "flops": told})

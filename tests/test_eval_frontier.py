@@ -12,10 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import sd15_pipe
 
-from eval import EvalError, files, frontier, report, sweep, table
-from eval import run as job
-from eval.frontier import Point
-from eval.score import Scores
+from eval import EvalError, run, sweep
+from eval import report as report_module
+from eval.common import files
+from eval.evaluation import plan
+from eval.metrics.score import Scores
+from eval.reporting import pareto as frontier
+from eval.reporting import results as report
+from eval.reporting import tables as table
+from eval.reporting.pareto import Point
 
 FIGURE = st.floats(0, 1.2, allow_nan=False).map(lambda x: round(x, 1))  # coarse, so that some are equal
 
@@ -81,7 +86,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "own.txt").write_text("\n".join(["a fox", "a bee", "an oak", "a kite", "a pond"]))
     pipe = sd15_pipe()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "load_model", lambda *_: (pipe, None))
+        patch.setattr(plan, "load_model", lambda *_: (pipe, None))
         grid = ["--reduction", "tofu,prune", "--form", "plain,p", "--ratio", "0.25,0.5", "--also", "todo"]
         own = ["--model", "tiny", "--prompts", str(folder / "own.txt"), "--steps", "1", "--size", "64"]
         assert sweep.main([*grid, *own, "--metrics", "psnr,ssim", "--out", str(folder / "out")]) == 0
@@ -96,7 +101,7 @@ def test_a_sweep_is_a_run_with_operations_and_a_plot(swept: Path, capsys: pytest
     page = (swept / "report.html").read_text()
     assert page.count("<svg") == 2
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
-    assert report.main([str(swept), "--frontier"]) == 0
+    assert report_module.main([str(swept), "--frontier"]) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     costs = [float(line.split(" | ")[1]) for line in table[1:]]
     assert costs == sorted(costs)
@@ -104,7 +109,7 @@ def test_a_sweep_is_a_run_with_operations_and_a_plot(swept: Path, capsys: pytest
 
 
 def test_a_frontier_can_be_of_time_though_operations_are_there(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main([str(swept), "--frontier", "--by", "time"]) == 0
+    assert report_module.main([str(swept), "--frontier", "--by", "time"]) == 0
     head, _, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
     assert head.startswith("| method | seconds / image, of the full model's | speed-up |")
     spent = [(float(cells[1]), cells[2]) for cells in (row.split(" | ") for row in rows)]
@@ -140,7 +145,7 @@ def test_where_every_method_is_slower_none_is_on_the_frontier_and_all_are_drawn(
 def test_a_plot_can_be_of_some_rows(swept: Path, tmp_path: Path) -> None:
     """The full model, of which costs are shares, need not be among them."""
     rows = ["--rows", "tofu 25%", "prune 25%"]
-    assert report.main([str(swept), "--plot", str(tmp_path / "some.svg"), *rows]) == 0
+    assert report_module.main([str(swept), "--plot", str(tmp_path / "some.svg"), *rows]) == 0
     drawn = (tmp_path / "some.svg").read_text()
     assert "tofu 25%" in drawn
     assert "todo" not in drawn
@@ -148,7 +153,7 @@ def test_a_plot_can_be_of_some_rows(swept: Path, tmp_path: Path) -> None:
 
 def test_every_part_of_a_report_names_what_measured_it(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for asked in (["--markdown"], ["--frontier"], ["--against", "tofu 25%"]):
-        assert report.main([str(swept), *asked]) == 0
+        assert report_module.main([str(swept), *asked]) == 0
         assert "PSNR: float64, peak 255, dB" in capsys.readouterr().out
 
 
@@ -175,7 +180,7 @@ def test_every_peer_has_a_mark_of_its_own_and_every_family_a_colour() -> None:
 
 def test_a_plot_is_the_same_every_time_and_a_file_if_asked_for(swept: Path, tmp_path: Path) -> None:
     found, _ = report.read(swept)
-    assert report.main([str(swept), "--plot", str(tmp_path / "plot.svg")]) == 0
+    assert report_module.main([str(swept), "--plot", str(tmp_path / "plot.svg")]) == 0
     assert (tmp_path / "plot.svg").read_text() == frontier.svg(found)
 
 
@@ -209,7 +214,7 @@ def test_two_runs_of_a_grid_read_as_the_whole(
     front = {point.row["key"] for point in frontier.best(found)[2]}
     assert {point.row["key"] for point in frontier.best(both)[2]} == front
     for asked in (["--frontier"], ["--markdown"]):
-        assert report.main([str(low), str(high), *asked]) == 0
+        assert report_module.main([str(low), str(high), *asked]) == 0
         told = capsys.readouterr().out
         assert told.endswith("\n\n`draw low`\n\n`draw high`\n")
     # speed-ups are over the full model of each run; seconds of the second are not read beside the first's
@@ -218,9 +223,9 @@ def test_two_runs_of_a_grid_read_as_the_whole(
     assert "×" in columns["| tofu 50%"][0]
     assert columns["| tofu 50%"][1] == "–"
     assert "tofu 50%, tofu+p 50%, prune 50%, prune+p 50%, todo: seconds of another run than the full model's" in told
-    assert report.main([str(low), str(high), "--markdown", "--columns", "speed-up"]) == 0
+    assert report_module.main([str(low), str(high), "--markdown", "--columns", "speed-up"]) == 0
     assert "seconds of another run" not in capsys.readouterr().out  # where none are to be shown
-    assert report.main([str(low), str(high), "--against", "tofu 25%", "--rows", "tofu 25%", "todo"]) == 0
+    assert report_module.main([str(low), str(high), "--against", "tofu 25%", "--rows", "tofu 25%", "todo"]) == 0
     assert "| todo |" in capsys.readouterr().out
 
 
@@ -251,7 +256,10 @@ def test_times_can_be_those_of_one_run_in_which_all_took_turns(
     low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25, gain=2)
     high = part(swept, tmp_path / "high", lambda row: row["ratio"] != 0.25, gain=3)
     speed = part(swept, tmp_path / "speed", lambda row: row["method"] != "todo", gain=4, n=3, device="another machine")
-    assert report.main([str(low), str(high), "--times", str(speed), "--markdown", "--columns", "speed-up", "PSNR"]) == 0
+    assert (
+        report_module.main([str(low), str(high), "--times", str(speed), "--markdown", "--columns", "speed-up", "PSNR"])
+        == 0
+    )
     table = capsys.readouterr().out
     gains = {line.split(" | ")[0]: line.split(" | ")[1][:5] for line in table.splitlines() if "%" in line[:20]}
     assert len(gains) == 8
@@ -263,19 +271,21 @@ def test_times_can_be_those_of_one_run_in_which_all_took_turns(
         "run, on another machine, of commit" in table
     )
     assert table.endswith("\n\n`draw low`\n\n`draw high`\n\n`draw speed`\n")
-    assert report.main([str(low), str(high), "--times", str(speed), "--frontier"]) == 0
+    assert report_module.main([str(low), str(high), "--times", str(speed), "--frontier"]) == 0
     assert "all of another run, on another machine, of commit" in capsys.readouterr().out
     drawing = tmp_path / "plot.svg"
-    assert report.main([str(low), str(high), "--times", str(speed), "--plot", str(drawing)]) == 0
+    assert report_module.main([str(low), str(high), "--times", str(speed), "--plot", str(drawing)]) == 0
     assert drawing.exists()
     older = part(swept, tmp_path / "older", lambda row: True, gain=5, tokenizers=None)
-    assert report.main([str(low), "--times", str(older), "--frontier"]) == 0  # what it does not tell is no difference
+    assert (
+        report_module.main([str(low), "--times", str(older), "--frontier"]) == 0
+    )  # what it does not tell is no difference
     assert "5.00×" in capsys.readouterr().out
     other = part(swept, tmp_path / "other", lambda row: True, tokenizers="others")
-    assert report.main([str(low), "--times", str(other), "--frontier"]) == 2
+    assert report_module.main([str(low), "--times", str(other), "--frontier"]) == 2
     assert "low and other cannot be compared: tokenizers is '" in capsys.readouterr().err
     other = part(swept, tmp_path / "other", lambda row: True, dtype="float16")
-    assert report.main([str(low), "--times", str(other), "--frontier"]) == 2
+    assert report_module.main([str(low), "--times", str(other), "--frontier"]) == 2
     assert "low and other cannot be compared: dtype is 'float32' in one, 'float16'" in capsys.readouterr().err
 
 
@@ -327,7 +337,7 @@ def test_runs_of_other_pictures_are_not_joined(
     found, images = report.read(other)
     moved = [{**image, "id": image["id"].replace("0004", "0009")} for image in images]
     report.save(other, found, Scores(found["rows"], moved, []))
-    assert report.main([str(low), str(other), "--against", "tofu 25%"]) == 2
+    assert report_module.main([str(low), str(other), "--against", "tofu 25%"]) == 2
     assert "low and other are of other pictures: 0004, 0009" in capsys.readouterr().err
 
 
@@ -337,15 +347,15 @@ def test_runs_of_other_settings_or_metrics_are_not_joined(
     monkeypatch.setattr(report, "draw", lambda out: None)
     low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25)
     other = part(swept, tmp_path / "other", lambda row: row["ratio"] != 0.25, device="another")
-    assert report.main([str(low), str(other), "--frontier"]) == 2
+    assert report_module.main([str(low), str(other), "--frontier"]) == 2
     assert "low and other cannot be compared: device is 'cpu" in capsys.readouterr().err
     fewer = part(swept, tmp_path / "fewer", lambda row: row["ratio"] != 0.25)
     found = files.read_json(fewer / "results.json")
     files.write_json(fewer / "results.json", {**found, "metrics": found["metrics"][:1]})
-    assert report.main([str(low), str(fewer), "--frontier"]) == 2
+    assert report_module.main([str(low), str(fewer), "--frontier"]) == 2
     assert "low and fewer cannot be compared: SSIM is measured in one alone" in capsys.readouterr().err
     for asked, said in (([], "the whole report"), (["--grid", str(tmp_path / "grid.png")], "--grid")):
-        assert report.main([str(low), str(fewer), *asked]) == 2
+        assert report_module.main([str(low), str(fewer), *asked]) == 2
         assert f"{said} shows the pictures of one folder" in capsys.readouterr().err
 
 
@@ -364,7 +374,7 @@ def test_runs_of_other_settings_or_metrics_are_not_joined(
 def test_options_that_would_do_nothing_are_refused(
     swept: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert report.main([str(swept), *arguments]) == 2
+    assert report_module.main([str(swept), *arguments]) == 2
     told = capsys.readouterr()
     assert said in told.err
     assert (told.out, told.err.count("\n")) == ("", 1)
@@ -375,10 +385,10 @@ def test_methods_that_draw_what_the_full_model_draws_have_no_frontier_and_a_repo
     (tmp_path / "own.txt").write_text("a fox")
     pipe = sd15_pipe()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "load_model", lambda *_: (pipe, None))
+        patch.setattr(plan, "load_model", lambda *_: (pipe, None))
         own = ["--model", "tiny", "--prompts", str(tmp_path / "own.txt"), "--steps", "1", "--size", "64"]
         methods = ["--method", "tofu,tome", "--ratio", "0", "--metrics", "psnr"]
-        assert job.main([*own, *methods, "--out", str(tmp_path / "out")]) == 0
+        assert run.main([*own, *methods, "--out", str(tmp_path / "out")]) == 0
     assert "Quality against cost" not in (tmp_path / "out" / "report.html").read_text()
 
 

@@ -21,9 +21,14 @@ from PIL import Image
 from tiny import SHALLOW, sd15_pipe
 from tokenizers import Tokenizer
 
-from eval import EvalError, files, generate, methods, peers, provenance
-from eval.methods import FULL, SCALE
-from eval.prompts import Request
+from eval import EvalError
+from eval.common import files, provenance
+from eval.images import generate, output_dir, records, timing
+from eval.images import settings as settings_module
+from eval.images.requests import Request
+from eval.methods import peers
+from eval.methods import registry as methods
+from eval.methods.registry import FULL, SCALE
 
 SETTINGS = generate.Settings("tiny", "p", "own.txt", "h", 0, 64, 2, None, 2, "cpu", "float32", "a", "t", "d", "tf")
 REQUESTS = [Request(f"{i:04d}", prompt, 10 + i) for i, prompt in enumerate(["a red fox", "a bee", "an old oak"])]
@@ -223,7 +228,8 @@ def test_what_a_method_does_between_steps_is_its_own_time(pipe, monkeypatch):
         hook.remove()
 
     method = replace(TOFU, applied=slow)
-    monkeypatch.setattr(generate, "time", SimpleNamespace(perf_counter=clock.__next__))
+    for module in (generate, timing):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.__next__))
     with method.applied(pipe):
         cost = generate.draw(pipe, REQUESTS[:1], method, SETTINGS, steps=2, beside=generate.twin(sd15_pipe().unet))[1]
     assert (cost["denoising"], cost["full_denoising"]) == (2 * 101, 2)
@@ -242,15 +248,17 @@ def test_of_several_drawings_the_fastest_is_compared_with_the_fastest():
 def test_a_folder_of_before_tokenizers_and_variants_were_told_is_still_what_it_was():
     older = replace(SETTINGS, tokenizers=None, variant=None)
     whole = {name: value for name, value in asdict(older).items() if name not in ("tokenizers", "variant")}
-    told = json.dumps([generate.DRAWING, whole, TOFU.identity], sort_keys=True)
-    assert generate.identity(older, TOFU) == hashlib.sha256(told.encode()).hexdigest()[:16]
+    told = json.dumps([settings_module.DRAWING, whole, TOFU.identity], sort_keys=True)
+    assert settings_module.identity(older, TOFU) == hashlib.sha256(told.encode()).hexdigest()[:16]
     for later in ({"tokenizers": "a"}, {"variant": "fp16"}):
-        assert generate.identity(replace(older, **later), TOFU) != generate.identity(older, TOFU)
+        assert settings_module.identity(replace(older, **later), TOFU) != settings_module.identity(older, TOFU)
 
 
 def test_what_runs_beside_a_method_is_not_in_its_time(pipe, monkeypatch):
     """By a clock that ticks when it is looked at: at the start, around the step of each, and at the end."""
-    monkeypatch.setattr(generate, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    clock = itertools.count()
+    for module in (generate, timing):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.__next__))
     _, cost = generate.draw(pipe, REQUESTS[:1], TOFU, SETTINGS, steps=2, beside=generate.twin(pipe.unet))
     assert (cost["seconds"], cost["denoising"], cost["full_denoising"]) == (7 - 2, 2, 2)
     _, cost = generate.draw(pipe, REQUESTS[:1], TOFU, SETTINGS, steps=2)
@@ -264,7 +272,7 @@ def test_another_version_of_this_package_is_another_method(name, monkeypatch):
     (before,) = methods.parse(name, [0.5])
     monkeypatch.setattr(methods, "code", lambda: "newer")
     (after,) = methods.parse(name, [0.5])
-    assert generate.identity(SETTINGS, before) != generate.identity(SETTINGS, after)
+    assert settings_module.identity(SETTINGS, before) != settings_module.identity(SETTINGS, after)
 
 
 def test_other_peers_are_another_stacked_method(monkeypatch):
@@ -272,7 +280,7 @@ def test_other_peers_are_another_stacked_method(monkeypatch):
     (before,) = methods.parse("deepcache:tofu", [0.5])
     monkeypatch.setattr(peers, "digest", lambda *_: "newer")
     (after,) = methods.parse("deepcache:tofu", [0.5])
-    assert generate.identity(SETTINGS, before) != generate.identity(SETTINGS, after)
+    assert settings_module.identity(SETTINGS, before) != settings_module.identity(SETTINGS, after)
 
 
 @pytest.mark.parametrize(
@@ -362,24 +370,24 @@ def test_the_pipeline_and_the_global_generator_stay_as_they_were(pipe, tmp_path)
 
 
 def test_a_folder_of_other_settings_is_refused_by_the_field(tmp_path):
-    generate.claim(tmp_path, SETTINGS)
+    output_dir.claim(tmp_path, SETTINGS)
     before = (tmp_path / "settings.json").read_bytes()
-    generate.claim(tmp_path, SETTINGS)
+    output_dir.claim(tmp_path, SETTINGS)
     with pytest.raises(EvalError, match="steps 2, this run has 50"):
-        generate.claim(tmp_path, replace(SETTINGS, steps=50))
+        output_dir.claim(tmp_path, replace(SETTINGS, steps=50))
     with pytest.raises(EvalError, match="dtype 'float32', this run has 'float16'"):  # not the hash that follows from it
-        generate.claim(tmp_path, replace(SETTINGS, dtype="float16", pipeline="q"))
+        output_dir.claim(tmp_path, replace(SETTINGS, dtype="float16", pipeline="q"))
     with pytest.raises(EvalError, match="seed 0, this run has 5"):
-        generate.claim(tmp_path, replace(SETTINGS, seed=5, prompts_hash="i"))
+        output_dir.claim(tmp_path, replace(SETTINGS, seed=5, prompts_hash="i"))
     with pytest.raises(EvalError, match="pipeline 'p', this run has 'q'"):
-        generate.claim(tmp_path, replace(SETTINGS, pipeline="q"))
+        output_dir.claim(tmp_path, replace(SETTINGS, pipeline="q"))
     assert (tmp_path / "settings.json").read_bytes() == before
 
 
 def test_what_is_told_of_a_run_may_be_damaged(tmp_path):
     for content in ("[1]", "{", '{"commit": "abc", "started": "1999"}'):
         files.write(tmp_path / generate.RUNS / f"{len(content)}.json", content)
-    told = generate.runs(tmp_path, [{"run": str(n)} for n in (3, 1, 36, 36)])
+    told = records.runs(tmp_path, [{"run": str(n)} for n in (3, 1, 36, 36)])
     assert [(run["run"], run["pictures"], run.get("commit")) for run in told] == [
         ("3", 1, None), ("1", 1, None), ("36", 2, "abc"),
     ]  # fmt: skip
@@ -388,7 +396,7 @@ def test_what_is_told_of_a_run_may_be_damaged(tmp_path):
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(EvalError, match="not empty"):
-        generate.claim(tmp_path, SETTINGS)
+        output_dir.claim(tmp_path, SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

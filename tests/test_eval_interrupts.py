@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from eval import EvalError, files, labelled, prompts
-from eval.options import as_path, command
+from eval import EvalError
+from eval import prompts as prompts_module
+from eval.common import files
+from eval.common.cli import as_path, command
+from research.classifiers import datasets as labelled
 from tofu_sd import interrupts
 
 ROOT = Path(__file__).parent.parent
@@ -278,5 +281,5 @@ def test_a_path_has_a_name(tmp_path, monkeypatch):
 
 
 def test_an_argument_that_is_no_text_is_one_line(capsys):
-    assert prompts.main(["a\udcff.txt"]) == 2
+    assert prompts_module.main(["a\udcff.txt"]) == 2
     assert capsys.readouterr().err == "error: the argument 'a\\udcff.txt' is not UTF-8; give another name\n"

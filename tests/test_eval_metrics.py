@@ -15,7 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from eval import EvalError, measured, metrics, score, statistics, table
+from eval import EvalError
+from eval.metrics import cache as measured
+from eval.metrics import registry as metrics
+from eval.metrics import score, statistics
+from eval.reporting import tables as table
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights" / "squeeze.backbone.pth"
 CPU = torch.device("cpu")
@@ -570,7 +574,7 @@ class ToyJudge(nn.Module):
         return pictures.mean((2, 3))
 
     def classify(self, pictures):
-        from tofu_sd.demo.scenes import CLASSES
+        from tofu_sd.demo.scene_classes import CLASSES
 
         return torch.tensor([CLASSES[int(level)].labels for level in (pictures[:, 0, 0, 0] * 255).round()])
 
@@ -595,7 +599,7 @@ def test_perceptual_distance_does_not_see_the_length_of_a_feature():
 
 
 def test_accuracy_counts_pictures_that_show_all_that_was_asked():
-    from tofu_sd.demo.scenes import CLASSES
+    from tofu_sd.demo.scene_classes import CLASSES
 
     shown = pictures(3)
     shown[:, 0, 0, 0] = torch.tensor([5, 6, 7], dtype=torch.uint8)
@@ -605,8 +609,8 @@ def test_accuracy_counts_pictures_that_show_all_that_was_asked():
 
 
 def test_the_embedded_classifier_fits_its_metrics():
-    from tofu_sd.demo.model import Judge
-    from tofu_sd.demo.scenes import CLASSES
+    from tofu_sd.demo.classifier import Judge
+    from tofu_sd.demo.scene_classes import CLASSES
 
     asked = [kind.prompt for kind in CLASSES[:2]]
     pair, of_sets, share = metrics.judged(Judge().eval(), asked, CPU)
@@ -672,7 +676,7 @@ def test_what_was_measured_is_not_measured_again_until_something_it_depends_on_c
 def test_figures_change_with_what_the_embedded_classifier_is_and_how_it_is_used(monkeypatch):
     measured._circumstances.cache_clear()
     before = measured._circumstances()
-    for module in ("eval.metrics", "tofu_sd.demo.model", "tofu_sd.demo.scenes"):
+    for module in ("eval.metrics.cache", "tofu_sd.demo.classifier"):
         measured._circumstances.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(importlib.import_module(module), "__file__", __file__)

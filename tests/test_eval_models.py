@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-from eval import EvalError, checkpoint, components, files
-from eval import run as job
-from eval.guidance import check_guidance, guidance_scale
-from eval.methods import parse
-from eval.model import load_model, variant_of
-from tofu_sd.demo.model import build_tokenizer
+from eval import EvalError, run
+from eval.common import files
+from eval.evaluation import plan
+from eval.images import checkpoint, components
+from eval.images.guidance import check_guidance, guidance_scale
+from eval.images.model import load_model, variant_of
+from eval.methods.registry import parse
+from tofu_sd.demo.tokenizer import build_tokenizer
 
 CPU = torch.device("cpu")
 WEIGHTS = {
@@ -71,7 +73,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused_with_both_counts(mine, ca
     """All prompts would be the same few tokens, and all images the same."""
     shutil.rmtree(mine / gone) if (mine / gone).is_dir() else (mine / gone).unlink()
     assert "its tokenizer has 2 tokens and its text_encoder 514: " in refused()
-    assert job.main(["--model", "mine", "--method", "tofu", "--steps", "1", "--out", "out"]) == 2
+    assert run.main(["--model", "mine", "--method", "tofu", "--steps", "1", "--out", "out"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: cannot load the model 'mine': its tokenizer has")
     assert not Path("out").exists()
 
@@ -228,13 +230,13 @@ def half(tmp_path, monkeypatch):
 def test_fp16_is_taken_where_it_is_alone_and_told(half, capsys):
     Path("own.txt").write_text("a fox\na bee")
     asked = ["--model", "half", "--prompts", "own.txt", "--steps", "1", "--metrics", "psnr", "--method", "tofu"]
-    assert job.main([*asked, "--out", "out"]) == 0
+    assert run.main([*asked, "--out", "out"]) == 0
     assert "the model has weights of the variant fp16 alone: these are used\n" in capsys.readouterr().err
     assert files.read_json(Path("out/settings.json"))["variant"] == "fp16"
     assert files.read_json(Path("out/results.json"))["settings"]["variant"] == "fp16"
-    assert job.main([*asked, "--out", "out", "--variant", "fp16"]) == 0
+    assert run.main([*asked, "--out", "out", "--variant", "fp16"]) == 0
     assert "these are used" not in capsys.readouterr().err
-    assert job.main([*asked, "--out", "out", "--metrics-only", "--variant", "bf16"]) == 2
+    assert run.main([*asked, "--out", "out", "--metrics-only", "--variant", "bf16"]) == 2
     assert "--variant is bf16; out's were drawn with fp16" in capsys.readouterr().err
 
 
@@ -242,9 +244,9 @@ def test_images_of_two_variants_are_not_mixed(half, capsys):
     tiny.sd15_pipe(with_unet=tiny.SHALLOW).save_pretrained("half")  # the plain weights beside the others
     Path("own.txt").write_text("a fox\na bee")
     asked = ["--model", "half", "--prompts", "own.txt", "--steps", "1", "--metrics", "psnr", "--method", "tofu"]
-    assert job.main([*asked, "--out", "out"]) == 0
+    assert run.main([*asked, "--out", "out"]) == 0
     assert files.read_json(Path("out/settings.json"))["variant"] is None
-    assert job.main([*asked, "--out", "out", "--variant", "fp16"]) == 2
+    assert run.main([*asked, "--out", "out", "--variant", "fp16"]) == 2
     assert "variant None, this run has 'fp16'" in capsys.readouterr().err
 
 
@@ -301,7 +303,7 @@ def test_a_single_file_says_how_to_make_a_folder_of_it(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     key, said = ONE[name]
     save_file({key: torch.zeros(1)}, name)
-    assert job.main(["--model", name, "--method", "tofu", "--out", "out"]) == 2
+    assert run.main(["--model", name, "--method", "tofu", "--out", "out"]) == 2
     told = capsys.readouterr().err
     assert told.startswith(f"error: cannot load the model {name!r}: ")
     assert said in told
@@ -355,8 +357,8 @@ def test_one_map_for_both_halves_of_guidance_takes_guidance(tmp_path, monkeypatc
     if name.startswith("deepcache"):
         pytest.importorskip("DeepCache")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job, "load_model", lambda *_: pytest.fail("it went on"))
-    assert job.main(["--method", f"full,{name}", "--guidance", guidance]) == 2
+    monkeypatch.setattr(plan, "load_model", lambda *_: pytest.fail("it went on"))
+    assert run.main(["--method", f"full,{name}", "--guidance", guidance]) == 2
     told = capsys.readouterr().err
     assert f"method {name!r} has share_guidance, and the guidance scale is {guidance}" in told
     assert told.count("\n") == 1

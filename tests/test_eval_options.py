@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from eval import EvalError
-from eval.options import command, pick_device
+from eval.common.cli import command
+from eval.common.devices import pick_device
 
 
 def ending(raised: BaseException | None, goes_on: bool) -> int:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval import methods, peers, shapes
+from eval.methods import peers, schedule
+from eval.methods import registry as methods
 
 NAMES = [*peers.ALONE, *peers.STACKED, "deepcache:tofu"]
 
@@ -36,7 +37,7 @@ def test_deepcache_keeps_step_with_what_it_is_stacked_on() -> None:
     assert method.cycle == 6
     call = tiny.inputs(unet)
     with method.applied(unet):
-        for t in shapes.timesteps(method.cycle):
+        for t in schedule.timesteps(method.cycle):
             unet(call["sample"], t, call["encoder_hidden_states"])
 
 

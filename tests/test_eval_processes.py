@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny import SHALLOW, sd15_pipe
 
-from eval import run
+from eval import run as run_module
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red fox", "a bee", "an old oak", "a kite", "a pond", "a boat", "a hill"]
@@ -37,7 +37,7 @@ def options(folder: Path, out: str, more: tuple[str, ...]) -> list[str]:
 
 def here(folder: Path, out: str, *more: str) -> None:
     """The run in this process, which has read its libraries already."""
-    assert run.main(options(folder, out, more)) == 0
+    assert run_module.main(options(folder, out, more)) == 0
 
 
 def command(folder: Path, out: str, *more: str, launcher: tuple[str, ...] = ("-m",)) -> subprocess.Popen[str]:

@@ -11,13 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from eval import EvalError, prompts
+from eval import EvalError
+from eval import prompts as prompts_module
+from eval.images import requests as prompts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def test_the_demo_list_has_every_class_once_under_its_own_seed():
-    from tofu_sd.demo.scenes import CLASSES
+    from tofu_sd.demo.scene_classes import CLASSES
 
     requests = prompts.load("demo", seed0=100)
     assert sorted(r.prompt for r in requests) == sorted(kind.prompt for kind in CLASSES)
@@ -26,7 +28,7 @@ def test_the_demo_list_has_every_class_once_under_its_own_seed():
 
 def test_the_first_demo_prompts_are_a_mixture():
     """--limit 12 should show more than one corner of the model."""
-    from tofu_sd.demo.scenes import CLASSES
+    from tofu_sd.demo.scene_classes import CLASSES
 
     first = [CLASSES[int(r.id)] for r in prompts.load("demo")[:12]]
     assert {kind.shape for kind in first} == {kind.shape for kind in CLASSES}
@@ -35,7 +37,7 @@ def test_the_first_demo_prompts_are_a_mixture():
 
 
 def test_the_stored_demo_list_is_what_the_command_prints(capsys):
-    assert prompts.main(["demo"]) == 0
+    assert prompts_module.main(["demo"]) == 0
     assert capsys.readouterr().out == (REPOSITORY / "prompts" / "demo.txt").read_text(encoding="utf-8")
 
 

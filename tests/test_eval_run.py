@@ -20,26 +20,25 @@ from PIL import Image, ImageFont
 from rich.console import Console
 from tiny import SHALLOW, sd15_pipe
 
-from eval import (
-    EvalError,
-    compare,
-    files,
-    flops,
-    generate,
-    maps,
-    methods,
-    metrics,
-    prompts,
-    provenance,
-    report,
-    score,
-    statistics,
-    suites,
-    table,
-    team,
-)
-from eval import run as job
-from eval.team import Team
+from eval import EvalError, suites
+from eval import compare as compare_module
+from eval import report as report_module
+from eval import run as run_module
+from eval.common import files, provenance
+from eval.evaluation import execute as job
+from eval.evaluation import options as options_module
+from eval.evaluation import plan
+from eval.images import distributed as team
+from eval.images import flops, generate, output_dir
+from eval.images import merge_maps as maps
+from eval.images import requests as prompts
+from eval.images.distributed import Team
+from eval.methods import registry as methods
+from eval.metrics import registry as metrics
+from eval.metrics import score, statistics
+from eval.reporting import html
+from eval.reporting import results as report
+from eval.reporting import tables as table
 from tofu_sd import demo
 
 PROMPTS = ['a <script>alert("x")</script> & co', "a bee", "an old oak", "a kite", "a pond"]
@@ -70,7 +69,7 @@ def deep():
 @pytest.fixture
 def tiny(monkeypatch, tmp_path, pipe):
     """Any --model is the tiny pipeline; the current folder is empty but for a list of prompts outside of it."""
-    monkeypatch.setattr(job, "load_model", lambda *_: (pipe, ToyJudge()))
+    monkeypatch.setattr(plan, "load_model", lambda *_: (pipe, ToyJudge()))
     (tmp_path / "here").mkdir()
     (tmp_path / "own.txt").write_text("\n".join(PROMPTS))
     monkeypatch.chdir(tmp_path / "here")
@@ -83,9 +82,9 @@ def finished(tmp_path_factory, pipe):
     folder = tmp_path_factory.mktemp("eval")
     (folder / "own.txt").write_text("\n".join(PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "load_model", lambda *_: (pipe, ToyJudge()))
+        patch.setattr(plan, "load_model", lambda *_: (pipe, ToyJudge()))
         names = ["--method", "tofu,full,kv:tome+p,tomesd", "--scale-row"]
-        code = job.main([*COMMAND, *names, "--prompts", str(folder / "own.txt"), "--out", str(folder / "out")])
+        code = run_module.main([*COMMAND, *names, "--prompts", str(folder / "own.txt"), "--out", str(folder / "out")])
     assert code == 0
     return folder / "out", files.read_json(folder / "out" / "results.json")
 
@@ -195,7 +194,7 @@ def test_the_grid_has_a_column_for_each_method(finished):
 
 def test_the_markdown_table_holds_the_figures_and_where_they_come_from(finished, capsys):
     out, found = finished
-    assert report.main([str(out), "--markdown"]) == 0
+    assert report_module.main([str(out), "--markdown"]) == 0
     text = capsys.readouterr().out
     lines = text.splitlines()
     assert len({line.count("|") for line in lines[: 2 + len(found["rows"])]}) == 1
@@ -207,25 +206,31 @@ def test_the_markdown_table_holds_the_figures_and_where_they_come_from(finished,
 def test_some_rows_and_columns_can_be_shown(finished, capsys, tmp_path):
     out, _ = finished
     assert (
-        report.main([str(out), "--markdown", "--rows", "tomesd 50%", "tofu 50%", "--columns", "PSNR", "speed-up"]) == 0
+        report_module.main(
+            [str(out), "--markdown", "--rows", "tomesd 50%", "tofu 50%", "--columns", "PSNR", "speed-up"]
+        )
+        == 0
     )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| method | PSNR ↑ | speed-up |"
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| tomesd 50%", "| tofu 50%", ""]
     assert not any("FD-judge" in line for line in lines)
     assert (
-        report.main([str(out), "--grid", str(tmp_path / "two.png"), "--rows", "full", "tofu 50%", "--first", "1"]) == 0
+        report_module.main(
+            [str(out), "--grid", str(tmp_path / "two.png"), "--rows", "full", "tofu 50%", "--first", "1"]
+        )
+        == 0
     )
     with Image.open(tmp_path / "two.png") as picture:
         assert picture.size == (8 + 2 * (64 + 8), 28 + 20 + 64 + 8)
-    assert report.main([str(out), "--markdown", "--columns", "PNSR"]) == 2
+    assert report_module.main([str(out), "--markdown", "--columns", "PNSR"]) == 2
     assert "no column 'PNSR' (did you mean 'PSNR'?)" in capsys.readouterr().err
 
 
 def test_methods_are_compared_picture_by_picture(finished, capsys):
     """PSNR of the picture i is 20 + 10 i with one method and half a dB more with the other: the spread cancels out."""
     out, found = finished
-    assert report.main([str(out), "--against", "tofu-r50"]) == 0
+    assert report_module.main([str(out), "--against", "tofu-r50"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines[2:4]] == ["| kv:tome+p 50%", "| tomesd 50%"]
     gap = rows(found)["tomesd-r50"]["metrics"]["PSNR"]["value"] - rows(found)["tofu-r50"]["metrics"]["PSNR"]["value"]
@@ -246,7 +251,7 @@ def test_methods_are_compared_picture_by_picture(finished, capsys):
 
 
 def test_a_comparison_needs_a_method_that_is_there(finished, capsys):
-    assert report.main([str(finished[0]), "--against", "tofu 5%"]) == 2
+    assert report_module.main([str(finished[0]), "--against", "tofu 5%"]) == 2
     assert "did you mean 'tofu 50%'" in capsys.readouterr().err
 
 
@@ -254,25 +259,25 @@ def test_the_report_can_be_drawn_anew_from_the_files(finished, capsys):
     out, _ = finished
     before = (out / "report.html").read_text()
     (out / "report.html").unlink()
-    assert report.main([str(out)]) == 0
+    assert report_module.main([str(out)]) == 0
     assert (out / "report.html").read_text() == before
 
 
 def test_the_worst_pair_comes_first():
     lower, higher = {"name": "D", "lower_is_better": True}, {"name": "D", "lower_is_better": False}
     images = [{"id": "a", "D": "0.1"}, {"id": "b", "D": "0.3"}, {"id": "c", "D": "0.2"}]
-    assert [i["id"] for i in report.worst_first(images, lower)] == ["b", "c", "a"]
-    assert [i["id"] for i in report.worst_first(images, higher)] == ["a", "c", "b"]
+    assert [i["id"] for i in html.worst_first(images, lower)] == ["b", "c", "a"]
+    assert [i["id"] for i in html.worst_first(images, higher)] == ["a", "c", "b"]
 
 
 def test_a_second_method_joins_the_folder_and_is_timed_beside_the_full_model(tiny, capsys, monkeypatch):
-    assert job.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
-    assert job.main([*tiny, "--method", "tofu,prune", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu,prune", "--out", "out"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
     assert found["tofu-r50"]["speedup"]["n"] == 2
     assert found["prune-r50"]["speedup"]["n"] == 2  # the full model's denoiser ran beside it
     monkeypatch.setattr(generate, "TIMED", 0)
-    assert job.main([*tiny, "--method", "tofu,mlerp", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu,mlerp", "--out", "out"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
     assert found["mlerp-r50"]["speedup"] is None  # no time is compared with another run's
     assert found["mlerp-r50"]["seconds"]["n"] == 2
@@ -280,16 +285,16 @@ def test_a_second_method_joins_the_folder_and_is_timed_beside_the_full_model(tin
 
 
 def test_pictures_of_known_classes_are_classed(tiny, monkeypatch, pipe):
-    from tofu_sd.demo.model import Judge
+    from tofu_sd.demo.classifier import Judge
 
-    monkeypatch.setattr(job, "load_model", lambda *_: (pipe, Judge().eval()))
-    assert job.main([*tiny, "--prompts", "demo", "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
+    monkeypatch.setattr(plan, "load_model", lambda *_: (pipe, Judge().eval()))
+    assert run_module.main([*tiny, "--prompts", "demo", "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
     for row in files.read_json(Path("out/results.json"))["rows"]:
         assert row["metrics"]["classed as asked"]["n"] == 2
 
 
 def test_a_limit_is_told(tiny):
-    assert job.main([*tiny, "--limit", "2", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--limit", "2", "--out", "out"]) == 0
     found = files.read_json(Path("out/results.json"))
     assert (found["settings"]["n"], found["settings"]["of"]) == (2, len(PROMPTS))
     assert "2 pictures of 5" in table.circumstances(found)
@@ -298,7 +303,7 @@ def test_a_limit_is_told(tiny):
 def test_json_leaves_stdout_to_the_results(tiny, capsys, monkeypatch):
     draw = report.draw
     monkeypatch.setattr(report, "draw", lambda out: (print("a library that talks"), draw(out)))
-    assert job.main([*tiny, "--json"]) == 0
+    assert run_module.main([*tiny, "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["rows"][1]["method"] == "tofu"
     assert "a library that talks" in printed.err
@@ -310,7 +315,7 @@ def test_json_leaves_stdout_to_the_results(tiny, capsys, monkeypatch):
 def test_the_embedded_model_is_judged_by_its_own_classifier(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--limit", "2", "--steps", "3", "--metrics", "psnr,ms-ssim,judge", "--out", "out"]
-    assert job.main([*arguments, "--method", "tofu"]) == 0
+    assert run_module.main([*arguments, "--method", "tofu"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
     assert set(found["full"]["metrics"]) == {"classed as asked"}
     assert set(found["tofu-r50"]["metrics"]) == {"classed as asked", "PSNR", "MS-SSIM", "PD-judge", "FD-judge"}
@@ -353,7 +358,7 @@ def test_the_embedded_model_is_judged_by_its_own_classifier(tmp_path, monkeypatc
     ],
 )
 def test_bad_arguments_are_one_line_and_nothing_is_written(tiny, capsys, arguments, said):
-    assert job.main([*tiny, *arguments]) == 2
+    assert run_module.main([*tiny, *arguments]) == 2
     printed = capsys.readouterr()
     assert said in printed.err
     assert printed.err.startswith("error: ")
@@ -364,22 +369,22 @@ def test_bad_arguments_are_one_line_and_nothing_is_written(tiny, capsys, argumen
 
 def test_a_size_that_does_not_divide_into_tiles_is_refused_below_another_method(tiny, capsys):
     pytest.importorskip("DeepCache")
-    assert job.main([*tiny, "--method", "deepcache:hypertile", "--size", "72"]) == 2
+    assert run_module.main([*tiny, "--method", "deepcache:hypertile", "--size", "72"]) == 2
     assert "this size gives one of 9 x 9 tokens" in capsys.readouterr().err
     assert list(Path.cwd().iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA is needed to lack it")
 def test_a_device_that_is_not_there_is_told(tiny, capsys):
-    assert job.main([*tiny, "--device", "cuda"]) == 2
+    assert run_module.main([*tiny, "--device", "cuda"]) == 2
     assert "'cuda' is not available here" in capsys.readouterr().err
 
 
 def test_a_folder_of_other_settings_is_refused(tiny, capsys):
-    assert job.main([*tiny, "--out", "out", "--limit", "1"]) == 0
+    assert run_module.main([*tiny, "--out", "out", "--limit", "1"]) == 0
     before = sorted(Path("out").rglob("*"))
     capsys.readouterr()
-    assert job.main([*tiny, "--out", "out", "--limit", "1", "--guidance", "3"]) == 2
+    assert run_module.main([*tiny, "--out", "out", "--limit", "1", "--guidance", "3"]) == 2
     assert "guidance None, this run has 3.0" in capsys.readouterr().err
     assert sorted(Path("out").rglob("*")) == before
 
@@ -397,7 +402,7 @@ def test_a_damaged_model_is_one_line(tmp_path, monkeypatch, capsys, pipe, file, 
     monkeypatch.chdir(tmp_path)
     pipe.save_pretrained("mine")
     Path("mine", file).write_text(content)
-    assert job.main(["--model", "mine"]) == 2
+    assert run_module.main(["--model", "mine"]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(f"error: cannot load the model 'mine': {said}")
     assert "there is no such folder" not in told
@@ -406,7 +411,7 @@ def test_a_damaged_model_is_one_line(tmp_path, monkeypatch, capsys, pipe, file, 
 def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    assert job.main(["--model", "empty"]) == 2
+    assert run_module.main(["--model", "empty"]) == 2
     printed = capsys.readouterr().err
     assert printed.splitlines()[-1].startswith("error: cannot load the model 'empty'")
     assert str(tmp_path) not in printed
@@ -425,17 +430,17 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, monkeypatch, capsys
 def test_a_model_that_is_nowhere_is_told_from_one_that_is_damaged(tmp_path, monkeypatch, capsys, model, said):
     """The tests run without the network."""
     monkeypatch.chdir(tmp_path)
-    assert job.main(["--model", model]) == 2
+    assert run_module.main(["--model", model]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"error: cannot load the model {model!r}: {said}"
 
 
 def test_a_size_that_a_metric_cannot_measure_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
-    assert job.main([*tiny, "--dry-run"]) == 0
+    assert run_module.main([*tiny, "--dry-run"]) == 0
     assert capsys.readouterr().err == "MS-SSIM is skipped: takes pictures of at least 161 px, these have 64\n"
     monkeypatch.setattr(job, "generate", lambda *_: pytest.fail(capsys.readouterr().err))
     with pytest.raises(pytest.fail.Exception, match="MS-SSIM is skipped"):
-        job.main(tiny)
-    assert job.main([*tiny, "--metrics", "psnr,ssim", "--dry-run"]) == 0
+        run_module.main(tiny)
+    assert run_module.main([*tiny, "--metrics", "psnr,ssim", "--dry-run"]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -443,29 +448,29 @@ def test_a_metric_that_lacks_its_weights_is_told_before_anything_is_drawn(tiny, 
     monkeypatch.setattr(metrics, "_inception", lambda *_: "no Inception weights")
     monkeypatch.setattr(job, "generate", lambda *_: pytest.fail(capsys.readouterr().err))
     with pytest.raises(pytest.fail.Exception, match="FID will be skipped: no Inception weights"):
-        job.main([*tiny, "--metrics", "psnr,fid"])
+        run_module.main([*tiny, "--metrics", "psnr,fid"])
 
 
 def test_a_part_of_a_list_is_a_part_of_its_pictures(tiny, capsys):
-    assert job.main([*tiny, "--method", "tofu", "--only", "1-2", "--metrics", "psnr", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--only", "1-2", "--metrics", "psnr", "--out", "out"]) == 0
     assert {path.stem for path in Path("out/full").glob("*.png")} == {"0001", "0002"}
     told = files.read_json(Path("out/results.json"))
     assert (told["settings"]["n"], told["settings"]["of"]) == (2, 5)
     capsys.readouterr()
-    assert job.main([*tiny, "--method", "tofu", "--dry-run", "--json", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--dry-run", "--json", "--out", "out"]) == 0
     assert [method["there"] for method in json.loads(capsys.readouterr().out)["methods"]] == [2, 2]
     again = [*tiny, "--method", "tofu", "--metrics", "psnr", "--out", "out"]
     # those that were there, and one of the repeated ones
-    assert job.main([*again, "--per-prompt", "2", "--only", "0001,0002,0002_1"]) == 0
+    assert run_module.main([*again, "--per-prompt", "2", "--only", "0001,0002,0002_1"]) == 0
     assert {path.stem for path in Path("out/full").glob("*.png")} == {"0001", "0002", "0002_1"}
     told = files.read_json(Path("out/results.json"))
     assert (told["settings"]["n"], told["settings"]["of"]) == (3, 10)
 
 
 def test_a_model_that_a_method_does_not_fit_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(job, "load_model", lambda *_: (Namespace(transformer=torch.nn.Linear(2, 2)), None))
+    monkeypatch.setattr(plan, "load_model", lambda *_: (Namespace(transformer=torch.nn.Linear(2, 2)), None))
     arguments = [argument for argument in tiny if argument not in ("--size", "64")]
-    assert job.main(arguments) == 2
+    assert run_module.main(arguments) == 2
     assert "method 'tofu' does not fit this model" in capsys.readouterr().err
 
 
@@ -473,14 +478,14 @@ def test_a_torchvision_of_another_torch_is_explained(tiny, monkeypatch, capsys):
     def broken():
         raise ImportError("torchvision 0.28.0 does not work with torch 2.13.0+cpu")
 
-    monkeypatch.setattr(job, "check_torchvision", broken)
-    assert job.main([*tiny]) == 2
+    monkeypatch.setattr(plan, "check_torchvision", broken)
+    assert run_module.main([*tiny]) == 2
     assert "does not work with torch" in capsys.readouterr().err
 
 
 def test_a_method_that_is_not_installed_is_a_row_that_says_so(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(job.peers, "version", lambda name: None)
-    assert job.main([*tiny, "--method", "tofu,tomesd", "--limit", "2"]) == 0
+    monkeypatch.setattr(options_module.peers, "version", lambda name: None)
+    assert run_module.main([*tiny, "--method", "tofu,tomesd", "--limit", "2"]) == 0
     assert "tomesd 50%: skipped: pip install tomesd" in capsys.readouterr().out
 
 
@@ -489,12 +494,12 @@ def test_an_interrupt_says_how_to_go_on(tiny, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "generate", stop)
-    assert job.main([*tiny]) == 130
+    assert run_module.main([*tiny]) == 130
     assert "goes on from here" in capsys.readouterr().err
 
 
 def test_a_folder_without_results_has_no_report(tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 2
+    assert report_module.main([str(tmp_path)]) == 2
     assert "no results.json" in capsys.readouterr().err
 
 
@@ -507,13 +512,13 @@ def test_a_full_disk_is_a_line_and_the_run_goes_on_later(tiny, monkeypatch, caps
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", full_disk)
-    assert job.main([*tiny, "--out", "out"]) == 2
+    assert run_module.main([*tiny, "--out", "out"]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("error: [Errno 28] No space left on device")
     assert told.endswith("the same command goes on from here")
     assert not list(Path("out").rglob(".*"))  # nothing half-written is left
     monkeypatch.setattr(files.os, "replace", replace)
-    assert job.main([*tiny, "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--out", "out"]) == 0
 
 
 def test_black_pictures_are_counted_and_told(tiny, monkeypatch, capsys, pipe):
@@ -527,7 +532,7 @@ def test_black_pictures_are_counted_and_told(tiny, monkeypatch, capsys, pipe):
         return pixels, cost
 
     monkeypatch.setattr(generate, "draw", blackened)
-    assert job.main([*tiny, "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
     assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["blank"] == 1
     assert "tofu 50%: 1 of 2 pictures are one flat colour" in capsys.readouterr().out
 
@@ -542,30 +547,30 @@ def test_pictures_with_nan_are_told_wherever_they_are_compared(tiny, monkeypatch
         (found[0] if isinstance(found, tuple) else found.sample)[0, :, part] = float("nan")
         return found
 
-    assert job.main([*tiny, "--limit", "2", "--metrics", "psnr", "--strict", "--out", "whole"]) == 0
+    assert run_module.main([*tiny, "--limit", "2", "--metrics", "psnr", "--strict", "--out", "whole"]) == 0
     monkeypatch.setattr(pipe.vae, "decode", broken)
     command = [*tiny, "--limit", "2", "--metrics", "psnr", "--method", "full,tofu,prune", "--flops", "--out", "out"]
-    assert job.main(command) == 0
+    assert run_module.main(command) == 0
     told = "tofu 50%: 1 of 2 pictures hold NaN, drawn as black"
     assert told in capsys.readouterr().out
     found = rows(files.read_json(Path("out/results.json")))["tofu-r50"]
     assert (found["undefined"], found["blank"]) == (1, blank)
     for shown in (["--markdown"], ["--frontier"], ["--against", "prune 50%"]):
-        assert report.main(["out", *shown]) == 0
+        assert report_module.main(["out", *shown]) == 0
         assert told in capsys.readouterr().out
-    assert report.main(["out", "--markdown", "--rows", "prune 50%"]) == 0
+    assert report_module.main(["out", "--markdown", "--rows", "prune 50%"]) == 0
     shown = capsys.readouterr().out
     assert "full: 1 of 2 pictures hold NaN" in shown  # with which the row is compared
     assert told not in shown
     assert "hold NaN" in Path("out/report.html").read_text()
-    assert compare.main(["out", "out"]) == 0
+    assert compare_module.main(["out", "out"]) == 0
     assert f"out: {told}" in capsys.readouterr().out
-    assert job.main([*command, "--strict"]) == 1
+    assert run_module.main([*command, "--strict"]) == 1
 
 
 def test_a_folder_below_a_file_is_refused(tiny, capsys):
     Path("file").write_text("")
-    assert job.main([*tiny, "--out", "file/out"]) == 2
+    assert run_module.main([*tiny, "--out", "file/out"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
@@ -578,7 +583,7 @@ def test_no_checker_blackens_pictures_before_they_are_compared(monkeypatch):
 
     monkeypatch.setattr("diffusers.AutoPipelineForText2Image.from_pretrained", from_pretrained)
     with pytest.raises(EvalError, match="that is all"):
-        job.load_model("someone/model", torch.device("cpu"), torch.float32)
+        plan.load_model("someone/model", torch.device("cpu"), torch.float32)
     assert asked["safety_checker"] is None
     assert asked["requires_safety_checker"] is False
 
@@ -589,7 +594,7 @@ def test_a_pipeline_saved_in_a_folder_runs(tmp_path, monkeypatch, pipe):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.txt").write_text("a fox")
     arguments = ["--prompts", "own.txt", "--steps", "1", "--metrics", "psnr,judge", "--method", "tofu", "--out", "out"]
-    assert job.main(["--model", str(tmp_path / "own model"), *arguments]) == 0
+    assert run_module.main(["--model", str(tmp_path / "own model"), *arguments]) == 0
     found = files.read_json(Path("out/results.json"))
     assert found["settings"]["size"] == 128  # a latent of 16, eightfold
     assert found["settings"]["model"] == "own model"
@@ -609,7 +614,7 @@ def test_a_model_of_the_hub_is_told_with_its_revision(tmp_path, monkeypatch, pip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.txt").write_text("a fox")
     asked = ["--model", "some/model", "--prompts", "own.txt", "--steps", "1", "--metrics", "psnr", "--out", "out"]
-    assert job.main(asked) == 0
+    assert run_module.main(asked) == 0
     told = files.read_json(Path("out/results.json"))["provenance"]
     assert told["revision"] == told["drawn"][0]["revision"] == revision
     assert f"<dd>{revision}</dd>" in Path("out/report.html").read_text()
@@ -617,9 +622,9 @@ def test_a_model_of_the_hub_is_told_with_its_revision(tmp_path, monkeypatch, pip
 
 def test_the_report_of_another_machine_that_drew_is_told_beside_the_own(tiny, monkeypatch):
     monkeypatch.setattr(provenance, "environment", lambda: "<machine one>")
-    assert job.main([*tiny, "--limit", "2", "--generate-only", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--limit", "2", "--generate-only", "--out", "out"]) == 0
     monkeypatch.setattr(provenance, "environment", lambda: "machine two")
-    assert job.main([*tiny, "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--out", "out"]) == 0
     told = files.read_json(Path("out/results.json"))["provenance"]
     first, second = (told["environments"][run["environment"]] for run in told["drawn"])
     assert (first, second) == ("<machine one>", "machine two")
@@ -634,7 +639,7 @@ def test_seconds_of_pictures_under_two_drivers_are_told(tiny, monkeypatch):
     """A driver is no setting of theirs: the folder goes on."""
     for driver, limit in (("1", "2"), ("2", "4")):
         monkeypatch.setattr(provenance, "runtime", lambda _, driver=driver: {"driver": driver})
-        assert job.main([*tiny, "--limit", limit, "--out", "out"]) == 0
+        assert run_module.main([*tiny, "--limit", limit, "--out", "out"]) == 0
         notes = table.notes(files.read_json(Path("out/results.json")))
         assert ("Seconds are of pictures drawn under driver 1; and driver 2." in notes) == (driver == "2")
 
@@ -650,8 +655,8 @@ def test_a_machine_is_reported_by_what_stays_or_not_at_all(monkeypatch, error):
 
 
 def test_a_quick_try_does_not_replace_a_long_run(tiny):
-    assert job.main(tiny) == 0
-    assert job.main([*tiny, "--limit", "1"]) == 0
+    assert run_module.main(tiny) == 0
+    assert run_module.main([*tiny, "--limit", "1"]) == 0
     long, short = sorted(Path("runs").iterdir(), key=lambda folder: "first" in folder.name)
     assert files.read_json(long / "results.json")["settings"]["n"] == len(PROMPTS)
     assert files.read_json(short / "results.json")["settings"]["n"] == 1
@@ -661,7 +666,7 @@ def test_a_quick_try_does_not_replace_a_long_run(tiny):
 
 
 def test_a_dry_run_tells_and_writes_nothing(tiny, capsys):
-    assert job.main([*tiny, "--method", "tofu", "--dry-run", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--dry-run", "--out", "out"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
         "  full: 5 pictures, 0 of them drawn before",
         "  tofu-r50: 5 pictures, 0 of them drawn before",
@@ -670,7 +675,7 @@ def test_a_dry_run_tells_and_writes_nothing(tiny, capsys):
 
 
 def test_a_dry_run_can_be_read_by_a_program(tiny, capsys):
-    assert job.main([*tiny, "--method", "tofu", "--dry-run", "--json", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--dry-run", "--json", "--out", "out"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["methods"][1] == {"key": "tofu-r50", "pictures": 5, "there": 0}
     assert told["settings"]["steps"] == 1
@@ -678,11 +683,11 @@ def test_a_dry_run_can_be_read_by_a_program(tiny, capsys):
 
 @pytest.mark.parametrize("stage", [["--dry-run"], ["--generate-only"], []])
 def test_a_method_that_is_not_installed_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys, stage):
-    monkeypatch.setattr(job.peers, "version", lambda name: None)
+    monkeypatch.setattr(options_module.peers, "version", lambda name: None)
     arguments = [*tiny, "--method", "tofu,tomesd", "--limit", "1", "--metrics", "psnr", *stage, "--out", "out"]
-    assert job.main(arguments) == 0
+    assert run_module.main(arguments) == 0
     assert capsys.readouterr().err.splitlines()[0] == "tomesd-r50 is skipped: pip install tomesd"
-    assert job.main([*arguments, "--strict"]) == 1
+    assert run_module.main([*arguments, "--strict"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -701,30 +706,30 @@ def test_a_method_that_is_not_installed_is_told_before_anything_is_drawn(tiny, m
     ],
 )
 def test_measuring_alone_takes_no_other_settings(tiny, capsys, change, said):
-    assert job.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
     capsys.readouterr()
     unsaid = [
         a for i, a in enumerate(tiny) if a not in ("--steps", "--size") and tiny[i - 1] not in ("--steps", "--size")
     ]
     said_before = unsaid if change[0] == "--suite" else tiny
-    assert job.main([*said_before, "--method", "tofu", "--metrics-only", "--out", "out", *change]) == 2
+    assert run_module.main([*said_before, "--method", "tofu", "--metrics-only", "--out", "out", *change]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
 
 
 def test_pictures_of_other_code_are_not_called_missing(tiny, monkeypatch, capsys):
-    assert job.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
     monkeypatch.setattr(methods, "code", lambda: "newer")
-    assert job.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 2
+    assert run_module.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 2
     assert "tofu-r50: 0000.png, 0001.png, 0002.png" in (error := capsys.readouterr().err)
     assert "were drawn by other code" in error
 
 
 def test_the_runs_that_drew_are_told_not_the_one_that_measured(tiny):
-    assert job.main([*tiny, "--method", "tofu", "--limit", "2", "--generate-only", "--out", "out"]) == 0
-    assert job.main([*tiny, "--method", "tofu", "--repeats", "2", "--out", "out"]) == 0
-    assert job.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--generate-only", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--repeats", "2", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
     told = files.read_json(Path("out/results.json"))["provenance"]
     assert "--metrics-only" in told["command"]
     assert [run["pictures"] for run in told["drawn"]] == [4, 6]
@@ -737,15 +742,15 @@ def test_the_runs_that_drew_are_told_not_the_one_that_measured(tiny):
 
 
 def test_drawing_and_measuring_can_be_parted(tiny, monkeypatch, capsys):
-    assert job.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
     assert not Path("out/results.json").exists()
-    monkeypatch.setattr(job, "load_model", lambda *_: pytest.fail("measuring needs no model"))
+    monkeypatch.setattr(plan, "load_model", lambda *_: pytest.fail("measuring needs no model"))
     own = [a for a in tiny if a not in ("psnr,ms-ssim,judge",)]
     own[own.index("--metrics") + 1 : own.index("--metrics") + 1] = ["psnr"]
-    assert job.main([*own, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
+    assert run_module.main([*own, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
     assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["metrics"]["PSNR"]["n"] == len(PROMPTS)
     capsys.readouterr()
-    assert job.main([*own, "--method", "prune", "--metrics-only", "--out", "out"]) == 2
+    assert run_module.main([*own, "--method", "prune", "--metrics-only", "--out", "out"]) == 2
     assert "prune-r50 lacks 0000.png" in capsys.readouterr().err
 
 
@@ -764,17 +769,17 @@ def test_drawing_and_measuring_can_be_parted(tiny, monkeypatch, capsys):
 )
 def test_stages_that_cannot_be_are_told(tiny, capsys, arguments, said):
     if "out" in arguments:
-        assert job.main([*tiny, "--generate-only", "--limit", "1", "--out", "out"]) == 0
+        assert run_module.main([*tiny, "--generate-only", "--limit", "1", "--out", "out"]) == 0
         capsys.readouterr()
-    assert job.main([*tiny, *arguments]) == 2
+    assert run_module.main([*tiny, *arguments]) == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_full_models_pictures_can_be_another_runs(tiny, capsys):
     """Told by what they are, not by where they lie. Under other settings there are none to take, which hours of drawing
     would not tell."""
-    assert job.main([*tiny, "--method", "tofu", "--out", "first"]) == 0
-    assert job.main([*tiny, "--method", "prune", "--reference", "first", "--out", "second"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--out", "first"]) == 0
+    assert run_module.main([*tiny, "--method", "prune", "--reference", "first", "--out", "second"]) == 0
     assert "5 of 5 pictures of the full model are first's" in capsys.readouterr().err
     for id in ("0000", "0004"):
         for end in ("png", "json"):
@@ -782,38 +787,38 @@ def test_the_full_models_pictures_can_be_another_runs(tiny, capsys):
             assert a.read_bytes() == b.read_bytes()
     found = rows(files.read_json(Path("second/results.json")))
     assert found["prune-r50"]["speedup"]["n"] == 2  # not by the time that is told of the full model's pictures
-    assert job.main([*tiny, "--steps", "2", "--reference", "first", "--out", "third"]) == 2
+    assert run_module.main([*tiny, "--steps", "2", "--reference", "first", "--out", "third"]) == 2
     assert "--reference first: its pictures were made with steps 1, this run has 2" in capsys.readouterr().err
     Path("first/settings.json").unlink()
-    assert job.main([*tiny, "--reference", "first", "--out", "third"]) == 2
+    assert run_module.main([*tiny, "--reference", "first", "--out", "third"]) == 2
     assert "--reference first: there is no settings.json of this version" in capsys.readouterr().err
     Path("first/settings.json").write_text("{")
-    assert job.main([*tiny, "--reference", "first", "--out", "third"]) == 2
+    assert run_module.main([*tiny, "--reference", "first", "--out", "third"]) == 2
     assert "--reference first: its settings.json cannot be read" in capsys.readouterr().err
     assert not Path("third").exists()
 
 
 def test_damaged_pictures_are_named_and_drawn_again(tiny, capsys):
-    assert job.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
     (Path("out") / "tofu-r50" / "0003.png").write_bytes(b"")
     capsys.readouterr()
-    assert job.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
     assert "damaged, drawn again: tofu-r50/0003.png" in capsys.readouterr().err
 
 
 def test_strict_says_by_its_code_that_something_was_skipped(tiny):
-    assert job.main([*tiny, "--strict", "--metrics", "psnr"]) == 0
-    assert job.main([*tiny, "--strict", "--metrics", "psnr,ms-ssim"]) == 1  # 64 px are too few
+    assert run_module.main([*tiny, "--strict", "--metrics", "psnr"]) == 0
+    assert run_module.main([*tiny, "--strict", "--metrics", "psnr,ms-ssim"]) == 1  # 64 px are too few
 
 
 @pytest.mark.parametrize("name", suites.NAMES)
 def test_suites_are_options_that_what_is_typed_overrides(name):
-    options = job.parse(["--suite", name, "--steps", "3"])
+    options = options_module.parse(["--suite", name, "--steps", "3"])
     told = suites.load(name)
     assert options.steps == 3
     assert options.method == told["method"]
     methods.parse(options.method, [0.5])
-    unknown = told.keys() - vars(job.parse([])).keys() - {"about"}
+    unknown = told.keys() - vars(options_module.parse([])).keys() - {"about"}
     assert not unknown
     metrics.check(options.metrics, metrics.Nets())
     assert len({m.key for m in methods.parse(options.method, [0.5])}) == options.method.count(",") + 1
@@ -823,8 +828,8 @@ def test_suites_are_options_that_what_is_typed_overrides(name):
 def test_every_method_of_a_suite_draws_otherwise(tiny, deep, monkeypatch, name):
     """Of as many blocks as Stable Diffusion has: two rows that draw the same would be one too many. (The paper's suite
     runs on a stand-in, in test_eval_standin.py.)"""
-    monkeypatch.setattr(job, "load_model", lambda *_: (deep, None))
-    assert job.main([*tiny, "--suite", name, "--limit", "2", "--out", "out"]) == 0
+    monkeypatch.setattr(plan, "load_model", lambda *_: (deep, None))
+    assert run_module.main([*tiny, "--suite", name, "--limit", "2", "--out", "out"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
     assert {"full", "full-other-seeds"} < found.keys()
     assert len(found) == 2 + suites.load(name)["method"].count(",")
@@ -841,7 +846,7 @@ def test_each_batch_is_timed_by_its_fastest(tiny, monkeypatch):
         return images, {**cost, "seconds": next(seconds)}
 
     monkeypatch.setattr(generate, "draw", timed)
-    assert job.main([*tiny, "--limit", "2", "--repeats", "3", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--limit", "2", "--repeats", "3", "--out", "out"]) == 0
     for row in files.read_json(Path("out/results.json"))["rows"]:
         assert row["seconds"]["median"] == 1.0
 
@@ -884,7 +889,7 @@ def test_operations_that_vary_are_the_mean_of_several_pictures(pipe, tmp_path, m
 
 
 def test_the_report_shows_who_stands_for_whom(tiny, capsys):
-    assert job.main([*tiny, "--method", "tofu,tomesd", "--maps", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu,tomesd", "--maps", "--out", "out"]) == 0
     assert [path.name for path in Path("out/maps").glob("*.png")] == ["tofu-r50.png"]
     with Image.open("out/maps/tofu-r50.png") as picture:
         assert picture.size == (3 * 64 + 2 * maps.GAP, 64 + maps.CAPTION)
@@ -893,16 +898,16 @@ def test_the_report_shows_who_stands_for_whom(tiny, capsys):
 
 def test_what_was_counted_and_drawn_for_the_report_stays(tiny):
     """Drawing and measuring can be parted, and measured again."""
-    assert job.main([*tiny, "--method", "tofu", "--flops", "--maps", "--generate-only", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--flops", "--maps", "--generate-only", "--out", "out"]) == 0
     for again in (["--metrics-only"], []):
-        assert job.main([*tiny, "--method", "tofu", *again, "--out", "out"]) == 0
+        assert run_module.main([*tiny, "--method", "tofu", *again, "--out", "out"]) == 0
         found = rows(files.read_json(Path("out/results.json")))
         assert found["full"]["flops"] > found["tofu-r50"]["flops"] > 0
         assert found["tofu-r50"]["maps"]
         assert not found["full"]["maps"]
     told = files.read_json(Path("out/flops/tofu-r50.json"))
     files.write_json(Path("out/flops/tofu-r50.json"), {**told, "made": "by other code"})
-    assert job.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
     assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["flops"] is None
 
 
@@ -914,12 +919,12 @@ def test_maps_are_of_the_step_asked_for_or_the_nearest(tiny, monkeypatch, method
     monkeypatch.setattr(maps, "fit", lambda text, *_: captions.append(text) or text)
     more = [] if step is None else ["--map-step", str(step)]
     options = ["--steps", "4", "--limit", "1", "--maps", *more]
-    assert job.main([*tiny, "--method", method, *options, "--generate-only", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", method, *options, "--generate-only", "--out", "out"]) == 0
     assert [caption.partition(",")[0] for caption in captions if caption.startswith("step")] == [f"step {at}"] * 2
 
 
 def test_maps_are_of_the_block_asked_for(tiny, deep, monkeypatch, capsys):
-    monkeypatch.setattr(job, "load_model", lambda *_: (deep, None))
+    monkeypatch.setattr(plan, "load_model", lambda *_: (deep, None))
     captions = []
     monkeypatch.setattr(maps, "fit", lambda text, *_: captions.append(text) or text)
     options = [*tiny, "--limit", "1", "--maps", "--generate-only", "--out", "out"]
@@ -928,16 +933,16 @@ def test_maps_are_of_the_block_asked_for(tiny, deep, monkeypatch, capsys):
         ("attentions.2", ["up_blocks.3.attentions.2"]),
     ):
         captions.clear()
-        assert job.main([*options, "--method", "tofu", "--map-block", asked]) == 0
+        assert run_module.main([*options, "--method", "tofu", "--map-block", asked]) == 0
         shown = [caption.partition(", ")[2].removesuffix(".transformer_blocks.0") for caption in captions[1:]]
         assert shown == blocks
-    assert job.main([*options, "--method", "tofu", "--map-block", "up_block.9"]) == 2
+    assert run_module.main([*options, "--method", "tofu", "--map-block", "up_block.9"]) == 2
     assert "--map-block is 'up_block.9'; fused are down_blocks.0.attentions.0" in capsys.readouterr().err
 
 
 def test_a_batch_of_which_a_picture_was_there_is_timed_all_the_same(tiny):
-    assert job.main([*tiny, "--method", "tofu", "--limit", "1", "--out", "out"]) == 0
-    assert job.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--limit", "1", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "out"]) == 0
     for row in files.read_json(Path("out/results.json"))["rows"]:
         assert row["seconds"]["n"] == row["speedup"]["n"] == 1
 
@@ -953,14 +958,14 @@ def test_settings_that_another_process_has_just_written_are_no_strangers(tmp_pat
 
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(Path, "iterdir", late)
-    generate.claim(tmp_path / "out", settings)
+    output_dir.claim(tmp_path / "out", settings)
     assert files.read_json(tmp_path / "out" / "settings.json") == vars(settings)
 
 
 def test_pictures_of_other_batches_are_told(tiny, capsys):
     """A longer list puts a picture in another batch, where its last bits come out otherwise."""
-    assert job.main([*tiny, "--method", "tofu", "--limit", "1", "--out", "out"]) == 0
-    assert job.main([*tiny, "--method", "tofu,prune", "--limit", "2", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--limit", "1", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu,prune", "--limit", "2", "--out", "out"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
     assert (found["tofu-r50"]["other_batch"], found["prune-r50"]["other_batch"]) == (0, 1)
     shown = capsys.readouterr().out
@@ -971,20 +976,20 @@ def test_pictures_of_other_batches_are_told(tiny, capsys):
 @pytest.mark.parametrize("option", ["min_tokens", "depth_split"])
 def test_what_is_measured_anew_each_time_is_not_compared(tiny, capsys, option):
     """A clock decides the one, a measurement whose last bits are the machine's the other."""
-    assert job.main([*tiny, "--method", f"deepcache:tofu@{option}=auto", "--out", "out"]) == 2
+    assert run_module.main([*tiny, "--method", f"deepcache:tofu@{option}=auto", "--out", "out"]) == 2
     assert f"deepcache:tofu@{option}=auto: what {option}=auto comes to" in capsys.readouterr().err
     assert not Path("out").exists()
 
 
 def test_more_steps_than_there_are_are_refused_before_anything_is_written(tiny, capsys):
-    assert job.main([*tiny, "--steps", "1001", "--out", "out"]) == 2
+    assert run_module.main([*tiny, "--steps", "1001", "--out", "out"]) == 2
     assert re.search(r"error: --steps is 1001: .*1000", capsys.readouterr().err)
     assert not Path("out").exists()
 
 
 def test_a_method_is_warmed_up_after_every_switch_to_it(tiny, monkeypatch):
     """Also where a batch lacks the pictures of one method alone, after a batch that lacked another's."""
-    assert job.main([*tiny, "--batch", "1", "--method", "tofu,prune", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--batch", "1", "--method", "tofu,prune", "--out", "out"]) == 0
     for lacking in ("tofu-r50/0000.png", "prune-r50/0001.png", "tofu-r50/0002.png", "prune-r50/0003.png"):
         (Path("out") / lacking).unlink()
     drawn = []
@@ -995,7 +1000,7 @@ def test_a_method_is_warmed_up_after_every_switch_to_it(tiny, monkeypatch):
         return draw(pipe, requests, method, settings, **how)
 
     monkeypatch.setattr(generate, "draw", noting)
-    assert job.main([*tiny, "--batch", "1", "--method", "tofu,prune", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--batch", "1", "--method", "tofu,prune", "--out", "out"]) == 0
     expected = [(key, output) for key in ("tofu-r50", "prune-r50") for output in ("latent", "np")]
     assert drawn[-4:] == expected
 
@@ -1031,10 +1036,10 @@ def test_processes_part_before_they_end(monkeypatch):
 
 def test_where_there_is_no_accelerator_a_team_is_one_of_cpus(tiny, monkeypatch):
     seen = []
-    monkeypatch.setattr(job, "pick_device", lambda name: torch.device("cpu" if name == "auto" else name))
-    monkeypatch.setattr(job, "assemble", lambda cpu: seen.append(cpu) or Team())
+    monkeypatch.setattr(plan, "pick_device", lambda name: torch.device("cpu" if name == "auto" else name))
+    monkeypatch.setattr(plan, "assemble", lambda cpu: seen.append(cpu) or Team())
     for device in ("auto", "cpu", "meta"):
-        assert job.main([*tiny, "--device", device, "--dry-run"]) == 0
+        assert run_module.main([*tiny, "--device", device, "--dry-run"]) == 0
     assert seen == [True, True, False]
 
 
@@ -1054,21 +1059,21 @@ def test_a_metric_that_one_process_lacks_is_skipped_by_all():
 def test_every_shard_shows_its_progress_and_one_of_a_team(tiny, monkeypatch):
     told = []
     monkeypatch.setattr(job, "generate", lambda *_: told.append(_[-1]) or 0)
-    assert job.main([*tiny, "--shard", "2/2", "--out", "out"]) == 0
-    monkeypatch.setattr(job, "assemble", lambda cpu: Team(1, 2))
+    assert run_module.main([*tiny, "--shard", "2/2", "--out", "out"]) == 0
+    monkeypatch.setattr(plan, "assemble", lambda cpu: Team(1, 2))
     monkeypatch.setattr(Team, "wait", lambda self: None)
     monkeypatch.setattr(Team, "gather", lambda self, value: [value, value])
-    assert job.main([*tiny, "--generate-only", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--generate-only", "--out", "out"]) == 0
     assert told == [False, True]
 
 
 def test_a_team_takes_no_shards_and_no_single_device(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(job, "assemble", lambda cpu: job.Team(0, 2))
-    assert job.main([*tiny, "--shard", "1/2"]) == 2
+    monkeypatch.setattr(plan, "assemble", lambda cpu: job.Team(0, 2))
+    assert run_module.main([*tiny, "--shard", "1/2"]) == 2
     assert "--shard is for processes that know nothing of each other" in capsys.readouterr().err
-    assert job.main([*tiny, "--device", "cudo"]) == 2
+    assert run_module.main([*tiny, "--device", "cudo"]) == 2
     assert "did you mean 'cuda'" in capsys.readouterr().err
-    assert job.main([*tiny, "--device", "cpu:0"]) == 2
+    assert run_module.main([*tiny, "--device", "cpu:0"]) == 2
     assert "each of 2 processes takes a device of its own" in capsys.readouterr().err
 
 
@@ -1077,7 +1082,7 @@ def test_too_little_memory_on_the_device_says_what_takes_less(tiny, monkeypatch,
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has 8 GiB.")
 
     monkeypatch.setattr(job, "generate", full)
-    assert job.main([*tiny, "--out", "out"]) == 2
+    assert run_module.main([*tiny, "--out", "out"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: CUDA out of memory. Tried to allocate 20 GiB: a smaller --batch takes less; it changes the last bits, "
         "so it begins a folder of its own"
@@ -1089,7 +1094,7 @@ def test_too_little_memory_for_a_metric_says_where_it_can_be_measured(tiny, monk
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
     monkeypatch.setattr(job, "score", full)
-    assert job.main([*tiny, "--out", "out"]) == 2
+    assert run_module.main([*tiny, "--out", "out"]) == 2
     assert (
         capsys.readouterr()
         .err.splitlines()[-1]
@@ -1103,7 +1108,7 @@ def test_another_error_is_not_taken_for_too_little_memory(tiny, monkeypatch):
 
     monkeypatch.setattr(job, "score", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        job.main([*tiny, "--out", "out"])
+        run_module.main([*tiny, "--out", "out"])
 
 
 def test_notes_say_what_few_pictures_and_a_device_leave_open(finished):
@@ -1126,10 +1131,10 @@ def test_notes_say_what_few_pictures_and_a_device_leave_open(finished):
 
 
 def test_two_runs_side_by_side(tiny, capsys):
-    assert job.main([*tiny, "--method", "tofu,prune", "--out", "a"]) == 0
-    assert job.main([*tiny, "--method", "tofu", "--out", "b"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu,prune", "--out", "a"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--out", "b"]) == 0
     capsys.readouterr()
-    assert compare.main(["a", "b", "--json"]) == 0
+    assert compare_module.main(["a", "b", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["differ"] == {}
     psnr = next(row for row in told["rows"] if row["figure"] == "PSNR")
@@ -1140,22 +1145,22 @@ def test_two_runs_side_by_side(tiny, capsys):
 
 
 def test_other_pictures_of_as_many_are_not_compared(tiny, capsys):
-    assert job.main([*tiny, "--method", "tofu", "--limit", "2", "--per-prompt", "2", "--out", "a"]) == 0
-    assert job.main([*tiny, "--method", "tofu", "--limit", "4", "--out", "b"]) == 0
-    assert compare.main(["a", "b"]) == 2
+    assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--per-prompt", "2", "--out", "a"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--limit", "4", "--out", "b"]) == 0
+    assert compare_module.main(["a", "b"]) == 2
     assert "a and b cannot be compared: b has no picture 0000_1, 0001_1" in capsys.readouterr().err
 
 
 def test_times_under_another_driver_are_not_compared(tiny, capsys):
     for out in ("a", "b"):
-        assert job.main([*tiny, "--method", "tofu", "--limit", "2", "--out", out]) == 0
+        assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--out", out]) == 0
     found = files.read_json(Path("b/results.json"))
     (drawn,) = found["provenance"]["drawn"]
     drawn["runtime"] = {"driver": "999.1"}  # measuring was done on the machine of `a`
     drawn["commit"], drawn["packages"]["tomesd"] = "abc", "9"
     files.write_json(Path("b/results.json"), found)
     capsys.readouterr()
-    assert compare.main(["a", "b", "--json"]) == 0
+    assert compare_module.main(["a", "b", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["differ"]["driver"] == [None, "999.1"]
     assert told["differ"]["commit"][1] == "abc"
@@ -1167,13 +1172,13 @@ def test_times_under_another_driver_are_not_compared(tiny, capsys):
 
 
 def test_what_was_timed_beside_no_full_model_is_not_compared(tiny, capsys):
-    assert job.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "a"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "a"]) == 0
     found = files.read_json(Path("a/results.json"))
 
     def shown():
         files.write_json(Path("a/results.json"), found)
         capsys.readouterr()
-        assert compare.main(["a", "a", "--json"]) == 0
+        assert compare_module.main(["a", "a", "--json"]) == 0
         told = json.loads(capsys.readouterr().out)["rows"]
         return {row["figure"]: (row["a"], row["b"], row["b - a"]) for row in told}
 
@@ -1194,31 +1199,31 @@ def test_what_was_timed_beside_no_full_model_is_not_compared(tiny, capsys):
     ],
 )
 def test_runs_that_were_not_drawn_alike_are_not_compared(tiny, capsys, change, said):
-    assert job.main([*tiny, "--method", "tofu", "--out", "a"]) == 0
-    assert job.main([*tiny, "--method", "tofu", "--out", "b", *change]) == 0
-    assert compare.main(["a", "b"]) == 2
+    assert run_module.main([*tiny, "--method", "tofu", "--out", "a"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--out", "b", *change]) == 0
+    assert compare_module.main(["a", "b"]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_runs_of_another_type_are_told_by_it(tiny, capsys):
     """Other weights follow from it, and are not what to look for."""
-    assert job.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "a"]) == 0
-    assert job.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "b"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "a"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "b"]) == 0
     found = files.read_json(Path("b/results.json"))
     found["settings"] |= {"dtype": "float16", "pipeline": "another hash"}
     files.write_json(Path("b/results.json"), found)
-    assert compare.main(["a", "b"]) == 2
+    assert compare_module.main(["a", "b"]) == 2
     assert "cannot be compared: dtype is 'float32' in one, 'float16' in the other" in capsys.readouterr().err
 
 
 def test_what_two_runs_differ_in_is_told_and_costs_the_times_alone(tiny, capsys):
     for out in ("a", "b"):
-        assert job.main([*tiny, "--method", "tofu", "--out", out]) == 0
+        assert run_module.main([*tiny, "--method", "tofu", "--out", out]) == 0
     found = files.read_json(Path("b/results.json"))
     found["settings"]["torch"] = "9.9"
     files.write_json(Path("b/results.json"), found)
     capsys.readouterr()
-    assert compare.main(["a", "b"]) == 0
+    assert compare_module.main(["a", "b"]) == 0
     printed = capsys.readouterr().out
     assert f"torch: {torch.__version__} in a, 9.9 in b" in printed
     assert "PSNR: float64, peak 255, dB" in printed
@@ -1226,11 +1231,11 @@ def test_what_two_runs_differ_in_is_told_and_costs_the_times_alone(tiny, capsys)
     for row in found["rows"]:
         row["seconds"] = None
     files.write_json(Path("b/results.json"), {**found, "settings": files.read_json(Path("a/results.json"))["settings"]})
-    assert compare.main(["b", "a"]) == 0
+    assert compare_module.main(["b", "a"]) == 0
     capsys.readouterr()
     found["metrics"][0]["implementation"] = "by hand"
     files.write_json(Path("b/results.json"), found)
-    assert compare.main(["a", "b"]) == 2
+    assert compare_module.main(["a", "b"]) == 2
     assert "PSNR is measured by float64, peak 255, dB in one, by by hand in the other" in capsys.readouterr().err
 
 
@@ -1238,7 +1243,7 @@ def test_what_two_runs_differ_in_is_told_and_costs_the_times_alone(tiny, capsys)
 
 
 def test_pictures_that_are_gone_are_named(tiny):
-    assert job.main([*tiny, "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--out", "out"]) == 0
     settings = generate.Settings(**files.read_json(Path("out/settings.json")))
     requests = prompts.load(tiny[-1])
     for folder, id in (("tofu-r50", "0002"), ("full", "0001")):
@@ -1248,11 +1253,11 @@ def test_pictures_that_are_gone_are_named(tiny):
 
 
 def test_a_run_measured_again_reads_no_picture_and_says_the_same(tiny, monkeypatch):
-    assert job.main([*tiny, "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--out", "out"]) == 0
     found = Path("out/results.json").read_text()
     read = []
     monkeypatch.setattr(score, "load", lambda *what: read.append(what))
-    assert job.main([*tiny, "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--out", "out"]) == 0
     again = Path("out/results.json").read_text()
     assert json.loads(again)["rows"] == json.loads(found)["rows"]
     assert read == []
@@ -1294,8 +1299,8 @@ def test_a_prompt_may_have_any_name(tiny, tmp_path):
         "--out",
         "out",
     ]
-    assert job.main(arguments) == 0
-    assert job.main(arguments) == 0
+    assert run_module.main(arguments) == 0
+    assert run_module.main(arguments) == 0
     assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["flops"] > 0
 
 
@@ -1317,7 +1322,7 @@ def test_what_a_killed_writer_left_behind_is_removed_and_nothing_else(tmp_path):
 
 
 def test_killed_while_it_writes_the_figures_a_run_is_not_taken_for_whole(tiny, monkeypatch, capsys):
-    assert job.main([*tiny, "--method", "tofu", "--metrics", "psnr", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--metrics", "psnr", "--out", "out"]) == 0
     write = report.write
 
     def killed(path, content):
@@ -1326,13 +1331,13 @@ def test_killed_while_it_writes_the_figures_a_run_is_not_taken_for_whole(tiny, m
         write(path, content)
 
     monkeypatch.setattr(report, "write", killed)
-    assert job.main([*tiny, "--method", "tofu,prune", "--metrics", "psnr", "--out", "out"]) == 130
+    assert run_module.main([*tiny, "--method", "tofu,prune", "--metrics", "psnr", "--out", "out"]) == 130
     monkeypatch.setattr(report, "write", write)
     capsys.readouterr()
-    assert report.main(["out", "--markdown"]) == 2
+    assert report_module.main(["out", "--markdown"]) == 2
     assert "results.json and per_image.csv are of two runs" in capsys.readouterr().err
-    assert job.main([*tiny, "--method", "tofu,prune", "--metrics", "psnr", "--out", "out"]) == 0
-    assert report.main(["out", "--markdown"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu,prune", "--metrics", "psnr", "--out", "out"]) == 0
+    assert report_module.main(["out", "--markdown"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -1345,92 +1350,94 @@ def test_killed_while_it_writes_the_figures_a_run_is_not_taken_for_whole(tiny, m
 )
 def test_results_that_are_none_are_a_line(tmp_path, capsys, content, said):
     (tmp_path / "results.json").write_text(content)
-    assert report.main([str(tmp_path)]) == 2
+    assert report_module.main([str(tmp_path)]) == 2
     assert said in capsys.readouterr().err
 
 
 def test_results_that_are_no_json_are_not_called_missing(tiny, capsys):
     Path("out").mkdir()
     Path("out/results.json").write_text("{")
-    assert report.main(["out"]) == 2
+    assert report_module.main(["out"]) == 2
     assert "out/results.json is damaged: it holds no JSON: the same command" in capsys.readouterr().err
 
 
 def test_results_that_lack_a_figure_are_a_line(tiny, capsys):
-    assert job.main([*tiny, "--metrics", "psnr", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--metrics", "psnr", "--out", "out"]) == 0
     found = files.read_json(Path("out/results.json"))
     del found["rows"][1]["speedup"]
     files.write_json(Path("out/results.json"), found)
-    for program in (lambda: report.main(["out", "--markdown"]), lambda: compare.main(["out", "out"])):
+    for program in (lambda: report_module.main(["out", "--markdown"]), lambda: compare_module.main(["out", "out"])):
         capsys.readouterr()
         assert program() == 2
         assert capsys.readouterr().err.startswith("error: out/results.json is damaged: in ['rows'][1] ")
 
 
 def test_a_dry_run_refuses_what_a_run_would(tiny, capsys):
-    assert job.main([*tiny, "--generate-only", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--generate-only", "--out", "out"]) == 0
     before = Path("out/settings.json").read_text()
     capsys.readouterr()
-    assert job.main([*tiny, "--batch", "1", "--dry-run", "--out", "out"]) == 2
+    assert run_module.main([*tiny, "--batch", "1", "--dry-run", "--out", "out"]) == 2
     assert "its pictures were made with batch" in capsys.readouterr().err
     assert Path("out/settings.json").read_text() == before
-    assert job.main([*tiny, "--dry-run", "--reference", "nowhere"]) == 2
+    assert run_module.main([*tiny, "--dry-run", "--reference", "nowhere"]) == 2
     assert "--reference nowhere: there is no folder 'full' in it" in capsys.readouterr().err
-    assert job.main([*tiny, "--dry-run", "--maps", "--map-block", "nothing"]) == 2
+    assert run_module.main([*tiny, "--dry-run", "--maps", "--map-block", "nothing"]) == 2
     assert "--map-block is 'nothing'" in capsys.readouterr().err
-    assert job.main([*tiny, "--dry-run", "--reference", "out", "--json"]) == 0  # what would be taken is not drawn
+    assert (
+        run_module.main([*tiny, "--dry-run", "--reference", "out", "--json"]) == 0
+    )  # what would be taken is not drawn
     told = {m["key"]: (m["there"], m["pictures"]) for m in json.loads(capsys.readouterr().out)["methods"]}
     assert told == {"full": (5, 5), "tofu-r50": (0, 5)}
 
 
 def test_a_damaged_record_is_not_called_other_code(tiny, capsys):
-    assert job.main([*tiny, "--generate-only", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--generate-only", "--out", "out"]) == 0
     Path("out/full/0002.json").write_text('{"id": "00')
     capsys.readouterr()
-    assert job.main([*tiny, "--metrics-only", "--out", "out"]) == 2
+    assert run_module.main([*tiny, "--metrics-only", "--out", "out"]) == 2
     assert "full: 0002.png are damaged, or their records; without --metrics-only" in capsys.readouterr().err
 
 
 def test_a_damaged_picture_of_a_report_is_named(tiny, capsys):
-    assert job.main([*tiny, "--metrics", "psnr", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--metrics", "psnr", "--out", "out"]) == 0
     Path("out/full/0000.png").write_bytes(b"no picture")
     capsys.readouterr()
-    assert report.main(["out"]) == 2
+    assert report_module.main(["out"]) == 2
     assert "the picture full/0000.png is damaged: the same command of eval.run" in capsys.readouterr().err
 
 
 def test_a_stage_tells_a_program_what_it_drew(tiny, capsys, monkeypatch):
-    assert job.main([*tiny, "--method", "tofu", "--generate-only", "--json", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--generate-only", "--json", "--out", "out"]) == 0
     assert json.loads(capsys.readouterr().out) == {"out": "out", "drawn": 10}
 
 
 def test_of_a_team_one_process_prints(tiny, capsys, monkeypatch):
     for rank, lines in ((0, 1), (1, 0)):
-        monkeypatch.setattr(job, "assemble", lambda cpu, rank=rank: Team(rank, 2))
+        monkeypatch.setattr(plan, "assemble", lambda cpu, rank=rank: Team(rank, 2))
         monkeypatch.setattr(Team, "wait", lambda self: None)
         monkeypatch.setattr(Team, "gather", lambda self, value: [value, 3])
         for stage in ("--dry-run", "--generate-only"):
-            assert job.main([*tiny, stage, "--json", "--device", "cpu", "--out", "out"]) == 0
+            assert run_module.main([*tiny, stage, "--json", "--device", "cpu", "--out", "out"]) == 0
             printed = capsys.readouterr().out
             assert printed.count('"out": "out"') == lines
     assert '"drawn"' not in printed
 
 
 def test_what_a_reference_has_measured_is_not_measured_again(tiny, monkeypatch):
-    assert job.main([*tiny, "--method", "full", "--metrics", "psnr", "--out", "first"]) == 0
+    assert run_module.main([*tiny, "--method", "full", "--metrics", "psnr", "--out", "first"]) == 0
     seen = []
     load = score.load
     monkeypatch.setattr(score, "load", lambda folder, requests: seen.append(folder.name) or load(folder, requests))
     asked = ["--method", "full", "--metrics", "psnr", "--reference", "first", "--out", "second"]
-    assert job.main([*tiny, *asked]) == 0
+    assert run_module.main([*tiny, *asked]) == 0
     assert seen == []
 
 
 def test_settings_that_cannot_be_read_are_not_overwritten(tiny, capsys):
-    assert job.main([*tiny, "--generate-only", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--generate-only", "--out", "out"]) == 0
     Path("out/settings.json").write_text("{")
     for stage in ([], ["--metrics-only"]):
-        assert job.main([*tiny, *stage, "--out", "out"]) == 2
+        assert run_module.main([*tiny, *stage, "--out", "out"]) == 2
         assert "its settings.json cannot be read" in capsys.readouterr().err
     assert Path("out/settings.json").read_text() == "{"
 
@@ -1442,7 +1449,7 @@ def test_few_pictures_have_no_interval():
 
 def test_intervals_of_a_run_are_over_classes(tiny):
     """Three pictures of a prompt are drawn together: by pictures, the interval would be another."""
-    assert job.main([*tiny, "--method", "tofu", "--per-prompt", "3", "--metrics", "psnr", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--per-prompt", "3", "--metrics", "psnr", "--out", "out"]) == 0
     with Path("out/per_image.csv").open(encoding="utf-8") as file:
         lines = [line for line in csv.DictReader(file) if line["key"] == "tofu-r50"]
     values = torch.tensor([float(line["PSNR"]) for line in lines], dtype=torch.float64)
@@ -1452,30 +1459,30 @@ def test_intervals_of_a_run_are_over_classes(tiny):
 
 
 def test_how_long_it_takes_is_told(tiny, capsys):
-    assert job.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
+    assert run_module.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
     told = capsys.readouterr().err
     assert re.search(r"10/10 \[\d+:\d+<00:00, .*(img/s|s/img)\]", told)  # done, of, time, what is left, rate
 
 
 PROGRAMS = [
-    "run",
-    "sweep",
-    "report",
-    "compare",
-    "bench",
-    "classify",
-    "train",
-    "condensation",
-    "standin",
-    "prompts",
-    "pages",
+    "eval.run",
+    "eval.sweep",
+    "eval.report",
+    "eval.compare",
+    "eval.bench",
+    "eval.prompts",
+    "eval.reporting.pages",
+    "eval.speed.stand_in",
+    "research.classifiers.classify",
+    "research.classifiers.train",
+    "research.adaptivision.ablations",
 ]
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_teaches_by_examples_that_are_understood(name, capsys):
     try:
-        program = importlib.import_module(f"eval.{name}")
+        program = importlib.import_module(name)
     except ImportError as error:
         pytest.skip(f"{error.name} is not installed")
     with pytest.raises(SystemExit) as ended:
@@ -1483,17 +1490,20 @@ def test_help_teaches_by_examples_that_are_understood(name, capsys):
     assert ended.value.code == 0
     told = capsys.readouterr().out
     assert "default: []" not in told
-    examples = re.findall(rf"^  (?:python|accelerate .*) -m eval\.{name}( .*)?$", told, re.MULTILINE)
+    examples = re.findall(rf"^  (?:python|accelerate .*) -m {re.escape(name)}( .*)?$", told, re.MULTILINE)
     assert examples
+    parser = options_module.parser if name == "eval.run" else program.parser
     for example in examples:
-        _, rest = program.parser().parse_known_args(shlex.split(example))
-        job.parser().parse_args(rest if name == "sweep" else [])  # its options are eval.run's
-        assert name == "sweep" or not rest
+        _, rest = parser().parse_known_args(shlex.split(example))
+        options_module.parser().parse_args(rest if name == "eval.sweep" else [])  # its options are eval.run's
+        assert name == "eval.sweep" or not rest
 
 
 def test_every_program_teaches():
-    there = {path.stem for path in Path(job.__file__).parent.glob("*.py") if "__main__" in path.read_text()}
-    assert there == set(PROGRAMS)
+    root = Path(__file__).parents[1]
+    files = [path for folder in ("eval", "research") for path in (root / folder).rglob("*.py")]
+    programs = {path for path in files if "__main__" in path.read_text() and "common.cli import" in path.read_text()}
+    assert {".".join(path.relative_to(root).with_suffix("").parts) for path in programs} == set(PROGRAMS)
 
 
 def test_infinite_values_are_counted_and_not_averaged():

@@ -12,7 +12,10 @@ from safetensors import SafetensorError
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import tofu_sd
-from eval import files, run, shapes, standin
+from eval import run as run_module
+from eval.common import files
+from eval.speed import model_shapes as shapes
+from eval.speed import stand_in as standin
 
 SMALL = {"block_out_channels": (8,) * 4, "norm_num_groups": 4}
 needs_names = pytest.mark.skipif(
@@ -44,7 +47,7 @@ def test_the_papers_suite_runs_on_the_folder_it_writes(small, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert standin.main(["model"]) == 0
     typed = ["--model", "model", "--limit", "2", "--steps", "2", "--size", "168", "--device", "cpu", "--out", "out"]
-    assert run.main(["--suite", "paper", *typed]) == 0
+    assert run_module.main(["--suite", "paper", *typed]) == 0
     found = files.read_json(tmp_path / "out" / "results.json")
     assert [row["method"] for row in found["rows"]] == ["full", "tome", "tofu", "full, other seeds"]
     assert found["settings"]["prompts"] == "imagenet1k"

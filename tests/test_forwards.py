@@ -14,9 +14,11 @@ from patcher_host import ForgePatcher, Patcher, UNetModel, attention
 from torch import Tensor
 
 import tofu_sd
-from tofu_sd import TokenFusion, patch, step_tracker
-from tofu_sd.hosts.patcher import patch_model
-from tofu_sd.step_tracker import ImagePart, StepTracker
+from tofu_sd import TokenFusion
+from tofu_sd.hosts._model_patcher import patch_model
+from tofu_sd.patching import block_state, patch
+from tofu_sd.patching import image_parts as step_tracker
+from tofu_sd.patching.image_parts import ImagePart, StepTracker
 
 OVER_STEPS: dict[str, dict[str, Any]] = {
     "match_every": {"match_every": 2},
@@ -214,8 +216,8 @@ def test_parts_keep_to_themselves_in_programs_with_patches(every: int, sequence:
 @pytest.mark.parametrize("sequence", ["tiles with one prompt", "areas with prompts of their own"])
 def test_each_part_reuses_its_maps(sequence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The property above would hold if every call matched."""
-    matched, match = [], patch.most_similar
-    monkeypatch.setattr(patch, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
+    matched, match = [], block_state.most_similar
+    monkeypatch.setattr(block_state, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
     contents, prompts, order = SEQUENCES[sequence]
     parts(tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_every=2), contents, prompts, order)
     assert len(matched) == 3 * len(contents) * 2  # blocks, parts, every other of four steps
@@ -223,8 +225,8 @@ def test_each_part_reuses_its_maps(sequence: str, monkeypatch: pytest.MonkeyPatc
 
 def test_times_that_rise_are_steps_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inversion goes from the image to the noise."""
-    matched, match = [], patch.most_similar
-    monkeypatch.setattr(patch, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
+    matched, match = [], block_state.most_similar
+    monkeypatch.setattr(block_state, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_every=4)
     parts(unet, {"a": A}, {"a": PROMPT}, lambda step: ["a"], TIMES[::-1])
     assert len(matched) == 3

@@ -24,7 +24,7 @@ import torch
 from patcher_host import Patcher, UNetModel, attention
 
 from tofu_sd import TokenFusion
-from tofu_sd.hosts.patcher import patches_of
+from tofu_sd.hosts._model_patcher import patches_of
 from tofu_sd.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,7 +17,7 @@ from torch import nn
 
 from tofu_sd import TokenFusion
 from tofu_sd.hosts import ldm
-from tofu_sd.hosts.patcher import patch_model, patches_of, watch_model
+from tofu_sd.hosts._model_patcher import patch_model, patches_of, watch_model
 
 FAITHFUL = {"early": "mean", "late": "mean", "proportional": True}
 

@@ -22,8 +22,9 @@ from patcher_host import CrossAttention, PlainBlock, UNetModel
 from torch import nn
 
 import tofu_sd
-from tofu_sd import TokenFusion, patch
+from tofu_sd import TokenFusion
 from tofu_sd.hosts import ldm
+from tofu_sd.patching import block_state
 
 OPTIONS = [
     {},
@@ -197,8 +198,8 @@ def sampled(unet: Any, fusion: TokenFusion | None, ts: tuple[float, ...] = (900.
 
 def test_maps_serve_several_steps_though_the_conditioning_is_another_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """AUTOMATIC1111 joins it again in each call; a patch is there for one sampling, so equal content belongs to it."""
-    unet, matched, match = UNetModel(tiny.sd15_unet(), PlainBlock), [], patch.most_similar
-    monkeypatch.setattr(patch, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
+    unet, matched, match = UNetModel(tiny.sd15_unet(), PlainBlock), [], block_state.most_similar
+    monkeypatch.setattr(block_state, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
     for every, times in ((1, 4), (2, 2), (4, 1)):
         matched.clear()
         sampled(unet, TokenFusion(0.5, match_every=every))

@@ -14,7 +14,7 @@ from torch import nn
 import tofu_sd
 from tofu_sd import TokenFusion
 from tofu_sd.hosts import ldm
-from tofu_sd.hosts.patcher import map_size, patch_model, patches_of
+from tofu_sd.hosts._model_patcher import map_size, patch_model, patches_of
 
 # in these programs a patch sees normed tokens alone, so that is what both are to compare
 OPTIONS = [

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from tofu_sd.linearity import best_split
-from tofu_sd.reduce import mean, mlerp, prune
-from tofu_sd.tokens import TokenMap
-from tofu_sd.vit import AdaptiveReduction, TokenReduction, alternating, merging_error, reduce_sized
+from tofu_sd.core.reductions import mean, mlerp, prune
+from tofu_sd.core.token_map import TokenMap
+from tofu_sd.patching.linearity import best_split
+from tofu_sd.vit.methods import AdaptiveReduction, TokenReduction, alternating, merging_error
+from tofu_sd.vit.reducer import reduce_sized
 
 KINDS = {
     "vit": ("VisionTransformer", {"global_pool": "token"}),

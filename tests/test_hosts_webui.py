@@ -18,7 +18,7 @@ from patcher_host import ForgePatcher, PlainBlock, UNetModel, attention
 
 from tofu_sd import TokenFusion
 from tofu_sd.hosts import ldm
-from tofu_sd.hosts.patcher import patch_model
+from tofu_sd.hosts._model_patcher import patch_model
 from tofu_sd.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]

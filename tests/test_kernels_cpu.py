@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tofu_sd import kernels
+from tofu_sd.core.partition import partition, windows
 from tofu_sd.kernels import cpu, reference
-from tofu_sd.match import partition, windows
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="this build of torch has no oneDNN product")

@@ -18,7 +18,8 @@ from torch import nn
 
 import tofu_sd
 from tofu_sd import TokenFusion, linearity
-from tofu_sd.linearity import best_split, functional_linearity, measuring
+from tofu_sd.linearity import measuring
+from tofu_sd.patching.linearity import best_split, functional_linearity
 
 
 @given(st.integers(0, 2**31), st.integers(2, 20))
@@ -105,7 +106,7 @@ def test_every_block_is_measured_at_every_step_and_the_model_stays_as_it_was(pip
         during = pipe(**call, generator=torch.Generator().manual_seed(0)).images
     assert torch.equal(before, during)
     assert [len(module._forward_pre_hooks) for module in pipe.unet.modules()] == hooks
-    blocks = len(tofu_sd.hosts.diffusers.find_sites(pipe.unet))
+    blocks = len(tofu_sd.hosts.diffusers_unet.find_sites(pipe.unet))
     assert {(one.depth, one.role, one.call) for one in found} == {
         (d, role, call) for d in range(blocks) for role in ("attn", "mlp") for call in (0, 1)
     }
@@ -140,7 +141,7 @@ def test_half_precision_measures_what_float32_does(pipe):
 
 def test_a_layer_that_is_linear_between_tokens_has_one(pipe):
     unet = tiny.sd15_unet()
-    site = tofu_sd.hosts.diffusers.find_sites(unet)[0]
+    site = tofu_sd.hosts.diffusers_unet.find_sites(unet)[0]
     feed_forward = site.parts["mlp"]
     feed_forward.net = nn.ModuleList([nn.Linear(site.width, site.width)])
     with measuring(unet) as found, torch.no_grad():
@@ -192,7 +193,7 @@ def test_the_command_prints_every_block_and_the_split_and_again_from_its_file(pi
     kept, drawn = str(tmp_path / "curve.json"), tmp_path / "curve.svg"
     assert linearity.main(["--steps", "1", "--prompt", "a fox", "--out", kept]) == 0
     said = capsys.readouterr().out
-    sites = tofu_sd.hosts.diffusers.find_sites(pipe.unet)
+    sites = tofu_sd.hosts.diffusers_unet.find_sites(pipe.unet)
     assert sum(f"| {site.name.replace('.transformer_blocks', '')} |" in said for site in sites) == len(sites)
     assert said.count(" \\* |") == len(linearity.Curve.read(kept).fused) == 5
     assert f"depth_split={linearity.Curve.read(kept).depth_split}, by" in said

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.bench import peak
+from eval.speed.contender import peak
+from tofu_sd.core.matching import bipartite_soft_matching
+from tofu_sd.core.partition import partition, windows
 from tofu_sd.kernels import reference
-from tofu_sd.match import bipartite_soft_matching, partition, windows
 
 CPU = torch.device("cpu")
 sides, cells = st.integers(1, 12), st.integers(1, 4)

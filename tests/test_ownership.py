@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import tofu_sd
 from tofu_sd import TokenFusion
-from tofu_sd.patch import patch_of
+from tofu_sd.patching.patch import patch_of
 
 # --- contexts ---------------------------------------------------------------------------------------------------------
 

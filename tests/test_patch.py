@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import tofu_sd
 from tofu_sd import TokenFusion
-from tofu_sd.reduce import mean
+from tofu_sd.core.reductions import mean
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "tofu": {},
@@ -258,7 +258,7 @@ def test_the_seed_and_the_step_draw_the_destinations() -> None:
     assert not torch.equal(run(3, 500), run(4, 500))
     assert not torch.equal(run(3, 500), run(None, 500))
     # the same drawing at another step moves other tokens
-    clock = tofu_sd.clock.Clock(TokenFusion(seed=3))
+    clock = tofu_sd.patching.step_tracker.Clock(TokenFusion(seed=3))
     parts = []
     for t in (500, 499):
         clock.tick(torch.tensor(t))

@@ -5,7 +5,7 @@ import pytest
 
 import tofu_sd
 from tofu_sd import TokenFusion, recipes
-from tofu_sd.reduce import mean, mlerp, prune
+from tofu_sd.core.reductions import mean, mlerp, prune
 
 
 def test_numbers_of_other_libraries_are_numbers():

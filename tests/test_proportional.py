@@ -12,8 +12,8 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 import tofu_sd
-from tofu_sd import proportional
-from tofu_sd.proportional import KeyBias, by_channel, by_mask, flash_takes, key_bias
+from tofu_sd.core import proportional
+from tofu_sd.core.proportional import KeyBias, by_channel, by_mask, flash_takes, key_bias
 
 
 def heads(B: int, H: int, N: int, d: int, dtype: torch.dtype, seed: int) -> Tensor:

@@ -12,7 +12,10 @@ import pytest
 import tiny
 
 import tofu_sd
-from eval import EvalError, pages, report, run
+from eval import EvalError
+from eval import report as report_module
+from eval.evaluation import options
+from eval.reporting import pages
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -92,23 +95,25 @@ def test_ci_runs_its_test_command():
 @pytest.mark.parametrize(("page", "least"), [("README.md", 7), ("docs/evaluation.md", 16), ("docs/settings.md", 1)])
 def test_evaluation_commands_are_understood(page, least):
     text = (ROOT / page).read_text()
-    commands = re.findall(r"-m (eval\.\w+)(?: ([^#`\n]*))?", re.sub(r"<!--.*?<!-- end -->", "", text, flags=re.DOTALL))
+    commands = re.findall(
+        r"-m ((?:eval|research)\.[\w.]+)(?: ([^#`\n]*))?", re.sub(r"<!--.*?<!-- end -->", "", text, flags=re.DOTALL)
+    )
     assert len(commands) >= least
     for program, arguments in commands:
-        if program == "eval.classify":
+        if program == "research.classifiers.classify":
             pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
-        parser = importlib.import_module(program).parser()
+        parser = options.parser() if program == "eval.run" else importlib.import_module(program).parser()
         _, others = parser.parse_known_args(arguments.replace("...", "").split())
         assert not others or program == "eval.sweep"  # whose other options are a run's
-        run.parser().parse_args(others)
+        options.parser().parse_args(others)
 
 
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))])
 def test_tables_are_what_their_commands_print(page, monkeypatch):
-    """No figure is written by hand, and none stays when the results change (python -m eval.pages mends it)."""
+    """No figure is written by hand, and none stays when results change (`python -m eval.reporting.pages`)."""
     monkeypatch.chdir(ROOT)
     text = (ROOT / page).read_text()
-    if "<!-- python -m eval.classify" in text:
+    if "<!-- python -m research.classifiers.classify" in text:
         pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
     assert pages.filled(text) == text
 
@@ -117,7 +122,7 @@ def test_the_frontier_is_drawn_of_what_the_table_below_it_is_of(tmp_path, monkey
     """Its texts and all figures that it shows. Where ink lies may change with matplotlib."""
     monkeypatch.chdir(ROOT)
     folders = re.search(r"<!-- python -m eval\.report (.*) --frontier -->", README)[1].split()
-    assert report.main([*folders, "--plot", str(tmp_path / "plot.svg")]) == 0
+    assert report_module.main([*folders, "--plot", str(tmp_path / "plot.svg")]) == 0
     drawn, kept = (
         re.findall(r"<(?:text|dc:description)[^>]*>([^<]+)</", path.read_text())
         for path in (tmp_path / "plot.svg", ROOT / "docs" / "frontier.svg")
@@ -128,11 +133,11 @@ def test_the_frontier_is_drawn_of_what_the_table_below_it_is_of(tmp_path, monkey
 
 
 def test_a_table_is_written_anew_and_the_page_around_it_stays(monkeypatch):
-    monkeypatch.setattr(report, "main", lambda argv: print("|", *argv, "|"))
+    monkeypatch.setattr(report_module, "main", lambda argv: print("|", *argv, "|"))
     page = "# A\n<!-- python -m eval.report runs/x --rows 'tofu 50%' -->\nold\n<!-- end -->\nb <!-- end -->\n"
     new = page.replace("old", "| runs/x --rows tofu 50% |")
     assert pages.filled(page) == pages.filled(new) == new
-    monkeypatch.setattr(report, "main", lambda argv: 2)
+    monkeypatch.setattr(report_module, "main", lambda argv: 2)
     with pytest.raises(EvalError, match=r"eval\.report runs/x"):
         pages.filled(page)
 

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 import tofu_sd
-from tofu_sd.demo import train
-from tofu_sd.demo.model import build_tokenizer
-from tofu_sd.demo.scenes import CLASSES, SHAPES, draw_scene, nearness, noise_tiles, render
-from tofu_sd.demo.train import Recipe, fit
+from research.demo_training import fit as fit_module
+from research.demo_training import recipe, stages, train
+from research.demo_training.fit import fit
+from research.demo_training.recipe import Recipe
+from research.demo_training.scenes import draw_scene, nearness, noise_tiles, render
+from tofu_sd.demo.scene_classes import CLASSES, SHAPES
+from tofu_sd.demo.tokenizer import build_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -97,7 +100,7 @@ def test_training_cut_off_and_resumed_ends_bit_for_bit_where_an_uninterrupted_ru
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     whole, _ = _regression(tmp_path / "whole")
-    monkeypatch.setattr("tofu_sd.demo.train.CHECKPOINT_SECONDS", -1)  # a checkpoint after every step
+    monkeypatch.setattr("research.demo_training.fit.CHECKPOINT_SECONDS", -1)  # a checkpoint after every step
     with pytest.raises(KeyboardInterrupt):
         _regression(tmp_path / "cut", stop_at=78)
     resumed, calls = _regression(tmp_path / "cut")
@@ -112,9 +115,9 @@ FEW = CLASSES[::6]  # 16, which is how many are rendered at a time
 def test_a_whole_training_goes_on_where_it_was_cut_and_keeps_to_its_recipe(tmp_path, monkeypatch):
     """From nothing to a model that loads; what is finished is not done again, another recipe's work is not taken."""
     work, out, done = tmp_path / "work", tmp_path / "out", []
-    monkeypatch.setattr(train, "CLASSES", FEW)
-    monkeypatch.setattr(train, "judge_accuracy", lambda *_, **__: 1.0)
-    fit = train.fit
+    monkeypatch.setattr(recipe, "CLASSES", FEW)
+    monkeypatch.setattr(stages, "judge_accuracy", lambda *_, **__: 1.0)
+    fit = fit_module.fit
 
     def cut(name, *args, **kwargs):
         done.append(name)
@@ -122,7 +125,7 @@ def test_a_whole_training_goes_on_where_it_was_cut_and_keeps_to_its_recipe(tmp_p
             raise KeyboardInterrupt
         return fit(name, *args, **kwargs)
 
-    monkeypatch.setattr(train, "fit", cut)
+    monkeypatch.setattr(stages, "fit", cut)
     with pytest.raises(KeyboardInterrupt):
         train.train(SMALL, work, out, CPU)
     assert not out.exists()

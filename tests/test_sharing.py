@@ -10,20 +10,20 @@ import torch
 from oracle import blocks
 
 import tofu_sd
-from tofu_sd import patch
+from tofu_sd.patching import block_state
 
 
 @pytest.fixture
 def matched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the batch of every matching that is done."""
     batches: list[int] = []
-    match = patch.most_similar
+    match = block_state.most_similar
 
     def counted(x: Any, *rest: Any) -> Any:
         batches.append(len(x))
         return match(x, *rest)
 
-    monkeypatch.setattr(patch, "most_similar", counted)
+    monkeypatch.setattr(block_state, "most_similar", counted)
     return batches
 
 

@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tofu_sd.match import bipartite_soft_matching, partition
-from tofu_sd.reduce import REDUCTIONS, fuse, mean, mlerp, number_of, prune, unmerge
-from tofu_sd.tokens import TokenMap, merge_map
+from tofu_sd.core.matching import bipartite_soft_matching
+from tofu_sd.core.partition import partition
+from tofu_sd.core.reductions import REDUCTIONS, fuse, mean, mlerp, number_of, prune, unmerge
+from tofu_sd.core.token_map import TokenMap, merge_map
 
 CPU = torch.device("cpu")
 

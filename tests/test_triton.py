@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tofu_sd import kernels
+from tofu_sd.core.partition import partition, windows
 from tofu_sd.kernels import reference
-from tofu_sd.match import partition, windows
 
 pytest.importorskip("triton")
 from tofu_sd.kernels import triton as fused

@@ -12,8 +12,8 @@ if interrupts.is_command():  # before the modules that take seconds to import
 # isort: split
 from . import demo, recipes
 from .api import apply_patch, patched, remove_patch, summary, watch
-from .policy import TokenFusion
-from .tokens import merge_map
+from .config import TokenFusion
+from .core.token_map import merge_map
 
 __all__ = [
     "TokenFusion",

@@ -10,24 +10,14 @@ from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
-from .calibrate import break_even
+from .config import TokenFusion
 from .environment import check_torchvision
-from .patch import (
-    Patch,
-    Sighting,
-    Site,
-    Summary,
-    attach,
-    detach,
-    least_tokens,
-    leave_alone,
-    patch_of,
-    plan,
-    states_of,
-    summarize,
-    watching,
-)
-from .policy import TokenFusion, did_you_mean
+from .patching.autotune import break_even
+from .patching.block_info import Site
+from .patching.patch import Patch, attach, detach, least_tokens, leave_alone, patch_of, plan, states_of
+from .patching.recording import Sighting, watching
+from .patching.summary import Summary, summarize
+from .utils import did_you_mean
 
 Model = TypeVar("Model")
 logger = logging.getLogger("tofu_sd")
@@ -67,7 +57,9 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, *more: Any, **op
         swap = partial(host.swap, ours={part for part, *_ in before.swaps} if before else set())
         fusion = _fusion(sites, ratio, options)
         if fusion.depth_split == "auto":
-            from .linearity import measure_split  # here: `python -m tofu_sd.linearity` begins with this package
+            from .linearity import (
+                measure_split,  # here: `python -m tofu_sd.linearity` begins with this package
+            )
 
             fusion = replace(fusion, depth_split=measure_split(model, sites, fusion))
         patch = plan(unet, sites, fusion, swap, train_steps, host.latent_size(unet))
@@ -181,7 +173,7 @@ def _summary(unet: Any, sites: list[Site], latent: tuple[int, int]) -> Summary:
 def _host() -> ModuleType:
     """The diffusers host, imported when the first model comes."""
     check_torchvision()
-    from .hosts import diffusers
+    from .hosts import diffusers_unet as diffusers
 
     return diffusers
 

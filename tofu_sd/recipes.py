@@ -6,8 +6,9 @@ import ast
 from dataclasses import replace
 from typing import Any
 
-from .policy import TokenFusion, did_you_mean
-from .reduce import mean, mlerp, prune
+from .config import TokenFusion
+from .core.reductions import mean, mlerp, prune
+from .utils import did_you_mean
 
 TOFU = TokenFusion(early=prune, late=mlerp)  # Token Fusion, WACV 2024, section 4.2: prune, then MLERP
 TOME = TokenFusion(early=mean, late=mean)  # Token Merging for Fast Stable Diffusion, CVPRW 2023: mean everywhere

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tofu_sd.policy import did_you_mean
+from tofu_sd.utils import did_you_mean
 
 from .. import EvalError
-from ..files import read_json
+from ..common.files import read_json
 
 VALUES = (str, int, float)  # bool is an int
 NAMES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.json")))

@@ -20,7 +20,7 @@ from ..environment import check_torchvision
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from .model import Judge
+    from .classifier import Judge
 
 WEIGHTS = Path(__file__).parent / "weights"
 NATIVE_SIZE = 256  # pixels
@@ -46,7 +46,7 @@ def _check_weights() -> None:
     if not (WEIGHTS / "model_index.json").is_file():
         raise FileNotFoundError(
             f"the embedded model has no weights in {WEIGHTS}: reinstall tofu_sd, or make them anew with "
-            "`python -m tofu_sd.demo.train`"
+            "`python -m research.demo_training.train`"
         )
 
 
@@ -55,7 +55,7 @@ def judge(device: torch.device | str = "cpu") -> Judge:
     _check_weights()
     from safetensors.torch import load_file
 
-    from .model import Judge
+    from .classifier import Judge
 
     net = Judge()
     net.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS / "judge.safetensors").items()})

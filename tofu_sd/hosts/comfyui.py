@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ..tokens import TokenMap, merge_map
+from ..core.token_map import TokenMap, merge_map
+from ._model_patcher import Options, patch_model, watch_model
+from ._ui_options import CUSTOM, OPTIONS, PRESET, Option, chosen, fusion_of
 from .ldm import Place
-from .options import CUSTOM, OPTIONS, PRESET, Option, chosen, fusion_of
-from .patcher import Options, patch_model, watch_model
 
 try:
     from comfy_api.latest import ComfyExtension, io

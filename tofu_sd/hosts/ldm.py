@@ -13,11 +13,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..patch import ATTRIBUTE, Site, SiteFusion, attach, detach, fusions, patch_of, plan
-from ..policy import TokenFusion
-from ..proportional import weighted_attention
-from ..reduce import unmerge
-from .norm import FusedNorm, refuse_wrapped
+from ..config import TokenFusion
+from ..core.proportional import weighted_attention
+from ..core.reductions import unmerge
+from ..patching.block_info import ATTRIBUTE, Site
+from ..patching.block_state import SiteFusion, fusions
+from ..patching.patch import attach, detach, patch_of, plan
+from ._norm import FusedNorm, refuse_wrapped
 
 STAGES = {"input_blocks": "down", "middle_block": "mid", "output_blocks": "up"}
 SIDES = {"input_blocks": "input", "middle_block": "middle", "output_blocks": "output"}  # as patches are told of them

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..api import apply_patch, remove_patch
-from ..policy import TokenFusion
+from ..config import TokenFusion
 
 
 def runs_pipeline(p: Any) -> bool:

@@ -18,12 +18,13 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..core.matching import bipartite_soft_matching
+from ..core.token_map import TokenMap
 from ..kernels import take
-from ..linearity import ROLES, best_split, functional_linearity
-from ..match import bipartite_soft_matching
-from ..patch import ATTRIBUTE
-from ..tokens import TokenMap
-from ..vit import AdaptiveReduction, Reducer, TokenReduction, alternating
+from ..patching.block_info import ATTRIBUTE
+from ..patching.linearity import ROLES, best_split, functional_linearity
+from ..vit.methods import AdaptiveReduction, TokenReduction, alternating
+from ..vit.reducer import Reducer
 
 Model = TypeVar("Model", bound=nn.Module)
 PAIRS = 5  # of a picture, in each layer, of which linearity is measured (ToFu section 3.1)

@@ -16,11 +16,11 @@ from modules import scripts, shared
 from modules.ui_components import InputAccordion
 from torch import Tensor
 
-from ..policy import TokenFusion
+from ..config import TokenFusion
 from ..recipes import RECIPES
 from . import ldm, sdnext
-from .options import OPTIONS, PRESETS, Option, fusion_of, read, values_of
-from .patcher import Options, patch_model
+from ._model_patcher import Options, patch_model
+from ._ui_options import OPTIONS, PRESETS, Option, fusion_of, read, values_of
 
 TITLE = "Token Fusion (ToFu)"
 RATIO = OPTIONS[0]

@@ -1,0 +1,1 @@
+"""What all commands share: files, options, devices, provenance."""

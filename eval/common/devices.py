@@ -1,0 +1,67 @@
+"""Devices, dtypes and memory on the command line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from tofu_sd.utils import did_you_mean
+
+from .. import EvalError
+from .cli import Parser
+from .files import without_paths
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def add_device(parser: Parser) -> None:
+    """--device, for pick_device."""
+    parser.add_argument("--device", default="auto", help=f"auto, {', '.join(DEVICES)}")
+
+
+def add_dtype(parser: Parser, usual: str = "auto") -> None:
+    """--dtype, for pick_dtype."""
+    parser.add_argument("--dtype", default=usual, help=f"auto (float16 on cuda, else float32), {', '.join(DTYPES)}")
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    if name.partition(":")[0] not in DEVICES or not re.fullmatch(r"\w+(:\d+)?", name):
+        raise EvalError(f"unknown device {name!r}{did_you_mean(name, DEVICES)}; known: auto, {', '.join(DEVICES)}")
+    device = torch.device(name)
+    if device.type != "cpu" and not getattr(torch, device.type).is_available():
+        raise EvalError(f"device {name!r} is not available here; --device cpu always is")
+    if device.type != "cpu" and (device.index or 0) >= (there := getattr(torch, device.type).device_count()):
+        raise EvalError(f"there is no device {name!r} here: those of {device.type} end with {there - 1}")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if name not in DTYPES:
+        raise EvalError(f"unknown dtype {name!r}{did_you_mean(name, DTYPES)}; known: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says so: on CUDA one of its own kind, elsewhere told by its words alone."""
+    signs = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+@contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """EvalError with the advice where what runs inside finds no memory, on any device."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        raise EvalError(f"{without_paths(str(error)).splitlines()[0].rstrip('.')}: {advice}") from error

@@ -1,0 +1,1 @@
+"""Generates the images of a run."""

@@ -1,0 +1,1 @@
+"""Turns the results of runs into tables, plots and pages."""

@@ -1,0 +1,221 @@
+"""Files in, files out: results.json and per_image.csv, and from them and the pictures report.html, grid.png, tables.
+
+`python -m eval.report OUT` draws the report anew; with --markdown it prints the table for a README instead, with
+--against ROW each method's difference from that one, and --grid draws some of the pictures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+from jsonschema.exceptions import best_match
+
+from .. import EvalError
+from ..common.files import listed, parse_json, png, read_json, read_text, to_json, write
+from ..images.settings import Settings
+from ..methods.registry import FULL
+from ..metrics.score import Scores
+from . import spreadsheet
+from .html import GRID_ROWS, TIMES, grid, html
+from .tables import commits
+
+SCHEMA = 1
+RESULTS, PER_IMAGE = "results.json", "per_image.csv"
+FIELDS = ("method", "key", "id", "prompt", "seed", "seconds")  # of the table, before the metrics
+AGAIN = "the same command of eval.run writes it again"
+
+
+def results(
+    settings: Settings, scores: Scores, metrics: list[dict[str, Any]], provenance: dict[str, Any], of: int
+) -> dict[str, Any]:
+    """What results.json holds. of: how many pictures the whole list of prompts asks for."""
+    n = next(row["n"] for row in scores.rows if "n" in row)
+    return {
+        "schema": SCHEMA,
+        "settings": {**asdict(settings), "n": n, "of": of},
+        "metrics": metrics,
+        "rows": scores.rows,
+        "provenance": provenance,
+    }
+
+
+def save(out: Path, found: dict[str, Any], scores: Scores) -> dict[str, Any]:
+    """Writes the figures, then everything that is drawn from them; returns what results.json holds.
+
+    It goes last and names the table's hash: of a run that is killed between the two neither passes for whole.
+    """
+    names = [metric["name"] for metric in found["metrics"] if metric.get("per_image")]
+    content = spreadsheet.to_csv([*FIELDS, *names], scores.images)
+    found = {**found, "per_image_sha256": spreadsheet.digest(content)}
+    write(out / PER_IMAGE, content)
+    write(out / RESULTS, to_json(found))
+    draw(out)
+    return found
+
+
+def draw(out: Path) -> None:
+    """report.html and grid.png from the files in `out`."""
+    found, images = read(out)
+    write(out / "grid.png", png(grid(out, found, images, GRID_ROWS)))
+    write(out / "report.html", html(out, found, images))
+
+
+def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """(results.json, the rows of per_image.csv). EvalError where they are not there, or not of one run."""
+    if not (out / RESULTS).exists():
+        raise EvalError(f"{out.name} holds no {RESULTS}: python -m eval.run --out {out.name} writes one")
+    try:
+        found = parse_json(read_text(out / RESULTS))
+    except OSError as error:
+        raise EvalError(f"cannot read {out.name}/{RESULTS}: {error.strerror}") from error
+    except ValueError as error:
+        raise EvalError(f"{out.name}/{RESULTS} is damaged: it holds no JSON: {AGAIN} ({error})") from error
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != SCHEMA:
+        raise EvalError(f"{out.name}/{RESULTS} has schema {schema}, this program reads {SCHEMA}")
+    wrong = best_match(_schema().iter_errors(found))
+    if wrong is not None:
+        at = "".join(f"[{part!r}]" for part in wrong.absolute_path)
+        message = " ".join(wrong.message.split())[:200]
+        raise EvalError(f"{out.name}/{RESULTS} is damaged: {at and f'in {at} '}{message}: {AGAIN}")
+    rows = [row for row in found["rows"] if "skipped" not in row]
+    if not any(row["key"] == FULL.key for row in rows):
+        raise EvalError(f"{out.name}/{RESULTS} is damaged: it has no row of the full model: {AGAIN}")
+    for figure in (figure for row in rows for figure in row["metrics"].values()):
+        ends = [figure["low"] is None, figure["high"] is None]
+        if ends[0] != ends[1] or (figure["value"] is None and not all(ends)):
+            raise EvalError(f"{out.name}/{RESULTS} is damaged: it has one end of an interval: {AGAIN}")
+    images = _images(out, found)
+    ids = {row["key"]: sorted(image["id"] for image in images if image["key"] == row["key"]) for row in rows}
+    if other := [key for key, own in ids.items() if own != ids[FULL.key] or not own]:
+        raise EvalError(f"{out.name}: {PER_IMAGE} lacks images of {listed(other)}, which {RESULTS} has: {AGAIN}")
+    return found, images
+
+
+def _images(out: Path, found: dict[str, Any]) -> list[dict[str, str]]:
+    """The rows of per_image.csv. EvalError where it is not the table of these results."""
+    try:
+        content = read_text(out / PER_IMAGE)
+        rows, digest = spreadsheet.from_csv(content), spreadsheet.digest(content)
+    except FileNotFoundError as error:
+        raise EvalError(f"{out.name} has lost its {PER_IMAGE}: {AGAIN}") from error
+    except OSError as error:
+        raise EvalError(f"cannot read {out.name}/{PER_IMAGE}: {error.strerror}") from error
+    except ValueError as error:
+        raise EvalError(f"{out.name}/{PER_IMAGE} cannot be read: {error}: {AGAIN}") from error
+    if found.get("per_image_sha256") not in (None, digest):  # older ones do not name it
+        raise EvalError(f"{out.name}: {RESULTS} and {PER_IMAGE} are of two runs, or the table was edited: {AGAIN}")
+    numbers = [metric["name"] for metric in found["metrics"] if metric.get("per_image")]
+    lacking = [name for name in (*FIELDS, *numbers) if rows and name not in rows[0]]
+    if not rows or lacking:
+        raise EvalError(f"{out.name}/{PER_IMAGE} has no {f'column {lacking[0]!r}' if lacking else 'rows'}: {AGAIN}")
+    for number, row in enumerate(rows, start=2):
+        for name in numbers:
+            if row[name] and not _is_number(row[name]):
+                raise EvalError(f"{out.name}/{PER_IMAGE}, row {number}: {name} is {row[name]!r}, no number: {AGAIN}")
+    return rows
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@cache
+def _schema() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(read_json(Path(__file__).parent / "results.schema.json"))
+
+
+def alike(a: Path, first: dict[str, Any], b: Path, second: dict[str, Any], names: Sequence[str]) -> None:
+    """EvalError where the figures of two runs must not stand side by side: settings of these names, or how a metric is
+    measured, differ."""
+    cannot = f"{a.name} and {b.name} cannot be compared"
+    for name in names:
+        ours, theirs = (found["settings"].get(name) for found in (first, second))
+        untold = name == "tokenizers" and None in (ours, theirs)  # by an older run
+        if ours != theirs and not untold:
+            raise EvalError(f"{cannot}: {name} is {ours!r} in one, {theirs!r} in the other")
+    measured = {m["name"]: m["implementation"] for m in first["metrics"] if "skipped" not in m}
+    for metric in second["metrics"]:
+        mine = measured.get(metric["name"])
+        if "skipped" not in metric and mine is not None and mine != metric["implementation"]:
+            raise EvalError(
+                f"{cannot}: {metric['name']} is measured by {mine} in one, by {metric['implementation']} in the other; "
+                "measure one of them again with --metrics-only"
+            )
+
+
+def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """The rows of several runs of the same settings as those of one; of a method that two have, the first one's.
+
+    A row keeps the speed-up over the full model of its own run, beside which its seconds are of another one. EvalError
+    where settings differ.
+    """
+    found, images = read(outs[0])
+    for out in outs[1:]:
+        other, its_images = read(out)
+        alike(outs[0], found, out, other, list(found["settings"]))
+        ids, others = ({image["id"] for image in some} for some in (images, its_images))
+        if ids != others:
+            raise EvalError(f"{outs[0].name} and {out.name} are of other pictures: {listed(sorted(ids ^ others))}")
+        if (mine := _measured(found)) != (its := _measured(other)):
+            raise EvalError(
+                f"{outs[0].name} and {out.name} cannot be compared: {', '.join(sorted(mine ^ its))} is measured in "
+                "one alone; measure the other again with --metrics-only"
+            )
+        keys = {row["key"] for row in found["rows"] if "skipped" not in row}
+        own = {row["key"] for row in other["rows"] if "skipped" not in row}
+        more = [{**row, "of_one_run": False} for row in other["rows"] if row["key"] in own - keys]
+        told, also = found["provenance"], other["provenance"]
+        tokenizers = [name for run in (found, other) if (name := run["settings"].get("tokenizers"))]  # older: untold
+        found = {
+            **found,
+            "settings": {**found["settings"], "tokenizers": tokenizers[0] if tokenizers else None},
+            "rows": [
+                *(row for row in found["rows"] if row["key"] in keys or row["key"] not in own),
+                *more,
+            ],
+            "provenance": {
+                **told,
+                "drawn": [*(told.get("drawn") or [told]), *(also.get("drawn") or [also])],
+                "joined": [*told.get("joined", []), also["command"]],
+            },
+        }
+        images += [image for image in its_images if image["key"] not in keys]
+    return found, images
+
+
+def with_times(found: dict[str, Any], out: Path, times: Path) -> dict[str, Any]:
+    """The results of `out` with the times of another run of the same settings, whatever its machine and its number of
+    pictures: the same pictures come of any machine, up to rounding, but not in the same time.
+
+    For a grid that grew by several runs: one in which all its methods took turns tells how fast they are. A row that it
+    has not timed has no times. EvalError where settings differ.
+    """
+    other, _ = read(times)
+    alike(out, found, times, other, [name for name in found["settings"] if name not in ("n", "of", "device")])
+    timed = {row["key"]: row for row in other["rows"]}
+    rows = [
+        row if "skipped" in row else {**row, **dict.fromkeys(TIMES), **_times(timed.get(row["key"], {}))}
+        for row in found["rows"]
+    ]
+    told = found["provenance"]
+    joined = [*told.get("joined", []), other["provenance"]["command"]]
+    timing = {"commit": commits(other), "device": other["settings"]["device"]}
+    return {**found, "rows": rows, "provenance": {**told, "joined": joined, "timing": timing}}
+
+
+def _times(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in TIMES if name in row}
+
+
+def _measured(found: dict[str, Any]) -> set[str]:
+    return {metric["name"] for metric in found["metrics"] if "skipped" not in metric}

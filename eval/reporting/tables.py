@@ -1,0 +1,417 @@
+"""The table of a run, once for the terminal, the page and the README. Formats what results.json holds."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from tofu_sd.utils import did_you_mean
+
+from .. import EvalError
+from ..methods.registry import FULL, SCALE
+from ..metrics.statistics import bootstrap
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """value and the interval below it. bar: (from, to, at) in 0..1 of the column's range, for a drawing."""
+
+    value: str
+    interval: str = ""
+    bar: tuple[float, float, float] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value} ({self.interval})" if self.interval else self.value
+
+
+def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any], list[Cell]]]]:
+    """Columns, and for each row of the results its cells (none for a method that was skipped)."""
+    rows = [row for row in found["rows"] if "skipped" not in row]
+    columns = [Column("speed-up", "median over batches, full model / method; 5th to 95th percentile"),
+               Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
+    cells = [[_spread(row["speedup"], 2, "×"), _spread(_of_one_run(row, "seconds"), 2)] for row in rows]
+    if any(row.get("denoising") for row in rows):
+        columns.append(Column("denoising", "seconds of it in the UNet; median over batches"))
+        for row, line in zip(rows, cells, strict=True):
+            line.append(_spread(_of_one_run(row, "denoising"), 2))
+    if any(row.get("flops") for row in rows):
+        columns.append(Column("TFLOP/image", "of matrices and convolutions, by torch's counter"))
+        for row, line in zip(rows, cells, strict=True):
+            line.append(Cell("–" if row.get("flops") is None else f"{row['flops'] / 1e12:.3f}"))
+    if any(row["peak_bytes"] is not None for row in rows):
+        columns.append(Column("memory", "peak of a batch over the weights"))
+        for row, line in zip(rows, cells, strict=True):
+            line.append(Cell("–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"))
+    for metric in found["metrics"]:
+        if "skipped" in metric:
+            continue
+        arrow = "↓" if metric["lower_is_better"] else "↑"
+        columns.append(Column(f"{metric['name']} {arrow}", metric["implementation"]))
+        extent = _extent(rows, metric["name"])
+        for row, line in zip(rows, cells, strict=True):
+            line.append(_figure(row["metrics"].get(metric["name"]), metric["digits"], extent))
+    by_key = {row["key"]: line for row, line in zip(rows, cells, strict=True)}
+    return columns, [(row, by_key.get(row["key"], [])) for row in found["rows"]]
+
+
+def label(row: dict[str, Any]) -> str:
+    """A row's name: the method and the ratio of tokens it fuses away."""
+    return row["method"] if row["ratio"] is None else f"{row['method']} {100 * row['ratio']:g}%"
+
+
+def short(figure: dict[str, Any] | None, digits: int) -> str:
+    """A metric's figure with its interval, in a cell of another table."""
+    return str(_figure(figure, digits, None))
+
+
+def gained(row: dict[str, Any]) -> str:
+    """A row's speed-up with its percentiles."""
+    return str(_spread(row["speedup"], 2, "×"))
+
+
+def spent(row: dict[str, Any]) -> str:
+    """A row's seconds per image with their percentiles."""
+    return str(_spread(_of_one_run(row, "seconds"), 2))
+
+
+def _of_one_run(row: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """Seconds of a row, unless they are of another run than the full model's: no time to read beside others. Older runs
+    have no speed-up then."""
+    alone = row["speedup"] is None or row.get("of_one_run") is False
+    return None if alone else row.get(name)
+
+
+def _spread(spread: dict[str, Any] | None, digits: int, unit: str = "") -> Cell:
+    if spread is None:
+        return Cell("–")
+    return Cell(f"{spread['median']:.{digits}f}{unit}", f"{spread['p5']:.{digits}f}–{spread['p95']:.{digits}f}")
+
+
+def _figure(figure: dict[str, Any] | None, digits: int, extent: tuple[float, float] | None) -> Cell:
+    if figure is None:
+        return Cell("–")
+    equal = figure.get("infinite", 0)
+    if figure["value"] is None:
+        return Cell("∞" if equal else "–", f"{figure['undefined']} NaN" if figure.get("undefined") else "")
+    value, notes, bar = f"{figure['value']:.{digits}f}", [], None
+    if figure["low"] is not None:
+        notes.append(f"{figure['low']:.{digits}f}–{figure['high']:.{digits}f}")
+        if extent is not None:
+            a, b = extent
+            low, high, at = (min(1.0, max(0.0, (figure[k] - a) / (b - a))) for k in ("low", "high", "value"))
+            bar = (low, high, at) if a <= figure["value"] <= b else None
+    if equal:
+        notes.append(f"{equal} equal")
+    if figure.get("undefined"):
+        notes.append(f"{figure['undefined']} NaN")
+    return Cell(value, ", ".join(notes), bar)
+
+
+def _extent(rows: list[dict[str, Any]], metric: str) -> tuple[float, float] | None:
+    """The range of a metric over the methods' intervals; the rows that are there for scale do not stretch it."""
+    methods = [row["metrics"].get(metric) for row in rows if row["key"] not in (FULL.key, SCALE.key)]
+    figures = [f for f in methods if f and f["low"] is not None]
+    if len(figures) < 2:
+        return None
+    low, high = min(f["low"] for f in figures), max(f["high"] for f in figures)
+    return (low, high) if high > low else None
+
+
+def circumstances(found: dict[str, Any]) -> str:
+    """One line without which the figures mean nothing."""
+    s = found["settings"]
+    guidance = "default" if s["guidance"] is None else s["guidance"]
+    parts = [
+        f"{s['model']}, {s['n']} pictures" + (f" of {s['of']}" if s["n"] < s["of"] else ""),
+        f"prompts {s['prompts']}, seeds from {s['seed']}",
+        f"{s['steps']} steps, {s['size']} px, guidance {guidance}, batch {s['batch']}",
+        f"{s['dtype']} on {s['device']}",
+        f"torch {s['torch']}, diffusers {s['diffusers']}",
+        f"commit {commits(found)}",
+    ]
+    return " · ".join(parts)
+
+
+def commits(found: dict[str, Any]) -> str:
+    """Those that drew the pictures."""
+    told = found["provenance"]
+    return ", ".join(dict.fromkeys(run.get("commit") or "unknown" for run in told.get("drawn") or [told]))
+
+
+def commands(found: dict[str, Any]) -> str:
+    """What made the figures, for a page: a command, or one for each of the runs that were joined."""
+    told = found["provenance"]
+    return "\n\n".join(f"`{command}`" for command in (told["command"], *told.get("joined", [])))
+
+
+SECONDS = frozenset({"s/image", "denoising"})
+
+
+def notes(found: dict[str, Any], shown: Collection[str] | None = None) -> list[str]:
+    """What has to be said below the table. shown: the titles of its columns, where it has not all of them."""
+    seconds = shown is None or not SECONDS.isdisjoint(shown)
+    timed = seconds or "speed-up" in (shown or ())
+    lines = ["Against the full model's pictures under the same seeds; intervals of the metrics: 95 %."]
+    if timed:
+        lines[0] += f" {timing(found)}"
+    lines += measured(found["metrics"])
+    lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
+    lines += [*flaws(found), *unlike(found)]
+    lacking = (
+        "it is not in the run that times are of"
+        if "timing" in found["provenance"]
+        else "the full model's were not taken beside it"
+    )
+    untimed = [label(row) for row in found["rows"] if timed and "skipped" not in row and row["speedup"] is None]
+    lines += [f"{', '.join(untimed)}: no times, {lacking}"] if untimed else []
+    others = [label(r) for r in found["rows"] if seconds and r.get("speedup") and r.get("of_one_run") is False]
+    lines += [f"{', '.join(others)}: seconds of another run than the full model's are not shown"] if others else []
+    lines += _runtimes(found["provenance"]) if seconds else []
+    lines += _set_distances(found)
+    if shown is None and all(row.get("peak_bytes") is None for row in found["rows"]):
+        used = found["provenance"]["process_mib"]
+        whole = f"; the whole process took {used:,} MiB at most" if used else ""
+        lines.append(f"Memory by method: n/a off CUDA{whole}.")
+    elif (shown is None or "memory" in shown) and (held := max(row.get("held_bytes") or 0 for row in found["rows"])):
+        lines.append(f"Memory: the most of any batch, beyond the {held / 2**20:,.0f} MiB that the model itself holds.")
+    return lines
+
+
+def measured(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """By what each metric was measured, in a line, and why others were not. metrics: as results.json lists them."""
+    by = [f"{m['name']}: {m['implementation']}" for m in metrics if "skipped" not in m]
+    return (["; ".join(by) + "."] if by else []) + [
+        f"{m['name']}: skipped: {m['skipped']}" for m in metrics if "skipped" in m
+    ]
+
+
+def unlike(found: dict[str, Any]) -> list[str]:
+    """Of pictures that differ from the full model's by more than their method."""
+    return [
+        f"{label(row)}: {row['other_batch']} of {row['n']} pictures were drawn in another batch than the full model's, "
+        "which changes the last bits, and more where a method decides for a batch at once"
+        for row in found["rows"]
+        if row.get("other_batch")
+    ]
+
+
+def flaws(found: dict[str, Any]) -> list[str]:
+    """Of pictures that are none, whose metrics say nothing: two black ones are equal.
+
+    The full model's are told wherever others are compared with them.
+    """
+    rows = found["rows"]
+    return [
+        f"{label(row)}: {row[name]} of {row['n']} pictures {what}"
+        for row in ([found["full"]] if "full" in found and found["full"] not in rows else []) + rows
+        for name, what in (("blank", "are one flat colour"), ("undefined", "hold NaN, drawn as black"))
+        if row.get(name)
+    ]
+
+
+def timing(found: dict[str, Any]) -> str:
+    """Of how many batches the times are, whose and where. Rows of more or fewer than most are named with their own
+    number."""
+    numbers = {label(row): row["speedup"]["n"] for row in found["rows"] if row.get("speedup")}
+    if not numbers:
+        return "No times."
+    usual = Counter(numbers.values()).most_common(1)[0][0]
+    others = [
+        f"{', '.join(name for name, own in numbers.items() if own == n)} of {n}"
+        for n in sorted(set(numbers.values()) - {usual}, reverse=True)
+    ]
+    but = f" ({'; '.join(others)})" if others else ""
+    coarse = [label(row) for row in found["rows"] if row.get("speedup") and not row.get("beside")]
+    if coarse and len(coarse) < len(numbers):
+        but += f", step by step but for {', '.join(coarse)}, which were timed by turns"
+    elif not coarse:
+        but += ", step by step"
+    said = f"Speed-up: median of {usual} batches{but}; it and s/image with the 5th to 95th percentile"
+    other = found["provenance"].get("timing")
+    return said + (f"; all of another run, on {other['device']}, of commit {other['commit']}." if other else ".")
+
+
+def _runtimes(told: dict[str, Any]) -> list[str]:
+    """A folder of pictures can outlive a driver, which is no setting of theirs. (Joined runs show no seconds.)"""
+    drawn = [] if "joined" in told else told.get("drawn") or []
+    runtimes = [run["runtime"] for run in drawn if run.get("runtime")]
+    several = dict.fromkeys(", ".join(f"{name} {value}" for name, value in one.items()) for one in runtimes)
+    return [f"Seconds are of pictures drawn under {'; and '.join(several)}."] if len(several) > 1 else []
+
+
+FEW_FOR_KID = 1000
+
+
+def _set_distances(found: dict[str, Any]) -> list[str]:
+    """A Fréchet distance is biased upwards, the more the fewer pictures; a kernel distance is not, but scatters."""
+    sizes = {
+        name: (figure["n"], figure["features"])
+        for row in found["rows"]
+        for name, figure in row.get("metrics", {}).items()
+        if "features" in figure
+    }
+    lines = [
+        f"{name}: from n={n} pictures in {width} dimensions. It is biased upwards and comparable at this n only; its "
+        "interval is its spread at this n, not where it would come to with more pictures."
+        for name, (n, width) in sizes.items()
+        if name.startswith(("FID", "FD"))
+    ]
+    lines += [
+        f"{name}: from n={n} pictures; under {FEW_FOR_KID:,} its interval is a rough one."
+        for name, (n, _) in sizes.items()
+        if name.startswith(("KID", "KD")) and n < FEW_FOR_KID
+    ]
+    shown = {metric["name"] for metric in found["metrics"]}
+    return [line for line in lines if line.partition(":")[0] in shown]
+
+
+def planned(plan: dict[str, Any]) -> list[str]:
+    """What a run would draw, in lines."""
+    s = plan["settings"]
+    head = f"{s['model']}, {s['size']} px, {s['steps']} steps, {s['dtype']} on {s['device']} -> {plan['out']}"
+    return [
+        head,
+        *(f"  {m['key']}: {m['pictures']} pictures, {m['there']} of them drawn before" for m in plan["methods"]),
+    ]
+
+
+LONG_NAME = 17  # of a method, in the terminal: longer ones are folded
+
+
+def terminal(found: dict[str, Any], console: Console) -> None:
+    columns, rows = table(found)
+    drawn = RichTable(title=f"{found['settings']['model']}: methods against the full model", box=SIMPLE_HEAD)
+    method_column(drawn, [label(row) for row, _ in rows])
+    for column in columns:
+        drawn.add_column(column.title, justify="right", overflow="fold")
+    for row, cells in rows:
+        # the space lets an interval break where the terminal is narrow
+        texts = [Text.assemble(c.value, "\n", (c.interval.replace("–", " – "), "dim")) for c in cells]
+        drawn.add_row(label(row), *(texts or [Text("skipped", "dim")]))
+    console.print(drawn)
+    for line in (circumstances(found), *notes(found)):
+        console.print(line, style="dim", highlight=False, markup=False)
+
+
+def method_column(drawn: RichTable, names: Sequence[str]) -> None:
+    """The first column. It has a width: given a least one instead, a table that is too wide is cropped at its right."""
+    drawn.add_column("method", width=min(max(map(len, names)), LONG_NAME), overflow="fold")
+
+
+def markdown_rows(titles: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """A table for a page, of texts; the first column is left-aligned."""
+    head = ["| " + " | ".join(titles) + " |", "|---|" + "--:|" * (len(titles) - 1)]
+    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines), "", *notes]) + "\n"
+
+
+def terminal_rows(
+    title: str, titles: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str], console: Console
+) -> None:
+    """The same for the terminal."""
+    drawn = RichTable(title=title or None, box=SIMPLE_HEAD)
+    for i, name in enumerate(titles):
+        drawn.add_column(name, justify="right" if i else "left", overflow="fold")
+    for line in lines:
+        drawn.add_row(*map(_below, line))
+    console.print(drawn)
+    for note in notes:
+        console.print(note, style="dim", highlight=False, markup=False)
+
+
+def _below(text: str) -> str:
+    """A figure with its interval below it, which can break at its dash where the terminal is narrow."""
+    figure, opened, interval = text.partition(" (")
+    return f"{figure}\n({interval.replace('–', ' – ')}" if opened else text
+
+
+def with_rows(found: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """The results with these rows alone, in this order; all of them where none are named."""
+    rows = {label(row): row for row in found["rows"]}
+    return {**found, "rows": [rows[name] for name in known("row", labels, list(rows))], "full": full_row(found)}
+
+
+def full_row(found: dict[str, Any]) -> dict[str, Any]:
+    """The full model's, whether or not it is among those that are shown."""
+    row: dict[str, Any] = found.get("full") or next(row for row in found["rows"] if row["key"] == FULL.key)
+    return row
+
+
+def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
+    """The table for a README, with its circumstances and the command that made it.
+
+    columns: the titles of those to show, without the arrow; all where none are named.
+    """
+    all_columns, rows = table(found)
+    titles = [column.title.rstrip(" ↓↑") for column in all_columns]
+    chosen = [titles.index(title) for title in known("column", columns, titles)]
+    lines = [
+        "| method | " + " | ".join(all_columns[i].title for i in chosen) + " |",
+        "|---|" + "--:|" * len(chosen),
+    ]
+    for row, cells in rows:
+        texts = [str(cell) for cell in cells]
+        lines.append(f"| {label(row)} | {' | '.join(texts[i] if texts else 'skipped' for i in chosen)} |")
+    shown = {titles[i] for i in chosen}
+    metrics = [m for m in found["metrics"] if not columns or m["name"] in shown or "skipped" in m]
+    lines += ["", circumstances(found) + ".", *notes({**found, "metrics": metrics}, shown if columns else None)]
+    return "\n".join([*lines, "", commands(found)]) + "\n"
+
+
+def known(what: str, asked: Sequence[str], there: Sequence[str]) -> Sequence[str]:
+    """What was asked for, or all; EvalError where there is no such thing."""
+    for name in asked:
+        if name not in there:
+            raise EvalError(f"this run has no {what} {name!r}{did_you_mean(name, there)}; it has {', '.join(there)}")
+    return asked or there
+
+
+def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], base: str) -> str:
+    """Each method minus `base` (a label or a key), picture by picture, so that what is hard for both cancels out.
+
+    The intervals of two rows of `markdown` can overlap although one method is better on nearly every picture.
+    """
+    names = {row["key"]: label(row) for row in found["rows"] if "skipped" not in row}
+    methods = [key for key in names if key not in (FULL.key, SCALE.key)]
+    if base not in methods:
+        base = next((key for key in methods if names[key] == base), base)
+    if base not in methods:
+        known = [names[key] for key in methods]
+        raise EvalError(f"this run has no method {base!r}{did_you_mean(base, known)}; it has {', '.join(known)}")
+    metrics = [m for m in found["metrics"] if m.get("per_image")]
+    titles = [f"Δ {m['name']} {'↓' if m['lower_is_better'] else '↑'}" for m in metrics]
+    lines = ["| method | " + " | ".join(titles) + " |", "|---|" + "--:|" * len(metrics)]
+    reference = {image["id"]: image for image in images if image["key"] == base}
+    for key in (key for key in methods if key != base):
+        own = [image for image in images if image["key"] == key]
+        lines.append(f"| {names[key]} | {' | '.join(gap(own, reference, metric) for metric in metrics)} |")
+    lines += ["", f"Each method minus {names[base]} on the same picture: mean and its 95 % interval.", ""]
+    return "\n".join([*lines, circumstances(found) + ".", *measured(metrics), *flaws(found), *unlike(found)]) + "\n"
+
+
+def gap(own: Sequence[dict[str, str]], reference: dict[str, dict[str, str]], metric: dict[str, Any]) -> str:
+    """The mean of own minus reference on the same pictures, by their ids, with its 95 % interval."""
+    name, digits = metric["name"], metric["digits"]
+    gaps = {image["id"]: float(image[name]) - float(reference[image["id"]][name]) for image in own}
+    kept = [image for image in own if math.isfinite(gaps[image["id"]])]  # equal pictures have an infinite PSNR
+    if not kept:
+        return "–"
+    values = torch.tensor([gaps[image["id"]] for image in kept], dtype=torch.float64)
+    interval = bootstrap(values, [image["prompt"] for image in kept])
+    between = f" ({interval[0]:+.{digits}f} to {interval[1]:+.{digits}f})" if interval else ""
+    fewer = f", {len(kept)} of {len(own)} pictures" if len(kept) < len(own) else ""
+    return f"{values.mean().item():+.{digits}f}{between}{fewer}"

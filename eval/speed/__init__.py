@@ -1,0 +1,1 @@
+"""Times methods at the sizes of real models."""

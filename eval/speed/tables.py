@@ -1,0 +1,136 @@
+"""Tables of a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .. import EvalError
+from ..common import formats
+from ..common.cli import choices
+from ..common.files import listed
+from ..methods.registry import FULL
+from ..reporting import results as report
+from ..reporting.tables import method_column, short
+from .benchmark import SCHEMA
+from .contender import _setups
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Results that were written by --out."""
+    found = formats.read(path, formats.BENCH, SCHEMA, "python -m eval.bench --out", path.name)
+    rounds = {len(row["samples"]) for row in found["rows"] if "samples" in row}
+    if len(rounds) > 1:
+        raise EvalError(f"{path.name} is damaged: its rows have {listed(sorted(map(str, rounds)))} samples")
+    return found
+
+
+def part(found: dict[str, Any], scopes: str | None, methods: str | None) -> dict[str, Any]:
+    """The results with the rows of these scopes and methods, and of full and ideal; all where none are named."""
+    rows = found["rows"]
+    if scopes:
+        known = choices(scopes, sorted({row["scope"] for row in rows}), "scope")
+        rows = [row for row in rows if row["scope"] in known]
+    if methods:
+        known = choices(f"full,ideal,{methods}", sorted({row["method"] for row in rows}), "method")
+        rows = [row for row in rows if row["method"] in known]
+    return {**found, "rows": rows}
+
+
+def quality(folders: Sequence[Path]) -> dict[str, dict[str, str]]:
+    """By a method's key, in folders of eval.run: its PSNR and LPIPS with their intervals, and of how many."""
+    by_key: dict[str, dict[str, str]] = {}
+    for folder in folders:
+        found = report.read(folder)[0]
+        metrics = [m for m in found["metrics"] if "skipped" not in m and m["name"].startswith(("PSNR", "LPIPS"))]
+        for row in found["rows"]:
+            figures = {f"{m['name']} {'↓' if m['lower_is_better'] else '↑'}": m for m in metrics}
+            own = {title: short(row.get("metrics", {}).get(m["name"]), m["digits"]) for title, m in figures.items()}
+            own["n"] = str(found["settings"]["n"])
+            by_key.setdefault(row["key"], own)
+    return by_key
+
+
+def markdown(found: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
+    """A table for each setup, for a page; with what each method costs in quality, where that was measured."""
+    metrics = list(dict.fromkeys(title for own in figures.values() for title in own if title != "n"))
+    shown = [figures[row["key"]]["n"] for row in found["rows"] if row.get("key") in figures]
+    lines = []
+    for title, rows in _setups(found):
+        columns = _columns(rows)
+        lines += [f"**{title}**", "", f"| method | {' | '.join([*columns, *metrics])} |"]
+        lines += ["|---|" + "--:|" * (len(columns) + len(metrics))]
+        for row in rows:
+            costs = [figures.get(row["key"], {}).get(metric, "–") for metric in metrics]
+            if "skipped" in row:
+                cells = [f"skipped: {row['skipped']}", *[""] * (len(columns) - 1), *costs]
+            else:
+                cells = [cell(row) for cell in columns.values()] + costs
+            lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += [circumstances(found)]
+    if metrics:
+        n = " or ".join(sorted(set(shown), key=int))
+        lines += [f"PSNR, LPIPS: of {n} of the embedded model's pictures, against the full ones (docs/results.md)."]
+    return "\n".join([*lines, "", f"`{found['provenance']['command']}`"]) + "\n"
+
+
+def terminal(found: dict[str, Any], console: Console) -> None:
+    for title, rows in _setups(found):
+        drawn = Table(title=title, box=SIMPLE_HEAD)
+        method_column(drawn, [row["method"] for row in rows])
+        columns = _columns(rows)
+        for column in columns:
+            drawn.add_column(column, justify="right", overflow="fold")
+        for row in rows:
+            if "skipped" in row:
+                drawn.add_row(row["method"], Text(f"skipped: {row['skipped']}", "dim"))
+            else:
+                drawn.add_row(row["method"], *(cell(row) for cell in columns.values()))
+        console.print(drawn)
+    console.print(circumstances(found), style="dim", highlight=False, markup=False)
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """What a table of these rows shows: each column's title, and its text for a row that was measured."""
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "ms": lambda row: f"{1000 * row['p50']:.1f} ({1000 * row['p20']:.1f}–{1000 * row['p80']:.1f})",
+        "speed-up": lambda row: _interval(None if row["method"] == FULL.name else row["speedup"], "×"),
+        "share of the ideal saving": lambda row: _interval(row["share"]),
+        "scratch": lambda row: f"{row['scratch_bytes'] / 2**20:,.0f} MiB" if row["scratch_bytes"] is not None else "–",
+    }
+    peer = next((row["samples"] for row in rows if row["method"] == PEER and "samples" in row), None)
+    if peer:
+        columns[f"rounds ahead of {PEER}"] = lambda row: "–" if row["method"] == PEER else _ahead(row["samples"], peer)
+    if any(row.get("kernels") is not None for row in rows):
+        columns["kernels"] = lambda row: str(row["kernels"])
+    return columns
+
+
+PEER = "tomesd"
+
+
+def _interval(figure: dict[str, float] | None, unit: str = "") -> str:
+    return f"{figure['value']:.2f}{unit} ({figure['low']:.2f}–{figure['high']:.2f})" if figure else "–"
+
+
+def _ahead(own: Sequence[float], peer: Sequence[float]) -> str:
+    """In how many of the rounds, which all rows share, this one was the faster."""
+    return f"{sum(a < b for a, b in zip(own, peer, strict=True))} of {len(own)}"
+
+
+def circumstances(found: dict[str, Any]) -> str:
+    """One line without which the figures mean nothing."""
+    s, p = found["settings"], found["provenance"]
+    return (
+        f"ratio {s['ratio']:g}, {s['rounds']} rounds in turns · {s['dtype']} on {s['device']} · torch {s['torch']}, "
+        f"diffusers {p['packages'].get('diffusers', 'unknown')} · commit {p['commit'] or 'unknown'}. ms: median and "
+        "20th to 80th percentile; speed-up, share: of medians, with a 95 % interval; scratch: the most memory a call "
+        "holds, its result included."
+    )

@@ -1,0 +1,1 @@
+"""AdaptiVision: a trainable transformer that condenses its patches into clusters."""

@@ -1,0 +1,1 @@
+"""Token reduction in image classifiers: training and evaluation."""

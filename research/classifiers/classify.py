@@ -1,0 +1,112 @@
+"""Classifiers on fewer tokens: `python -m research.classifiers.classify`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from eval.common.cli import Help, Parser, as_path, at_least, command, said, whole_numbers
+from eval.common.devices import add_device, add_dtype
+from eval.common.files import check_place, write
+from eval.reporting.tables import markdown_rows, terminal_rows
+from tofu_sd.vit.methods import RECIPES
+
+from .evaluate import deviation, refuse_idle, run
+from .figures import curve, plot
+from .tables import cells, named, notes, read, straightness
+
+EXAMPLES = """examples:
+  python -m research.classifiers.classify --method full,tome,tofu-avg,tofu --r 8,12,16,20
+      ToFu's tables 1 and 2 on the embedded classifiers
+  python -m research.classifiers.classify --method full,tome --r 8,13 --model deit_small_patch16_224.fb_in1k --data val
+      the same on ImageNet's validation pictures, a folder of 1,000 folders
+  python -m research.classifiers.classify --method full,PPPPPPAAAAAA,AAAAAAPPPPPP --r 16
+      ToFu's table 3: which layers prune, which average
+  python -m research.classifiers.classify --noise 0.18
+      the same on pictures that are harder to name
+  python -m research.classifiers.classify --method tome,tofu,atm --stress
+      ATM's table 1: the most that each saves without losing accuracy
+"""
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="python -m research.classifiers.classify",
+        description="What token reduction costs a classifier, and what it saves.",
+        epilog=EXAMPLES,
+        formatter_class=Help,
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "--model",
+        default="demo",
+        help="demo, folders of research.classifiers.train with commas between, or one of timm's",
+    )
+    p.add_argument("--data", default="scenes", help="scenes, or a folder that holds a folder of pictures a class")
+    p.add_argument(
+        "--method",
+        default="full,tome,tofu-avg,tofu,prune,mlerp,atm",
+        metavar="A,B",
+        help=f"full, {', '.join(RECIPES)}, each with any @option=value; words like PPPPPPAAAAAA, a letter a layer",
+    )
+    p.add_argument(
+        "--r",
+        type=whole_numbers,
+        metavar="N,N",
+        help="tokens that leave in each layer (default: 8,12,16,20; with --stress, which finds the largest, all)",
+    )
+    p.add_argument("--limit", type=at_least(1), metavar="N", help="the first N pictures only (default: all)")
+    p.add_argument(
+        "--noise",
+        type=deviation,
+        default=0.0,
+        metavar="SIGMA",
+        help="Gaussian noise on pictures in 0..1 (default: none)",
+    )
+    p.add_argument("--batch", type=at_least(1), default=64, help="pictures at once, which share ATM's numbers")
+    p.add_argument("--rounds", type=at_least(0), default=10, help="timed batches of each method, in turns; 0 for none")
+    p.add_argument("--stress", action="store_true", help="find the most that each method fuses at the full accuracy")
+    add_device(p)
+    add_dtype(p, "float32")  # in which the papers measure
+    p.add_argument("--out", type=as_path, metavar="DIR", help="folder (default: runs/classify-MODEL)")
+    p.add_argument("--maps", type=as_path, metavar="FILE", help="draw which tokens are one in the last layers, as PNG")
+    p.add_argument("--plot", type=as_path, metavar="FILE", help="write the drawing there, as SVG")
+    p.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="of --table, say full 'tome, r = 16'")
+    show = p.add_mutually_exclusive_group()
+    show.add_argument("--table", type=as_path, metavar="DIR", help="measure nothing; print a folder's table for a page")
+    show.add_argument(
+        "--linearity", type=as_path, metavar="DIR", help="the same of each layer's functional linearity (ToFu Fig. 3)"
+    )
+    return p
+
+
+@command(goes_on=True)
+def main(argv: Sequence[str]) -> int:
+    """0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
+    options = parser().parse_args(argv)
+    refuse_idle(options, said(parser(), argv))
+    for name in ("out", "maps", "plot"):
+        if (place := getattr(options, name)) is not None:
+            check_place(place, f"--{name}", folder=name == "out")  # before minutes of measuring
+    if options.table:
+        found = read(options.table)
+        print(markdown_rows(*cells({**found, "rows": named(found["rows"], options.rows)}), notes(found)), end="")
+        if options.plot:
+            write(options.plot, plot(found))
+        return 0
+    if options.linearity:
+        found = read(options.linearity)
+        print(markdown_rows(*straightness(found)), end="")
+        if options.plot:
+            write(options.plot, curve(found))
+        return 0
+    found, out = run(options, argv)
+    terminal_rows("", *cells(found), notes(found), Console(width=None if sys.stdout.isatty() else 120))
+    print(f"results: {out / 'classify.json'}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Tables of an evaluation of classifiers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+
+from eval import EvalError
+from eval.common import formats
+from eval.reporting.tables import known
+from tofu_sd.patching.linearity import best_split
+
+from .methods import FULL
+
+SCHEMA = 1
+FRESH = 40  # scenes a class
+CALIBRATION = 64  # pictures by which thresholds are set; their labels are not looked at
+CURVES = (
+    (1.0, 0.0),
+    (1.0, 0.1),
+    (1.0, 0.5),
+    (0.0, 1.0),
+)  # of thresholds: how far they begin below 1, how fast they fall
+THRESHOLDS = (
+    "atm: four curves of thresholds are brought to ToMe's operations at that r; of those that can be, the one that "
+    "moves features least, on pictures held apart where at least 64 are not judged."
+)
+RS = [8, 12, 16, 20]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """The median with the 5th and 95th percentile."""
+    p5, median, p95 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.05, 0.5, 0.95]).double())
+    return {"median": median.item(), "p5": p5.item(), "p95": p95.item()}
+
+
+def read(out: Path) -> dict[str, Any]:
+    found = formats.read(out / "classify.json", formats.CLASSIFY, SCHEMA, "research.classifiers.classify", out.name)
+    if not any(row["method"] == FULL.name for row in found["rows"]):
+        raise EvalError(f"{out.name} holds no results of research.classifiers.classify: there is no row {FULL.name!r}")
+    if len({len(layers) for layers in found["linearity"]}) > 1:
+        raise EvalError(f"{out.name} holds no results of classifiers: linearity is of classifiers of unequal depth")
+    return found
+
+
+def named(rows: list[dict[str, Any]], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of these labels, in this order; all where none are named. The full model's always comes first."""
+    by_label = {row["label"]: row for row in rows}
+    return [by_label[label] for label in dict.fromkeys([FULL.name, *known("row", labels, list(by_label))])]
+
+
+def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(titles, the texts of each row)."""
+    full = next(row for row in found["rows"] if row["method"] == FULL.name)
+    titles = ["method", "accuracy, %", "features moved, 10⁻³", "GFLOP / image", "of the full model's", "tokens left"]
+    ahead = any(row["ahead_of_tome"] for row in found["rows"])
+    timed = any(row["speedup"] for row in found["rows"])
+    titles += ["ahead of tome, %"] * ahead + ["images / s", "speed-up"] * timed
+    lines = []
+    for row in found["rows"]:
+        a, gap = row["accuracy"], row["ahead_of_tome"]
+        between = f" ({100 * a['low']:.1f}–{100 * a['high']:.1f})" if a["low"] is not None else ""
+        line = [
+            row["label"], f"{100 * a['value']:.2f}{between}", _moved(row["moved"]), f"{row['flops'] / 1e9:.3f}",
+            f"{row['flops'] / full['flops']:.3f}", f"{row['tokens']:.0f}",
+        ]  # fmt: skip
+        if ahead:
+            sure = f" ({100 * gap['low']:+.2f} to {100 * gap['high']:+.2f})" if gap and gap["low"] is not None else ""
+            line.append(f"{100 * gap['value']:+.2f}{sure}" if gap else "–")
+        if timed:
+            rate, faster = row["images_per_second"], row["speedup"]
+            line += [f"{rate['median']:.0f}", f"{faster['median']:.2f}× ({faster['p5']:.2f}–{faster['p95']:.2f})"]
+        lines.append(line)
+    return titles, lines
+
+
+def _moved(figure: dict[str, float] | None) -> str:
+    if figure is None:
+        return "–"
+    between = f" ({1e3 * figure['low']:.3g}–{1e3 * figure['high']:.3g})" if figure["low"] is not None else ""
+    return f"{1e3 * figure['value']:.3g}{between}"
+
+
+def straightness(found: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
+    """(titles, rows, notes) of the functional linearity of each layer (ToFu Fig. 3), and the split it suggests."""
+    layers = [list(values) for values in zip(*found["linearity"], strict=True)]
+    lines = [
+        [str(layer), f"{mean(values):.5f}", f"{min(values):.5f}–{max(values):.5f}"]
+        for layer, values in enumerate(layers)
+    ]
+    d = best_split({layer: mean(values) for layer, values in enumerate(layers)})
+    s = found["settings"]
+    note = (
+        f"Of each layer's {s.get('linearity_of', 'MLP')}, between the five patch tokens that would be fused first and "
+        f"what they would join; {min(CALIBRATION, s['n'])} pictures, {s['classifiers']} classifiers, torch "
+        f"{s['torch']}, commit {found['provenance']['commit'] or 'unknown'}. "
+        f"By the error model of `depth_split='auto'`: d = {d}" + (", average in all layers." if d == 0 else ".")
+    )
+    return ["layer", "functional linearity", "over the classifiers"], lines, [note]
+
+
+def notes(found: dict[str, Any]) -> list[str]:
+    """Without which the figures mean nothing."""
+    s, p = found["settings"], found["provenance"]
+    trained = s["model"]
+    if s["seeds"][0] is not None:
+        trained += f", {s['classifiers']} classifiers of seeds {', '.join(map(str, s['seeds']))}"
+    lines = [
+        f"{trained} · {s['n']} pictures of {s['classes']} classes ({s['data']}), {s['side']} px, batches of "
+        f"{s['batch']} · {s.get('dtype', 'float32')} on {s['device']} · torch {s['torch']}, timm {s['timm']} · commit "
+        f"{p['commit'] or 'unknown'}.",
+        "Accuracy: mean over the classifiers, 95 % interval over classes. Features moved: 1 - cosine of what the last "
+        "linear layer is shown to what the full model shows it, mean and interval alike. Operations: by torch's "
+        "counter, matching included; tokens: of patches, before the last layer.",
+    ]
+    if any(row["speedup"] for row in found["rows"]):
+        lines.append(f"Images / s, speed-up: medians of {s['rounds']} rounds in turns, 5th to 95th percentile.")
+    if s["stress"]:
+        tried = "those at which ToMe's patch tokens last to the last layer"  # as before they were told
+        if s.get("tried"):
+            tried = ", ".join(map(str, s["tried"]))
+        lines.append(
+            "Each method at the largest r at which its accuracy, to a tenth of a percent, is the full model's or "
+            f"higher, of {tried}. {THRESHOLDS}"
+        )
+    elif any(row["method"].startswith("atm") and row["r"] is not None for row in found["rows"]):
+        lines.append(THRESHOLDS)
+    lines += ["", f"`{p['command']}`"]
+    return lines

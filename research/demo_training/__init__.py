@@ -1,0 +1,1 @@
+"""Renders, trains and checks the embedded text-to-image models."""

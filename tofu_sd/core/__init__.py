@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: matching, merging and attention by group size. No model is known here."""

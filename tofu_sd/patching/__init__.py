@@ -1,0 +1,1 @@
+"""Attaches token fusion to the blocks that a host describes, and detaches it."""

@@ -1,0 +1,1 @@
+"""Token reduction for image classifiers: ToMe, ToFu and ATM."""
