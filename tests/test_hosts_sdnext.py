@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import types
 
 import pytest
 import tiny
@@ -98,6 +99,42 @@ def test_what_cannot_be_done_is_told_and_the_image_made_without_it(program):
     found, p = program.draw([{"ratio": 0.9}])
     assert torch.equal(found, plain)
     assert "ratio is 0.9; it must lie between 0 and 0.75" in next(iter(p.comments))
+    assert program.processed.comments == next(iter(p.comments))  # below the image
+
+
+def test_below_the_image_stands_what_was_said_of_it_and_nothing_else(program):
+    program.draw([{}], comments={"another script's": 1})
+    assert program.processed.comments == ""
+    _, p = program.draw([{"ratio": 0.25, "hires_ratio": 0.5}], enable_hr=True, comments={"another script's": 1})
+    assert len(p.comments) == 2
+    assert program.processed.comments.startswith("Token Fusion: hires_ratio does not count here")
+    assert "another" not in program.processed.comments
+
+
+def test_an_axis_of_its_grids_sets_an_option_and_switches_it_on(program, monkeypatch):
+    """Both grids read their axes from one module, which has more kinds of axes than they import."""
+    axes = types.ModuleType("scripts.xyz.xyz_grid_classes")
+    axes.axis_options, axes.AxisOption = [], webui_host.AxisOption
+    monkeypatch.setitem(sys.modules, axes.__name__, axes)
+    for name in ("xyz_grid.py", "xyz_grid_on.py"):
+        grid = types.SimpleNamespace(axis_options=axes.axis_options, AxisOption=axes.AxisOption)
+        script = types.SimpleNamespace(script_class=type("Script", (), {"__module__": name}), module=grid)
+        program.modules["modules.scripts"].scripts_data.append(script)
+    program.host.add_axes()
+    program.host.add_axes()  # the screen is built again
+    found = {axis.label: axis for axis in axes.axis_options}
+    assert len(found) == len(axes.axis_options) == len(program.host.ASKED) - 1
+    assert "[ToFu] Hires ratio" not in found  # both passes have one
+    whole = webui_host.Processing(program)
+    plain, _ = program.draw(off(program), p=webui_host.cell(whole))
+    for ratio in (0.25, 0.0):
+        cell = webui_host.cell(whole)
+        found["[ToFu] Ratio"].apply(cell, ratio, None)
+        image, _ = program.draw(off(program), p=cell)
+        assert torch.equal(image, program.draw([{"ratio": ratio}])[0])
+        assert torch.equal(image, plain) == (ratio == 0)
+    with pytest.raises(ValueError, match=r"ratio is 0\.8"):
+        found["[ToFu] Ratio"].confirm(None, [0.25, 0.8])
 
 
 def test_a_pipeline_without_a_unet_is_refused_in_words(program):
