@@ -79,10 +79,13 @@ def random_model(kind):
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
-def sample(model, kind, h=16, w=16, steps=3, callback=None):
-    """A sampling by the program's own sampler, which begins with the same global generator every time."""
+def sample(model, kind, h=16, w=16, steps=3, callback=None, frames=1, words=None):
+    """A sampling by the program's own sampler, which begins with the same global generator every time.
+
+    words: given both prompts, gives what takes their place.
+    """
     torch.manual_seed(0)
-    latent, g = torch.zeros(1, 4, h, w), torch.Generator().manual_seed(2)
+    latent, g, add = torch.zeros(frames, 4, h, w), torch.Generator().manual_seed(2), words
     width = SHAPES[kind]["context_dim"]
     words = [
         [
@@ -93,6 +96,7 @@ def sample(model, kind, h=16, w=16, steps=3, callback=None):
         ]
         for _ in range(2)
     ]
+    words = add(*words) if add else words
     noise = comfy.sample.prepare_noise(latent, 1)
     return comfy.sample.sample(
         model, noise, steps, 5.0, "euler", "normal", *words, latent, disable_pbar=True, seed=1, callback=callback

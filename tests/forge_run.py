@@ -1,4 +1,4 @@
-"""Runs the adapter in Forge's own UNet, or in reForge's, on a CPU. See test_hosts_forge.py.
+"""Runs the adapter in the UNet of Forge, Forge Neo, Forge Classic or reForge, on a CPU. See test_hosts_forge.py.
 
 What it drew is written to a folder, what was found is printed as JSON.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import comfyui_torchvision  # noqa: F401
@@ -27,7 +28,12 @@ else:
     from ldm_patched.modules.args_parser import args
 
     args.always_cpu = args.all_in_fp32 = True  # reForge leaves its command line unread until it is started as a whole
-    from ldm_patched.contrib.nodes_tomesd import TomePatcher
+    try:
+        from ldm_patched.contrib.nodes_tomesd import TomePatcher
+    except ImportError:  # Forge Classic, whose settings it asks
+        opts = types.SimpleNamespace(token_merging_stride=2, token_merging_downsample=1)
+        sys.modules["modules.shared"] = types.SimpleNamespace(opts=opts)
+        from ldm_patched.modules.tomesd import TomePatcher
     from ldm_patched.ldm.modules.attention import optimized_attention as attention_function
     from ldm_patched.ldm.modules.diffusionmodules.openaimodel import UNetModel
     from modules_forge.unet_patcher import UnetPatcher

@@ -1,9 +1,17 @@
-"""The web UIs' script in SD.Next: patches the diffusers pipeline of a request, and leaves nothing behind."""
+"""The web UIs' script in SD.Next: patches the diffusers pipeline of a request, and leaves nothing behind.
+
+In a stand-in; SDNEXT=/folder/of/it pytest tests/test_hosts_sdnext.py draws in the program's own code too.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
+import os
+import subprocess
 import sys
+import types
+from pathlib import Path
 
 import pytest
 import tiny
@@ -13,6 +21,7 @@ import webui_host
 import tofu_sd
 from tofu_sd.recipes import FAITHFUL
 
+ROOT = Path(__file__).resolve().parents[1]
 MODULE = "tofu_sd.hosts.webui"
 
 
@@ -98,6 +107,42 @@ def test_what_cannot_be_done_is_told_and_the_image_made_without_it(program):
     found, p = program.draw([{"ratio": 0.9}])
     assert torch.equal(found, plain)
     assert "ratio is 0.9; it must lie between 0 and 0.75" in next(iter(p.comments))
+    assert program.processed.comments == next(iter(p.comments))  # below the image
+
+
+def test_below_the_image_stands_what_was_said_of_it_and_nothing_else(program):
+    program.draw([{}], comments={"another script's": 1})
+    assert program.processed.comments == ""
+    _, p = program.draw([{"ratio": 0.25, "hires_ratio": 0.5}], enable_hr=True, comments={"another script's": 1})
+    assert len(p.comments) == 2
+    assert program.processed.comments.startswith("Token Fusion: hires_ratio does not count here")
+    assert "another" not in program.processed.comments
+
+
+def test_an_axis_of_its_grids_sets_an_option_and_switches_it_on(program, monkeypatch):
+    """Both grids read their axes from one module, which has more kinds of axes than they import."""
+    axes = types.ModuleType("scripts.xyz.xyz_grid_classes")
+    axes.axis_options, axes.AxisOption = [], webui_host.AxisOption
+    monkeypatch.setitem(sys.modules, axes.__name__, axes)
+    for name in ("xyz_grid.py", "xyz_grid_on.py"):
+        grid = types.SimpleNamespace(axis_options=axes.axis_options, AxisOption=axes.AxisOption)
+        script = types.SimpleNamespace(script_class=type("Script", (), {"__module__": name}), module=grid)
+        program.modules["modules.scripts"].scripts_data.append(script)
+    program.host.add_axes()
+    program.host.add_axes()  # the screen is built again
+    found = {axis.label: axis for axis in axes.axis_options}
+    assert len(found) == len(axes.axis_options) == len(program.host.ASKED) - 1
+    assert "[ToFu] Hires ratio" not in found  # both passes have one
+    whole = webui_host.Processing(program)
+    plain, _ = program.draw(off(program), p=webui_host.cell(whole))
+    for ratio in (0.25, 0.0):
+        cell = webui_host.cell(whole)
+        found["[ToFu] Ratio"].apply(cell, ratio, None)
+        image, _ = program.draw(off(program), p=cell)
+        assert torch.equal(image, program.draw([{"ratio": ratio}])[0])
+        assert torch.equal(image, plain) == (ratio == 0)
+    with pytest.raises(ValueError, match=r"ratio is 0\.8"):
+        found["[ToFu] Ratio"].confirm(None, [0.25, 0.8])
 
 
 def test_a_pipeline_without_a_unet_is_refused_in_words(program):
@@ -108,3 +153,58 @@ def test_a_pipeline_without_a_unet_is_refused_in_words(program):
     _, p = program.draw([{}], interrupted=True)
     assert "has no `unet`: token fusion acts on" in next(iter(p.comments))
     assert not p.extra_generation_params
+
+
+# --- in the program itself --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """SDNEXT=/folder/of/it, by SDNEXT_PYTHON if its packages are another environment's."""
+    folder, python = os.environ.get("SDNEXT"), os.environ.get("SDNEXT_PYTHON", sys.executable)
+    if not folder:
+        pytest.skip("SDNEXT names no checkout of SD.Next")
+    ran = subprocess.run(
+        [python, str(ROOT / "tests" / "sdnext_run.py"), str(tmp_path_factory.mktemp("sdnext"))], cwd=folder, text=True,
+        capture_output=True, timeout=900,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def pictures(drawn, name):
+    return drawn["drawn"][name]["pictures"]
+
+
+def test_in_sdnext_the_screen_shows_all_fields_and_their_axes(drawn):
+    assert drawn["shown"] == 16
+    assert sum(axis.startswith("[ToFu] ") for axis in drawn["axes"]) == 14
+
+
+def test_in_sdnext_it_draws_with_it_and_without_it(drawn):
+    for same in ("off again", "ratio 0", "off after it", "off at last"):
+        assert pictures(drawn, same) == pictures(drawn, "off")
+    assert pictures(drawn, "interrupted") == []
+    different = [tuple(pictures(drawn, name)) for name in ("off", "on", "quarter", "faithful", "keys")]
+    assert len(set(different)) == 5
+    assert drawn["nothing is left"] is True
+    assert "ToFu" not in drawn["drawn"]["off"]["saved"]
+    assert "ToFu ratio: 0.5, ToFu early: mean, ToFu late: mean" in drawn["drawn"]["faithful"]["saved"]
+
+
+def test_in_sdnext_what_cannot_be_done_stands_below_the_picture(drawn):
+    told = drawn["drawn"]["out of range"]
+    assert told["pictures"] == pictures(drawn, "off")
+    assert told["below"].startswith("Token Fusion: ratio is 0.9; it must lie between")
+    assert not drawn["drawn"]["on"]["below"]
+    assert pictures(drawn, "both") == pictures(drawn, "built-in")
+    assert "the built-in ToMe is on, at 0.3" in drawn["drawn"]["both"]["below"]
+
+
+def test_in_sdnext_a_grid_draws_what_the_fields_draw(drawn):
+    _, *cells = pictures(drawn, "grid")
+    assert cells == [pictures(drawn, name)[0] for name in ("off", "quarter", "on")]
+    _, *cells = pictures(drawn, "grid of words")
+    assert cells == [pictures(drawn, name)[0] for name in ("on", "keys")]
+    assert len(pictures(drawn, "grid out of range")) == 1  # no grid

@@ -173,7 +173,7 @@ class PipelineProgram:
     """SD.Next: generates with a diffusers pipeline; what was not interrupted is told to scripts at its end."""
 
     def __init__(self, pipe: Any):
-        self.sd_model, self.script = pipe, None
+        self.sd_model, self.script, self.processed = pipe, None, types.SimpleNamespace()
         self.errors: list[Exception] = []
 
     def _call(self, hook: str, *args: Any) -> None:
@@ -190,12 +190,13 @@ class PipelineProgram:
         return images
 
     def draw(self, args: Any, *, interrupted: bool = False, **options: Any) -> tuple[torch.Tensor, Processing]:
-        p = Processing(self, **options)
+        p = options.pop("p", None) or Processing(self, **options)
         self._call("process", p, *args)
         if interrupted:
             return torch.zeros(0), p
         x = self.generate()
-        self._call("postprocess", p, None, *args)
+        self.processed = types.SimpleNamespace(comments="")  # a request's own comments are not shown
+        self._call("postprocess", p, self.processed, *args)
         return x, p
 
 

@@ -5,6 +5,7 @@ The script of the other web UIs is loaded there too, and asks this module where 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from ..api import apply_patch, remove_patch
@@ -37,6 +38,19 @@ def stop(p: Any) -> None:
     """Restores the pipeline of a request; one that was never patched stays as it is."""
     if hasattr(getattr(p.sd_model, "unet", None), "modules"):
         remove_patch(p.sd_model)
+
+
+def show(p: Any, processed: Any, said: str) -> None:
+    """Puts the comments that begin so below the picture, where the program itself puts none of a request's."""
+    if processed is not None:
+        there = processed.comments.splitlines()
+        ours = (comment for comment in p.comments if comment.startswith(said))
+        processed.comments = "\n".join(dict.fromkeys([*there, *ours]))
+
+
+def grids() -> list[Any]:
+    """The module that holds the axes of both of the program's X/Y/Z grids; it has no second pass of ours."""
+    return [module for name, module in sys.modules.items() if name.endswith("xyz_grid_classes")]
 
 
 def _setting(p: Any, settings: Any, name: str) -> Any:

@@ -30,6 +30,7 @@ HIRES = replace(RATIO, name="hires_ratio", tooltip="The same in the second pass 
 ASKED = (RATIO, HIRES, *OPTIONS[1:])
 ALWAYS_SAVED = (RATIO.name, "early", "late")  # the others where they are not the default
 AXES = "tofu_sd_axes"
+SAID = "Token Fusion: "  # with this begins whatever is said below a picture
 logger = logging.getLogger("tofu_sd")
 
 
@@ -104,7 +105,7 @@ def forget(p: Any) -> None:
 
 def tell(p: Any, error: Exception) -> None:
     """Why nothing is fused: in the log, and below the picture."""
-    message = f"Token Fusion: {error}. The picture is made without it."
+    message = f"{SAID}{error}. The picture is made without it."
     if message not in p.comments:  # once for a picture
         logger.warning(message)
         p.comment(message)
@@ -113,7 +114,7 @@ def tell(p: Any, error: Exception) -> None:
 def one_ratio(p: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     """The options with one ratio for both passes, as a pipeline keeps its patch; said where they were to differ."""
     if getattr(p, "enable_hr", False) and values[HIRES.name] != values[RATIO.name]:
-        p.comment(f"Token Fusion: hires_ratio does not count here; both passes have ratio {values[RATIO.name]:g}.")
+        p.comment(f"{SAID}hires_ratio does not count here; both passes have ratio {values[RATIO.name]:g}.")
     return {**values, HIRES.name: values[RATIO.name]}
 
 
@@ -255,9 +256,10 @@ class TokenFusionScript(scripts.Script):  # type: ignore[misc]
             tell(p, error)
 
     def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
-        """Restores a pipeline."""
+        """Restores a pipeline, and shows what was said of it."""
         if sdnext.runs_pipeline(p):
             sdnext.stop(p)
+            sdnext.show(p, processed, SAID)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **more: Any) -> None:
         """Fuses in the pass that is about to begin."""
@@ -291,14 +293,17 @@ def field(option: Option, visible: bool) -> Any:
 
 def add_axes() -> None:
     """Every option becomes an axis of the program's own X/Y/Z plot, where it has one."""
-    grids = [
-        found.module
-        for found in scripts.scripts_data
-        if found.script_class.__module__ in ("xyz_grid.py", "scripts.xyz_grid")
-    ]
+    grids, options = sdnext.grids(), tuple(option for option in ASKED if option is not HIRES)
+    if not grids:
+        options = ASKED
+        grids = [
+            found.module
+            for found in scripts.scripts_data
+            if found.script_class.__module__ in ("xyz_grid.py", "scripts.xyz_grid")
+        ]
     for grid in grids:
         there = {axis.label for axis in grid.axis_options}
-        for option in ASKED:
+        for option in options:
             label = f"[ToFu] {option.label}"
             if label not in there:
                 grid.axis_options.append(axis(grid, label, option))
