@@ -9,11 +9,11 @@ import time
 
 import torch
 import torch.nn.functional as F
-from tofu_sd.calibrate import synchronize
 from tofu_sd.proportional import by_channel, by_mask
 from torch.nn.attention.flex_attention import flex_attention
 
 from eval.bench import BACKENDS
+from tofu_sd.patching.autotune import synchronize
 
 SHAPES = {  # (heads, channels of one, tokens) of the highest resolution, half of which are fused
     "SD 1.5, 512 px": (8, 40, 4096),

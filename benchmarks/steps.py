@@ -7,8 +7,10 @@ import sys
 import time
 
 import torch
-from tofu_sd.match import bipartite_soft_matching, partition
-from tofu_sd.reduce import mean, mlerp, prune, unmerge
+
+from tofu_sd.core.matching import bipartite_soft_matching
+from tofu_sd.core.partition import partition
+from tofu_sd.core.reductions import mean, mlerp, prune, unmerge
 
 torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
 x = torch.randn(2, 4096, 320, generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ from tofu_sd import recipes
 from . import EvalError
 from .common.cli import Help, Parser, choices, command
 from .evaluation.printed import run_and_print
-from .methods import peers
+from .methods.registry import known_methods
 
 FORMS = {"plain": "{}", "p": "{}+p", "kv": "kv:{}", "kv+p": "kv:{}+p"}
 REDUCTIONS = ("tofu", "tome", "prune", "mlerp")
@@ -24,7 +24,7 @@ EXAMPLES = """examples:
   python -m eval.sweep
       prune, mean, MLERP and the hybrid, with log n or not, of all or of keys and values, and `faithful`, at three
       ratios; and all peers
-  python -m eval.sweep --reduction tofu,tome --form plain,p --ratio 0.5 --with window=8 --with match_every=3
+  python -m eval.sweep --reduction tofu,tome --form plain,p --ratio 0.5 --with window=8 --with match_interval=3
       two of them, each also in windows, each also matched every third step
   python -m eval.sweep --model MODEL --prompts imagenet1k --limit 200 --dry-run
       what that would draw with a model of one's own
@@ -47,15 +47,16 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--also",
-        default=",".join(ALSO),
+        default=",".join(_others()),
         metavar="A,B",
         help="methods beside the grid, as eval.run takes them, or none",
     )
     return p
 
 
-PEERS = (*peers.ALONE, *peers.STACKED, *(f"{name}:tofu" for name in peers.STACKED))
-ALSO = ("faithful", *PEERS)  # it is recommended, and no point of the grid
+def _others() -> list[str]:
+    """What is run beside the grid: a recipe that is no point of it, and all methods that are not this package's."""
+    return ["faithful", *known_methods(), *(f"{name}:tofu" for name in known_methods(stackable=True))]
 
 
 def grid(reductions: str, forms: str, options: Sequence[str], also: str) -> str:

@@ -105,13 +105,13 @@ def sample(model, kind, h=16, w=16, steps=3, callback=None, frames=1, words=None
 
 def look(kind, fuse):
     import tofu_sd.hosts.comfyui as adapter
-    from tofu_sd.hosts.ldm import find_sites
+    from tofu_sd.hosts.ldm import find_blocks
 
     model = random_model(kind)
     plain, told = sample(model, kind), []
     dice = torch.get_rng_state()
     adapter.logger.info = told.append
-    half, three = fuse(model, ratio=0.5), fuse(model, ratio=0.75, keys_only=True, proportional=True)
+    half, three = fuse(model, ratio=0.5), fuse(model, ratio=0.75, kv_only=True, proportional=True)
     first = sample(half, kind)
     other = sample(three, kind)
     drawn = [sample(fuse(model, grid_seed=3), kind) for _ in range(2)]
@@ -130,7 +130,7 @@ def look(kind, fuse):
         **stopped(kind, half, first),
         "the model beside it is bit-equal": torch.equal(sample(model, kind), plain),
     }
-    assert len(find_sites(model.model.diffusion_model)) == (16 if kind == "sd15" else 70)
+    assert len(find_blocks(model.model.diffusion_model)) == (16 if kind == "sd15" else 70)
     changed = float((first - plain).abs().max())
     return {"headline": told[0], "changed": changed, "laws": laws, "diffusers": twin(kind, model)}
 
@@ -260,7 +260,7 @@ def drawn_by(patcher, x, t, context, y=None):
     from tofu_sd.hosts._model_patcher import patch_model
     from tofu_sd.hosts.comfyui import plain
 
-    models = {"plain": patcher} | {f.key: patch_model(patcher, f, plain)[0] for f in twins.methods()}
+    models = {"plain": patcher} | {f.slug: patch_model(patcher, f, plain)[0] for f in twins.methods()}
     told, drawn = {"cond_or_uncond": [1, 0], "sigmas": torch.ones(2)}, {}
     for name, model in models.items():
         options = {**model.model_options["transformer_options"], **told}

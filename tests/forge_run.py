@@ -41,7 +41,7 @@ else:
     COMMON |= {"image_size": 32, "legacy": False}
 from safetensors.torch import save_file  # noqa: E402
 
-from tofu_sd import TokenFusion  # noqa: E402
+from tofu_sd import TokenFusionConfig  # noqa: E402
 from tofu_sd.hosts._model_patcher import patch_model  # noqa: E402
 
 SHAPES = {
@@ -80,10 +80,10 @@ def look(kind, folder):
             )
 
     def fused(model=patcher, ratio=0.5, **options):
-        return patch_model(model, TokenFusion.of(ratio, **options), plain, lambda percent: 10 * (1 - percent))[0]
+        return patch_model(model, TokenFusionConfig.of(ratio, **options), plain, lambda percent: 10 * (1 - percent))[0]
 
     before, half, weighted = predict(patcher), fused(), fused(proportional=True, early="mean", late="mean")
-    headline = patch_model(patcher, TokenFusion(0.5), plain)[1].headline
+    headline = patch_model(patcher, TokenFusionConfig(0.5), plain)[1].headline
     first = predict(half)
     shrunk = fused().clone()
 
@@ -95,7 +95,7 @@ def look(kind, folder):
 
     shrunk.set_model_input_block_patch_after_skip(shrink)
     shrunk.set_model_output_block_patch(grow)
-    drawn = {f.key: predict(patch_model(patcher, f, plain)[0], 0) for f in twins.methods()}
+    drawn = {f.slug: predict(patch_model(patcher, f, plain)[0], 0) for f in twins.methods()}
     weights = {f"weights.{name}": weight.contiguous() for name, weight in unet.state_dict().items()}
     save_file({**weights, **drawn, "plain": predict(patcher, 0)}, f"{folder}/{kind}")
     built_in = TomePatcher().patch(patcher, 0.5)

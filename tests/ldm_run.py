@@ -48,7 +48,7 @@ def look(kind, folder):
     headlines = []
     for fusion in twins.methods():
         headlines.append(ldm.apply(model, fusion).headline)
-        drawn[fusion.key] = draw()
+        drawn[fusion.slug] = draw()
         ldm.restore(model)
     save_file({f"weights.{k}": v.contiguous() for k, v in model.state_dict().items()} | drawn, f"{folder}/{kind}")
     laws = {

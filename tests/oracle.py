@@ -32,19 +32,19 @@ def blocks(unet: Any) -> Iterator[tuple[nn.Module, nn.Module, Reduction]]:
         down, up = 1, 1
     stages = [(unet.down_blocks[down], prune)] + ([(unet.up_blocks[up], mlerp)] if up is not None else [])
     for stage, reduction in stages:
-        for canvas in getattr(stage, "base_attentions", None) or stage.attentions:
-            for block in canvas.transformer_blocks:
-                yield canvas, block, reduction
+        for spatial_module in getattr(stage, "base_attentions", None) or stage.attentions:
+            for block in spatial_module.transformer_blocks:
+                yield spatial_module, block, reduction
 
 
 @contextmanager
 def oracle(
-    unet: Any, ratio: float = 0.5, *, proportional: bool = False, keys_only: bool = False, match_on: str = "hidden"
+    unet: Any, ratio: float = 0.5, *, proportional: bool = False, kv_only: bool = False, match_on: str = "hidden"
 ) -> Iterator[None]:
     """Inside, the UNet runs ToFu at its highest resolution: pruned on the way down, MLERP on the way up."""
     undo: list[Any] = []
-    for canvas, block, reduction in blocks(unet):
-        undo += _fuse(canvas, block, reduction, ratio, proportional, keys_only, match_on)
+    for spatial_module, block, reduction in blocks(unet):
+        undo += _fuse(spatial_module, block, reduction, ratio, proportional, kv_only, match_on)
     try:
         yield
     finally:
@@ -53,7 +53,13 @@ def oracle(
 
 
 def _fuse(
-    canvas: Any, block: Any, reduction: Reduction, ratio: float, proportional: bool, keys_only: bool, match_on: str
+    spatial_module: Any,
+    block: Any,
+    reduction: Reduction,
+    ratio: float,
+    proportional: bool,
+    kv_only: bool,
+    match_on: str,
 ) -> list[Any]:
     seen: dict[str, Any] = {}
     plain, attn = block.attn1.forward, block.attn1
@@ -64,9 +70,9 @@ def _fuse(
         fused = bipartite_soft_matching(x, partition(h, w, 2, 2, x.device), int(h * w * ratio))
         y = reduction(hidden_states, fused)
         if proportional:
-            counts = [home.bincount(minlength=y.shape[1]) for home in fused.home]
+            counts = [home.bincount(minlength=y.shape[1]) for home in fused.group_idx]
             rest["attention_mask"] = torch.stack(counts).float().log().to(x.dtype)[:, None]
-        if keys_only:
+        if kv_only:
             return plain(hidden_states, encoder_hidden_states=y, **{k: v for k, v in rest.items() if v is not None})
         return unmerge(plain(y, **rest), fused)
 
@@ -78,7 +84,7 @@ def _fuse(
 
     attn.forward = forward
     handles = [
-        canvas.register_forward_pre_hook(size, with_kwargs=True),
+        spatial_module.register_forward_pre_hook(size, with_kwargs=True),
         block.norm1.register_forward_pre_hook(tokens),
     ]
     restore = (lambda: setattr(attn, "forward", plain)) if own else (lambda: delattr(attn, "forward"))

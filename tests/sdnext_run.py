@@ -112,7 +112,7 @@ def look():
     drawn = {
         "off": screen.draw(), "on": screen.draw([True]), "off again": screen.draw(),
         "quarter": screen.draw([True, 0.25]), "ratio 0": screen.draw([True, 0.0]),
-        "faithful": screen.draw([faithful]), "keys": screen.draw([{"keys_only": True}]),
+        "faithful": screen.draw([faithful]), "keys": screen.draw([{"kv_only": True}]),
         "out of range": screen.draw([True, 0.9]),
         "grid": screen.draw(axis=("[ToFu] Ratio", "0,0.25,0.5")),
         "grid of words": screen.draw(axis=("[ToFu] Keys only", "False,True")),

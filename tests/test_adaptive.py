@@ -20,9 +20,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 import tofu_sd
-from tofu_sd import TokenFusion, recipes
-from tofu_sd.config import BUCKETS, falling_threshold
-from tofu_sd.core.matching import alike
+from tofu_sd import TokenFusionConfig, recipes
+from tofu_sd.config import BUCKETS, layer_threshold
+from tofu_sd.core.matching import count_above_threshold
 from tofu_sd.core.reductions import prune
 from tofu_sd.patching import block_state, hooks, patch
 from tofu_sd.patching.image_parts import ImagePart
@@ -51,7 +51,7 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def states(unet: Any) -> list[patch.SiteFusion]:
+def states(unet: Any) -> list[patch.BlockState]:
     return [block.attn1._tofu for _, block, _ in blocks(unet) if hasattr(block.attn1, "_tofu")]
 
 
@@ -63,21 +63,21 @@ def test_the_threshold_falls_with_depth_to_its_least_and_is_the_classifiers(
     alpha: float, beta: float, least: float, layer: int
 ) -> None:
     """ATM Eq. 1, one formula for both."""
-    fusion = TokenFusion(threshold=alpha, threshold_decay=beta, threshold_least=least)
+    fusion = TokenFusionConfig(threshold=alpha, threshold_decay=beta, threshold_min=least)
     here, deeper = fusion.threshold_at(layer), fusion.threshold_at(layer + 1)
     assert here is not None
     assert deeper is not None
-    assert here == falling_threshold(alpha, beta, least, layer)
+    assert here == layer_threshold(alpha, beta, least, layer)
     assert here == AdaptiveReduction(alpha=alpha, beta=beta, least=least).threshold(layer)
     assert least <= deeper <= here
     assert fusion.threshold_at(0) == max(alpha, least)
-    rising = TokenFusion(threshold=alpha, threshold_decay=-beta, threshold_least=least)
+    rising = TokenFusionConfig(threshold=alpha, threshold_decay=-beta, threshold_min=least)
     assert (rising.threshold_at(layer + 1) or 0) >= (rising.threshold_at(layer) or 0) >= max(alpha, least)
 
 
 @given(st.integers(0, 5000), st.floats(0, 6000))
 def test_a_bucket_is_an_eighth_of_the_most_and_never_more_than_is_alike(most: int, found: float) -> None:
-    fusion = TokenFusion(threshold=0.5)
+    fusion = TokenFusionConfig(threshold=0.5)
     r = fusion.bucket(most, found)
     assert r in {most * eighth // BUCKETS for eighth in range(BUCKETS + 1)}
     assert r <= found
@@ -91,10 +91,10 @@ def test_a_bucket_is_an_eighth_of_the_most_and_never_more_than_is_alike(most: in
 def test_what_is_alike_is_the_mean_over_the_batch(seed: int, batch: int, sources: int, threshold: float) -> None:
     best = torch.rand(batch, sources, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     by_hand = [sum(cosine > threshold for cosine in row) for row in best.tolist()]
-    assert alike(best, threshold).item() == pytest.approx(sum(by_hand) / batch)
+    assert count_above_threshold(best, threshold).item() == pytest.approx(sum(by_hand) / batch)
 
 
-@pytest.mark.parametrize("options", [{}, {"keys_only": True}, {"window": 2}, {"levels": 2, "merge_mlp": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"kv_only": True}, {"window": 2}, {"levels": 2, "merge_mlp": True}], ids=str)
 def test_above_1_nothing_is_fused_bit_for_bit(options: dict[str, Any]) -> None:
     unet = tiny.sd15_unet()
     plain = picture(unet)
@@ -103,7 +103,7 @@ def test_above_1_nothing_is_fused_bit_for_bit(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"keys_only": True, "proportional": True}, {"window": 2, "seed": 3}, {"share_guidance": True}],
+    [{}, {"kv_only": True, "proportional": True}, {"window": 2, "seed": 3}, {"share_across_cfg": True}],
     ids=str,
 )
 def test_at_minus_1_it_is_the_fixed_ratio_from_the_second_step_on(options: dict[str, Any]) -> None:
@@ -122,7 +122,7 @@ def test_each_bucket_is_the_fixed_ratio_of_as_many_tokens(eighth: int, monkeypat
     fixed = tiny.predict(tofu_sd.apply_patch(unet, r / 256, proportional=True))
     tofu_sd.apply_patch(unet, 0.75, threshold=0.5, proportional=True)
     for state in states(unet):
-        state.passing.alike = float(r)
+        state.current.num_similar = float(r)
     monkeypatch.setattr(hooks, "recall_counts", lambda *_: None)
     assert torch.equal(tiny.predict(unet), fixed)
 
@@ -134,7 +134,7 @@ def test_each_block_fuses_what_the_step_before_counted() -> None:
     for number, (_, block, _) in enumerate(blocks(unet)):
         if hasattr(block.attn1, "_tofu"):
             block.norm1.register_forward_pre_hook(lambda m, args, n=number: seen.setdefault(n, []).append(args[0]))
-    with tofu_sd.watch(unet) as maps:
+    with tofu_sd.record_maps(unet) as maps:
         picture(unet)
     rows = tofu_sd.summary(unet).rows
     assert len(sites) == len(rows) == 5
@@ -144,9 +144,9 @@ def test_each_block_fuses_what_the_step_before_counted() -> None:
             x = torch.nn.functional.normalize(shown[step - 1].double(), dim=-1).view(2, 8, 2, 8, 2, -1)
             cells = x.permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)  # [B, cells, 4, C], destinations first
             best = (cells[:, :, 1:].flatten(1, 2) @ cells[:, :, 0].mT).amax(dim=-1)
-            wanted = TokenFusion(threshold=0.85).bucket(192, (best > (row.threshold or 0)).sum().item() / 2)
+            wanted = TokenFusionConfig(threshold=0.85).bucket(192, (best > (row.threshold or 0)).sum().item() / 2)
             made = [m for m in maps if m.call == step and m.block == row.name]
-            assert (256 - made[0].map.kept.shape[1] if made else 0) == wanted
+            assert (256 - made[0].map.kept_idx.shape[1] if made else 0) == wanted
             numbers.add(wanted)
     assert len(numbers) > 1  # else this shows little
     assert not any(m.call == 0 for m in maps)
@@ -209,14 +209,14 @@ def test_remove_patch_leaves_nothing(options: dict[str, Any]) -> None:
 
 
 def test_a_block_that_is_passed_over_keeps_its_count() -> None:
-    sites = ran, passed = [patch.SiteFusion(TokenFusion(threshold=0.5), prune, threshold=0.5) for _ in range(2)]
+    sites = ran, passed = [patch.BlockState(TokenFusionConfig(threshold=0.5), prune, threshold=0.5) for _ in range(2)]
     part = ImagePart(None, 900, torch.zeros(1), None)
 
     def step(*best: Tensor | None, first: bool = False) -> tuple[float, float]:
         block_state.recall_counts(sites, part, first)
-        counted = ran.passing.alike, passed.passing.alike
+        counted = ran.current.num_similar, passed.current.num_similar
         for site, found in zip(sites, best, strict=True):
-            site.passing.best = found
+            site.current.best = found
         block_state.keep_best(sites, part)
         return counted
 
@@ -232,22 +232,22 @@ def test_copies_count_for_themselves() -> None:
     expected = picture(unet)
     other = copy.deepcopy(unet)
     assert equal(picture(other), expected)
-    assert all(state.passing == block_state.Passing() for state in states(copy.deepcopy(unet)))
+    assert all(state.current == block_state.ForwardState() for state in states(copy.deepcopy(unet)))
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
-def graphs(fusion: TokenFusion) -> int:
+def graphs(fusion: TokenFusionConfig) -> int:
     unet, eager = (tofu_sd.apply_patch(tiny.shallow_unet(), fusion) for _ in range(2))
     counter = CompileCounter()
     unet.compile_repeated_blocks(fullgraph=True, backend=counter)
     fused = set()
     for h in (16, 24):
         for seed in range(3):
-            with tofu_sd.watch(eager) as seen:
+            with tofu_sd.record_maps(eager) as seen:
                 expected = picture(eager, seed=seed, h=h)
-            fused |= {(h, s.map.kept.shape[1]) for s in seen}
+            fused |= {(h, s.map.kept_idx.shape[1]) for s in seen}
             assert equal(picture(unet, seed=seed, h=h), expected)
     assert fusion.threshold is None or len(fused) > 3
     return int(counter.frame_count)
@@ -256,11 +256,11 @@ def graphs(fusion: TokenFusion) -> int:
 @pytest.mark.parametrize("decay", [0, 0.01])
 def test_compiled_blocks_cost_one_graph_more_for_all_buckets(decay: float) -> None:
     """What is fused is one graph, whatever its number, and to fuse nothing is one. Thresholds are not in the graph."""
-    fixed = TokenFusion(0.75, early="mean", late="mean", proportional=True)
+    fixed = TokenFusionConfig(0.75, early="mean", late="mean", proportional=True)
     torch._dynamo.reset()
     fewest = graphs(fixed)
     torch._dynamo.reset()
-    assert graphs(TokenFusion.of(fixed, threshold=0.85, threshold_decay=decay)) <= fewest + 1
+    assert graphs(TokenFusionConfig.of(fixed, threshold=0.85, threshold_decay=decay)) <= fewest + 1
 
 
 def test_a_whole_compiled_unet_is_refused() -> None:
@@ -277,14 +277,14 @@ def test_the_summary_says_that_the_ratio_is_a_most() -> None:
     told = tofu_sd.summary(unet)
     assert "tofu-r50-above0.9-decay0.01 on 5 of 16 transformer blocks, tokens 256 -> 128 at the least" in told.headline
     assert str(told).splitlines()[1].endswith("prune, what is above 0.9")
-    assert str(told).splitlines()[-1].endswith(f"mlerp, what is above {falling_threshold(0.9, 0.01, -1, 15):g}")
+    assert str(told).splitlines()[-1].endswith(f"mlerp, what is above {layer_threshold(0.9, 0.01, -1, 15):g}")
 
 
 def test_the_method_is_written_like_the_others() -> None:
     assert recipes.named("adaptive") == recipes.ADAPTIVE
-    fusion = recipes.named("kv:adaptive+p@threshold=0.8@threshold_decay=0.02@threshold_least=0.7", 0.75)
-    assert (fusion.threshold, fusion.threshold_decay, fusion.threshold_least) == (0.8, 0.02, 0.7)
-    assert fusion.keys_only
+    fusion = recipes.named("kv:adaptive+p@threshold=0.8@threshold_decay=0.02@threshold_min=0.7", 0.75)
+    assert (fusion.threshold, fusion.threshold_decay, fusion.threshold_min) == (0.8, 0.02, 0.7)
+    assert fusion.kv_only
     assert fusion.proportional
     assert fusion.ratio == 0.75
 
@@ -292,21 +292,24 @@ def test_the_method_is_written_like_the_others() -> None:
 def test_keys_tell_thresholds_apart() -> None:
     variants: list[dict[str, Any]] = [
         {}, {"threshold": 0.9}, {"threshold": 0}, {"threshold": 0.9, "threshold_decay": 0.1},
-        {"threshold": 0.9, "threshold_least": 0.1}, {"threshold": 0.9, "ratio": 0.75},
+        {"threshold": 0.9, "threshold_min": 0.1}, {"threshold": 0.9, "ratio": 0.75},
     ]  # fmt: skip
-    assert len({TokenFusion(**options).key for options in variants}) == len(variants)
+    assert len({TokenFusionConfig(**options).slug for options in variants}) == len(variants)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "below -1": ({"threshold": -1.5}, r"threshold is -1\.5; it must be a number from -1 to 2"),
-    "a word": ({"threshold": "high"}, "threshold is 'high'; it must be a number from -1 to 2"),
+    "below -1": ({"threshold": -1.5}, r"threshold is -1\.5; it must be None or a number from -1 to 2"),
+    "a word": ({"threshold": "high"}, "threshold is 'high'; it must be None or a number from -1 to 2"),
     "NaN": ({"threshold": float("nan")}, "threshold is nan; it must be"),
     "rising": ({"threshold": 0.9, "threshold_decay": -1.5}, r"threshold_decay is -1\.5; it must be a number"),
     "infinite": ({"threshold": 0.9, "threshold_decay": float("inf")}, "threshold_decay is inf; it must be a number"),
-    "least": ({"threshold": 0.9, "threshold_least": 3}, "threshold_least is 3; it must be a number from -1 to 2"),
+    "least": ({"threshold": 0.9, "threshold_min": 3}, "threshold_min is 3; it must be a number from -1 to 2"),
     "decay of nothing": ({"threshold_decay": 0.1}, r"threshold_decay is 0\.1 and threshold is None"),
-    "over steps": ({"threshold": 0.9, "match_every": 3}, r"match_every is 3 and threshold is 0\.9"),
-    "over blocks": ({"threshold": 0.9, "share_level": True}, r"share_level is True and threshold is 0\.9"),
+    "over steps": ({"threshold": 0.9, "match_interval": 3}, r"match_interval is 3 and threshold is 0\.9"),
+    "over blocks": (
+        {"threshold": 0.9, "share_across_blocks": True},
+        r"share_across_blocks is True and threshold is 0\.9",
+    ),
 }
 
 
@@ -314,4 +317,4 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_thresholds_are_named(name: str) -> None:
     options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
-        TokenFusion(**options)
+        TokenFusionConfig(**options)

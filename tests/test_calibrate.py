@@ -84,9 +84,9 @@ def test_measuring_leaves_no_trace(pays_from: Any) -> None:
     pays_from(144)
     auto = tiny.sd15_unet()
     before = torch.get_rng_state()
-    tofu_sd.apply_patch(auto, 0.5, min_tokens="auto", share_level=True)
+    tofu_sd.apply_patch(auto, 0.5, min_tokens="auto", share_across_blocks=True)
     assert torch.equal(torch.get_rng_state(), before)
-    told = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, min_tokens=144, share_level=True)
+    told = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, min_tokens=144, share_across_blocks=True)
     assert torch.equal(tiny.predict(auto), tiny.predict(told))
 
 
@@ -122,7 +122,7 @@ def test_other_heads_are_another_attention(pays_from: Any) -> None:
 
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ValueError, match="merge_attn is False"):
-        tofu_sd.TokenFusion(min_tokens="auto", merge_attn=False, merge_mlp=True)
+        tofu_sd.TokenFusionConfig(min_tokens="auto", merge_attn=False, merge_mlp=True)
     with pytest.raises(ValueError, match=r"these are torch\.float8_e4m3fn"):
         tofu_sd.apply_patch(tiny.sd15_unet().to(torch.float8_e4m3fn), 0.5, min_tokens="auto")
 
@@ -135,5 +135,5 @@ def test_numpy_numbers_count() -> None:
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "always", None])
 def test_bad_values_are_named(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"min_tokens is .*; it must be 'auto' or a whole number of at least 0"):
-        tofu_sd.TokenFusion(min_tokens=value)
+    with pytest.raises(ValueError, match=r"min_tokens is .*; it must be 'auto' or an integer >= 0"):
+        tofu_sd.TokenFusionConfig(min_tokens=value)

@@ -15,7 +15,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import tofu_sd
-from tofu_sd import TokenFusion
+from tofu_sd import TokenFusionConfig
 from tofu_sd.core.partition import partition
 from tofu_sd.core.reductions import prune
 from tofu_sd.recipes import named
@@ -40,7 +40,7 @@ def compiled(unet: Any, regional: bool) -> tuple[Any, CompileCounter]:
 
 
 @cache
-def graphs(regional: bool, fusion: tofu_sd.TokenFusion | None) -> int:
+def graphs(regional: bool, fusion: tofu_sd.TokenFusionConfig | None) -> int:
     """Graphs of a compiled UNet over all sizes and ratios; each of its outputs has to be eager's."""
     torch._dynamo.reset()
     shape = {} if regional else {"mid_block_type": None}  # unfused blocks are of interest where blocks are compiled
@@ -49,17 +49,22 @@ def graphs(regional: bool, fusion: tofu_sd.TokenFusion | None) -> int:
     for h, w in SIZES:
         for ratio in RATIOS if fusion is not None else [None]:
             for each in (model, eager) if fusion is not None else ():
-                tofu_sd.apply_patch(each, TokenFusion.of(fusion, ratio=ratio))
+                tofu_sd.apply_patch(each, TokenFusionConfig.of(fusion, ratio=ratio))
             assert torch.equal(tiny.predict(model, h, w), tiny.predict(eager, h, w))
     return int(counter.frame_count)
 
 
 @pytest.mark.parametrize(
     "fusion",
-    [TokenFusion(), named("tome"), named("kv:mlerp+p"), TokenFusion(seed=3, merge_mlp=True, merge_crossattn=True)],
-    ids=lambda f: f.key,
+    [
+        TokenFusionConfig(),
+        named("tome"),
+        named("kv:mlerp+p"),
+        TokenFusionConfig(seed=3, merge_mlp=True, merge_crossattn=True),
+    ],
+    ids=lambda f: f.slug,
 )
-def test_regional_compilation_costs_one_graph_more(fusion: TokenFusion) -> None:
+def test_regional_compilation_costs_one_graph_more(fusion: TokenFusionConfig) -> None:
     """Fused and unfused blocks are two kinds; sizes, ratios and reductions reach them as lengths of tensors."""
     assert graphs(True, fusion) <= graphs(True, None) + 1
 
@@ -70,7 +75,7 @@ def test_a_whole_compiled_unet_costs_two_graphs_more() -> None:
     The UNet itself takes four: a first size, either side dynamic, and odd sides, for which it upsamples another way.
     (Where odd sides come before the second ratio does, they too are traced once more.)
     """
-    assert graphs(False, TokenFusion()) <= graphs(False, None) + 2
+    assert graphs(False, TokenFusionConfig()) <= graphs(False, None) + 2
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -92,7 +97,7 @@ def test_a_compiled_unet_does_not_lay_out_its_own_size_in_every_call(window: int
     assert elsewhere > 0
 
 
-EVERYTHING = {"keys_only": True, "proportional": True, "seed": 3, "match_on": "normed", "merge_mlp": True}
+EVERYTHING = {"kv_only": True, "proportional": True, "seed": 3, "match_on": "normed", "merge_mlp": True}
 
 
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["tofu", "everything"])

@@ -13,24 +13,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tofu_sd
-from tofu_sd import TokenFusion, recipes
-from tofu_sd.core.matching import condense, soft_assignment
+from tofu_sd import TokenFusionConfig, recipes
+from tofu_sd.core.matching import soft_assignment, soft_merge_map
 from tofu_sd.core.partition import Windows
 from tofu_sd.core.proportional import weighted_attention
 from tofu_sd.core.reductions import mean, unmerge
 from tofu_sd.core.token_map import SoftMap
-from tofu_sd.patching.step_tracker import Clock
+from tofu_sd.patching.step_tracker import StepTracker
 
 CPU = torch.device("cpu")
 COLD = 1e-7
 
 
-def layout(h: int, w: int, sx: int = 2, sy: int = 2, window: int = 2, seed: int | None = None) -> Windows:
+def grid(h: int, w: int, sx: int = 2, sy: int = 2, window: int = 2, seed: int | None = None) -> Windows:
     """Windows of all tokens of a map, as the clock lays them out."""
     options = {"early": "mean", "late": "mean", "window": window, "temperature": 1.0, "sx": sx, "sy": sy, "seed": seed}
-    clock = Clock(TokenFusion(1 - 1 / (sx * sy), **options))
+    clock = StepTracker(TokenFusionConfig(1 - 1 / (sx * sy), **options))
     clock.tick(500)
-    found = clock.layout(h, w, CPU)
+    found = clock.grid(h, w, CPU)
     assert found is not None
     assert found.windows is not None
     return found.windows
@@ -44,7 +44,7 @@ def cases(draw: Callable[..., Any]) -> tuple[Tensor, Windows, float]:
     if h * w == max(1, h // sy) * max(1, w // sx):
         h, w = 2 * h + 1, 2 * w + 1  # else all tokens are centroids, and there is no layout
     seed = draw(st.integers(0, 2**31 - 1))
-    windows = layout(h, w, sx, sy, draw(st.integers(1, 4)), seed if draw(st.booleans()) else None)
+    windows = grid(h, w, sx, sy, draw(st.integers(1, 4)), seed if draw(st.booleans()) else None)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(draw(st.integers(1, 2)), h * w, 4, generator=generator, dtype=torch.float64)
     return x, windows, draw(st.floats(0.01, 10))
@@ -54,10 +54,10 @@ def cases(draw: Callable[..., Any]) -> tuple[Tensor, Windows, float]:
 @given(cases())
 def test_every_token_is_shared_out_whole_within_its_window(case: tuple[Tensor, Windows, float]) -> None:
     x, windows, temperature = case
-    map = condense(x, windows, temperature)
+    map = soft_merge_map(x, windows, temperature)
     B, N, _ = x.shape
     assert map.before == (B, N)
-    assert map.after == map.size.shape == (B, len(windows.seat))
+    assert map.after == map.size.shape == (B, len(windows.dst_index))
     assert (map.weights >= 0).all()
     torch.testing.assert_close(map.weights.sum(dim=-1).flatten(1)[:, map.place], torch.ones(B, N).double())
     torch.testing.assert_close(map.size.sum(dim=1), torch.full((B,), float(N)).double())
@@ -70,12 +70,12 @@ def test_every_token_is_shared_out_whole_within_its_window(case: tuple[Tensor, W
 def test_the_definition(case: tuple[Tensor, Windows, float]) -> None:
     """Eq. 2 and 3 window by window, by loops: neither the filling of small windows nor the order shows."""
     x, windows, temperature = case
-    map = condense(x, windows, temperature)
+    map = soft_merge_map(x, windows, temperature)
     y, back = mean(x, map), unmerge(mean(x, map), map)
     n = map.place // windows.src.shape[1]  # the window of each token, and of each centroid
-    k = windows.seat // windows.dst.shape[1]
+    k = windows.dst_index // windows.dst.shape[1]
     for t in range(len(windows.src)):
-        z, mu = x[:, n == t], x[:, map.kept[k == t]]
+        z, mu = x[:, n == t], x[:, map.kept_idx[k == t]]
         variance = (z - z.mean(dim=1, keepdim=True)).square().sum(dim=-1).mean(dim=1)[:, None, None]
         a = (-(z[:, :, None] - mu[:, None]).square().sum(dim=-1) / (temperature * variance.clamp_min(1e-300))).softmax(
             -1
@@ -90,18 +90,18 @@ def test_the_definition(case: tuple[Tensor, Windows, float]) -> None:
 @given(cases())
 def test_cold_it_is_the_map_of_each_token_to_its_nearest_centroid(case: tuple[Tensor, Windows, float]) -> None:
     x, windows, _ = case
-    map = condense(x, windows, COLD)
-    hard = map.hard()
-    token = hard.kept.gather(1, hard.home)  # that stands for each
-    assert torch.equal(hard.home.gather(1, hard.kept), torch.arange(len(windows.seat)).expand(len(x), -1))
-    here, there = map.place // windows.src.shape[1], windows.seat // windows.dst.shape[1]
-    apart = torch.cdist(x, x[:, map.kept]).masked_fill(here.unsqueeze(1) != there, float("inf"))
-    assert torch.equal(token, map.kept[apart.argmin(dim=-1)])
+    map = soft_merge_map(x, windows, COLD)
+    hard = map.argmax_map()
+    token = hard.kept_idx.gather(1, hard.group_idx)  # that stands for each
+    assert torch.equal(hard.group_idx.gather(1, hard.kept_idx), torch.arange(len(windows.dst_index)).expand(len(x), -1))
+    here, there = map.place // windows.src.shape[1], windows.dst_index // windows.dst.shape[1]
+    apart = torch.cdist(x, x[:, map.kept_idx]).masked_fill(here.unsqueeze(1) != there, float("inf"))
+    assert torch.equal(token, map.kept_idx[apart.argmin(dim=-1)])
     # exp(-1e5), for the distances of random tokens differ by more than a hundredth of their variance
     torch.testing.assert_close(map.size, hard.size.double(), rtol=0, atol=1e-6)
     torch.testing.assert_close(mean(x, map), mean(x, hard), rtol=0, atol=1e-6)
-    torch.testing.assert_close(unmerge(x[:, map.kept], map), unmerge(x[:, map.kept], hard), rtol=0, atol=1e-6)
-    assert hard.hard() is hard
+    torch.testing.assert_close(unmerge(x[:, map.kept_idx], map), unmerge(x[:, map.kept_idx], hard), rtol=0, atol=1e-6)
+    assert hard.argmax_map() is hard
 
 
 @settings(deadline=None, max_examples=50)
@@ -110,7 +110,7 @@ def test_a_constant_survives(case: tuple[Tensor, Windows, float], dtype: torch.d
     """A flat sky stays flat, and is no division by its variance of zero."""
     x, windows, temperature = case
     flat = x[:, :1].to(dtype).expand_as(x)
-    map = condense(flat, windows, temperature)
+    map = soft_merge_map(flat, windows, temperature)
     for y in (mean(flat, map), unmerge(mean(flat, map), map)):
         assert y.dtype == dtype
     # sums of at most some 200 equal float32 numbers, then one rounding to `dtype`
@@ -123,7 +123,9 @@ def test_a_constant_survives(case: tuple[Tensor, Windows, float], dtype: torch.d
 def test_the_scale_and_the_place_of_the_tokens_do_not_matter(case: tuple[Tensor, Windows, float], scale: float) -> None:
     x, windows, temperature = case
     moved = x * scale + 3 * scale
-    torch.testing.assert_close(condense(moved, windows, temperature).weights, condense(x, windows, temperature).weights)
+    torch.testing.assert_close(
+        soft_merge_map(moved, windows, temperature).weights, soft_merge_map(x, windows, temperature).weights
+    )
 
 
 @settings(deadline=None, max_examples=50)
@@ -131,8 +133,8 @@ def test_the_scale_and_the_place_of_the_tokens_do_not_matter(case: tuple[Tensor,
 def test_weighted_attention_over_windows_of_equal_tokens_is_full_attention(case: tuple[Tensor, Windows, float]) -> None:
     """With the logarithm of soft sizes on the keys, what is alike weighs what it weighed apart."""
     x, windows, temperature = case
-    q = x[:, windows.src[:, 0]][:, windows.slot // windows.src.shape[1]]
-    map = condense(q, windows, temperature)
+    q = x[:, windows.src[:, 0]][:, windows.src_index // windows.src.shape[1]]
+    map = soft_merge_map(q, windows, temperature)
     full = weighted_attention(q, q, q, 2, torch.ones(q.shape[:2]))
     fused = mean(q, map)
     # float32 of the sizes' logarithms
@@ -143,11 +145,11 @@ def test_weighted_attention_over_windows_of_equal_tokens_is_full_attention(case:
 
 def test_gradients_are_those_of_the_formula() -> None:
     """Through shares, averages and back, over windows that are filled up; finite where all tokens are equal."""
-    windows = layout(3, 5, 2, 1, 2)
+    windows = grid(3, 5, 2, 1, 2)
     x = torch.randn(2, 15, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
     def through(x: Tensor) -> Tensor:
-        map = condense(x, windows, 0.7)
+        map = soft_merge_map(x, windows, 0.7)
         return unmerge(mean(x, map), map) + map.size.sum()
 
     assert torch.autograd.gradcheck(through, (x,))
@@ -158,22 +160,22 @@ def test_gradients_are_those_of_the_formula() -> None:
 
 
 def test_a_batch_of_two_halves() -> None:
-    windows = layout(4, 6)
+    windows = grid(4, 6)
     x = tiny.noise(1, 24, 4)
-    map, twice = condense(x, windows, 0.5), condense(x, windows, 0.5).twice()
-    both = condense(torch.cat([x, x]), windows, 0.5)
+    map, twice = soft_merge_map(x, windows, 0.5), soft_merge_map(x, windows, 0.5).repeat_for_cfg()
+    both = soft_merge_map(torch.cat([x, x]), windows, 0.5)
     assert twice.before == both.before == (2, 24)
     assert torch.equal(mean(torch.cat([x, x]), twice)[1:], mean(x, map))
 
 
 def test_half_precision_is_compared_in_float32() -> None:
-    windows, x = layout(8, 8), tiny.noise(1, 64, 16)
+    windows, x = grid(8, 8), tiny.noise(1, 64, 16)
     for dtype in (torch.float16, torch.bfloat16):
-        map = condense(x.to(dtype), windows, 0.1)
+        map = soft_merge_map(x.to(dtype), windows, 0.1)
         assert map.weights.dtype == torch.float32
-        assert torch.equal(map.weights, condense(x.to(dtype).float(), windows, 0.1).weights)
+        assert torch.equal(map.weights, soft_merge_map(x.to(dtype).float(), windows, 0.1).weights)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(condense(x.to(dtype), windows, 0.1).weights, map.weights)
+            assert torch.equal(soft_merge_map(x.to(dtype), windows, 0.1).weights, map.weights)
             assert torch.equal(mean(x.to(dtype), map), (mean(x.to(dtype).float(), map)).to(dtype))
 
 
@@ -203,7 +205,8 @@ def test_attention_runs_on_one_token_for_each_cell() -> None:
     attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     attn.to_q.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[1]))
     for fusion, (h, w), K in (
-        (HALF, (16, 16), 128), (HALF, (17, 13), 17 * 6), (TokenFusion.of(HALF, ratio=0.75, sy=2), (17, 13), 8 * 6),
+        (HALF, (16, 16), 128), (HALF, (17, 13), 17 * 6),
+        (TokenFusionConfig.of(HALF, ratio=0.75, sy=2), (17, 13), 8 * 6),
     ):  # fmt: skip
         tofu_sd.apply_patch(unet, fusion)
         tiny.predict(unet, h, w)
@@ -212,15 +215,15 @@ def test_attention_runs_on_one_token_for_each_cell() -> None:
 
 COMPILED: list[dict[str, Any]] = [
     {},
-    {"keys_only": True, "proportional": False},
-    {"merge_mlp": True, "merge_crossattn": True, "share_level": True, "levels": 2},
-    {"share_guidance": True, "seed": 3, "match_on": "normed"},
+    {"kv_only": True, "proportional": False},
+    {"merge_mlp": True, "merge_crossattn": True, "share_across_blocks": True, "levels": 2},
+    {"share_across_cfg": True, "seed": 3, "match_on": "normed"},
 ]
 
 
 @pytest.mark.parametrize("options", COMPILED, ids=str)
 def test_compiled_blocks_condense_as_eager_ones_do(options: dict[str, Any]) -> None:
-    unet, eager = (tofu_sd.apply_patch(tiny.shallow_unet(), TokenFusion.of(HALF, **options)) for _ in range(2))
+    unet, eager = (tofu_sd.apply_patch(tiny.shallow_unet(), TokenFusionConfig.of(HALF, **options)) for _ in range(2))
     unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     for h, w in ((16, 16), (24, 16), (17, 13)):
         call = tiny.guided(tiny.inputs(eager, h, w))
@@ -239,9 +242,9 @@ def test_a_whole_compiled_unet_condenses_as_an_eager_one_does() -> None:
 def test_its_maps_can_be_watched() -> None:
     """As the map in which each token goes where most of it goes."""
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), HALF)
-    with tofu_sd.watch(unet) as seen:
+    with tofu_sd.record_maps(unet) as seen:
         tiny.predict(unet)
-    assert [sighting.map.kept.shape for sighting in seen] == [(2, 128)] * 5
+    assert [sighting.map.kept_idx.shape for sighting in seen] == [(2, 128)] * 5
     assert all(sighting.map.size.sum() == 512 for sighting in seen)
 
 
@@ -257,26 +260,26 @@ def test_training_reaches_what_is_before_it() -> None:
 def test_ratio_0_is_the_unpatched_model() -> None:
     unet = tiny.sd15_unet()
     plain = tiny.predict(unet)
-    assert torch.equal(tiny.predict(tofu_sd.apply_patch(unet, TokenFusion.of(HALF, ratio=0))), plain)
+    assert torch.equal(tiny.predict(tofu_sd.apply_patch(unet, TokenFusionConfig.of(HALF, ratio=0))), plain)
 
 
 def test_the_method_is_written_like_the_others() -> None:
     assert recipes.named("condense") == recipes.CONDENSE
     fusion = recipes.named("kv:condense@temperature=0.5@sy=2@window=4", 0.75)
-    assert (fusion.temperature, fusion.ratio, fusion.keys_only) == (0.5, 0.75, True)
-    assert fusion.key == "kv-mean-r75-w4-soft0.5+p"
-    assert len({TokenFusion.of(HALF, temperature=t).key for t in (0.1, 0.5, 1)}) == 3
+    assert (fusion.temperature, fusion.ratio, fusion.kv_only) == (0.5, 0.75, True)
+    assert fusion.slug == "kv-mean-r75-w4-soft0.5+p"
+    assert len({TokenFusionConfig.of(HALF, temperature=t).slug for t in (0.1, 0.5, 1)}) == 3
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "temperature 0": ({"temperature": 0}, "temperature is 0; it must be None or a number above 0"),
+    "temperature 0": ({"temperature": 0}, "temperature is 0; it must be None or a number > 0"),
     "NaN": ({"temperature": float("nan")}, "temperature is nan; it must be"),
     "a word": ({"temperature": "warm"}, "temperature is 'warm'; it must be"),
     "another ratio": ({"ratio": 0.3}, r"ratio is 0\.3 .* 1 - 1/\(sx\*sy\), here 0\.5; sx=2, sy=1 gives 0\.5"),
-    "other cells": ({"sy": 2}, r"ratio is 0\.5 .* each 2 x 2 cell, so ratio must be .* here 0\.75"),
+    "other cells": ({"sy": 2}, r"ratio is 0\.5 .* each 2 x 2 cell becomes one token, so ratio must be .* here 0\.75"),
     "prune": ({"early": "prune"}, "early and late must be 'mean'"),
-    "the whole map": ({"window": None}, "window is None: .* whole number of cells"),
-    "a threshold too": ({"threshold": 0.9}, r"threshold is 0\.9: give one of them"),
+    "the whole map": ({"window": None}, "window is None: soft matching needs a window"),
+    "a threshold too": ({"threshold": 0.9}, r"threshold is 0\.9: set only one"),
 }
 
 
@@ -284,10 +287,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_cannot_be_condensed_is_named(name: str) -> None:
     options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
-        TokenFusion.of(HALF, **options)
+        TokenFusionConfig.of(HALF, **options)
 
 
 def test_the_map_is_a_value() -> None:
-    map = condense(tiny.noise(1, 24, 4), layout(4, 6), 0.5)
+    map = soft_merge_map(tiny.noise(1, 24, 4), grid(4, 6), 0.5)
     assert isinstance(map, SoftMap)
     assert map == SoftMap(*map)

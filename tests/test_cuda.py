@@ -24,7 +24,7 @@ def test_reductions_repeat_bit_for_bit_and_agree_with_the_cpu(name: str) -> None
     """Atomic additions would give other last bits, and so other pictures, on every run."""
     x = tiny.noise(2, 4096, 64)
     map = bipartite_soft_matching(x, partition(64, 64, 2, 2, x.device), 2048)
-    on_gpu = type(map)(map.kept.cuda(), map.home.cuda())
+    on_gpu = type(map)(map.kept_idx.cuda(), map.group_idx.cuda())
     runs = [REDUCTIONS[name](x.cuda(), on_gpu) for _ in range(5)]
     assert all(torch.equal(run, runs[0]) for run in runs)
     # float32 sums of a group in another order
@@ -42,7 +42,7 @@ def apart(a: Tensor, b: Tensor) -> float:
     return (a.float() - b.float()).abs().mean().item()
 
 
-@pytest.mark.parametrize("options", [{}, {"proportional": True}, {"keys_only": True}, {"seed": 3}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"proportional": True}, {"kv_only": True}, {"seed": 3}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_unet_fuses_and_repeats(dtype: torch.dtype, options: dict[str, Any]) -> None:
     unet, call = on_gpu(tiny.sd15_unet(), dtype)
@@ -100,7 +100,7 @@ def test_the_memory_of_what_runs_beside_a_method_is_not_the_methods() -> None:
         def forward(self, *_: Any, **__: Any) -> None:
             torch.empty(2**28, device="cuda")
 
-    with method.applied(pipe):
+    with method.apply(pipe):
         draws = [generate.draw(pipe, requests, method, settings, steps=2, beside=b)[1] for b in (None, None, Large())]
     assert draws[2]["peak_bytes"] == draws[1]["peak_bytes"] > 0
     assert draws[2]["full_denoising"] > 0

@@ -24,30 +24,34 @@ import tofu_sd
 from tofu_sd.core.reductions import mean
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "ratio below 0": ({"ratio": -0.1}, ValueError, r"ratio is -0\.1; it must lie between 0 and 0\.75"),
+    "ratio below 0": ({"ratio": -0.1}, ValueError, r"ratio is -0\.1; it must be a number from 0 to 0\.75"),
     "ratio above the cells' limit": ({"ratio": 0.8}, ValueError, r"ratio is 0\.8; .* 0\.75: one token in each 2 x 2"),
     "ratio above a smaller cell's": ({"ratio": 0.6, "sy": 1}, ValueError, r"0\.6; .* 0\.5: one token in each 2 x 1"),
     "ratio NaN": ({"ratio": math.nan}, ValueError, r"ratio is nan; it must be a number from 0 to 0\.75"),
-    "ratio infinite": ({"ratio": math.inf}, ValueError, r"ratio is inf; it must lie between 0 and 0\.75"),
+    "ratio infinite": ({"ratio": math.inf}, ValueError, r"ratio is inf; it must be a number from 0 to 0\.75"),
     "ratio a word": ({"ratio": "half"}, ValueError, r"ratio is 'half'; it must be a number from 0 to 0\.75"),
     "ratio True": ({"ratio": True}, ValueError, r"ratio is True; it must be a number"),
     "unknown option": ({"depth_spilt": 6}, TypeError, r"unknown option 'depth_spilt' \(did you mean 'depth_split'\?\)"),
     "unknown reduction": ({"late": "mlrp"}, ValueError, r"unknown reduction 'mlrp' \(did you mean 'mlerp'\?\)"),
-    "levels 0": ({"levels": 0}, ValueError, "levels is 0; it must be a whole number of at least 1"),
-    "sx 1.5": ({"sx": 1.5}, ValueError, r"sx is 1\.5; it must be a whole number"),
-    "sx 0": ({"sx": 0}, ValueError, "sx is 0; it must be a whole number of at least 1"),
+    "levels 0": ({"levels": 0}, ValueError, "levels is 0; it must be an integer >= 1"),
+    "sx 1.5": ({"sx": 1.5}, ValueError, r"sx is 1\.5; it must be an integer >= 1"),
+    "sx 0": ({"sx": 0}, ValueError, "sx is 0; it must be an integer >= 1"),
     "a flag that is a word": ({"proportional": "no"}, ValueError, "proportional is 'no'; it must be True or False"),
     "a number for a reduction": ({"early": 3}, ValueError, "unknown reduction 3; known: prune, mean, mlerp"),
     "a reduction without a name": ({"late": functools.partial(mean)}, ValueError, "partial.* has no name of its own"),
     "tomesd's option": ({"max_downsampel": 2}, TypeError, r"did you mean 'max_downsample'\?\).*use_rand"),
     "start after end": ({"start": 0.6, "end": 0.4}, ValueError, r"start is 0\.6 and end is 0\.4: start must"),
-    "end above 1": ({"end": 1.5}, ValueError, r"end is 1\.5; it must lie between 0 and 1"),
-    "negative seed": ({"seed": -1}, ValueError, "seed is -1; it must be None or a whole number from 0 to 2147483647"),
-    "depth_split -1": ({"depth_split": -1}, ValueError, "depth_split is -1; it must be None, 'auto' or a whole number"),
+    "end above 1": ({"end": 1.5}, ValueError, r"end is 1\.5; it must be a number from 0 to 1"),
+    "negative seed": ({"seed": -1}, ValueError, "seed is -1; it must be None or an integer from 0 to 2147483647"),
+    "depth_split -1": (
+        {"depth_split": -1},
+        ValueError,
+        "depth_split is -1; it must be None, 'auto' or an integer >= 0",
+    ),
     "match_on keys": ({"match_on": "keys"}, ValueError, "match_on is 'keys'; it must be 'hidden' or 'normed'"),
-    "nothing to fuse": ({"merge_attn": False}, ValueError, "all False: nothing would be fused"),
+    "nothing to fuse": ({"merge_attn": False}, ValueError, "all False: nothing would be merged"),
     "max_downsample 3": ({"max_downsample": 3}, ValueError, "max_downsample is 3; it must be 1, 2, 4 or 8"),
-    "levels twice": ({"max_downsample": 2, "levels": 2}, ValueError, "levels and max_downsample say the same thing"),
+    "levels twice": ({"max_downsample": 2, "levels": 2}, ValueError, "set only one of levels and max_downsample"),
 }
 
 
@@ -57,7 +61,7 @@ def test_bad_options_are_named_and_change_nothing(name: str, patched_before: boo
     options, error, message = REFUSED[name]
     unet = tiny.shallow_unet()
     if patched_before:
-        tofu_sd.apply_patch(unet, 0.25, keys_only=True)
+        tofu_sd.apply_patch(unet, 0.25, kv_only=True)
     before, fusion = tiny.predict(unet), tofu_sd.summary(unet).fusion
     structure = anatomy(unet)
     with pytest.raises(error, match=message):

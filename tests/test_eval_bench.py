@@ -14,14 +14,14 @@ from torch._dynamo.testing import CompileCounter
 import tofu_sd
 import tofu_sd.patching.patch
 from eval import bench as bench_module
-from eval.methods import peers
+from eval.methods import registry
 from eval.methods import registry as methods
 from eval.speed import benchmark as bench
 from eval.speed import contender as contender_module
 from eval.speed import model_shapes as shapes
 from eval.speed import tables
 from eval.speed.model_shapes import CASES, Case
-from tofu_sd.patching import block_state
+from tofu_sd.core import matching
 
 CPU = torch.device("cpu")
 T = torch.tensor(500)
@@ -183,7 +183,7 @@ def test_what_a_few_steps_cannot_show_is_not_measured(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = "tofu@start=0.5,tofu@min_tokens=auto,tofu@merge_mlp=True,deepcache,tomesd"
-    monkeypatch.setattr(peers, "version", lambda name: None if name == "tomesd" else "1")
+    monkeypatch.setattr(registry, "version", lambda name: None if name == "tomesd" else "1")
     rows = run(capsys, "--method", names, "--scope", "attention")[2:]
     assert "depends on the step" in rows[0]["skipped"]
     assert "depends on the machine" in rows[1]["skipped"]
@@ -197,20 +197,20 @@ def test_what_saves_over_several_steps_is_measured_over_as_many(
 ) -> None:
     """One step alone would show the step that costs all, or one that costs nothing."""
     matched: list[int] = []
-    plain = block_state.most_similar
-    monkeypatch.setattr(block_state, "most_similar", lambda *args: matched.append(1) or plain(*args))
+    plain = matching.most_similar
+    monkeypatch.setattr(matching, "most_similar", lambda *args: matched.append(1) or plain(*args))
     steps: list[int] = []
     ran = bench.Contender.sample
 
     def sample(self: bench.Contender, device: torch.device) -> None:
         before = len(matched)
         ran(self, device)
-        if self.method == "tofu@match_every=3":
+        if self.method == "tofu@match_interval=3":
             steps.append(self.calls)
             assert len(matched) - before == 5 * self.calls / 3
 
     monkeypatch.setattr(bench.Contender, "sample", sample)
-    run(capsys, "--method", "tofu@match_every=3", "--scope", "attention")
+    run(capsys, "--method", "tofu@match_interval=3", "--scope", "attention")
     assert steps
     assert all(calls % 3 == 0 for calls in steps)
 
@@ -223,8 +223,8 @@ def test_deepcache_runs_one_step_of_three_whole() -> None:
     for name, resnet in (("deep", model.mid_block.resnets[0]), ("top", model.up_blocks[-1].resnets[-1])):
         resnet.conv1.register_forward_pre_hook(lambda module, args, name=name: count.update({name: count[name] + 1}))
     [method] = methods.parse("deepcache:tofu", [0.5])
-    assert (method.key, method.cycle) == ("deepcache-tofu-r50", 3)
-    with method.applied(model):
+    assert (method.slug, method.period) == ("deepcache-tofu-r50", 3)
+    with method.apply(model):
         assert tofu_sd.summary(model).fusion is not None
         for t in (500, 499, 498) * 2:
             model(call.sample, torch.tensor(t), **call.more)
@@ -259,7 +259,7 @@ def test_backends_are_used(backend: str, capsys: pytest.CaptureFixture[str]) -> 
         (["--scope", "unett"], "unknown scope 'unett' (did you mean 'unet'?)"),
         (["--backend", "flush"], "unknown backend 'flush' (did you mean 'flash'?)"),
         (["--compile", "yes"], "unknown mode of torch.compile 'yes'"),
-        (["--ratio", "0.8"], "ratio is 0.8; it must lie between 0 and 0.75"),
+        (["--ratio", "0.8"], "ratio is 0.8; it must be a number from 0 to 0.75"),
         (["--rounds", "1"], "'1' is not a whole number from 2"),
         (["--method", "tofoo"], "unknown method 'tofoo' (did you mean 'tofu'?)"),
     ],

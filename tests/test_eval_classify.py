@@ -319,7 +319,7 @@ def test_noise_makes_pictures_harder_to_name(trained, pictures, tmp_path):
 
 def test_methods_are_read_as_they_are_written():
     full, tofu, word, atm = reductions.parse("full,tofu@depth_split=3,PPPA,atm@beta=0.1", [4], 4)
-    assert full is reductions.FULL
+    assert full is reductions.BASELINE
     assert tofu.told == TokenReduction(4, early=prune, late=mlerp, depth_split=3)
     assert word.told == TokenReduction(4, early=prune, late=mean, depth_split=3)
     assert atm.told == AdaptiveReduction(beta=0.1)
@@ -383,7 +383,7 @@ def test_how_far_features_moved_is_the_cosine_of_what_the_head_is_shown(trained,
     batch = torch.stack([data.pictures[i][0] for i in range(6)])
     with torch.no_grad():
         whole = one.model.forward_head(one.model.forward_features(batch), pre_logits=True)
-        with tome.settled[0].applied(one.model):
+        with tome.settled[0].apply(one.model):
             less = one.model.forward_head(one.model.forward_features(batch), pre_logits=True)
     expected = 1 - (whole * less).sum(-1) / (whole.norm(dim=-1) * less.norm(dim=-1))
     assert torch.allclose(tome.moved(full).float(), expected, atol=1e-5)
@@ -406,7 +406,7 @@ def test_of_the_curves_of_thresholds_the_one_that_moves_features_least_is_taken(
     (asked,) = reductions.parse("atm@class_only=False", [8], 4)
     taken = classify.settle(bench, one, asked)
     held = bench.held()
-    full = classify.judge(one.model, reductions.FULL, held).seen
+    full = classify.judge(one.model, reductions.BASELINE, held).seen
 
     def moved(method):
         return classify.apart(classify.judge(one.model, method, held).seen, full).mean().item()

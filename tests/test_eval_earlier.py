@@ -17,8 +17,9 @@ from eval.evaluation import execute as job
 from eval.evaluation import plan
 from eval.images import output_dir
 from eval.images.requests import Request
-from eval.methods import peers
-from eval.methods.registry import SCALE, parse
+from eval.methods import registry
+from eval.methods.method import OTHER_SEEDS
+from eval.methods.registry import METHODS, parse
 from eval.metrics import registry as metrics
 
 
@@ -89,7 +90,7 @@ def test_another_method_is_a_further_row(command):
     before = rows()
     assert run.main([*command, "--method", "prune", "--ratio", "0.25"]) == 0
     after = rows()
-    assert list(after) == ["full", "tofu-r50", "prune-r25", SCALE.key]
+    assert list(after) == ["full", "tofu-r50", "prune-r25", OTHER_SEEDS.slug]
     for key, row in before.items():
         assert after[key]["metrics"] == row["metrics"]
         assert after[key]["seconds"] == row["seconds"]
@@ -115,7 +116,7 @@ def test_measuring_alone_keeps_the_rows_too(finished):
 
 def test_options_and_stacked_methods_are_found_again_by_their_rows(command):
     names = "kv:tome+p,tofu@window=8,todo"
-    if peers.STACKED["deepcache"].missing is None:
+    if METHODS["deepcache"].unavailable_reason is None:
         names += ",deepcache,deepcache:tofu"
     assert run.main([*command, "--method", names, "--limit", "1"]) == 0
     before = list(rows())
@@ -147,14 +148,14 @@ def test_an_image_of_a_further_method_that_is_damaged_is_named_by_its_method(com
     Path("out/tofu-r50/0001.png").write_bytes(b"x")
     assert "tofu-r50, of which 4 of 5 images are there" in refusal(capsys, *command, "--method", "prune")
     assert run.main([*command, "--method", "tofu,prune"]) == 0
-    Path(f"out/{SCALE.key}/0001.png").unlink()
+    Path(f"out/{OTHER_SEEDS.slug}/0001.png").unlink()
     assert "add --scale-row to generate them" in refusal(capsys, *command, "--method", "prune")
 
 
 def test_a_method_that_cannot_be_found_again_is_not_dropped(command, capsys, monkeypatch):
     assert run.main([*command, "--method", "tofu,tomesd"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(peers, "version", lambda name: None)
+        patch.setattr(registry, "version", lambda name: None)
         told = refusal(capsys, *command, "--method", "prune")
         assert "tomesd-r50, which needs: pip install tomesd; install it or give another --out" in told
     found = results()

@@ -293,7 +293,7 @@ def test_settings_of_another_type_are_named(out, name, value):
 )  # fmt: skip
 def test_a_record_that_figures_cannot_come_from_is_damaged(out, change):
     (request, *_), method = prompts.load("demo"), methods.parse("tofu", [0.5])[0]
-    path = out / method.key / f"{request.id}.json"
+    path = out / method.slug / f"{request.id}.json"
     record = files.read_json(path)
     assert not generate.damaged(out, method, request)
     path.write_text(json.dumps({**record, **change}))
@@ -303,7 +303,7 @@ def test_a_record_that_figures_cannot_come_from_is_damaged(out, change):
 @pytest.mark.parametrize("content", [*ODD[:8], '{"seconds": NaN}'])
 def test_a_record_that_is_none_is_damaged(out, content):
     (request, *_), method = prompts.load("demo"), methods.parse("tofu", [0.5])[0]
-    (out / method.key / f"{request.id}.json").write_text(content)
+    (out / method.slug / f"{request.id}.json").write_text(content)
     assert generate.damaged(out, method, request)
 
 

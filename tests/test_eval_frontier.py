@@ -52,7 +52,7 @@ def test_a_point_is_left_out_exactly_if_another_beats_it(figures: list[tuple[flo
         ("deepcache:kv:tome+p", "deepcache:tome", "both"),
         ("tomesd", "tomesd", "fused"),
         ("faithful", "faithful", "with log n (+p)"),
-        ("tofu@keys_only=True", "tofu", "keys and values (kv:)"),
+        ("tofu@kv_only=True", "tofu", "keys and values (kv:)"),
     ],
 )
 def test_a_point_looks_like_its_method(name: str, family: str, form: str) -> None:
@@ -63,7 +63,7 @@ def test_a_point_looks_like_its_method(name: str, family: str, form: str) -> Non
 def test_how_to_ask_for_a_method() -> None:
     row = {"method": "kv:tome+p@window=8", "ratio": 0.75}
     assert frontier.how(row) == (
-        "`apply_patch(pipe, 0.75, proportional=True, early='mean', late='mean', keys_only=True, window=8)`"
+        "`apply_patch(pipe, 0.75, proportional=True, early='mean', late='mean', kv_only=True, window=8)`"
     )
     assert frontier.how({"method": "tofu", "ratio": 0.5}) == "`apply_patch(pipe, 0.5)`"
     assert frontier.how({"method": "deepcache", "ratio": None}) == "–"

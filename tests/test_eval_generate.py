@@ -26,9 +26,8 @@ from eval.common import files, provenance
 from eval.images import generate, output_dir, records, timing
 from eval.images import settings as settings_module
 from eval.images.requests import Request
-from eval.methods import peers
 from eval.methods import registry as methods
-from eval.methods.registry import FULL, SCALE
+from eval.methods.method import BASELINE, OTHER_SEEDS, SEED_SHIFT
 
 SETTINGS = generate.Settings("tiny", "p", "own.txt", "h", 0, 64, 2, None, 2, "cpu", "float32", "a", "t", "d", "tf")
 REQUESTS = [Request(f"{i:04d}", prompt, 10 + i) for i, prompt in enumerate(["a red fox", "a bee", "an old oak"])]
@@ -54,7 +53,7 @@ def calls(monkeypatch):
     return seen
 
 
-def run(pipe, out, chosen=(FULL, TOFU), settings=SETTINGS, requests=REQUESTS):
+def run(pipe, out, chosen=(BASELINE, TOFU), settings=SETTINGS, requests=REQUESTS):
     return generate.generate(pipe, requests, list(chosen), settings, out)
 
 
@@ -89,12 +88,12 @@ def test_what_is_there_is_not_made_again(pipe, tmp_path, calls):
 )
 def test_only_the_damaged_batch_is_made_again_and_alike(pipe, tmp_path, calls, damage):
     run(pipe, tmp_path)
-    before = pixels(tmp_path, TOFU.key)
-    damage(tmp_path / TOFU.key)
+    before = pixels(tmp_path, TOFU.slug)
+    damage(tmp_path / TOFU.slug)
     calls.clear()
     assert run(pipe, tmp_path) == 1
     assert [prompts for prompts, _ in calls[generate.WARM_UP :]] == [("an old oak",)]
-    assert (pixels(tmp_path, TOFU.key) == before).all()
+    assert (pixels(tmp_path, TOFU.slug) == before).all()
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_pictures(pipe, tmp_path, monkeypatch):
@@ -112,7 +111,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_pictures(pipe, tmp_pa
         run(pipe, tmp_path / "cut")
     monkeypatch.setattr(generate, "_save", save)
     assert run(pipe, tmp_path / "cut") == 1
-    for key in ("full", TOFU.key):
+    for key in ("full", TOFU.slug):
         assert (pixels(tmp_path / "cut", key) == pixels(tmp_path / "whole", key)).all()
 
 
@@ -121,19 +120,19 @@ def test_the_methods_take_turns_on_each_batch(pipe, tmp_path, monkeypatch):
     draw = generate.draw
 
     def noting(pipe, requests, method, settings, *, steps, output="np", beside=None):
-        order.append((method.key, len(requests), steps, output))
+        order.append((method.slug, len(requests), steps, output))
         return draw(pipe, requests, method, settings, steps=steps, output=output, beside=beside)
 
     monkeypatch.setattr(generate, "draw", noting)
     drawn, step = (2, "np"), (1, "latent")
     run(pipe, tmp_path / "pairs")  # two pictures, one: each size is warmed up by two whole pictures or more
     both, single = (
-        [(key, size, *drawn) for key in ("full", TOFU.key) for _ in range(times)] for size, times in ((2, 2), (1, 3))
+        [(key, size, *drawn) for key in ("full", TOFU.slug) for _ in range(times)] for size, times in ((2, 2), (1, 3))
     )
     assert order == both + single
     order.clear()
     run(pipe, tmp_path / "single", settings=replace(SETTINGS, batch=1))
-    again = [(key, 1, *how) for key in ("full", TOFU.key) for how in (step, drawn)]  # after each switch
+    again = [(key, 1, *how) for key in ("full", TOFU.slug) for how in (step, drawn)]  # after each switch
     assert order == single + again + again
 
 
@@ -144,15 +143,15 @@ def test_a_method_in_turns_draws_what_it_draws_alone(pipe, tmp_path, name):
         pytest.importorskip("DeepCache")
     (method,) = methods.parse(name, [0.5])
     settings = replace(SETTINGS, steps=5)
-    run(pipe, tmp_path / "turns", (FULL, method), settings)
+    run(pipe, tmp_path / "turns", (BASELINE, method), settings)
     run(pipe, tmp_path / "alone", (method,), settings)
-    assert (pixels(tmp_path / "turns", method.key) == pixels(tmp_path / "alone", method.key)).all()
+    assert (pixels(tmp_path / "turns", method.slug) == pixels(tmp_path / "alone", method.slug)).all()
 
 
 def test_a_picture_does_not_depend_on_its_batch(pipe, tmp_path):
     for batch in (1, 3):
         run(pipe, tmp_path / str(batch), settings=replace(SETTINGS, batch=batch))
-    for key in ("full", TOFU.key):
+    for key in ("full", TOFU.slug):
         # matrix products of another height round differently; the smallest step of a pixel is 1
         assert abs(pixels(tmp_path / "1", key) - pixels(tmp_path / "3", key)).max() <= 1
     full = pixels(tmp_path / "3")
@@ -160,37 +159,37 @@ def test_a_picture_does_not_depend_on_its_batch(pipe, tmp_path):
 
 
 def test_the_scale_row_has_other_seeds_and_the_same_prompts(pipe, tmp_path):
-    run(pipe, tmp_path, (FULL, SCALE))
-    record = files.read_json(tmp_path / SCALE.key / "0001.json")
+    run(pipe, tmp_path, (BASELINE, OTHER_SEEDS))
+    record = files.read_json(tmp_path / OTHER_SEEDS.slug / "0001.json")
     assert record["prompt"] == "a bee"
-    assert record["seed"] == 11 + methods.OTHER_SEEDS
-    assert abs(pixels(tmp_path) - pixels(tmp_path, SCALE.key)).mean() > 10
+    assert record["seed"] == 11 + SEED_SHIFT
+    assert abs(pixels(tmp_path) - pixels(tmp_path, OTHER_SEEDS.slug)).mean() > 10
 
 
 def test_a_method_that_has_changed_is_drawn_again(pipe, tmp_path, calls):
     run(pipe, tmp_path)
     calls.clear()
     changed = replace(TOFU, identity={**TOFU.identity, "code": "other"})
-    assert run(pipe, tmp_path, (FULL, changed)) == 3
+    assert run(pipe, tmp_path, (BASELINE, changed)) == 3
     assert len(calls) == 1 + 2 + 2  # warm-ups of two and of one, two batches; the full model's pictures stay
 
 
 def test_a_method_that_comes_later_is_timed_beside_the_full_model(pipe, tmp_path, monkeypatch):
     """In as many batches as are worth their double time."""
-    run(pipe, tmp_path, (FULL,))
+    run(pipe, tmp_path, (BASELINE,))
     before = {path: path.read_bytes() for path in (tmp_path / "full").iterdir()}
     monkeypatch.setattr(generate, "TIMED", 1)
     assert run(pipe, tmp_path) == 3
     assert {path: path.read_bytes() for path in (tmp_path / "full").iterdir()} == before
     full, own = (
-        {r.id: files.read_json(tmp_path / key / f"{r.id}.json") for r in REQUESTS} for key in ("full", TOFU.key)
+        {r.id: files.read_json(tmp_path / key / f"{r.id}.json") for r in REQUESTS} for key in ("full", TOFU.slug)
     )
     assert own["0000"]["full_denoising"] > 0
     assert own["0002"]["full_denoising"] is None
     assert all(record["full_denoising"] == record["denoising"] for record in full.values())
 
 
-@pytest.mark.parametrize("name", ["tofu", "adaptive", "tofu@match_every=2", "tomesd", "deepcache:tofu"])
+@pytest.mark.parametrize("name", ["tofu", "adaptive", "tofu@match_interval=2", "tomesd", "deepcache:tofu"])
 def test_what_runs_beside_a_method_for_its_time_changes_no_picture(pipe, tmp_path, monkeypatch, name):
     for peer, package in (("tomesd", "tomesd"), ("deepcache", "DeepCache")):
         if name.startswith(peer):
@@ -200,7 +199,7 @@ def test_what_runs_beside_a_method_for_its_time_changes_no_picture(pipe, tmp_pat
     run(pipe, tmp_path / "beside", (method,), settings)
     monkeypatch.setattr(generate, "TIMED", 0)
     run(pipe, tmp_path / "alone", (method,), settings)
-    told = [files.read_json(tmp_path / out / method.key / "0000.json") for out in ("beside", "alone")]
+    told = [files.read_json(tmp_path / out / method.slug / "0000.json") for out in ("beside", "alone")]
     assert told[0]["full_denoising"] > 0
     assert told[1]["full_denoising"] is None
     assert told[0]["sha256"] == told[1]["sha256"]
@@ -212,7 +211,7 @@ def test_a_twin_has_the_weights_and_not_the_patch(pipe):
     x, t, words = torch.randn(2, 4, 16, 16), 7, torch.randn(2, 5, pipe.unet.config.cross_attention_dim)
     with torch.no_grad():
         plain = pipe.unet(x, t, words).sample
-        with TOFU.applied(pipe):
+        with TOFU.apply(pipe):
             assert not torch.equal(pipe.unet(x, t, words).sample, plain)
             assert torch.equal(beside(x, t, words).sample, plain)
 
@@ -227,10 +226,10 @@ def test_what_a_method_does_between_steps_is_its_own_time(pipe, monkeypatch):
         yield
         hook.remove()
 
-    method = replace(TOFU, applied=slow)
+    method = replace(TOFU, apply=slow)
     for module in (generate, timing):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.__next__))
-    with method.applied(pipe):
+    with method.apply(pipe):
         cost = generate.draw(pipe, REQUESTS[:1], method, SETTINGS, steps=2, beside=generate.twin(sd15_pipe().unet))[1]
     assert (cost["denoising"], cost["full_denoising"]) == (2 * 101, 2)
 
@@ -270,7 +269,7 @@ def test_another_version_of_this_package_is_another_method(name, monkeypatch):
     """Of stacked methods too, and of those that find their blocks by it."""
     pytest.importorskip("DeepCache")
     (before,) = methods.parse(name, [0.5])
-    monkeypatch.setattr(methods, "code", lambda: "newer")
+    monkeypatch.setattr(methods, "source_hash", lambda: "newer")
     (after,) = methods.parse(name, [0.5])
     assert settings_module.identity(SETTINGS, before) != settings_module.identity(SETTINGS, after)
 
@@ -278,7 +277,7 @@ def test_another_version_of_this_package_is_another_method(name, monkeypatch):
 def test_other_peers_are_another_stacked_method(monkeypatch):
     pytest.importorskip("DeepCache")
     (before,) = methods.parse("deepcache:tofu", [0.5])
-    monkeypatch.setattr(peers, "digest", lambda *_: "newer")
+    monkeypatch.setattr(methods, "digest", lambda *_: "newer")
     (after,) = methods.parse("deepcache:tofu", [0.5])
     assert settings_module.identity(SETTINGS, before) != settings_module.identity(SETTINGS, after)
 
@@ -345,7 +344,7 @@ def test_the_device_is_waited_for_before_and_after_a_picture(pipe, monkeypatch):
     clock = generate.time.perf_counter
     monkeypatch.setattr(generate.time, "perf_counter", lambda: order.append("look") or clock())
     monkeypatch.setattr(generate, "denoising", lambda *_: nullcontext(lambda: (None, None)))
-    generate.draw(pipe, REQUESTS[:1], FULL, SETTINGS, steps=1)
+    generate.draw(pipe, REQUESTS[:1], BASELINE, SETTINGS, steps=1)
     looks = [i for i, what in enumerate(order) if what == "look"]
     assert order[looks[0] - 1] == order[looks[-1] - 1] == "wait"
 
@@ -421,20 +420,20 @@ def test_methods_are_rows_in_the_order_asked_for_each_once():
     assert [(m.name, m.ratio) for m in found] == [
         ("tofu", 0.25), ("tofu", 0.5), ("kv:tome+p", 0.25), ("kv:tome+p", 0.5), ("full", None),
     ]  # fmt: skip
-    assert len({m.key for m in found}) == 5
+    assert len({m.slug for m in found}) == 5
 
 
 def test_a_ratio_of_a_methods_own_is_shown_as_a_ratio():
     (own,), (asked,) = (methods.parse(*args) for args in (("kv:tome+p@ratio=0.75", [0.5]), ("kv:tome+p", [0.75])))
-    assert (own.name, own.ratio, own.key) == (asked.name, asked.ratio, asked.key)
+    assert (own.name, own.ratio, own.slug) == (asked.name, asked.ratio, asked.slug)
     (windowed,) = methods.parse("tofu@window=4@ratio=0.25", [0.5])
     assert (windowed.name, windowed.ratio) == ("tofu@window=4", 0.25)
 
 
 def test_a_missing_peer_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(peers, "version", lambda name: None)
+    monkeypatch.setattr(methods, "version", lambda name: None)
     (method,) = methods.parse("tomesd", [0.5])
-    assert method.missing == "pip install tomesd"
+    assert method.unavailable_reason == "pip install tomesd"
 
 
 def test_a_folder_of_a_peers_name_is_not_the_peer(monkeypatch, tmp_path):
@@ -442,13 +441,13 @@ def test_a_folder_of_a_peers_name_is_not_the_peer(monkeypatch, tmp_path):
     (tmp_path / "ghost").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("ghost")
-    assert peers.Peer(nullcontext, ("ghost", "ghost")).missing == "pip install ghost"
+    assert methods.MethodSpec(nullcontext, Path("a.py"), ("ghost", "ghost")).unavailable_reason == "pip install ghost"
 
 
 def test_the_peer_is_taken_off_again(pipe):
     pytest.importorskip("tomesd")
     (method,) = methods.parse("tomesd", [0.5])
     classes = [type(module) for module in pipe.unet.modules()]
-    with method.applied(pipe):
+    with method.apply(pipe):
         assert [type(module) for module in pipe.unet.modules()] != classes
     assert [type(module) for module in pipe.unet.modules()] == classes

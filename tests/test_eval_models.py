@@ -351,7 +351,7 @@ def test_a_pipeline_that_needs_more_than_a_prompt_is_refused(mine):
 # --- guidance ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["tofu@share_guidance=True", "deepcache:tofu@share_guidance=True"])
+@pytest.mark.parametrize("name", ["tofu@share_across_cfg=True", "deepcache:tofu@share_across_cfg=True"])
 @pytest.mark.parametrize("guidance", ["1", "0.5", "0", "-1"])
 def test_one_map_for_both_halves_of_guidance_takes_guidance(tmp_path, monkeypatch, capsys, name, guidance):
     if name.startswith("deepcache"):
@@ -360,7 +360,7 @@ def test_one_map_for_both_halves_of_guidance_takes_guidance(tmp_path, monkeypatc
     monkeypatch.setattr(plan, "load_model", lambda *_: pytest.fail("it went on"))
     assert run.main(["--method", f"full,{name}", "--guidance", guidance]) == 2
     told = capsys.readouterr().err
-    assert f"method {name!r} has share_guidance, and the guidance scale is {guidance}" in told
+    assert f"method {name!r} has share_across_cfg, and the guidance scale is {guidance}" in told
     assert told.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
@@ -371,7 +371,7 @@ def test_guidance_is_the_pipelines_own_where_none_is_asked_for():
     assert guidance_scale(pipe, 3.0) == 3.0
     distilled = tiny.sd15_pipe(with_unet={**tiny.SHALLOW, "time_cond_proj_dim": 8})
     assert guidance_scale(distilled, 8.5) == 1.0  # an input of the model, as in LCM
-    check_guidance(parse("tofu@share_guidance=True", [0.5]), 7.5)
+    check_guidance(parse("tofu@share_across_cfg=True", [0.5]), 7.5)
     check_guidance(parse("tofu", [0.5]), 1.0)
-    with pytest.raises(EvalError, match="has share_guidance, and the guidance scale is 1"):
-        check_guidance(parse("tofu@share_guidance=True", [0.5]), guidance_scale(distilled, 8.5))
+    with pytest.raises(EvalError, match="has share_across_cfg, and the guidance scale is 1"):
+        check_guidance(parse("tofu@share_across_cfg=True", [0.5]), guidance_scale(distilled, 8.5))

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.methods import peers, schedule
+from eval.methods import attention, hypertile, schedule
 from eval.methods import registry as methods
 
-NAMES = [*peers.ALONE, *peers.STACKED, "deepcache:tofu"]
+NAMES = [*methods.known_methods(), "deepcache:tofu"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -23,7 +23,7 @@ def test_a_peer_changes_the_output_and_is_gone_afterwards(name: str) -> None:
     call = {**tiny.inputs(unet, t=500)}
     plain = tiny.predict(unet, **call)
     [method] = methods.parse(name, [0.5])
-    with method.applied(unet):
+    with method.apply(unet):
         outs = [unet(call["sample"], torch.tensor(t), call["encoder_hidden_states"]).sample for t in (500, 499)]
     assert any(not torch.equal(out, plain) for out in outs)
     assert torch.equal(tiny.predict(unet, **call), plain)
@@ -33,11 +33,11 @@ def test_a_peer_changes_the_output_and_is_gone_afterwards(name: str) -> None:
 
 def test_deepcache_keeps_step_with_what_it_is_stacked_on() -> None:
     unet = tiny.sd15_unet()
-    [method] = methods.parse("deepcache:tofu@match_every=2", [0.5])
-    assert method.cycle == 6
+    [method] = methods.parse("deepcache:tofu@match_interval=2", [0.5])
+    assert method.period == 6
     call = tiny.inputs(unet)
-    with method.applied(unet):
-        for t in schedule.timesteps(method.cycle):
+    with method.apply(unet):
+        for t in schedule.timesteps(method.period):
             unet(call["sample"], t, call["encoder_hidden_states"])
 
 
@@ -56,7 +56,7 @@ def test_a_peer_that_fails_on_its_way_leaves_nothing(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(DeepCacheSDHelper, "wrap_block_forward", failing)
     [method] = methods.parse("deepcache", [0.5])
-    with pytest.raises(RuntimeError, match="on the way"), method.applied(unet):
+    with pytest.raises(RuntimeError, match="on the way"), method.apply(unet):
         pass
     assert [{*vars(module)} for module in unet.modules()] == before
 
@@ -81,7 +81,7 @@ def test_what_the_highest_resolution_attends_to(
 ) -> None:
     unet = tiny.sd15_unet()
     [method] = methods.parse(name, [0.5])
-    with method.applied(unet):
+    with method.apply(unet):
         tiny.predict(unet)
     shapes = [(q[0], q[2], k[2]) for q, k in attended]
     assert shapes.count((batch, queries, keys)) == 5
@@ -90,16 +90,16 @@ def test_what_the_highest_resolution_attends_to(
 
 def test_tiles_hold_neighbours() -> None:
     """With values that are a token's own tile, attention inside a tile gives that tile everywhere."""
-    attention = peers.TiledAttention(4, heads=1, dim_head=4, bias=False, out_bias=False)
-    for layer in (attention.to_v, attention.to_out[0]):
+    tiled = hypertile.TiledAttention(4, heads=1, dim_head=4, bias=False, out_bias=False)
+    for layer in (tiled.to_v, tiled.to_out[0]):
         layer.weight.data = torch.eye(4)
     row, column = torch.meshgrid(torch.arange(6) // 3, torch.arange(6) // 3, indexing="ij")
     tile = F.one_hot(2 * row + column, 4).float().view(1, 36, 4)
-    assert torch.allclose(attention(tile), tile, atol=1e-6)
+    assert torch.allclose(tiled(tile), tile, atol=1e-6)
 
 
 def test_every_other_token_of_every_other_row_is_a_key() -> None:
     tokens = torch.arange(16.0).view(1, 16, 1)
-    assert peers.map_of(tokens)[:, ::2, ::2].flatten().tolist() == [0, 2, 8, 10]
+    assert attention.as_square_map(tokens)[:, ::2, ::2].flatten().tolist() == [0, 2, 8, 10]
     with pytest.raises(RuntimeError, match="invalid for input"):
-        peers.map_of(torch.zeros(1, 15, 1))
+        attention.as_square_map(torch.zeros(1, 15, 1))

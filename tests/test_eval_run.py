@@ -332,7 +332,7 @@ def test_the_embedded_model_is_judged_by_its_own_classifier(tmp_path, monkeypatc
         (["--method", "tofu,tomsd"], "'tomsd' (did you mean 'tomesd'?)"),
         (["--method", "tofu@level=2"], "'level' (did you mean 'levels'?)"),
         (["--method", ""], "unknown method ''"),
-        (["--ratio", "0.9"], "ratio is 0.9; it must lie between 0 and 0.75"),
+        (["--ratio", "0.9"], "ratio is 0.9; it must be a number from 0 to 0.75"),
         (["--method", "tomesd", "--ratio", "0.9"], "ratio is 0.9"),
         (["--ratio", "half"], "--ratio is 'half'"),
         (["--prompts", "demos"], "unknown prompts 'demos' (did you mean 'demo'?)"),
@@ -484,7 +484,7 @@ def test_a_torchvision_of_another_torch_is_explained(tiny, monkeypatch, capsys):
 
 
 def test_a_method_that_is_not_installed_is_a_row_that_says_so(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(options_module.peers, "version", lambda name: None)
+    monkeypatch.setattr(methods, "version", lambda name: None)
     assert run_module.main([*tiny, "--method", "tofu,tomesd", "--limit", "2"]) == 0
     assert "tomesd 50%: skipped: pip install tomesd" in capsys.readouterr().out
 
@@ -683,7 +683,7 @@ def test_a_dry_run_can_be_read_by_a_program(tiny, capsys):
 
 @pytest.mark.parametrize("stage", [["--dry-run"], ["--generate-only"], []])
 def test_a_method_that_is_not_installed_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys, stage):
-    monkeypatch.setattr(options_module.peers, "version", lambda name: None)
+    monkeypatch.setattr(methods, "version", lambda name: None)
     arguments = [*tiny, "--method", "tofu,tomesd", "--limit", "1", "--metrics", "psnr", *stage, "--out", "out"]
     assert run_module.main(arguments) == 0
     assert capsys.readouterr().err.splitlines()[0] == "tomesd-r50 is skipped: pip install tomesd"
@@ -821,7 +821,7 @@ def test_suites_are_options_that_what_is_typed_overrides(name):
     unknown = told.keys() - vars(options_module.parse([])).keys() - {"about"}
     assert not unknown
     metrics.check(options.metrics, metrics.Nets())
-    assert len({m.key for m in methods.parse(options.method, [0.5])}) == options.method.count(",") + 1
+    assert len({m.slug for m in methods.parse(options.method, [0.5])}) == options.method.count(",") + 1
 
 
 @pytest.mark.parametrize("name", ["depth", "modes"])
@@ -862,7 +862,7 @@ def test_operations_are_counted_by_hand(deep):
     request = prompts.Request("0000", "a fox", 0)
     full, tofu, tofu_windows, condense = (
         flops.of_pictures(deep, method, settings, [request])
-        for method in (generate.FULL, *methods.parse("tofu,tofu@window=4,condense", [0.5]))
+        for method in (generate.BASELINE, *methods.parse("tofu,tofu@window=4,condense", [0.5]))
     )
     N, K, C, blocks = 256, 128, 16, 5
     attention = 4 * C * (N * N - K * K)  # q kᵀ and its product with v
@@ -996,7 +996,7 @@ def test_a_method_is_warmed_up_after_every_switch_to_it(tiny, monkeypatch):
     draw = generate.draw
 
     def noting(pipe, requests, method, settings, **how):
-        drawn.append((method.key, how.get("output", "np")))
+        drawn.append((method.slug, how.get("output", "np")))
         return draw(pipe, requests, method, settings, **how)
 
     monkeypatch.setattr(generate, "draw", noting)
@@ -1577,17 +1577,23 @@ def test_a_caption_narrower_than_a_letter_ends():
 
 def test_a_row_is_labelled_with_the_ratio_that_acts():
     (method,) = methods.parse("tofu@ratio=0.3", [0.5])
-    assert (method.key, method.ratio) == ("tofu-r30", 0.3)
+    assert (method.slug, method.ratio) == ("tofu-r30", 0.3)
 
 
-def test_changed_code_is_noticed_wherever_the_package_lies(monkeypatch, tmp_path):
-    """The embedded model's own folder does not count, a parent folder of that name does not matter."""
+def test_only_code_that_decides_images_changes_their_hash(monkeypatch, tmp_path):
+    """A new file elsewhere in the package, such as another host's, must not make all images again."""
     package = tmp_path / "demo" / "tofu_sd"
-    (package / "demo").mkdir(parents=True)
-    (package / "match.py").write_text("a = 1")
+    for folder in ("core", "kernels", "patching", "hosts", "demo"):
+        (package / folder).mkdir(parents=True)
+    (package / "config.py").write_text("a = 1")
+    (package / "core" / "matching.py").write_text("a = 1")
     monkeypatch.setattr(methods.tofu_sd, "__file__", str(package / "__init__.py"))
-    before = methods.code.__wrapped__()
-    (package / "demo" / "scenes.py").write_text("a = 1")
-    assert methods.code.__wrapped__() == before
-    (package / "match.py").write_text("a = 2")
-    assert methods.code.__wrapped__() != before
+    before = methods.source_hash.__wrapped__()
+    for other in ("demo/classes.py", "hosts/webui.py", "recipes.py"):
+        (package / other).write_text("a = 1")
+    assert methods.source_hash.__wrapped__() == before
+    for own in ("core/matching.py", "config.py", "hosts/diffusers_unet.py"):
+        (package / own).write_text(own)
+        after = methods.source_hash.__wrapped__()
+        assert after != before
+        before = after

@@ -14,15 +14,16 @@ from patcher_host import ForgePatcher, Patcher, UNetModel, attention
 from torch import Tensor
 
 import tofu_sd
-from tofu_sd import TokenFusion
+from tofu_sd import TokenFusionConfig
+from tofu_sd.core import matching
 from tofu_sd.hosts._model_patcher import patch_model
-from tofu_sd.patching import block_state, patch
 from tofu_sd.patching import image_parts as step_tracker
-from tofu_sd.patching.image_parts import ImagePart, StepTracker
+from tofu_sd.patching import patch
+from tofu_sd.patching.image_parts import ImagePart, ImagePartTracker
 
 OVER_STEPS: dict[str, dict[str, Any]] = {
-    "match_every": {"match_every": 2},
-    "one map a resolution, over steps": {"match_every": 3, "share_level": True},
+    "match_interval": {"match_interval": 2},
+    "one map a resolution, over steps": {"match_interval": 3, "share_across_blocks": True},
     "threshold": {"threshold": 0.85, "ratio": 0.75},
     "seed": {"seed": 3},
     "window of steps": {"start": 0.2, "end": 0.6},
@@ -63,7 +64,7 @@ def interleaved(module: Any, one: Callable[[], Tensor], other: Callable[[], Tens
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"share_level": True}, {"proportional": True}, {"keys_only": True}, {"match_on": "normed"},
+    [{}, {"share_across_blocks": True}, {"proportional": True}, {"kv_only": True}, {"match_on": "normed"},
      {"merge_crossattn": True, "merge_mlp": True}, *OVER_STEPS.values()],
     ids=str,
 )  # fmt: skip
@@ -107,28 +108,28 @@ def test_compiled_blocks_run_one_call_at_a_time() -> None:
 
 def test_an_interrupted_call_does_not_lock_compiled_blocks() -> None:
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
-    canvas = unet.down_blocks[0].attentions[0]
-    hook = next(hook for hook in canvas._forward_pre_hooks.values() if isinstance(hook, patch._LayOut))
+    spatial_module = unet.down_blocks[0].attentions[0]
+    hook = next(hook for hook in spatial_module._forward_pre_hooks.values() if isinstance(hook, patch._PartitionHook))
     held = hook.one_at_a_time
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    held.hold(canvas)  # as for a compiled block beside another thread
-    handle = canvas.proj_in.register_forward_hook(stop)
+    held.hold(spatial_module)  # as for a compiled block beside another thread
+    handle = spatial_module.proj_in.register_forward_hook(stop)
     with pytest.raises(KeyboardInterrupt):
         tiny.predict(unet)
     handle.remove()
-    held.hold(canvas)
+    held.hold(spatial_module)
     tiny.predict(unet)
-    assert not canvas._forward_hooks
+    assert not spatial_module._forward_hooks
     assert held._lock.acquire(blocking=False)
 
 
 def test_maps_are_recorded_by_the_call_of_their_thread() -> None:
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
-    with tofu_sd.watch(unet) as seen:
+    with tofu_sd.record_maps(unet) as seen:
         interleaved(block.attn1, lambda: tiny.predict(unet), lambda: tiny.predict(unet, h=24))
     assert {(s.call, s.h) for s in seen} == {(0, 16), (1, 24)}
 
@@ -198,7 +199,7 @@ def test_parts_keep_to_themselves_in_programs_with_patches(every: int, sequence:
     schedule, unet = torch.tensor(TIMES) / 100, UNetModel(tiny.shallow_unet())
 
     def generated(names: str) -> dict[tuple[str, int, int], Tensor]:
-        model, _ = patch_model(program(unet), TokenFusion(0.5, match_every=every), attention)
+        model, _ = patch_model(program(unet), TokenFusionConfig(0.5, match_interval=every), attention)
         results: dict[tuple[str, int, int], Tensor] = {}
         for step, t in enumerate(TIMES):
             for name in [name for name in order(step) if name in names]:
@@ -216,68 +217,68 @@ def test_parts_keep_to_themselves_in_programs_with_patches(every: int, sequence:
 @pytest.mark.parametrize("sequence", ["tiles with one prompt", "areas with prompts of their own"])
 def test_each_part_reuses_its_maps(sequence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The property above would hold if every call matched."""
-    matched, match = [], block_state.most_similar
-    monkeypatch.setattr(block_state, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
+    matched, match = [], matching.most_similar
+    monkeypatch.setattr(matching, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
     contents, prompts, order = SEQUENCES[sequence]
-    parts(tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_every=2), contents, prompts, order)
+    parts(tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_interval=2), contents, prompts, order)
     assert len(matched) == 3 * len(contents) * 2  # blocks, parts, every other of four steps
 
 
 def test_times_that_rise_are_steps_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inversion goes from the image to the noise."""
-    matched, match = [], block_state.most_similar
-    monkeypatch.setattr(block_state, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
-    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_every=4)
+    matched, match = [], matching.most_similar
+    monkeypatch.setattr(matching, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_interval=4)
     parts(unet, {"a": A}, {"a": PROMPT}, lambda step: ["a"], TIMES[::-1])
     assert len(matched) == 3
 
 
 def test_new_noise_in_every_step_is_matched_again_and_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    tracker, messages = StepTracker(), list[str]()
+    tracker, messages = ImagePartTracker(), list[str]()
     monkeypatch.setattr(step_tracker.logger, "warning", messages.append)
     found = [tracker.visit(t, tiny.noise(1, 4, 8, 8, seed=int(t)), PROMPT) for t in range(9, 0, -1)]
     assert all(part.step == 0 and first for part, first in found)
     assert len(messages) == 1
-    assert messages[0].startswith("match_every: successive steps do not show the same image part")
+    assert messages[0].startswith("match_interval: successive steps do not show the same image part")
 
 
-def visits(tracker: StepTracker, *calls: tuple[float, Tensor, Tensor]) -> list[ImagePart]:
+def visits(tracker: ImagePartTracker, *calls: tuple[float, Tensor, Tensor]) -> list[ImagePart]:
     return [tracker.visit(t, content, prompt)[0] for t, content, prompt in calls]
 
 
 def test_a_second_image_with_the_same_prompt_is_another_part() -> None:
     """A pipeline makes its tensor again for each image, here broken off and followed by one later in the schedule."""
-    first, second, other = visits(StepTracker(), (900, A, PROMPT), (800, A, PROMPT), (700, A, PROMPT.clone()))
+    first, second, other = visits(ImagePartTracker(), (900, A, PROMPT), (800, A, PROMPT), (700, A, PROMPT.clone()))
     assert first is second
     assert other is not first
 
 
 def test_one_sampling_knows_its_conditioning_by_content() -> None:
     calls = [(t, A, PROMPT.clone()) for t in (900, 800, 700)]
-    assert len({id(part) for part in visits(StepTracker(one_sampling=True), *calls)}) == 1
-    assert len({id(part) for part in visits(StepTracker(), *calls)}) == 3
+    assert len({id(part) for part in visits(ImagePartTracker(one_sampling=True), *calls)}) == 1
+    assert len({id(part) for part in visits(ImagePartTracker(), *calls)}) == 3
 
 
 def test_a_host_that_makes_the_conditioning_in_each_call_is_recognised_after_a_few() -> None:
     calls = [(t, A, PROMPT.clone()) for t in range(900, 0, -100)]
-    assert len({id(part) for part in visits(StepTracker(), *calls)}) < len(calls)
+    assert len({id(part) for part in visits(ImagePartTracker(), *calls)}) < len(calls)
 
 
 @pytest.mark.parametrize("content", [A.clone().fill_(float("nan")), torch.zeros_like(A)], ids=["nan", "zeros"])
 def test_content_that_says_nothing_continues_nothing(content: Tensor) -> None:
-    found = visits(StepTracker(), (900, content, PROMPT), (800, content, PROMPT))
+    found = visits(ImagePartTracker(), (900, content, PROMPT), (800, content, PROMPT))
     assert found[0] is not found[1]
 
 
 def test_parts_of_images_that_are_over_are_forgotten() -> None:
-    tracker = StepTracker()
+    tracker = ImagePartTracker()
     for image in range(100):
         visits(tracker, *((t, tiny.noise(1, 4, 8, 8, seed=image), PROMPT) for t in (900, 500)))
     assert len(tracker._parts) < 50
 
 
 def test_a_part_is_kept_while_many_others_are_called() -> None:
-    tracker = StepTracker()
+    tracker = ImagePartTracker()
     tiles = [tiny.noise(1, 4, 8, 8, seed=seed) for seed in range(100)]
     steps = [visits(tracker, *((t, tile, PROMPT) for tile in tiles)) for t in (900, 500, 100)]
     assert all(a is b is c for a, b, c in zip(*steps, strict=True))

@@ -23,7 +23,7 @@ import tiny
 import torch
 from patcher_host import Patcher, UNetModel, attention
 
-from tofu_sd import TokenFusion
+from tofu_sd import TokenFusionConfig
 from tofu_sd.hosts._model_patcher import patches_of
 from tofu_sd.recipes import RECIPES
 
@@ -163,13 +163,13 @@ def test_what_nobody_changes_is_the_default_of_the_package(comfy, model):
     nodes = comfy("V1")
     asked = nodes.TokenFusionNode.INPUT_TYPES()["optional"]
     untouched = nodes.fuse(model, **{name: told["default"] for name, (_, told) in asked.items()})
-    assert patches_of(untouched).fusion == patches_of(nodes.fuse(model)).fusion == TokenFusion()
+    assert patches_of(untouched).fusion == patches_of(nodes.fuse(model)).fusion == TokenFusionConfig()
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"ratio": 0.9}, "ratio is 0.9; it must lie between 0 and 0.75"),
+        ({"ratio": 0.9}, "ratio is 0.9; it must be a number from 0 to 0.75"),
         ({"start_percent": 0.8, "end_percent": 0.2}, "start must come before end"),
         ({"early": "average"}, "unknown reduction 'average'"),
     ],
@@ -191,17 +191,17 @@ def test_a_person_meets_a_preset_and_a_ratio_first(comfy):
 def test_a_preset_is_the_recipe_of_its_name_at_any_ratio(comfy, model, name, caplog):
     nodes = comfy("V1")
     fusion = patches_of(nodes.fuse(model, preset=name, ratio=0.25, levels=2, start_percent=0.2)).fusion
-    assert fusion == TokenFusion.of(RECIPES[name], ratio=0.25, levels=2, start=0.2)
+    assert fusion == TokenFusionConfig.of(RECIPES[name], ratio=0.25, levels=2, start=0.2)
     assert not caplog.text
 
 
 def test_an_input_that_does_not_count_is_named_in_the_log(comfy, model, caplog):
     nodes = comfy("V1")
     fusion = patches_of(nodes.fuse(model, preset="tofu", window=4, early="mean", late="mlerp")).fusion
-    assert fusion == TokenFusion()
+    assert fusion == TokenFusionConfig()
     assert "early, window do not count, as preset is tofu and not custom" in caplog.text
     tooltip = nodes.TokenFusionNode.INPUT_TYPES()["optional"]["preset"][1]["tooltip"]
-    assert "early, late, depth_split, proportional, keys_only, window, whose inputs count with custom alone" in tooltip
+    assert "early, late, depth_split, proportional, kv_only, window, whose inputs count with custom alone" in tooltip
 
 
 def test_an_unknown_preset_is_refused_by_name(comfy, model):
@@ -217,7 +217,7 @@ def test_a_workflow_from_before_there_were_presets_gives_the_same(comfy, model):
     names = list(nodes.TokenFusionNode.INPUT_TYPES()["optional"])
     before = dict(zip(names[1:], OLDER, strict=True))
     assert patches_of(nodes.fuse(model, **before)).fusion == RECIPES["faithful"]
-    assert patches_of(nodes.fuse(model, ratio=0.25)).fusion == TokenFusion(0.25)
+    assert patches_of(nodes.fuse(model, ratio=0.25)).fusion == TokenFusionConfig(0.25)
     assert patches_of(nodes.fuse(model, preset="custom", **before)).fusion == RECIPES["faithful"]
 
 

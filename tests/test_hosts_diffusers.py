@@ -99,7 +99,7 @@ PIPELINES: dict[str, tuple[Callable[[], Any], Call]] = {
 FORMS: dict[str, Call] = {
     "tofu": {},
     "tofu+p": {"proportional": True},
-    "kv:tofu+p": {"keys_only": True, "proportional": True},
+    "kv:tofu+p": {"kv_only": True, "proportional": True},
     "tofu, normed": {"match_on": "normed"},
 }
 forms = pytest.mark.parametrize("form", FORMS)
@@ -122,7 +122,7 @@ def test_a_patched_pipeline_fuses_and_a_restored_one_does_not(name: str, form: s
     assert same(tiny.images(tofu_sd.remove_patch(pipe), **call), plain)
 
 
-@pytest.mark.parametrize("option", ["proportional", "keys_only"])
+@pytest.mark.parametrize("option", ["proportional", "kv_only"])
 def test_a_processor_with_keys_of_its_own_is_told(option: str) -> None:
     """Perturbed attention splits its batch and ignores the keys it is given: the option would fail or do nothing."""
     build, call = PIPELINES["perturbed attention guidance"]
@@ -176,7 +176,12 @@ def _replaced_forwards(pipe: Any) -> None:
         original = module.forward
         module.forward = lambda *args, **kwargs: original(*args, **kwargs)  # type: ignore[method-assign]
 
-    for module in (pipe.unet, *pipe.unet.down_blocks, *pipe.unet.up_blocks, *(canvas for canvas, _ in _top(pipe.unet))):
+    for module in (
+        pipe.unet,
+        *pipe.unet.down_blocks,
+        *pipe.unet.up_blocks,
+        *(spatial_module for spatial_module, _ in _top(pipe.unet)),
+    ):
         replace(module)
 
 
@@ -220,7 +225,7 @@ FEATURES: dict[str, tuple[Callable[[Any], Any], Call]] = {
 def test_a_feature_and_the_patch_add_up_in_either_order(name: str, order: str, form: str) -> None:
     """People load adapters and switch on offloading before and after a patch; neither may undo the other."""
     enable, call = FEATURES[name]
-    if name in KEYS_OF_ITS_OWN and "keys_only" in FORMS[form]:
+    if name in KEYS_OF_ITS_OWN and "kv_only" in FORMS[form]:
         pytest.skip("refused, as another test shows")
     pipe = tiny.sd15_pipe()
     if order == "patch first":
@@ -404,7 +409,7 @@ def test_arguments_by_name_and_by_place() -> None:
     assert same(placed, tiny.predict(unet))
 
 
-@pytest.mark.parametrize("options", [{}, {"keys_only": True}, {"proportional": True}, {"merge_mlp": True}])
+@pytest.mark.parametrize("options", [{}, {"kv_only": True}, {"proportional": True}, {"merge_mlp": True}])
 def test_gradient_checkpointing_leaves_the_gradients_alone(options: Call) -> None:
     """A checkpointed block runs again in the backward pass and has to match the same tokens again."""
     unet = tofu_sd.apply_patch(tiny.shallow_unet().train(), 0.5, **options)
@@ -453,10 +458,10 @@ def test_gligen_keeps_its_boxes() -> None:
 
 
 def test_fused_qkv_and_keys_only_exclude_each_other() -> None:
-    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, keys_only=True)
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, kv_only=True)
     separate = tiny.predict(unet)
     unet.fuse_qkv_projections()
-    with pytest.raises(RuntimeError, match=r"keys_only .* unfuse_qkv_projections\(\)"):
+    with pytest.raises(RuntimeError, match=r"kv_only .* unfuse_qkv_projections\(\)"):
         tiny.predict(unet)
     unet.unfuse_qkv_projections()
     assert same(tiny.predict(unet), separate)

@@ -15,7 +15,7 @@ from patcher_host import BasicTransformerBlock, ForgePatcher, OlderPatcher, Patc
 from patcher_host import attention as own
 from torch import nn
 
-from tofu_sd import TokenFusion
+from tofu_sd import TokenFusionConfig
 from tofu_sd.hosts import ldm
 from tofu_sd.hosts._model_patcher import patch_model, patches_of, watch_model
 
@@ -33,7 +33,7 @@ def patcher(request, unet):
 
 
 def merge(patcher, ratio=0.5, **options):
-    return patch_model(patcher, TokenFusion.of(ratio, **options), own, lambda share: 10 * (1 - share))[0]
+    return patch_model(patcher, TokenFusionConfig.of(ratio, **options), own, lambda share: 10 * (1 - share))[0]
 
 
 def call(patcher, h=16, w=16, t=500, seed=1, **more):
@@ -83,7 +83,7 @@ def block_of(unet):
 @pytest.mark.parametrize("kind", ["without norm1", "no layers", "temporal by its module", "temporal by its name"])
 def test_motion_modules_in_the_unet_are_no_sites(unet, kind):
     model = UNetModel(unet)
-    before = ldm.find_sites(model)
+    before = ldm.find_blocks(model)
     other = {
         "without norm1": lambda: Container([MotionBlock()]),
         "no layers": lambda: Container([nn.Module()]),
@@ -96,7 +96,7 @@ def test_motion_modules_in_the_unet_are_no_sites(unet, kind):
         other = holder
     for stage in (model.input_blocks[1], model.output_blocks[9], model.middle_block):
         stage.append(other)
-    assert list(ldm.find_sites(model)) == list(before)
+    assert list(ldm.find_blocks(model)) == list(before)
 
 
 def test_the_node_changes_after_motion_modules_were_left_in_the_model(unet):
@@ -104,7 +104,7 @@ def test_the_node_changes_after_motion_modules_were_left_in_the_model(unet):
     merge(model)
     for number in (1, 2, 4, 10):
         model.model.diffusion_model.input_blocks[number].append(Container([MotionBlock()]))
-    _, summary = patch_model(merge(model), TokenFusion(0.25), own)
+    _, summary = patch_model(merge(model), TokenFusionConfig(0.25), own)
     assert "on 5 of 16 transformer blocks" in summary.headline
 
 
@@ -128,11 +128,11 @@ def test_the_middle_block_is_never_merged(patcher, levels):
     places = merged_places(model, 64, 64)
     assert len(places) == {1: 5, 2: 10, 4: 15}[levels]
     assert not any(side == "middle" for side, _, _ in places)
-    _, summary = patch_model(patcher, TokenFusion(0.5, levels=levels), own)
+    _, summary = patch_model(patcher, TokenFusionConfig(0.5, levels=levels), own)
     assert f"on {len(places)} of 16 transformer blocks" in summary.headline
     assert "middle" not in str(summary)
     unet = UNetModel(patcher.model.diffusion_model.unet)
-    assert all(site.level > 3 for (side, _, _), site in ldm.find_sites(unet).items() if side == "middle")
+    assert all(site.level > 3 for (side, _, _), site in ldm.find_blocks(unet).items() if side == "middle")
 
 
 # --- nodes that replace self-attention --------------------------------------------------------------------------------
@@ -335,7 +335,8 @@ def test_clones_that_share_everything_keep_their_own_settings(patcher):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, FAITHFUL, {"share_level": True}, {"match_every": 2}, {"seed": 3}, {"start": 0.4}, {"levels": 2}]
+    "options",
+    [{}, FAITHFUL, {"share_across_blocks": True}, {"match_interval": 2}, {"seed": 3}, {"start": 0.4}, {"levels": 2}],
 )
 def test_two_threads_in_one_block_give_what_each_gives_alone(patcher, options):
     """As on several devices: both are between our first and our last patch of each block at the same time."""

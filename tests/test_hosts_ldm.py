@@ -22,21 +22,21 @@ from patcher_host import CrossAttention, PlainBlock, UNetModel
 from torch import nn
 
 import tofu_sd
-from tofu_sd import TokenFusion
+from tofu_sd import TokenFusionConfig
+from tofu_sd.core import matching
 from tofu_sd.hosts import ldm
-from tofu_sd.patching import block_state
 
 OPTIONS = [
     {},
     {"match_on": "normed"},
     {"early": "mean", "late": "mean", "proportional": True},
-    {"keys_only": True, "ratio": 0.75},
-    {"keys_only": True, "proportional": True},
+    {"kv_only": True, "ratio": 0.75},
+    {"kv_only": True, "proportional": True},
     {"levels": 2, "window": 2},
     {"start": 0.4, "end": 0.6},
     {"start": 0.6},
     {"seed": 3},
-    {"share_level": True},
+    {"share_across_blocks": True},
     {"temperature": 0.1, "early": "mean", "late": "mean", "window": 3, "sy": 1, "proportional": True},
 ]
 
@@ -77,7 +77,7 @@ def test_it_draws_what_the_diffusers_adapter_draws_and_is_restored_to_the_bit(un
     before, plain = state(model), predict(unets)
     with tofu_sd.patched(unet, **{"ratio": 0.5, **options}):
         expected = tiny.predict(unet, 16, 16)
-    summary = ldm.apply(model, TokenFusion.of(**{"ratio": 0.5, **options}))
+    summary = ldm.apply(model, TokenFusionConfig.of(**{"ratio": 0.5, **options}))
     try:
         found = predict(unets, by_name=by_name)
     finally:
@@ -92,13 +92,13 @@ def test_it_draws_what_the_diffusers_adapter_draws_and_is_restored_to_the_bit(un
 def test_applied_again_the_later_one_counts_and_nothing_is_left(unets):
     _, model = unets
     before = state(model)
-    ldm.apply(model, TokenFusion(0.25))
-    ldm.apply(model, TokenFusion(0.5))
+    ldm.apply(model, TokenFusionConfig(0.25))
+    ldm.apply(model, TokenFusionConfig(0.5))
     twice = predict(unets)
     ldm.restore(model)
     ldm.restore(model)
     assert state(model) == before
-    ldm.apply(model, TokenFusion(0.5))
+    ldm.apply(model, TokenFusionConfig(0.5))
     assert torch.equal(predict(unets), twice)
     ldm.restore(model)
 
@@ -106,7 +106,7 @@ def test_applied_again_the_later_one_counts_and_nothing_is_left(unets):
 def test_an_attention_that_the_program_changes_later_runs_on_fused_tokens(unets, monkeypatch):
     """These programs put xformers' forward and others in the class when they start, or when a setting changes."""
     _, model = unets
-    ldm.apply(model, TokenFusion(0.5))
+    ldm.apply(model, TokenFusionConfig(0.5))
     seen, original = [], CrossAttention.forward
 
     def other(self, x, context=None, mask=None, **kwargs):
@@ -127,12 +127,12 @@ def test_an_attention_that_something_else_has_wrapped_is_refused(unets):
     """As HyperTile does in AUTOMATIC1111, on the instance, which would pass a class over in silence."""
     _, model = unets
     before = state(model)
-    site = next(iter(ldm.find_sites(model).values()))
-    attn = site.parts["attn"]
+    site = next(iter(ldm.find_blocks(model).values()))
+    attn = site.layers["attn"]
     attn.forward = attn.forward
     try:
         with pytest.raises(RuntimeError, match=r"attn layer has a `forward` of its own, set by something else"):
-            ldm.apply(model, TokenFusion(0.5))
+            ldm.apply(model, TokenFusionConfig(0.5))
     finally:
         del attn.forward
     assert state(model) == before
@@ -142,11 +142,11 @@ def test_what_cannot_be_fused_here_is_refused_in_words(unets):
     _, model = unets
     before = state(model)
     with pytest.raises(ValueError, match="mlp layers cannot be fused here: self-attention alone"):
-        ldm.apply(model, TokenFusion(0.5, merge_mlp=True))
+        ldm.apply(model, TokenFusionConfig(0.5, merge_mlp=True))
     with pytest.raises(ValueError, match="min_tokens is 'auto', which is measured in diffusers alone"):
-        ldm.apply(model, TokenFusion(0.5, min_tokens="auto"))
+        ldm.apply(model, TokenFusionConfig(0.5, min_tokens="auto"))
     with pytest.raises(ValueError, match="no eligible block in Linear"):
-        ldm.apply(nn.Linear(2, 2), TokenFusion(0.5))
+        ldm.apply(nn.Linear(2, 2), TokenFusionConfig(0.5))
     assert state(model) == before
 
 
@@ -185,7 +185,9 @@ def test_in_the_real_unets_is_drawn_what_diffusers_draws_and_nothing_is_left(sai
     assert found["effect"] > 1e-2
 
 
-def sampled(unet: Any, fusion: TokenFusion | None, ts: tuple[float, ...] = (900.0, 700.0, 500.0, 300.0)) -> list[Any]:
+def sampled(
+    unet: Any, fusion: TokenFusionConfig | None, ts: tuple[float, ...] = (900.0, 700.0, 500.0, 300.0)
+) -> list[Any]:
     """The predictions of one sampling by a program that joins the conditioning again in each call."""
     call = tiny.inputs(tiny.sd15_unet())
     if fusion is not None:
@@ -198,17 +200,17 @@ def sampled(unet: Any, fusion: TokenFusion | None, ts: tuple[float, ...] = (900.
 
 def test_maps_serve_several_steps_though_the_conditioning_is_another_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     """AUTOMATIC1111 joins it again in each call; a patch is there for one sampling, so equal content belongs to it."""
-    unet, matched, match = UNetModel(tiny.sd15_unet(), PlainBlock), [], block_state.most_similar
-    monkeypatch.setattr(block_state, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
+    unet, matched, match = UNetModel(tiny.sd15_unet(), PlainBlock), [], matching.most_similar
+    monkeypatch.setattr(matching, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
     for every, times in ((1, 4), (2, 2), (4, 1)):
         matched.clear()
-        sampled(unet, TokenFusion(0.5, match_every=every))
+        sampled(unet, TokenFusionConfig(0.5, match_interval=every))
         assert len(matched) == 5 * times
 
 
 def test_a_threshold_merges_from_the_second_step_on() -> None:
     unet = UNetModel(tiny.sd15_unet(), PlainBlock)
-    plain, fixed = sampled(unet, None), sampled(unet, TokenFusion(0.5))
-    adaptive = sampled(unet, TokenFusion(0.5, threshold=-1.0))
+    plain, fixed = sampled(unet, None), sampled(unet, TokenFusionConfig(0.5))
+    adaptive = sampled(unet, TokenFusionConfig(0.5, threshold=-1.0))
     assert torch.equal(adaptive[0], plain[0])
     assert all(torch.equal(one, other) for one, other in zip(adaptive[1:], fixed[1:], strict=True))

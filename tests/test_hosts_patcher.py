@@ -12,7 +12,7 @@ from patcher_host import ForgePatcher, Patcher, UNetModel, attention
 from torch import nn
 
 import tofu_sd
-from tofu_sd import TokenFusion
+from tofu_sd import TokenFusionConfig
 from tofu_sd.hosts import ldm
 from tofu_sd.hosts._model_patcher import map_size, patch_model, patches_of
 
@@ -21,12 +21,12 @@ OPTIONS = [
     {},
     {"ratio": 0.75},
     {"early": "mean", "late": "mean", "proportional": True},
-    {"keys_only": True},
-    {"keys_only": True, "proportional": True, "ratio": 0.75},
+    {"kv_only": True},
+    {"kv_only": True, "proportional": True, "ratio": 0.75},
     {"levels": 2},
     {"depth_split": 0},
     {"window": 2},
-    {"share_level": True},
+    {"share_across_blocks": True},
     {"min_tokens": 10_000},
     {"sx": 4, "sy": 2, "ratio": 0.8},
     {"temperature": 0.1, "early": "mean", "late": "mean", "window": 3, "sy": 1, "proportional": True},
@@ -52,7 +52,9 @@ def call(unet, patcher, h=16, w=16, **more):
 
 
 def fused(patcher, ratio=0.5, **options):
-    return patch_model(patcher, TokenFusion.of(ratio, **options), attention, percent_to_sigma=lambda p: 10 * (1 - p))[0]
+    return patch_model(
+        patcher, TokenFusionConfig.of(ratio, **options), attention, percent_to_sigma=lambda p: 10 * (1 - p)
+    )[0]
 
 
 def test_the_program_itself_is_faithful(unets):
@@ -95,7 +97,7 @@ def test_ratio_zero_and_the_model_beside_it_are_bit_for_bit_the_unpatched_one(un
 
 def test_clones_with_other_settings_do_not_know_of_each_other(unets):
     unet, patcher = unets
-    settings = [(0.5, {}), (0.75, {"keys_only": True}), (0.25, {"proportional": True})]
+    settings = [(0.5, {}), (0.75, {"kv_only": True}), (0.25, {"proportional": True})]
     clones = [fused(patcher, ratio, **options) for ratio, options in settings]
     first = [call(unet, clone) for clone in clones]
     again = [call(unet, clone.clone()) for clone in reversed(clones)][::-1]  # and a copy does what it is a copy of
@@ -138,12 +140,12 @@ def test_maps_are_kept_for_as_many_steps_as_asked_of_one_sampling(unets):
     unet, patcher = unets
     inputs = tiny.inputs(unet)
     added = inputs.get("added_cond_kwargs")
-    clone, schedule, seen = fused(patcher, match_every=2), torch.tensor([9.0, 5.0, 1.0]), []
+    clone, schedule, seen = fused(patcher, match_interval=2), torch.tensor([9.0, 5.0, 1.0]), []
     owner = patches_of(clone)
     owner.watcher = lambda place, map, h, w: seen.append(map) if place == owner.places[0] else None
     for t, sampling in ((900, schedule), (500, schedule), (100, schedule), (50, schedule.clone())):
         clone.predict(inputs["sample"] + t, t, inputs["encoder_hidden_states"], added, sample_sigmas=sampling)
-    same = [a.home is b.home for a, b in itertools.pairwise(seen)]
+    same = [a.group_idx is b.group_idx for a, b in itertools.pairwise(seen)]
     assert same == [True, False, False]  # the second is the first's; the fourth is of another sampling
 
 
@@ -163,7 +165,7 @@ def test_forge_is_asked_for_the_size_where_no_latent_tells_it(unets):
     owner = patches_of(clone)
     owner.watcher = lambda place, map, h, w: seen.setdefault(place, (h, w))
     assert torch.equal(call(unet, clone, 18, 14), call(unet, fused(patcher), 18, 14))
-    down = ldm.find_sites(patcher.model.diffusion_model)[next(iter(seen))].downsample
+    down = ldm.find_blocks(patcher.model.diffusion_model)[next(iter(seen))].downsample
     assert set(seen.values()) == {(18 // down, 14 // down)}
     owner.tell_size(
         torch.zeros(1, 4, 5, 7), "before", patcher.model.diffusion_model.input_blocks[0][0], 0, None, told := {}
@@ -220,7 +222,7 @@ def test_a_prompt_at_a_time_is_what_both_at_once_are(unets):
         ({"merge_mlp": True}, "merge_mlp cannot be had here: these programs tell patches of self-attention alone"),
         ({"merge_crossattn": True}, "merge_crossattn cannot be had here"),
         ({"min_tokens": "auto"}, "min_tokens is 'auto', which is measured in diffusers alone"),
-        ({"share_guidance": True}, "share_guidance cannot be had here: these programs decide for themselves"),
+        ({"share_across_cfg": True}, "share_across_cfg cannot be had here: these programs decide for themselves"),
         ({"threshold": 0.0}, "threshold cannot be had here: it counts in one call for the next"),
     ],
 )
@@ -234,9 +236,9 @@ def test_options_that_cannot_be_had_are_refused_by_name(unets, options, said):
 @pytest.mark.parametrize("kind", [Patcher, ForgePatcher])
 def test_of_two_in_a_row_the_later_counts_and_the_earlier_model_stays(unets, kind, options):
     model = kind(unets[1].model.diffusion_model)
-    first, _ = patch_model(model, TokenFusion.of(0.25, **options), attention)
-    second, _ = patch_model(first, TokenFusion.of(0.5, **options), attention)
-    alone, _ = patch_model(model, TokenFusion.of(0.5, **options), attention)
+    first, _ = patch_model(model, TokenFusionConfig.of(0.25, **options), attention)
+    second, _ = patch_model(first, TokenFusionConfig.of(0.5, **options), attention)
+    alone, _ = patch_model(model, TokenFusionConfig.of(0.5, **options), attention)
     before, once = call(unets[0], first), call(unets[0], alone)
     assert torch.equal(call(unets[0], second), once)
     assert not torch.equal(before, once)
@@ -244,13 +246,13 @@ def test_of_two_in_a_row_the_later_counts_and_the_earlier_model_stays(unets, kin
 
 
 def test_maps_that_will_be_left_alone_are_told(unets):
-    _, summary = patch_model(unets[1], TokenFusion(0.5, min_tokens=10_000), attention)
+    _, summary = patch_model(unets[1], TokenFusionConfig(0.5, min_tokens=10_000), attention)
     assert "maps of fewer than 10000 tokens left alone" in summary.headline
 
 
 def test_a_window_takes_noise_levels(unets):
     with pytest.raises(ValueError, match=r"start is 0\.2 and end is 1: this model tells no noise levels"):
-        patch_model(unets[1], TokenFusion(0.5, start=0.2), attention)
+        patch_model(unets[1], TokenFusionConfig(0.5, start=0.2), attention)
 
 
 def test_a_diffusion_transformer_is_refused_in_words():
@@ -258,13 +260,13 @@ def test_a_diffusion_transformer_is_refused_in_words():
         pass
 
     with pytest.raises(ValueError, match="no eligible block in Flux: looked in input_blocks, middle_block"):
-        patch_model(Patcher(Flux()), TokenFusion(0.5), attention)
+        patch_model(Patcher(Flux()), TokenFusionConfig(0.5), attention)
 
 
 def test_places_are_those_of_the_model(unets):
     """By the published layouts: SD 1.5 attends at the latent's own size, SDXL from half of it on."""
     unet, patcher = unets
-    sites = ldm.find_sites(patcher.model.diffusion_model)
+    sites = ldm.find_blocks(patcher.model.diffusion_model)
     top = [place for place, site in sites.items() if site.level == 0]
     sd15 = [("input", 1, 0), ("input", 2, 0), ("output", 9, 0), ("output", 10, 0), ("output", 11, 0)]
     sdxl = [(side, n, i) for side, ns in (("input", (4, 5)), ("output", (3, 4, 5))) for n in ns for i in (0, 1)]

@@ -66,7 +66,7 @@ def test_a_request_is_merged_as_the_package_merges_and_nothing_is_left(program):
 
 def test_every_option_acts(program):
     plain, _ = program.draw([{}])
-    for options in ({"ratio": 0.25}, {"levels": 2}, {"match_every": 2}, {"start_percent": 0.5}, {"grid_seed": 3}):
+    for options in ({"ratio": 0.25}, {"levels": 2}, {"match_interval": 2}, {"start_percent": 0.5}, {"grid_seed": 3}):
         assert not torch.equal(program.draw([options])[0], plain), options
 
 
@@ -106,7 +106,7 @@ def test_what_cannot_be_done_is_told_and_the_image_made_without_it(program):
     plain, _ = program.draw(off(program))
     found, p = program.draw([{"ratio": 0.9}])
     assert torch.equal(found, plain)
-    assert "ratio is 0.9; it must lie between 0 and 0.75" in next(iter(p.comments))
+    assert "ratio is 0.9; it must be a number from 0 to 0.75" in next(iter(p.comments))
     assert program.processed.comments == next(iter(p.comments))  # below the image
 
 
@@ -196,7 +196,7 @@ def test_in_sdnext_it_draws_with_it_and_without_it(drawn):
 def test_in_sdnext_what_cannot_be_done_stands_below_the_picture(drawn):
     told = drawn["drawn"]["out of range"]
     assert told["pictures"] == pictures(drawn, "off")
-    assert told["below"].startswith("Token Fusion: ratio is 0.9; it must lie between")
+    assert told["below"].startswith("Token Fusion: ratio is 0.9; it must be a number from")
     assert not drawn["drawn"]["on"]["below"]
     assert pictures(drawn, "both") == pictures(drawn, "built-in")
     assert "the built-in ToMe is on, at 0.3" in drawn["drawn"]["both"]["below"]

@@ -74,16 +74,16 @@ def test_without_tokens_to_fuse_nothing_changes(model, host, images):
 
 def test_so_many_tokens_leave_each_layer_and_the_sizes_are_those_of_all(model, host, images):
     host.apply_patch(model, 8)
-    with host.watch(model) as seen:
+    with host.record_maps(model) as seen:
         features = model.forward_features(images)
     assert features.shape[1] == model.num_prefix_tokens + TOKENS - LAYERS * 8
     assert [layer for layer, _ in seen] == list(range(LAYERS))
     for layer, map in seen:
-        assert map.kept.shape[1] == TOKENS - 8 * (layer + 1)
+        assert map.kept_idx.shape[1] == TOKENS - 8 * (layer + 1)
         assert torch.equal(map.size.sum(1), torch.full((3,), float(TOKENS)))
-    with host.watch(model) as again:  # a picture begins with all of its tokens
+    with host.record_maps(model) as again:  # a picture begins with all of its tokens
         predict(model, images)
-    assert torch.equal(again[-1][1].home, seen[-1][1].home)
+    assert torch.equal(again[-1][1].group_idx, seen[-1][1].group_idx)
 
 
 def test_the_first_layer_fuses_what_its_keys_say_and_never_the_class_token(model, host, images):
@@ -191,9 +191,9 @@ def test_by_its_name_a_model_is_made_and_patched(host, images, monkeypatch):
     monkeypatch.setattr(timm, "create_model", create)
     assert host.apply_patch("deit_tiny_patch16_224", r=8) is made
     assert asked == [("deit_tiny_patch16_224", {"pretrained": True})]
-    with host.watch(made) as seen:
+    with host.record_maps(made) as seen:
         predict(made, images)
-    assert seen[0][1].kept.shape[1] == TOKENS - 8
+    assert seen[0][1].kept_idx.shape[1] == TOKENS - 8
 
 
 def test_the_split_is_measured_on_pictures(model, host, images):
@@ -331,15 +331,15 @@ def test_adaptive_merging_takes_what_is_alike_enough(model, host, images):
     nearest = (keys[:, 1::2] @ keys[:, ::2].mT).amax(-1)
     threshold = nearest.quantile(0.6).item()
     host.apply_patch(model, adaptive(model, alpha=threshold, beta=0, least=-1))
-    with host.watch(model) as maps:
+    with host.record_maps(model) as maps:
         predict(model, images)
     alike = (nearest > threshold).sum(1).float()
-    assert TOKENS - maps[0][1].kept.shape[1] == round(alike.mean().item())
+    assert TOKENS - maps[0][1].kept_idx.shape[1] == round(alike.mean().item())
     assert alike.unique().numel() > 1  # pictures differ, and share a number
     host.apply_patch(model, adaptive(model, alpha=-1, beta=0, least=-1))
-    with host.watch(model) as maps:
+    with host.record_maps(model) as maps:
         predict(model, images)
-    kept = [map.kept.shape[1] for _, map in maps]
+    kept = [map.kept_idx.shape[1] for _, map in maps]
     assert kept[:2] == [TOKENS // 2, TOKENS // 4]
 
 
@@ -357,18 +357,18 @@ def test_in_the_last_layer_the_class_token_goes_on_alone(model, host, images):
 def test_late_layers_merge_small_tokens_into_large_ones(model, host, images):
     """Of a pair one is of the larger half by size: two large ones are not merged (ATM section 3.3)."""
     host.apply_patch(model, adaptive(model, alpha=-1, beta=0, least=-1, split=0.25))
-    with host.watch(model) as maps:
+    with host.record_maps(model) as maps:
         predict(model, images)
     (_, first), (_, second) = maps[:2]
-    size, n = first.size, first.kept.shape[1]
-    position = first.kept
+    size, n = first.size, first.kept_idx.shape[1]
+    position = first.kept_idx
     for b in range(len(images)):
         of = {int(token): i for i, token in enumerate(position[b])}
         ranks = size[b].argsort(stable=True).argsort()
-        for k in range(second.kept.shape[1]):
-            members = [of[int(t)] for t in position[b] if second.home[b, t] == k]
+        for k in range(second.kept_idx.shape[1]):
+            members = [of[int(t)] for t in position[b] if second.group_idx[b, t] == k]
             assert sum(ranks[m] >= n // 2 for m in members) <= 1
-        assert torch.equal(second.kept[b], second.kept[b].sort().values)
+        assert torch.equal(second.kept_idx[b], second.kept_idx[b].sort().values)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_a_model_without_such_blocks_is_refused_in_words(host):
     swin = pytest.importorskip("timm").create_model("swin_tiny_patch4_window7_224")
     with pytest.raises(ValueError, match="SwinTransformer has no blocks"):
         host.apply_patch(swin)
-    with pytest.raises(ValueError, match="is not patched"), host.watch(nn.Linear(2, 2)):
+    with pytest.raises(ValueError, match="is not patched"), host.record_maps(nn.Linear(2, 2)):
         pass
 
 
@@ -410,7 +410,7 @@ def test_a_model_without_such_blocks_is_refused_in_words(host):
 
 @given(st.integers(0, 40), st.integers(1, 24), st.integers(1, 300), st.sampled_from(["constant", "decreasing"]))
 def test_a_schedule_leaves_half_of_each_layers_tokens_at_least(r, layers, tokens, schedule):
-    leaving = TokenReduction(r, schedule).leaving(layers, tokens)
+    leaving = TokenReduction(r, schedule).num_merged(layers, tokens)
     assert len(leaving) == layers
     for gone in leaving:
         assert 0 <= gone <= tokens // 2
@@ -420,8 +420,8 @@ def test_a_schedule_leaves_half_of_each_layers_tokens_at_least(r, layers, tokens
 
 
 def test_the_decreasing_schedule_takes_as_many_in_all():
-    assert TokenReduction(8).leaving(12, 196) == [8] * 12
-    decreasing = TokenReduction(8, "decreasing").leaving(12, 196)
+    assert TokenReduction(8).num_merged(12, 196) == [8] * 12
+    decreasing = TokenReduction(8, "decreasing").num_merged(12, 196)
     assert decreasing == [16, 15, 13, 12, 10, 9, 7, 6, 4, 3, 1, 0]
     assert sum(decreasing) == 96
 
@@ -434,7 +434,7 @@ def test_a_token_of_a_size_counts_as_so_many(reduction):
     size = torch.tensor([[1.0, 3, 1, 1, 2, 1, 5, 1]]).expand(2, -1)
     map = TokenMap(torch.tensor([[0, 2, 4, 6]]).expand(2, -1), torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3]]).expand(2, -1))
     many = x.repeat_interleave(size[0].long(), dim=1)
-    home = map.home.repeat_interleave(size[0].long(), dim=1)
+    home = map.group_idx.repeat_interleave(size[0].long(), dim=1)
     spread = TokenMap(torch.stack([(home[0] == k).nonzero()[0, 0] for k in range(4)]).expand(2, -1), home)
     assert torch.allclose(reduce_sized(reduction, x, map, size), reduction(many, spread), atol=1e-5)
 

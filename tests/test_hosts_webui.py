@@ -16,7 +16,7 @@ import torch
 import webui_host
 from patcher_host import ForgePatcher, PlainBlock, UNetModel, attention
 
-from tofu_sd import TokenFusion
+from tofu_sd import TokenFusionConfig
 from tofu_sd.hosts import ldm
 from tofu_sd.hosts._model_patcher import patch_model
 from tofu_sd.recipes import RECIPES
@@ -24,8 +24,8 @@ from tofu_sd.recipes import RECIPES
 ROOT = Path(__file__).resolve().parents[1]
 MODULE = "tofu_sd.hosts.webui"
 NAMES = [
-    "ratio", "hires_ratio", "early", "late", "depth_split", "proportional", "keys_only", "levels", "start_percent",
-    "end_percent", "grid_seed", "window", "match_every", "share_level", "min_tokens",
+    "ratio", "hires_ratio", "early", "late", "depth_split", "proportional", "kv_only", "levels", "start_percent",
+    "end_percent", "grid_seed", "window", "match_interval", "share_across_blocks", "min_tokens",
 ]  # fmt: skip
 FAITHFUL = {"early": "mean", "late": "mean", "proportional": True, "window": 2}
 
@@ -65,7 +65,7 @@ def test_it_fuses_as_the_adapters_do_and_leaves_nothing_behind(program, options)
     before, (full, _) = webui_host.state(program), program.draw(off(program))
     found, p = program.draw(args(program, **options))
     told = {name.removesuffix("_percent"): value for name, value in options.items()}
-    fusion = TokenFusion.of(told.pop("ratio", 0.5), **told)
+    fusion = TokenFusionConfig.of(told.pop("ratio", 0.5), **told)
     if program.forge:
         beside = webui_host.Program(program.model.unet, forge=True)
         beside.script = types.SimpleNamespace(process=lambda p: None, process_before_every_sampling=lambda p, **m: None)
@@ -136,7 +136,7 @@ def test_the_second_pass_has_a_ratio_of_its_own(program):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, FAITHFUL, {"hires_ratio": 0.25, "grid_seed": 7, "keys_only": True, "end_percent": 0.6, "levels": 2}]
+    "options", [{}, FAITHFUL, {"hires_ratio": 0.25, "grid_seed": 7, "kv_only": True, "end_percent": 0.6, "levels": 2}]
 )
 def test_what_is_saved_with_a_picture_can_be_pasted_and_draws_it_again(program, options):
     found, p = program.draw(args(program, **options), enable_hr=True)
@@ -191,11 +191,11 @@ def test_a_request_can_name_the_options(program):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"ratio": 0.9}, "ratio is 0.9; it must lie between 0 and 0.75"),
-        ({"hires_ratio": 2}, "hires_ratio is 2.0; it must lie between 0 and 0.75"),
+        ({"ratio": 0.9}, "ratio is 0.9; it must be a number from 0 to 0.75"),
+        ({"hires_ratio": 2}, "hires_ratio is 2.0; it must be a number from 0 to 0.75"),
         ({"ratio": "half"}, "ratio is 'half'; it must be a number"),
-        ({"levels": 1.5}, "levels is 1.5; it must be a whole number"),
-        ({"keys_only": "perhaps"}, "keys_only is 'perhaps'; it must be true or false"),
+        ({"levels": 1.5}, "levels is 1.5; it must be an integer"),
+        ({"kv_only": "perhaps"}, "kv_only is 'perhaps'; it must be true or false"),
         ({"early": "average"}, "unknown reduction 'average'"),
         ({"start_percent": 0.8, "end_percent": 0.2}, "start must come before end"),
         ({"hire_ratio": 0.5}, "unknown option 'hire_ratio' (did you mean 'hires_ratio'?)"),
@@ -299,7 +299,7 @@ def test_a_program_without_the_hook_is_told_to_be_too_old(program, monkeypatch):
 
 def test_what_nobody_changes_is_the_default_of_the_package(program):
     values = {option.name: option.default for option in program.host.ASKED}
-    assert program.host.passes(values) == (TokenFusion(), TokenFusion())
+    assert program.host.passes(values) == (TokenFusionConfig(), TokenFusionConfig())
 
 
 def test_a_preset_sets_the_fields_to_its_recipe_at_any_ratio(program):
@@ -311,7 +311,7 @@ def test_a_preset_sets_the_fields_to_its_recipe_at_any_ratio(program):
         asked = {name: values[name.replace("_", " ").capitalize()] for name in NAMES[2:]}
         fusion = program.host.fusion_of({**asked, "ratio": 0.25})
         recipe = RECIPES[button.args[0]]
-        assert fusion == TokenFusion.of(recipe, ratio=0.25, early=fusion.early, late=fusion.late)
+        assert fusion == TokenFusionConfig.of(recipe, ratio=0.25, early=fusion.early, late=fusion.late)
         assert [recipe.early.__name__, recipe.late.__name__] == [asked["early"], asked["late"]]
 
 
@@ -321,7 +321,7 @@ def test_no_number_keeps_the_program_from_drawing(program):
     assert [field.label for field in numbers] == ["Grid seed", "Min tokens"]
     assert all({"minimum", "maximum"}.isdisjoint(field.told) for field in numbers)
     _, p = program.draw([{"grid_seed": 2**31}])
-    assert "seed is 2147483648; it must be None or a whole number" in next(iter(p.comments))
+    assert "seed is 2147483648; it must be None or an integer" in next(iter(p.comments))
 
 
 def test_the_second_pass_is_asked_for_where_there_is_one(program):
@@ -345,7 +345,7 @@ def test_an_axis_of_a_grid_sets_an_option_and_switches_it_on(program):
     assert axes["[ToFu] Early"].choices() == ["prune", "mean", "mlerp"]
     assert [a.label for a in grid.axis_options if type(a) is webui_host.AxisOptionTxt2Img] == ["[ToFu] Hires ratio"]
     axes["[ToFu] Ratio"].confirm(None, [0.0, 0.25, 0.75])
-    with pytest.raises(ValueError, match=r"ratio is 0\.8; it must lie between 0 and 0\.75"):
+    with pytest.raises(ValueError, match=r"ratio is 0\.8; it must be a number from 0 to 0\.75"):
         axes["[ToFu] Ratio"].confirm(None, [0.6, 0.8])
     with pytest.raises(ValueError, match="unknown reduction 'meen'"):
         axes["[ToFu] Early"].confirm(None, ["mean", "meen"])
@@ -354,7 +354,7 @@ def test_an_axis_of_a_grid_sets_an_option_and_switches_it_on(program):
     axes["[ToFu] Ratio"].apply(p, axes["[ToFu] Ratio"].type("0.25"), None)
     axes["[ToFu] Keys only"].apply(p, "True", None)
     found, p = program.draw(off(program), p=p)
-    assert torch.equal(found, program.draw(args(program, ratio=0.25, keys_only=True))[0])
+    assert torch.equal(found, program.draw(args(program, ratio=0.25, kv_only=True))[0])
     assert webui_host.saved(p) == "ToFu ratio: 0.25, ToFu early: prune, ToFu late: mlerp, ToFu keys only: True"
     assert not hasattr(whole, program.host.AXES)
 

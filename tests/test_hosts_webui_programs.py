@@ -83,7 +83,7 @@ def test_the_second_pass_has_its_own_ratio(server):
 
 def test_what_cannot_be_done_is_told_and_drawn_without_it(server):
     assert picture(server, "out of range") == picture(server, "off")
-    assert said(server, "out of range", "ratio is 0.9; it must lie between") == 1
+    assert said(server, "out of range", "ratio is 0.9; it must be a number from") == 1
     assert picture(server, "built-in") == picture(server, "built-in alone") != picture(server, "off")
     assert said(server, "built-in", "merging is on, at 0.3") == 1
     assert "ToFu ratio: 0," in server["drawn"]["built-in"]["saved"]

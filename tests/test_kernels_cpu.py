@@ -20,7 +20,7 @@ def test_the_nearest_destination_is_the_references(h: int, w: int, C: int, dtype
     near = windows(whole, h, w, 2, 2, 3)
     x = torch.randn(2, h * w, C, generator=torch.Generator().manual_seed(0)).to(dtype)
     for src, dst in ((whole.src[None], whole.dst[None]), (near.src, near.dst)):
-        (best, target), (expected, theirs) = cpu.nearest(x, src, dst), reference.nearest(x, src, dst)
+        (best, target), (expected, theirs) = cpu.nearest_dst(x, src, dst), reference.nearest_dst(x, src, dst)
         assert torch.equal(target, theirs)
         assert (best - expected).abs().max() < 1e-6  # cosines, a few roundings of float32
 
@@ -28,12 +28,12 @@ def test_the_nearest_destination_is_the_references(h: int, w: int, C: int, dtype
 def test_it_is_used_unless_told_off_and_never_for_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Double precision is asked for where roundings matter; the reference alone keeps it."""
     used = []
-    plain = cpu.nearest
-    monkeypatch.setattr(cpu, "nearest", lambda *args: used.append(args[0].dtype) or plain(*args))
+    plain = cpu.nearest_dst
+    monkeypatch.setattr(cpu, "nearest_dst", lambda *args: used.append(args[0].dtype) or plain(*args))
     parts = partition(4, 4, 2, 2, CPU)
     x = torch.randn(1, 16, 8, generator=torch.Generator().manual_seed(0))
     for tokens in (x, x.half(), x.double()):
-        kernels.nearest(tokens, parts.src[None], parts.dst[None])
+        kernels.nearest_dst(tokens, parts.src[None], parts.dst[None])
     with kernels.reference_only():
-        kernels.nearest(x, parts.src[None], parts.dst[None])
+        kernels.nearest_dst(x, parts.src[None], parts.dst[None])
     assert used == [torch.float32, torch.float16]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tofu_sd
-from tofu_sd import TokenFusion, linearity
+from tofu_sd import TokenFusionConfig, linearity
 from tofu_sd.linearity import measuring
 from tofu_sd.patching.linearity import best_split, functional_linearity
 
@@ -106,7 +106,7 @@ def test_every_block_is_measured_at_every_step_and_the_model_stays_as_it_was(pip
         during = pipe(**call, generator=torch.Generator().manual_seed(0)).images
     assert torch.equal(before, during)
     assert [len(module._forward_pre_hooks) for module in pipe.unet.modules()] == hooks
-    blocks = len(tofu_sd.hosts.diffusers_unet.find_sites(pipe.unet))
+    blocks = len(tofu_sd.hosts.diffusers_unet.find_blocks(pipe.unet))
     assert {(one.depth, one.role, one.call) for one in found} == {
         (d, role, call) for d in range(blocks) for role in ("attn", "mlp") for call in (0, 1)
     }
@@ -118,10 +118,10 @@ def test_the_pairs_are_those_that_would_be_fused(pipe, monkeypatch):
     """Half of 16 x 16 tokens leave: 128 of each of two samples, or as many of them as are asked for."""
     inputs = tiny.inputs(pipe.unet, 16, 16)
     for pairs, expected in ((1000, 2 * 128), (10, 20)):
-        with measuring(pipe.unet, TokenFusion(0.5), pairs) as found, torch.no_grad():
+        with measuring(pipe.unet, TokenFusionConfig(0.5), pairs) as found, torch.no_grad():
             pipe.unet(**inputs)
         assert found[0].pairs == expected
-    with measuring(pipe.unet, TokenFusion(0.0)) as found, torch.no_grad():
+    with measuring(pipe.unet, TokenFusionConfig(0.0)) as found, torch.no_grad():
         pipe.unet(**inputs)
     assert found == []
 
@@ -141,8 +141,8 @@ def test_half_precision_measures_what_float32_does(pipe):
 
 def test_a_layer_that_is_linear_between_tokens_has_one(pipe):
     unet = tiny.sd15_unet()
-    site = tofu_sd.hosts.diffusers_unet.find_sites(unet)[0]
-    feed_forward = site.parts["mlp"]
+    site = tofu_sd.hosts.diffusers_unet.find_blocks(unet)[0]
+    feed_forward = site.layers["mlp"]
     feed_forward.net = nn.ModuleList([nn.Linear(site.width, site.width)])
     with measuring(unet) as found, torch.no_grad():
         unet(**tiny.inputs(unet))
@@ -182,10 +182,10 @@ def test_what_draws_no_pictures_is_refused_and_stays_as_it_was(pipe):
     assert tofu_sd.summary(pipe).fusion is None
     with tofu_sd.patched(pipe), pytest.raises(ValueError, match="is patched"), measuring(pipe):
         pass
-    with pytest.raises(ValueError, match="depth_split is 'soon'; it must be None, 'auto' or a whole number"):
-        TokenFusion(0.5, depth_split="soon")
+    with pytest.raises(ValueError, match="depth_split is 'soon'; it must be None, 'auto' or an integer >= 0"):
+        TokenFusionConfig(0.5, depth_split="soon")
     with pytest.raises(ValueError, match="is measured on a pipeline of diffusers"):
-        TokenFusion(0.5, depth_split="auto").reduction(0, 2)
+        TokenFusionConfig(0.5, depth_split="auto").reduction(0, 2)
 
 
 def test_the_command_prints_every_block_and_the_split_and_again_from_its_file(pipe, monkeypatch, capsys, tmp_path):
@@ -193,7 +193,7 @@ def test_the_command_prints_every_block_and_the_split_and_again_from_its_file(pi
     kept, drawn = str(tmp_path / "curve.json"), tmp_path / "curve.svg"
     assert linearity.main(["--steps", "1", "--prompt", "a fox", "--out", kept]) == 0
     said = capsys.readouterr().out
-    sites = tofu_sd.hosts.diffusers_unet.find_sites(pipe.unet)
+    sites = tofu_sd.hosts.diffusers_unet.find_blocks(pipe.unet)
     assert sum(f"| {site.name.replace('.transformer_blocks', '')} |" in said for site in sites) == len(sites)
     assert said.count(" \\* |") == len(linearity.Curve.read(kept).fused) == 5
     assert f"depth_split={linearity.Curve.read(kept).depth_split}, by" in said

@@ -37,8 +37,8 @@ def test_matching_is_what_a_loop_over_algorithm_1_finds(h, w, sx, sy, seed, shar
     map = bipartite_soft_matching(x, parts, r)
     for b in range(2):
         survivors, home = oracle(x[b], parts.src.tolist(), parts.dst.tolist(), r)
-        assert set(map.kept[b].tolist()) == survivors
-        assert map.kept[b][map.home[b]].tolist() == home
+        assert set(map.kept_idx[b].tolist()) == survivors
+        assert map.kept_idx[b][map.group_idx[b]].tolist() == home
 
 
 @given(sides, sides, cells, cells, st.integers(1, 5), st.none() | st.integers(0, 2**31 - 1), st.floats(0, 1))
@@ -56,15 +56,15 @@ def test_windowed_matching_is_algorithm_1_where_nobody_looks_beyond_the_own_wind
     for b in range(2):
         near = lambda s, d: window(s) == window(d)  # noqa: E731
         survivors, home = oracle(x[b], parts.src.tolist(), parts.dst.tolist(), r, near)
-        assert set(map.kept[b].tolist()) == survivors
-        assert map.kept[b][map.home[b]].tolist() == home
+        assert set(map.kept_idx[b].tolist()) == survivors
+        assert map.kept_idx[b][map.group_idx[b]].tolist() == home
 
 
 def test_a_window_as_large_as_the_map_is_no_window():
     parts = partition(9, 13, 2, 2, CPU)
     x = torch.randn(2, 117, 7, generator=torch.Generator().manual_seed(0))
     whole, windowed = (bipartite_soft_matching(x, parts, 50, w) for w in (None, windows(parts, 9, 13, 2, 2, 8)))
-    assert torch.equal(whole.home, windowed.home)
+    assert torch.equal(whole.group_idx, windowed.group_idx)
 
 
 @given(sides, sides, cells, cells, st.none() | st.integers(0, 2**31 - 1))
@@ -94,8 +94,8 @@ def test_what_else_is_in_the_batch_does_not_matter():
     x = torch.randn(4, 30, 7, generator=torch.Generator().manual_seed(0))
     whole = bipartite_soft_matching(x, parts, 11)
     alone = bipartite_soft_matching(x[2:3], parts, 11)
-    assert torch.equal(whole.home[2:3], alone.home)
-    assert torch.equal(whole.kept[2:3], alone.kept)
+    assert torch.equal(whole.group_idx[2:3], alone.group_idx)
+    assert torch.equal(whole.kept_idx[2:3], alone.kept_idx)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -104,9 +104,9 @@ def test_equal_and_zero_tokens_still_give_a_map(dtype):
     parts = partition(4, 4, 2, 2, CPU)
     for x in (torch.zeros(1, 16, 3, dtype=dtype), torch.ones(1, 16, 3, dtype=dtype)):
         map = bipartite_soft_matching(x, parts, 5)
-        gone = sorted(set(range(16)) - set(map.kept[0].tolist()))
+        gone = sorted(set(range(16)) - set(map.kept_idx[0].tolist()))
         assert gone == parts.src[:5].tolist()
-        assert map.kept[0][map.home[0][gone]].tolist() == [0] * 5
+        assert map.kept_idx[0][map.group_idx[0][gone]].tolist() == [0] * 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -116,8 +116,8 @@ def test_half_precision_tokens_are_matched_as_the_numbers_they_are(dtype):
     smooth = torch.stack([(x * k).sin() + (y * (5 - k)).cos() for k in range(1, 5)], dim=-1).view(1, 1024, 4).to(dtype)
     parts = partition(32, 32, 2, 2, CPU)
     half, exact = (bipartite_soft_matching(tokens, parts, 512) for tokens in (smooth, smooth.float()))
-    assert torch.equal(half.kept, exact.kept)
-    assert torch.equal(half.home, exact.home)
+    assert torch.equal(half.kept_idx, exact.kept_idx)
+    assert torch.equal(half.group_idx, exact.group_idx)
 
 
 def test_scores_in_chunks_are_the_scores_at_once(monkeypatch):
@@ -127,7 +127,7 @@ def test_scores_in_chunks_are_the_scores_at_once(monkeypatch):
     whole = [bipartite_soft_matching(x, parts, 20, layout) for layout in (None, near)]
     monkeypatch.setattr(reference, "SCRATCH", 4000)  # a few rows at a time, and a smaller last chunk
     chunked = [bipartite_soft_matching(x, parts, 20, layout) for layout in (None, near)]
-    assert all(torch.equal(a.home, b.home) for a, b in zip(whole, chunked, strict=True))
+    assert all(torch.equal(a.group_idx, b.group_idx) for a, b in zip(whole, chunked, strict=True))
 
 
 def test_2048_pixels_are_matched_in_64_mib():
@@ -146,8 +146,8 @@ def test_numbers_that_are_none_still_give_a_map(value, share):
     x = torch.randn(2, 36, 4, generator=g)
     x[torch.rand(x.shape, generator=g) < share] = value
     map = bipartite_soft_matching(x, parts, 18)
-    assert torch.equal(map.home.gather(1, map.kept), torch.arange(18).expand(2, -1))
-    assert all(len(row.unique()) == 18 for row in map.kept)
+    assert torch.equal(map.group_idx.gather(1, map.kept_idx), torch.arange(18).expand(2, -1))
+    assert all(len(row.unique()) == 18 for row in map.kept_idx)
 
 
 def test_nobody_joins_a_destination_that_is_no_number():
@@ -156,7 +156,7 @@ def test_nobody_joins_a_destination_that_is_no_number():
     x = torch.rand(1, 36, 4, generator=torch.Generator().manual_seed(0)) + 0.1  # all cosines are positive
     x[0, parts.dst[3]] = float("nan")
     map = bipartite_soft_matching(x, parts, 18)
-    assert (map.home[0] == map.home[0, parts.dst[3]]).sum() == 1
+    assert (map.group_idx[0] == map.group_idx[0, parts.dst[3]]).sum() == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -166,7 +166,7 @@ def test_autocast_does_not_coarsen_the_matching(dtype):
     plain = bipartite_soft_matching(x, parts, 512)
     with torch.autocast("cpu", dtype):
         cast = bipartite_soft_matching(x, parts, 512)
-    assert torch.equal(plain.home, cast.home)
+    assert torch.equal(plain.group_idx, cast.group_idx)
 
 
 def test_matching_draws_nothing_from_the_global_generator():

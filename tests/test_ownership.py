@@ -18,7 +18,7 @@ from test_patch import anatomy
 from torch import Tensor, nn
 
 import tofu_sd
-from tofu_sd import TokenFusion
+from tofu_sd import TokenFusionConfig
 from tofu_sd.patching.patch import patch_of
 
 # --- contexts ---------------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ def test_a_context_that_cannot_begin_leaves_the_others() -> None:
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_recordings_may_end_in_any_order(order: tuple[int, int]) -> None:
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
-    recordings = [tofu_sd.watch(unet) for _ in range(2)]
+    recordings = [tofu_sd.record_maps(unet) for _ in range(2)]
     seen = [recording.__enter__() for recording in recordings]
     tiny.predict(unet)
     recordings[order[0]].__exit__(None, None, None)
@@ -114,7 +114,7 @@ def test_a_patch_is_found_in_whatever_holds_the_model() -> None:
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
     holder = Step(unet)
     assert "on 3 of 4 transformer blocks" in tofu_sd.summary(holder).headline
-    with tofu_sd.watch(holder) as seen:
+    with tofu_sd.record_maps(holder) as seen:
         tiny.predict(unet)
     assert len(seen) == 3
     tofu_sd.remove_patch(holder)
@@ -143,8 +143,8 @@ def test_an_exported_unet_is_refused_by_name() -> None:
 def test_arguments_by_place_are_tomesds() -> None:
     by_place = patch_of(tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, 2, 4, 2, False, True, False, True))
     assert by_place is not None
-    assert by_place.fusion == TokenFusion(0.5, levels=2, sx=4, sy=2, merge_mlp=True)
-    with pytest.raises(TypeError, match="max_downsample is given by place and by name"):
+    assert by_place.fusion == TokenFusionConfig(0.5, levels=2, sx=4, sy=2, merge_mlp=True)
+    with pytest.raises(TypeError, match="max_downsample is given by position and by name"):
         tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, 1, max_downsample=2)
     with pytest.raises(TypeError, match="8 arguments after the ratio; tomesd has 7"):
         tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, *range(8))
@@ -164,7 +164,7 @@ def test_quantized_attention_cannot_be_measured() -> None:
 
 
 def test_the_summary_says_what_has_happened() -> None:
-    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_every=2)
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_interval=2)
     assert tofu_sd.summary(unet).observed == []
     call = tiny.inputs(unet)
     for t in (900, 700, 500):
@@ -250,7 +250,7 @@ def test_a_processor_sees_self_attention_as_self_attention() -> None:
 @pytest.mark.parametrize(
     ("processor", "options", "message"),
     [
-        (Counting(), {"keys_only": True}, "keys_only .* by which Counting may take it for cross-attention"),
+        (Counting(), {"kv_only": True}, "kv_only .* by which Counting may take it for cross-attention"),
         (Counting(), {"merge_crossattn": True}, "merge_crossattn gives Counting fewer queries"),
         (Deaf(), {"proportional": True}, "as an attention mask, which Deaf does not heed"),
     ],
@@ -268,11 +268,11 @@ def test_processors_that_cannot_do_it_are_refused_by_name(processor: Any, option
     assert ratio(unet) is None
 
 
-@pytest.mark.parametrize("options", [{"keys_only": True}, {"merge_crossattn": True}], ids=str)
+@pytest.mark.parametrize("options", [{"kv_only": True}, {"merge_crossattn": True}], ids=str)
 def test_attend_and_excite_is_refused_in_words(options: dict[str, Any]) -> None:
     pipe = tofu_sd.apply_patch(tiny.sd15_pipe(StableDiffusionAttendAndExcitePipeline), 0.5, **options)
     call = {"token_indices": [1, 2], "max_iter_to_alter": 1, "attn_res": (16, 16), "num_inference_steps": 2}
-    with pytest.raises(RuntimeError, match=r"leave (keys_only|merge_crossattn) off"):
+    with pytest.raises(RuntimeError, match=r"leave (kv_only|merge_crossattn) off"):
         pipe("a fox", output_type="latent", **call)
 
 
@@ -301,7 +301,7 @@ class Step(nn.Module):
 INPUTS = tiny.noise(2, 4, 16, 16), torch.tensor(500.0), tiny.noise(2, 7, 16)
 
 
-@pytest.mark.parametrize("options", [{}, {"seed": 3}, {"share_level": True}, {"keys_only": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"seed": 3}, {"share_across_blocks": True}, {"kv_only": True}], ids=str)
 def test_torch_export_takes_a_patched_model(options: dict[str, Any]) -> None:
     step = Step(tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, **options))
     with torch.no_grad():

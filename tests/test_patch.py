@@ -24,13 +24,13 @@ from diffusers import (
 from torch import Tensor, nn
 
 import tofu_sd
-from tofu_sd import TokenFusion
+from tofu_sd import TokenFusionConfig
 from tofu_sd.core.reductions import mean
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "tofu": {},
     "proportional": {"proportional": True},
-    "keys only": {"keys_only": True},
+    "keys only": {"kv_only": True},
     "mean everywhere": {"early": "mean", "late": "mean"},
     "drawn destinations": {"seed": 3},
     "all layers": {"merge_crossattn": True, "merge_mlp": True},
@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "windows": {"window": 3},
     "condensed": {"temperature": 0.1, "early": "mean", "late": "mean", "window": 3, "sy": 1},
     "large maps alone": {"min_tokens": 100, "levels": 2},
-    "shared maps": {"share_level": True, "match_every": 2, "levels": 2},
+    "shared maps": {"share_across_blocks": True, "match_interval": 2, "levels": 2},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
@@ -126,9 +126,9 @@ def test_patched_puts_back_the_outer_patch() -> None:
     plain = tiny.predict(unet)
     with tofu_sd.patched(unet, 0.5):
         outer, before = tiny.predict(unet), anatomy(unet)
-        with tofu_sd.patched(unet, 0.25, keys_only=True):
+        with tofu_sd.patched(unet, 0.25, kv_only=True):
             assert not torch.equal(tiny.predict(unet), outer)
-        assert tofu_sd.summary(unet).fusion == TokenFusion(0.5)
+        assert tofu_sd.summary(unet).fusion == TokenFusionConfig(0.5)
         assert torch.equal(tiny.predict(unet), outer)
         assert {n: cls for n, (cls, _) in anatomy(unet).items()} == {n: cls for n, (cls, _) in before.items()}
     assert torch.equal(tiny.predict(unet), plain)
@@ -139,9 +139,9 @@ def test_patching_again_replaces_the_patch() -> None:
     unet, fresh = tiny.shallow_unet(), tiny.shallow_unet()
     tofu_sd.apply_patch(tofu_sd.apply_patch(unet, 0.5), 0.5)
     assert torch.equal(tiny.predict(unet), tiny.predict(tofu_sd.apply_patch(fresh, 0.5)))
-    tofu_sd.apply_patch(unet, TokenFusion(0.25, early=mean, merge_mlp=True))
-    tofu_sd.apply_patch(unet, 0.3, keys_only=True)
-    assert torch.equal(tiny.predict(unet), tiny.predict(tofu_sd.apply_patch(fresh, 0.3, keys_only=True)))
+    tofu_sd.apply_patch(unet, TokenFusionConfig(0.25, early=mean, merge_mlp=True))
+    tofu_sd.apply_patch(unet, 0.3, kv_only=True)
+    assert torch.equal(tiny.predict(unet), tiny.predict(tofu_sd.apply_patch(fresh, 0.3, kv_only=True)))
     assert anatomy(tofu_sd.remove_patch(unet)).keys() == anatomy(tofu_sd.remove_patch(fresh)).keys()
 
 
@@ -258,13 +258,13 @@ def test_the_seed_and_the_step_draw_the_destinations() -> None:
     assert not torch.equal(run(3, 500), run(4, 500))
     assert not torch.equal(run(3, 500), run(None, 500))
     # the same drawing at another step moves other tokens
-    clock = tofu_sd.patching.step_tracker.Clock(TokenFusion(seed=3))
+    clock = tofu_sd.patching.step_tracker.StepTracker(TokenFusionConfig(seed=3))
     parts = []
     for t in (500, 499):
         clock.tick(torch.tensor(t))
-        layout = clock.layout(16, 16, torch.device("cpu"))
-        assert layout is not None
-        parts.append(layout.parts.dst)
+        grid = clock.grid(16, 16, torch.device("cpu"))
+        assert grid is not None
+        parts.append(grid.parts.dst)
     assert not torch.equal(*parts)
 
 
@@ -386,9 +386,9 @@ def test_use_rand_is_a_seed() -> None:
         ({"use_rand": True}, 0),
         ({"use_rand": True, "seed": 5}, 5),
         ({"use_rand": False, "seed": 5}, None),
-        ({"ratio": TokenFusion(seed=7), "use_rand": True}, 7),
-        ({"ratio": TokenFusion(seed=7), "use_rand": False}, None),
-        ({"ratio": TokenFusion(seed=7)}, 7),
+        ({"ratio": TokenFusionConfig(seed=7), "use_rand": True}, 7),
+        ({"ratio": TokenFusionConfig(seed=7), "use_rand": False}, None),
+        ({"ratio": TokenFusionConfig(seed=7)}, 7),
     ):
         fusion = tofu_sd.summary(tofu_sd.apply_patch(unet, **options)).fusion
         assert fusion is not None
@@ -413,13 +413,13 @@ def test_proportional_attention_over_equal_tokens_is_full_attention() -> None:
     attn = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     distinct = tiny.noise(1, 4, 16)
     x = distinct[:, torch.arange(64) // 2 % 4]  # every 2 x 2 cell of an 8 x 8 map holds one token four times
-    canvas = unet.down_blocks[0].attentions[0]
+    spatial_module = unet.down_blocks[0].attentions[0]
     plain = attn.attn1(x)
     fused = {}
     for weighted in (False, True):
         tofu_sd.apply_patch(unet, 0.4, proportional=weighted, match_on="normed")
-        hook = next(iter(canvas._forward_pre_hooks.values()))
-        hook(canvas, (torch.empty(1, 16, 8, 8),), {})
+        hook = next(iter(spatial_module._forward_pre_hooks.values()))
+        hook(spatial_module, (torch.empty(1, 16, 8, 8),), {})
         fused[weighted] = attn.attn1(x)
     torch.testing.assert_close(fused[True], plain, rtol=0, atol=1e-5)  # float32 rounding of 64 terms
     assert (fused[False] - plain).abs().max() > 1e-3
@@ -427,18 +427,18 @@ def test_proportional_attention_over_equal_tokens_is_full_attention() -> None:
 
 def test_maps_can_be_watched_and_change_nothing() -> None:
     unet = tiny.sd15_unet()
-    with pytest.raises(ValueError, match="UNet2DConditionModel is not patched"), tofu_sd.watch(unet):
+    with pytest.raises(ValueError, match="UNet2DConditionModel is not patched"), tofu_sd.record_maps(unet):
         pass
     tofu_sd.apply_patch(unet, 0.5, levels=2)
     before = [{*vars(module)} for module in unet.modules()]
     plain = tiny.predict(unet, 16, 12)
-    with tofu_sd.watch(unet) as seen:
+    with tofu_sd.record_maps(unet) as seen:
         assert torch.equal(tiny.predict(unet, 16, 12), plain)
         tiny.predict(unet, 8, 8, batch=1)
     rows = tofu_sd.summary(unet, (16, 12)).rows
     assert [(s.block, s.call, s.h, s.w) for s in seen[:10]] == [(r.name, 0, *r.size) for r in rows]
-    assert [s.map.kept.shape for s in seen[:10]] == [(2, r.after) for r in rows]
-    assert [(s.call, s.map.home.shape[0]) for s in seen[10:]] == [(1, 1)] * 10
+    assert [s.map.kept_idx.shape for s in seen[:10]] == [(2, r.after) for r in rows]
+    assert [(s.call, s.map.group_idx.shape[0]) for s in seen[10:]] == [(1, 1)] * 10
     tiny.predict(unet)
     assert len(seen) == 20
     assert [{*vars(module)} for module in unet.modules()] == before
@@ -446,8 +446,8 @@ def test_maps_can_be_watched_and_change_nothing() -> None:
 
 def test_two_can_watch() -> None:
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
-    with tofu_sd.watch(unet) as outer:
-        with tofu_sd.watch(unet) as inner:
+    with tofu_sd.record_maps(unet) as outer:
+        with tofu_sd.record_maps(unet) as inner:
             tiny.predict(unet)
         tiny.predict(unet)
     assert (len(outer), len(inner)) == (10, 5)
@@ -455,7 +455,7 @@ def test_two_can_watch() -> None:
 
 def test_shared_maps_are_watched_in_every_block() -> None:
     unet = tiny.sd15_unet()
-    with tofu_sd.patched(unet, 0.5, share_level=True), tofu_sd.watch(unet) as seen:
+    with tofu_sd.patched(unet, 0.5, share_across_blocks=True), tofu_sd.record_maps(unet) as seen:
         tiny.predict(unet)
     assert len(seen) == 5
-    assert all(torch.equal(s.map.home, seen[0].map.home) for s in seen)
+    assert all(torch.equal(s.map.group_idx, seen[0].map.group_idx) for s in seen)

@@ -4,68 +4,70 @@ import numpy as np
 import pytest
 
 import tofu_sd
-from tofu_sd import TokenFusion, recipes
+from tofu_sd import TokenFusionConfig, recipes
 from tofu_sd.core.reductions import mean, mlerp, prune
 
 
 def test_numbers_of_other_libraries_are_numbers():
-    fusion = TokenFusion(ratio=np.float32(0.25), levels=np.int64(2), sx=np.int64(2), start=np.float64(0.1))
-    assert fusion == TokenFusion(ratio=0.25, levels=2, start=0.1)
-    assert fusion.key == "tofu-r25-l2-t10to100"
+    fusion = TokenFusionConfig(ratio=np.float32(0.25), levels=np.int64(2), sx=np.int64(2), start=np.float64(0.1))
+    assert fusion == TokenFusionConfig(ratio=0.25, levels=2, start=0.1)
+    assert fusion.slug == "tofu-r25-l2-t10to100"
 
 
 def test_the_largest_ratio_is_allowed():
-    assert TokenFusion(ratio=0.75).leaving(64, 64) == 3072
+    assert TokenFusionConfig(ratio=0.75).num_merged(64, 64) == 3072
 
 
 def test_an_unknown_option_is_named_with_what_was_meant():
     with pytest.raises(TypeError, match=r"unknown option 'ration' \(did you mean 'ratio'\?\)"):
-        TokenFusion.of(0.5, ration=0.3)
+        TokenFusionConfig.of(0.5, ration=0.3)
 
 
 def test_the_depth_split_is_equation_7():
-    d6 = TokenFusion(depth_split=6)
+    d6 = TokenFusionConfig(depth_split=6)
     assert [d6.reduction(depth, down_path=99) for depth in (0, 5, 6, 15)] == [prune, prune, mlerp, mlerp]
-    assert [TokenFusion().reduction(depth, down_path=6) for depth in (5, 6)] == [prune, mlerp]
+    assert [TokenFusionConfig().reduction(depth, down_path=6) for depth in (5, 6)] == [prune, mlerp]
 
 
 def test_a_thin_map_never_loses_more_than_its_sources():
-    assert TokenFusion(ratio=0.75).leaving(1, 8) == 4  # 8 tokens, 4 cells of 1 x 2
-    assert TokenFusion(ratio=0.75).leaving(1, 1) == 0
+    assert TokenFusionConfig(ratio=0.75).num_merged(1, 8) == 4  # 8 tokens, 4 cells of 1 x 2
+    assert TokenFusionConfig(ratio=0.75).num_merged(1, 1) == 0
 
 
 def test_keys_tell_settings_apart():
     variants = [
-        TokenFusion(),
-        TokenFusion(ratio=0.3),
-        TokenFusion(proportional=True),
-        TokenFusion(keys_only=True),
-        TokenFusion(early=mean, late=mean),
-        TokenFusion(early=mlerp, late=prune),
-        TokenFusion(depth_split=6),
-        TokenFusion(levels=2),
-        TokenFusion(seed=0),
-        TokenFusion(sx=3),
-        TokenFusion(sy=3),
-        TokenFusion(start=0.2),
-        TokenFusion(match_on="normed"),
-        TokenFusion(merge_mlp=True),
-        TokenFusion(merge_crossattn=True),
+        TokenFusionConfig(),
+        TokenFusionConfig(ratio=0.3),
+        TokenFusionConfig(proportional=True),
+        TokenFusionConfig(kv_only=True),
+        TokenFusionConfig(early=mean, late=mean),
+        TokenFusionConfig(early=mlerp, late=prune),
+        TokenFusionConfig(depth_split=6),
+        TokenFusionConfig(levels=2),
+        TokenFusionConfig(seed=0),
+        TokenFusionConfig(sx=3),
+        TokenFusionConfig(sy=3),
+        TokenFusionConfig(start=0.2),
+        TokenFusionConfig(match_on="normed"),
+        TokenFusionConfig(merge_mlp=True),
+        TokenFusionConfig(merge_crossattn=True),
     ]
-    assert len({v.key for v in variants}) == len(variants)
-    assert TokenFusion().key == "tofu-r50"
-    assert recipes.named("kv:tome+p", 0.75).key == "kv-mean-r75+p"
+    assert len({v.slug for v in variants}) == len(variants)
+    assert TokenFusionConfig().slug == "tofu-r50"
+    assert recipes.named("kv:tome+p", 0.75).slug == "kv-mean-r75+p"
 
 
 def test_recipes_are_the_papers():
-    assert recipes.named("tofu") == TokenFusion(early=prune, late=mlerp)
-    assert recipes.named("tome", 0.3) == TokenFusion(ratio=0.3, early=mean, late=mean)
-    assert recipes.named("kv:mlerp+p") == TokenFusion(early=mlerp, late=mlerp, keys_only=True, proportional=True)
+    assert recipes.named("tofu") == TokenFusionConfig(early=prune, late=mlerp)
+    assert recipes.named("tome", 0.3) == TokenFusionConfig(ratio=0.3, early=mean, late=mean)
+    assert recipes.named("kv:mlerp+p") == TokenFusionConfig(early=mlerp, late=mlerp, kv_only=True, proportional=True)
 
 
 def test_a_method_takes_any_option_behind_an_at():
     fusion = recipes.named("kv:tofu+p@ratio=0.25@early=mlerp@match_on=normed@seed=3")
-    assert fusion == TokenFusion(ratio=0.25, early=mlerp, keys_only=True, proportional=True, match_on="normed", seed=3)
+    assert fusion == TokenFusionConfig(
+        ratio=0.25, early=mlerp, kv_only=True, proportional=True, match_on="normed", seed=3
+    )
     with pytest.raises(TypeError, match="did you mean 'levels'"):
         recipes.named("tofu@level=2")
     with pytest.raises(ValueError, match="'levels' in method 'tofu@levels'"):

@@ -122,7 +122,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize(("form", "projections"), [({}, "apart"), ({}, "one"), ({"keys_only": True}, "apart")], ids=str)
+@pytest.mark.parametrize(("form", "projections"), [({}, "apart"), ({}, "one"), ({"kv_only": True}, "apart")], ids=str)
 def test_a_patched_unet_takes_the_channel_in_every_fused_block(
     form: dict[str, Any], projections: str, counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,4 +151,4 @@ def test_its_links_lead_somewhere():
 def test_its_table_lists_every_option():
     section = README.split("| option |")[1].split("\n\n")[0]
     named = set(re.findall(r"`(\w+)`", section.replace("`help(TokenFusion)`", "")))
-    assert named == {field.name for field in fields(tofu_sd.TokenFusion)}
+    assert named == {field.name for field in fields(tofu_sd.TokenFusionConfig)}

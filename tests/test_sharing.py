@@ -10,20 +10,20 @@ import torch
 from oracle import blocks
 
 import tofu_sd
-from tofu_sd.patching import block_state
+from tofu_sd.core import matching
 
 
 @pytest.fixture
 def matched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by the batch of every matching that is done."""
     batches: list[int] = []
-    match = block_state.most_similar
+    match = matching.most_similar
 
     def counted(x: Any, *rest: Any) -> Any:
         batches.append(len(x))
         return match(x, *rest)
 
-    monkeypatch.setattr(block_state, "most_similar", counted)
+    monkeypatch.setattr(matching, "most_similar", counted)
     return batches
 
 
@@ -34,12 +34,12 @@ def test_each_block_matches_for_itself_unless_told_otherwise(matched: list[int])
 
 @pytest.mark.parametrize("levels", [1, 2])
 def test_one_map_serves_a_resolution(levels: int, matched: list[int]) -> None:
-    tiny.predict(tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, share_level=True, levels=levels))
+    tiny.predict(tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, share_across_blocks=True, levels=levels))
     assert len(matched) == levels
 
 
 def test_the_shared_map_is_the_first_blocks() -> None:
-    unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, share_level=True)
+    unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, share_across_blocks=True)
     sites = [block.attn1._tofu for _, block, _ in blocks(unet)]
     seen = []
     for site in sites:
@@ -56,7 +56,7 @@ def test_the_shared_map_is_the_first_blocks() -> None:
 
 
 def test_a_map_of_one_call_is_gone_in_the_next(matched: list[int]) -> None:
-    unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, share_level=True)
+    unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, share_across_blocks=True)
     first = tiny.predict(unet, seed=1)
     tiny.predict(unet, seed=2)
     assert torch.equal(tiny.predict(unet, seed=1), first)
@@ -69,7 +69,7 @@ def test_guidance_shares_the_positive_prompts_map(matched: list[int]) -> None:
     call = {name: value[:1].repeat(2, *[1] * (value.ndim - 1)) if value.ndim else value
             for name, value in tiny.inputs(unet).items()}  # fmt: skip
     separate = tiny.predict(tofu_sd.apply_patch(unet, 0.5), **call)
-    assert torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5, share_guidance=True), **call), separate)
+    assert torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5, share_across_cfg=True), **call), separate)
     assert matched == [2] * 5 + [1] * 5
 
 
@@ -78,22 +78,22 @@ def test_the_second_half_is_the_one_that_is_matched() -> None:
     unet, call = tiny.sd15_unet(), tiny.guided(tiny.inputs(tiny.sd15_unet()))
     alone = {name: value[1:] if value.ndim else value for name, value in call.items()}
     positive = tiny.predict(tofu_sd.apply_patch(unet, 0.5), **alone)
-    both = tiny.predict(tofu_sd.apply_patch(unet, 0.5, share_guidance=True), **call)
+    both = tiny.predict(tofu_sd.apply_patch(unet, 0.5, share_across_cfg=True), **call)
     torch.testing.assert_close(both[1:], positive, rtol=0, atol=1e-4)  # a batch of two is added up in another order
     own = tiny.predict(tofu_sd.apply_patch(unet, 0.5), **call)
     assert (both[:1] - own[:1]).abs().max() > 1e-3
 
 
 def test_guidance_cannot_share_an_odd_batch() -> None:
-    unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, share_guidance=True)
-    with pytest.raises(ValueError, match=r"share_guidance .* 3 samples"):
+    unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, share_across_cfg=True)
+    with pytest.raises(ValueError, match=r"share_across_cfg .* 3 samples"):
         tiny.predict(unet, batch=3)
 
 
 def test_guidance_cannot_share_between_two_images() -> None:
     """A batch of two images without guidance (Turbo, LCM): the first would be merged by the second's map."""
-    pipe = tofu_sd.apply_patch(tiny.sd15_pipe(), 0.5, share_guidance=True)
-    with pytest.raises(ValueError, match=r"share_guidance needs two equal halves .* these 2 differ"):
+    pipe = tofu_sd.apply_patch(tiny.sd15_pipe(), 0.5, share_across_cfg=True)
+    with pytest.raises(ValueError, match=r"share_across_cfg needs two equal halves .* these 2 differ"):
         pipe(["a fox", "a whale"], num_inference_steps=1, output_type="latent", guidance_scale=1.0)
     for _ in range(2):  # with guidance it may, and it is looked at again for every image
         tiny.images(pipe, prompt=["a fox", "a whale"])
@@ -104,23 +104,23 @@ def test_guidance_cannot_share_between_two_images() -> None:
 def test_a_compiled_model_refuses_it_too() -> None:
     torch._dynamo.reset()
     unet = torch.compile(
-        tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, share_guidance=True), backend="eager", fullgraph=True
+        tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, share_across_cfg=True), backend="eager", fullgraph=True
     )
-    with pytest.raises(RuntimeError, match="share_guidance"):
+    with pytest.raises(RuntimeError, match="share_across_cfg"):
         tiny.predict(unet)
     torch._dynamo.reset()
 
 
 @pytest.mark.parametrize(("every", "steps"), [(2, 4), (3, 7), (10, 4)])
 def test_maps_serve_several_steps(every: int, steps: int, matched: list[int]) -> None:
-    pipe = tofu_sd.apply_patch(tiny.sd15_pipe(), 0.5, match_every=every)
+    pipe = tofu_sd.apply_patch(tiny.sd15_pipe(), 0.5, match_interval=every)
     tiny.images(pipe, num_inference_steps=steps)
     assert len(matched) == 5 * -(-steps // every)
 
 
 def test_a_picture_does_not_depend_on_those_before_it() -> None:
     """Not on its predecessor's size, prompt, number of steps, or its being broken off half-way."""
-    pipe = tofu_sd.apply_patch(tiny.sd15_pipe(), 0.5, match_every=3, share_level=True)
+    pipe = tofu_sd.apply_patch(tiny.sd15_pipe(), 0.5, match_interval=3, share_across_blocks=True)
     fresh = tiny.images(pipe, num_inference_steps=4)
     before: list[dict[str, Any]] = [
         {"num_inference_steps": 4, "prompt": "a blue hat"},
@@ -143,7 +143,7 @@ def test_a_picture_does_not_depend_on_those_before_it() -> None:
 
 def test_steps_that_are_not_known_to_be_one_pictures_match_for_themselves(matched: list[int]) -> None:
     """New conditioning at a later time: another picture, broken into the schedule as image to image does it."""
-    unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, match_every=4)
+    unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, match_interval=4)
     call = tiny.inputs(unet)
     for t in (900, 800):
         tiny.predict(unet, **{**call, "timestep": torch.tensor(t)})
@@ -153,18 +153,18 @@ def test_steps_that_are_not_known_to_be_one_pictures_match_for_themselves(matche
 
 
 def test_sharing_over_steps_needs_regional_compilation() -> None:
-    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_every=2)
-    with pytest.raises(RuntimeError, match=r"match_every needs .* compile_repeated_blocks\(\)"):
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_interval=2)
+    with pytest.raises(RuntimeError, match=r"match_interval needs .* compile_repeated_blocks\(\)"):
         tiny.predict(torch.compile(unet, backend="eager", fullgraph=True))
     torch._dynamo.reset()
 
 
-SHARING: list[dict[str, Any]] = [{"share_level": True}, {"share_guidance": True}, {"window": 2}]
+SHARING: list[dict[str, Any]] = [{"share_across_blocks": True}, {"share_across_cfg": True}, {"window": 2}]
 
 
 @pytest.mark.parametrize(
     ("regional", "options"),
-    [*((whole, options) for options in SHARING for whole in (False, True)), (True, {"match_every": 2})],
+    [*((whole, options) for options in SHARING for whole in (False, True)), (True, {"match_interval": 2})],
     ids=str,
 )
 def test_compiled_models_share_as_eager_ones_do(regional: bool, options: dict[str, Any]) -> None:

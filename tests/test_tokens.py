@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from tofu_sd.core.matching import bipartite_soft_matching
 from tofu_sd.core.partition import partition
-from tofu_sd.core.reductions import REDUCTIONS, fuse, mean, mlerp, number_of, prune, unmerge
-from tofu_sd.core.token_map import TokenMap, merge_map
+from tofu_sd.core.reductions import REDUCTIONS, fuse, mean, mlerp, prune, reduction_id, unmerge
+from tofu_sd.core.token_map import TokenMap, draw_merge_map
 
 CPU = torch.device("cpu")
 
@@ -32,10 +32,10 @@ def maps(draw):
 def test_every_token_has_one_home_and_survivors_are_at_home_with_themselves(case):
     x, map, r = case
     B, N, _ = x.shape
-    assert map.kept.shape == (B, N - r)
-    assert map.home.shape == (B, N)
-    assert torch.equal(map.home.gather(1, map.kept), torch.arange(N - r).expand(B, -1))
-    assert all(len(row.unique()) == N - r for row in map.kept)  # no token survives twice
+    assert map.kept_idx.shape == (B, N - r)
+    assert map.group_idx.shape == (B, N)
+    assert torch.equal(map.group_idx.gather(1, map.kept_idx), torch.arange(N - r).expand(B, -1))
+    assert all(len(row.unique()) == N - r for row in map.kept_idx)  # no token survives twice
 
 
 @given(maps())
@@ -51,7 +51,7 @@ def test_sizes_count_all_tokens(case):
 def test_pruning_undoes_unmerging_bit_for_bit(case):
     x, map, _ = case
     fused = prune(x, map)
-    assert torch.equal(unmerge(fused, map).gather(1, map.kept.unsqueeze(-1).expand(-1, -1, x.shape[-1])), fused)
+    assert torch.equal(unmerge(fused, map).gather(1, map.kept_idx.unsqueeze(-1).expand(-1, -1, x.shape[-1])), fused)
 
 
 @given(maps())
@@ -80,11 +80,11 @@ def test_a_constant_survives_fusion(case, dtype):
 
 def by_hand(x, map, one_group):
     """Each group reduced by a loop over tokens, the definition read off the paper."""
-    B, K = map.kept.shape
+    B, K = map.kept_idx.shape
     out = torch.empty(B, K, x.shape[-1], dtype=torch.float64)
     for b in range(B):
         for k in range(K):
-            out[b, k] = one_group(x[b, map.home[b] == k].double())
+            out[b, k] = one_group(x[b, map.group_idx[b] == k].double())
     return out
 
 
@@ -170,8 +170,8 @@ def test_the_operator_of_all_reductions_is_each_of_them(case, dtype):
         return 2 * prune(x, map)
 
     for reduction in (*REDUCTIONS.values(), double):
-        assert number_of(reduction) >= 2
-        assert torch.equal(fuse(x, *map, number_of(reduction)), reduction(x, map))
+        assert reduction_id(reduction) >= 2
+        assert torch.equal(fuse(x, *map, reduction_id(reduction)), reduction(x, map))
 
 
 @given(maps(), st.integers(0, 40))
@@ -180,7 +180,7 @@ def test_two_maps_in_a_row_are_one_map(case, more):
     x, first, _ = case
     y = prune(x, first)
     later = bipartite_soft_matching(y, partition(1, y.shape[1], 2, 1, CPU), min(more, y.shape[1] // 2))
-    both = first.then(later)
+    both = first.compose(later)
     assert torch.equal(prune(y, later), prune(x, both))
     z = prune(y, later)
     assert torch.equal(unmerge(unmerge(z, later), first), unmerge(z, both))
@@ -202,7 +202,7 @@ def test_fused_attention_over_identical_tokens_is_full_attention_once_weighted_b
 
 def test_a_merge_map_shows_the_groups_and_who_is_alone() -> None:
     home = torch.tensor([[0, 0, 1, 2, 2, 2]])
-    picture = merge_map(TokenMap(torch.tensor([[0, 2, 3]]), home), 2, 3)
+    picture = draw_merge_map(TokenMap(torch.tensor([[0, 2, 3]]), home), 2, 3)
     assert picture.shape == (1, 3, 2, 3)
     assert 0 <= picture.min() <= picture.max() <= 1
     colours = picture[0].flatten(1).T

@@ -48,7 +48,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 def test_the_nearest_destination_is_the_references(h: int, w: int, C: int) -> None:
     x = tokens(h, w, C)
     for src, dst in layouts(h, w):
-        (best, target), (expected, theirs) = fused.nearest(x, src, dst), reference.nearest(x, src, dst)
+        (best, target), (expected, theirs) = fused.nearest_dst(x, src, dst), reference.nearest_dst(x, src, dst)
         assert torch.equal(target, theirs)
         assert error(best, expected) < 1e-6  # cosines, a few roundings of float32
 
@@ -58,7 +58,7 @@ def test_half_precision_is_matched_as_the_numbers_it_is(dtype: torch.dtype) -> N
     """Products of half-precision numbers are exact in float32, where both add them up."""
     x = tokens(17, 13, 96).to(dtype)
     for src, dst in layouts(17, 13):
-        (best, target), (expected, theirs) = fused.nearest(x, src, dst), reference.nearest(x.float(), src, dst)
+        (best, target), (expected, theirs) = fused.nearest_dst(x, src, dst), reference.nearest_dst(x.float(), src, dst)
         assert torch.equal(target, theirs)
         assert error(best, expected) < 1e-6
 
@@ -67,11 +67,13 @@ def test_half_precision_is_matched_as_the_numbers_it_is(dtype: torch.dtype) -> N
 def test_equal_destinations_fall_to_the_earlier_and_broken_numbers_to_none() -> None:
     parts = partition(16, 16, 2, 2, DEVICE)
     x = torch.ones(1, 256, 40, device=DEVICE)
-    best, target = fused.nearest(x, parts.src[None], parts.dst[None])
+    best, target = fused.nearest_dst(x, parts.src[None], parts.dst[None])
     assert (target == parts.dst[0]).all()
     x = tokens(16, 16, 40)
     x[0, 7], x[1, 0], x[0, 2] = float("nan"), float("inf"), float("nan")  # a source and two destinations
-    (best, target), (expected, theirs) = (k.nearest(x, parts.src[None], parts.dst[None]) for k in (fused, reference))
+    (best, target), (expected, theirs) = (
+        k.nearest_dst(x, parts.src[None], parts.dst[None]) for k in (fused, reference)
+    )
     assert torch.equal(target, theirs)
     assert error(best, expected) < 1e-6
 
@@ -86,8 +88,8 @@ def test_the_map_is_the_references(h: int, w: int, share: float) -> None:
         g = torch.Generator().manual_seed(1)
         best = torch.randint(0, 7, (2, S), generator=g).float().to(DEVICE)  # many ties
         target = parts.dst[torch.randint(0, D, (2, S), generator=g).to(DEVICE)]
-        expected = reference.assemble(best, target, *parts, r)
-        found = fused.assemble(best, target, *parts, r)
+        expected = reference.build_map(best, target, *parts, r)
+        found = fused.build_map(best, target, *parts, r)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -98,8 +100,8 @@ def test_the_map_of_more_sources_than_are_looked_at_at_once(share: float) -> Non
     best = tokens(60, 80, 1)[..., 0].mul(4).round().div(8)  # many ties, of them many zeros
     best = best.where(best != 0, torch.tensor([0.0, -0.0], device=DEVICE).repeat(2, 2400))
     target = parts.dst[torch.randint(0, len(parts.dst), best.shape, generator=torch.Generator().manual_seed(1))]
-    expected = reference.assemble(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
-    found = fused.assemble(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
+    expected = reference.build_map(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
+    found = fused.build_map(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -117,8 +119,8 @@ def test_groups_of_any_size_are_merged(K: int, largest_norm: bool) -> None:
 def grouped(h: int, w: int, C: int) -> tuple[Tensor, Tensor, int]:
     x, parts = tokens(h, w, C), partition(h, w, 2, 2, DEVICE)
     r = len(parts.src) // 2 + 1
-    best, target = (found[:, 0] for found in reference.nearest(x, parts.src[None], parts.dst[None]))
-    kept, home = reference.assemble(best, target, *parts, r)
+    best, target = (found[:, 0] for found in reference.nearest_dst(x, parts.src[None], parts.dst[None]))
+    kept, home = reference.build_map(best, target, *parts, r)
     return x, home, kept.shape[1]
 
 

@@ -24,11 +24,11 @@ UNETS = {
 
 
 def methods() -> list[Any]:
-    from tofu_sd import TokenFusion  # here, as ComfyUI itself is to load it first
+    from tofu_sd import TokenFusionConfig  # here, as ComfyUI itself is to load it first
 
     mean = {"early": "mean", "late": "mean", "proportional": True}
-    return [TokenFusion(0.5), TokenFusion(0.75), TokenFusion(0.5, window=8, **mean),
-            TokenFusion(0.75, keys_only=True, **mean), TokenFusion(0.5, levels=2)]  # fmt: skip
+    return [TokenFusionConfig(0.5), TokenFusionConfig(0.75), TokenFusionConfig(0.5, window=8, **mean),
+            TokenFusionConfig(0.75, kv_only=True, **mean), TokenFusionConfig(0.5, levels=2)]  # fmt: skip
 
 
 def inputs(kind: str) -> dict[str, Tensor]:
@@ -98,6 +98,6 @@ def compared(unet: Any, draw: Callable[[], Tensor], drawn: dict[str, Tensor], ma
             continue  # diffusers merges the middle block too, which lies on SDXL's second level
         with tofu_sd.patched(unet, fusion, match_on=match_on):
             expected = draw()
-        fused[fusion.key] = distance(drawn[fusion.key], expected)
+        fused[fusion.slug] = distance(drawn[fusion.slug], expected)
         effects.append(distance(expected, base))
     return {"plain": distance(drawn["plain"], base), "fused": fused, "effect": min(effects)}

@@ -11,20 +11,20 @@ if interrupts.is_command():  # before the modules that take seconds to import
 
 # isort: split
 from . import demo, recipes
-from .api import apply_patch, patched, remove_patch, summary, watch
-from .config import TokenFusion
-from .core.token_map import merge_map
+from .api import apply_patch, patched, record_maps, remove_patch, summary
+from .config import TokenFusionConfig
+from .core.token_map import draw_merge_map
 
 __all__ = [
-    "TokenFusion",
+    "TokenFusionConfig",
     "__version__",
     "apply_patch",
     "demo",
-    "merge_map",
+    "draw_merge_map",
     "patched",
     "recipes",
+    "record_maps",
     "remove_patch",
     "summary",
-    "watch",
 ]
 __version__ = "0.1.0"

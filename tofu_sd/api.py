@@ -10,12 +10,12 @@ from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
-from .config import TokenFusion
+from .config import TokenFusionConfig
 from .environment import check_torchvision
 from .patching.autotune import break_even
-from .patching.block_info import Site
-from .patching.patch import Patch, attach, detach, least_tokens, leave_alone, patch_of, plan, states_of
-from .patching.recording import Sighting, watching
+from .patching.block_info import BlockInfo
+from .patching.patch import Patch, attach, detach, min_tokens_by_level, patch_of, plan, set_min_tokens, states_of
+from .patching.recording import MapRecord, recording
 from .patching.summary import Summary, summarize
 from .utils import did_you_mean
 
@@ -32,7 +32,7 @@ TOMESD = ("max_downsample", "sx", "sy", "use_rand", "merge_attn", "merge_crossat
 CONTEXTS = "_tofu_contexts"
 
 
-def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, *more: Any, **options: Any) -> Model:
+def apply_patch(model: Model, ratio: float | TokenFusionConfig = 0.5, *more: Any, **options: Any) -> Model:
     """Fuses tokens in the self-attention of a Stable Diffusion pipeline or UNet, from the next call on.
 
     model: a diffusers pipeline with a `unet`, a UNet, or a ControlNet; torch.compile'd or not.
@@ -53,21 +53,21 @@ def apply_patch(model: Model, ratio: float | TokenFusion = 0.5, *more: Any, **op
     if before is not None:
         detach(unet)
     try:
-        sites = host.find_sites(unet)
+        blocks = host.find_blocks(unet)
         swap = partial(host.swap, ours={part for part, *_ in before.swaps} if before else set())
-        fusion = _fusion(sites, ratio, options)
+        fusion = _fusion(blocks, ratio, options)
         if fusion.depth_split == "auto":
             from .linearity import (
                 measure_split,  # here: `python -m tofu_sd.linearity` begins with this package
             )
 
-            fusion = replace(fusion, depth_split=measure_split(model, sites, fusion))
-        patch = plan(unet, sites, fusion, swap, train_steps, host.latent_size(unet))
+            fusion = replace(fusion, depth_split=measure_split(model, blocks, fusion))
+        patch = plan(unet, blocks, fusion, swap, train_steps, host.latent_size(unet))
         host.check_processors(patch)
         attach(unet, patch)
         if patch.fusion.min_tokens == "auto":
-            leave_alone(unet, break_even(unet))
-        report = _summary(unet, sites, host.latent_size(unet))
+            set_min_tokens(unet, break_even(unet))
+        report = _summary(unet, blocks, host.latent_size(unet))
     except BaseException:  # an interrupt too must not lose the patch that was there; raised again below
         if patch_of(unet) is not None:
             detach(unet)
@@ -89,7 +89,7 @@ def remove_patch(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, ratio: float | TokenFusion = 0.5, *more: Any, **options: Any) -> Iterator[Model]:
+def patched(model: Model, ratio: float | TokenFusionConfig = 0.5, *more: Any, **options: Any) -> Iterator[Model]:
     """`with patched(pipe, 0.5): …` applies the patch and, however the block ends, puts back what was there before.
 
     Contexts on one model may end in any order: the patch of the latest one that is open counts.
@@ -136,19 +136,28 @@ def _patched_modules(model: Any) -> list[Any]:
 
 
 @contextmanager
-def watch(model: Any) -> Iterator[list[Sighting]]:
-    """`with watch(pipe) as seen: pipe(...)` keeps every map: which token stood for which, by block and step.
+def record_maps(model: Any) -> Iterator[list[MapRecord]]:
+    """Records every map that the patched blocks make: `with record_maps(pipe) as records: pipe(...)`.
 
-    `seen[i].map`, a TokenMap (kept [B, K], home [B, N], on the CPU), is that of `.block` at `.call` of the model, over
-    `.h` x `.w` = N tokens; `merge_map` draws it. ValueError for a model without a patch. Compiled blocks show none.
+    Compiled blocks record none.
+
+    Args:
+        model: a patched pipeline or UNet.
+
+    Yields:
+        A list of MapRecord. `records[i].map` is a TokenMap on the CPU (kept_idx [B, K], group_idx [B, N]), made by
+        `.block` in `.call` of the model over `.h` x `.w` = N tokens. `draw_merge_map` draws it.
+
+    Raises:
+        ValueError: the model has no patch.
     """
     for unet in _patched_modules(model)[:1]:
         patch = patch_of(unet)
         assert patch is not None
-        with watching(unet, patch) as seen:
-            yield seen
+        with recording(unet, patch) as records:
+            yield records
         return
-    raise ValueError(f"{type(model).__name__} is not patched: there are no maps to watch; apply_patch comes first")
+    raise ValueError(f"{type(model).__name__} is not patched: it makes no maps; call apply_patch first")
 
 
 def summary(model: Any, latent: tuple[int, int] | None = None) -> Summary:
@@ -160,14 +169,14 @@ def summary(model: Any, latent: tuple[int, int] | None = None) -> Summary:
     host = _host()
     unet, _ = host.unwrap(model)
     unet = next(iter(_patched_modules(unet)), unet)
-    return _summary(unet, host.find_sites(unet), latent or host.latent_size(unet))
+    return _summary(unet, host.find_blocks(unet), latent or host.latent_size(unet))
 
 
-def _summary(unet: Any, sites: list[Site], latent: tuple[int, int]) -> Summary:
+def _summary(unet: Any, blocks: list[BlockInfo], latent: tuple[int, int]) -> Summary:
     patch = patch_of(unet)
-    least = least_tokens(patch) if patch else {}
+    least = min_tokens_by_level(patch) if patch else {}
     counts = {name: state.counts for name, state in states_of(patch).items()} if patch else {}
-    return summarize(type(unet).__name__, sites, patch.fusion if patch else None, least, latent, counts)
+    return summarize(type(unet).__name__, blocks, patch.fusion if patch else None, least, latent, counts)
 
 
 def _host() -> ModuleType:
@@ -185,25 +194,25 @@ def _by_name(more: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
     by_place = dict(zip(TOMESD, more, strict=False))
     twice = [name for name in by_place if name in options]
     if twice:
-        raise TypeError(f"{twice[0]} is given by place and by name: give it once")
+        raise TypeError(f"{twice[0]} is given by position and by name: give it once")
     return {**by_place, **options}
 
 
-def _fusion(sites: list[Site], ratio: float | TokenFusion, options: dict[str, Any]) -> TokenFusion:
+def _fusion(blocks: list[BlockInfo], ratio: float | TokenFusionConfig, options: dict[str, Any]) -> TokenFusionConfig:
     """TokenFusion.of, with tomesd's two names said in ours."""
-    known = [*(f.name for f in fields(TokenFusion)), "max_downsample", "use_rand"]
+    known = [*(f.name for f in fields(TokenFusionConfig)), "max_downsample", "use_rand"]
     for name in options:
         if name not in known:
             raise TypeError(f"unknown option {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
     options = dict(options)
     if "max_downsample" in options:
         if "levels" in options:
-            raise ValueError("levels and max_downsample say the same thing in two ways: give one of them")
+            raise ValueError("set only one of levels and max_downsample, which mean the same")
         limit = options.pop("max_downsample")
         if limit not in (1, 2, 4, 8):
             raise ValueError(f"max_downsample is {limit!r}; it must be 1, 2, 4 or 8")
-        options["levels"] = max(1, len({site.level for site in sites if site.downsample <= limit}))
+        options["levels"] = max(1, len({block.level for block in blocks if block.downsample <= limit}))
     if "use_rand" in options:
-        given = options.get("seed", ratio.seed if isinstance(ratio, TokenFusion) else None)
+        given = options.get("seed", ratio.seed if isinstance(ratio, TokenFusionConfig) else None)
         options["seed"] = (given or 0) if options.pop("use_rand") else None
-    return TokenFusion.of(ratio, **options)
+    return TokenFusionConfig.of(ratio, **options)

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from .config import TokenFusion
-from .patching.block_info import Site
+from .config import TokenFusionConfig
+from .patching.block_info import BlockInfo
 from .patching.block_state import fusions
 from .patching.linearity import PAIRS, ROLES, Linearity, best_split, by_depth, probing
 
@@ -28,20 +28,20 @@ STEPS = 4
 
 
 @contextmanager
-def measuring(model: Any, fusion: TokenFusion | None = None, pairs: int = PAIRS) -> Iterator[list[Linearity]]:
+def measuring(model: Any, fusion: TokenFusionConfig | None = None, pairs: int = PAIRS) -> Iterator[list[Linearity]]:
     """`with measuring(pipe) as found: pipe(...)` measures every block's attention and feed-forward at every step.
 
     model: a pipeline or UNet of diffusers; ValueError for one with a patch. fusion: how tokens are matched. pairs: of
     each sample, spread evenly over those that would be fused.
     """
-    from .hosts.diffusers_unet import find_sites, unwrap
+    from .hosts.diffusers_unet import find_blocks, unwrap
 
     unet, _ = unwrap(model)
-    with probing(unet, find_sites(unet), fusion, pairs) as found:
+    with probing(unet, find_blocks(unet), fusion, pairs) as found:
         yield found
 
 
-def measure_split(pipe: Any, sites: Sequence[Site], fusion: TokenFusion) -> int:
+def measure_split(pipe: Any, blocks: Sequence[BlockInfo], fusion: TokenFusionConfig) -> int:
     """d for a pipeline: from the FL of the layers that `fusion` fuses, in a few steps of a few small pictures.
 
     ValueError for what draws no pictures from prompts alone.
@@ -58,7 +58,7 @@ def measure_split(pipe: Any, sites: Sequence[Site], fusion: TokenFusion) -> int:
     except ValueError as error:
         raise ValueError(f"{what}; {type(pipe).__name__} cannot be made one: give a number") from error
     drawing.set_progress_bar_config(disable=True)
-    fused = {site.depth for site, _ in fusions(sites, replace(fusion, depth_split=0))}
+    fused = {block.depth for block, _ in fusions(blocks, replace(fusion, depth_split=0))}
     with measuring(drawing, replace(fusion, depth_split=0)) as found:
         generator = torch.Generator().manual_seed(0)
         drawing(list(PROMPTS), num_inference_steps=STEPS, generator=generator, output_type="latent")
@@ -180,15 +180,15 @@ def measure(model: str, prompts: Sequence[str], steps: int, ratio: float, seed: 
     """The curve of a text-to-image model, by its name, over a sampling of a picture of each prompt."""
     import diffusers
 
-    from .hosts.diffusers_unet import find_sites, unwrap
+    from .hosts.diffusers_unet import find_blocks, unwrap
 
-    fusion = TokenFusion(ratio, depth_split=0)
+    fusion = TokenFusionConfig(ratio, depth_split=0)
     if not ratio:
         raise ValueError("ratio is 0; pairs are measured that would be fused, so it must be above 0")
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
     pipe = _load(model)
-    fused = [site.depth for site, _ in fusions(find_sites(unwrap(pipe)[0]), fusion)]
+    fused = [block.depth for block, _ in fusions(find_blocks(unwrap(pipe)[0]), fusion)]
     with measuring(pipe, fusion) as found:
         generator = torch.Generator().manual_seed(seed)
         pipe(list(prompts), num_inference_steps=steps, generator=generator, output_type="latent")

@@ -6,14 +6,14 @@ import ast
 from dataclasses import replace
 from typing import Any
 
-from .config import TokenFusion
+from .config import TokenFusionConfig
 from .core.reductions import mean, mlerp, prune
 from .utils import did_you_mean
 
-TOFU = TokenFusion(early=prune, late=mlerp)  # Token Fusion, WACV 2024, section 4.2: prune, then MLERP
-TOME = TokenFusion(early=mean, late=mean)  # Token Merging for Fast Stable Diffusion, CVPRW 2023: mean everywhere
-PRUNE = TokenFusion(early=prune, late=prune)  # ToFu Table 3, PPP…: prune everywhere
-MLERP = TokenFusion(early=mlerp, late=mlerp)  # ToFu Eq. 10 everywhere
+TOFU = TokenFusionConfig(early=prune, late=mlerp)  # Token Fusion, WACV 2024, section 4.2: prune, then MLERP
+TOME = TokenFusionConfig(early=mean, late=mean)  # Token Merging for Fast Stable Diffusion, CVPRW 2023: mean everywhere
+PRUNE = TokenFusionConfig(early=prune, late=prune)  # ToFu Table 3, PPP…: prune everywhere
+MLERP = TokenFusionConfig(early=mlerp, late=mlerp)  # ToFu Eq. 10 everywhere
 
 # our own, by what was measured: docs/performance.md
 TOFU_FAST = replace(TOFU, window=8)  # ToFu that looks around in squares of 16 x 16 tokens
@@ -29,21 +29,21 @@ RECIPES = {
 }  # fmt: skip
 
 
-def proportional(fusion: TokenFusion) -> TokenFusion:
+def proportional(fusion: TokenFusionConfig) -> TokenFusionConfig:
     """The same with log(n_i) on the keys (ATM appendix A, ToMe for ViTs): `+p`."""
     return replace(fusion, proportional=True)
 
 
-def keys_only(fusion: TokenFusion) -> TokenFusion:
+def kv_only(fusion: TokenFusionConfig) -> TokenFusionConfig:
     """The same on keys and values alone, queries whole (the place where ToDo downsamples): `kv:`."""
-    return replace(fusion, keys_only=True)
+    return replace(fusion, kv_only=True)
 
 
 class UnknownMethodError(ValueError):
     """No recipe has this name."""
 
 
-def named(name: str, ratio: float = 0.5) -> TokenFusion:
+def named(name: str, ratio: float = 0.5) -> TokenFusionConfig:
     """The method written `[kv:]RECIPE[+p][@option=value]...`: "tofu", "kv:tome+p", "tofu@depth_split=3@levels=2".
 
     Options are TokenFusion's. UnknownMethodError for an unknown recipe, TypeError for an unknown option, ValueError for
@@ -57,10 +57,12 @@ def named(name: str, ratio: float = 0.5) -> TokenFusion:
             "before it, a +p behind it and any number of @option=value at the end"
         )
     options = dict(option(change, name) for change in changes)
-    fusion = TokenFusion.of(RECIPES[recipe], **{"ratio": ratio, **options})  # at once: ratio may need the cells it fits
+    fusion = TokenFusionConfig.of(
+        RECIPES[recipe], **{"ratio": ratio, **options}
+    )  # at once: ratio may need the cells it fits
     if plus:
         fusion = proportional(fusion)
-    return keys_only(fusion) if method.startswith("kv:") else fusion
+    return kv_only(fusion) if method.startswith("kv:") else fusion
 
 
 def option(change: str, method: str) -> tuple[str, Any]:

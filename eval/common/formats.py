@@ -7,6 +7,7 @@ from typing import Any
 
 from .. import EvalError
 from .files import check_shape, parse_json, read_text
+from .schema_changes import convert
 
 TEXT = {"type": "string"}
 MAYBE_TEXT = {"type": ["string", "null"]}
@@ -82,7 +83,7 @@ def read(path: Path, shape: dict[str, Any], version: int, writer: str, name: str
     writer: the command that writes such a file.
     """
     try:
-        found = parse_json(read_text(path))
+        found = convert(parse_json(read_text(path)))
     except OSError as error:
         raise EvalError(f"{name} holds no results of {writer}: {error.strerror}") from error
     except ValueError as error:

@@ -23,7 +23,7 @@ from ..images.guidance import check_guidance
 from ..images.model import revision
 from ..images.output_dir import claim, refuse_obstacles, refuse_others, settings_of, take_over
 from ..images.records import damaged, runs
-from ..methods.registry import FULL
+from ..methods.method import BASELINE
 from ..metrics import registry as metrics
 from ..metrics.score import Scores, check_complete, describe, load, records, score
 from ..reporting import results as report
@@ -47,7 +47,7 @@ from .plan import (
 def run(options: argparse.Namespace, argv: Sequence[str]) -> Outcome:
     """One run. Everything that can be refused is refused before the first file is written."""
     job = plan(options)
-    without = any(method.missing for method in job.chosen)
+    without = any(method.unavailable_reason for method in job.chosen)
     if options.dry_run:
         planned = dry(job)
         return Outcome(Path(planned["out"]), planned=planned if job.team.leads else None, lacking=without)
@@ -129,13 +129,13 @@ def drawn_before(job: Job) -> Drawn:
     refuse_obstacles(options.out, job.drawn, job.asked)
     for method in job.drawn:
         found = records(options.out, settings, method, job.asked)
-        other = [r.id for r in job.asked if r.id not in found and (options.out / method.key / f"{r.id}.png").exists()]
+        other = [r.id for r in job.asked if r.id not in found and (options.out / method.slug / f"{r.id}.png").exists()]
         if other:
             names = listed([f"{id}.png" for id in other])
             broken = any(damaged(options.out, method, request) for request in job.asked if request.id in other)
             why = "are damaged, or their records" if broken else "were drawn by other code"
-            raise EvalError(f"{method.key}: {names} {why}; without --metrics-only they are drawn anew")
-        check_complete(job.asked, found, method.key)
+            raise EvalError(f"{method.slug}: {names} {why}; without --metrics-only they are drawn anew")
+        check_complete(job.asked, found, method.slug)
     judge = demo.judge(device=job.device) if settings.model == "demo" else None
     return Drawn(job, settings, options.out, judge)
 
@@ -147,12 +147,12 @@ def measure(job: Job, drawn: Drawn) -> tuple[Scores, list[dict[str, Any]]] | Non
         loaded = metrics.choose(
             job.metrics, job.nets, size=settings.size, prompts=wanted, device=job.device, judge=drawn.judge
         )
-        loaded = metrics.usable(loaded, load(out / FULL.key, job.asked[:2]), wanted[:2])
+        loaded = metrics.usable(loaded, load(out / BASELINE.slug, job.asked[:2]), wanted[:2])
         loaded = everywhere(loaded, job.team)
         scores = score(out, settings, job.asked, job.chosen, loaded, job.team, job.options.reference)
     if not job.team.leads:
         return None
-    by_key = {method.key: method for method in job.drawn}
+    by_key = {method.slug: method for method in job.drawn}
     for row in scores.rows:
         if row["key"] in by_key:
             row["flops"] = flops.counted(out, settings, by_key[row["key"]])

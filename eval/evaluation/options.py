@@ -11,7 +11,7 @@ from tofu_sd import demo, recipes
 from .. import EvalError, suites
 from ..common.cli import Help, Parser, as_path, at_least, finite, said
 from ..common.devices import add_device, add_dtype
-from ..methods import peers
+from ..methods.registry import known_methods
 from ..metrics import registry as metrics
 
 EXAMPLES = """examples:
@@ -39,7 +39,7 @@ def parser() -> Parser:
         default="tofu",
         metavar="A,B",
         help=f"full, {', '.join(recipes.RECIPES)}, also as kv:NAME, NAME+p, NAME@option=value; "
-        f"{', '.join(peers.ALONE)}, deepcache; deepcache:NAME stacks the two",
+        f"{', '.join(known_methods())}; deepcache:NAME stacks the two, FILE.py:NAME loads one",
     )
     p.add_argument("--suite", metavar="NAME", help=f"options under a name: {', '.join(suites.NAMES)}; others override")
     p.add_argument("--model", default="demo", help="demo, or a diffusers text-to-image model: its id or folder")

@@ -33,9 +33,8 @@ from ..images.model import check_steps, load_model, own_size, try_out, variant_o
 from ..images.output_dir import differing, refuse_obstacles, refuse_others, settings_of
 from ..images.requests import Request
 from ..images.settings import Settings
-from ..methods import peers
 from ..methods import registry as methods
-from ..methods.registry import FULL, SCALE, Method
+from ..methods.method import BASELINE, OTHER_SEEDS, Method
 from ..metrics import registry as metrics
 from ..metrics.score import records
 from ..reporting import earlier_results as earlier
@@ -61,7 +60,7 @@ class Job:
     @property
     def drawn(self) -> list[Method]:
         """Those that take pictures: the full model always."""
-        return [FULL, *(m for m in self.chosen if m is not FULL and not m.missing)]
+        return [BASELINE, *(m for m in self.chosen if m is not BASELINE and not m.unavailable_reason)]
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Outcome:
 
 def plan(options: argparse.Namespace) -> Job:
     """EvalError for what cannot be, whatever the model is. What will be skipped is told before hours of drawing."""
-    chosen = methods.parse(options.method, _ratios(options.ratio)) + [SCALE] * bool(options.scale_row)
+    chosen = methods.parse(options.method, _ratios(options.ratio)) + [OTHER_SEEDS] * bool(options.scale_row)
     requests = prompts.load(options.prompts, options.seed)
     asked = prompts.chosen(requests, options.per_prompt, options.only, options.limit)
     nets = metrics.Nets(
@@ -127,8 +126,8 @@ def plan(options: argparse.Namespace) -> Job:
     if options.map_step is not None and options.map_step > options.steps:
         raise EvalError(f"--map-step is {options.map_step}; there are {options.steps} steps")
     for method in chosen if team.leads else ():
-        if method.missing:
-            print(f"{method.key} is skipped: {method.missing}", file=sys.stderr)
+        if method.unavailable_reason:
+            print(f"{method.slug} is skipped: {method.unavailable_reason}", file=sys.stderr)
     try:
         check_torchvision()
     except ImportError as error:
@@ -144,9 +143,9 @@ def dry(job: Job) -> dict[str, Any]:
     if writes_results(job):
         with_earlier(job, out, settings)
     tell_too_small(job, settings)
-    there = {m.key: set(records(out, settings, m, job.asked)) for m in job.drawn}
+    there = {m.slug: set(records(out, settings, m, job.asked)) for m in job.drawn}
     if job.options.reference:
-        there[FULL.key] |= set(records(job.options.reference, settings, FULL, job.asked))
+        there[BASELINE.slug] |= set(records(job.options.reference, settings, BASELINE, job.asked))
     pictures = {key: len(ids) for key, ids in there.items()}
     return {
         "out": str(out),
@@ -172,8 +171,9 @@ def ready(job: Job) -> tuple[Any, nn.Module | None, Settings, Path]:
         maps.check(pipe, job.drawn, job.options.map_block)
     settings = _settings(job.options, pipe, job.requests, job.device, dtype)
     check_guidance(job.chosen, guidance_scale(pipe, settings.guidance))
-    if any(method.name.rpartition(":")[2] == "hypertile" for method in job.chosen):
-        peers.check_tiles(pipe, settings.size // pipe.vae_scale_factor)
+    for method in job.chosen:
+        if method.check is not None:
+            method.check(pipe, settings.size // pipe.vae_scale_factor)
     if theirs and (name := differing(asdict(settings), asdict(theirs))):  # there is none to take, and hours to draw
         raise EvalError(
             f"--reference {reference.name}: its pictures were made with {name} {getattr(theirs, name)!r}, this run has "
@@ -210,8 +210,8 @@ def tell_lost(drawn: Drawn, described: list[dict[str, Any]]) -> None:
 
 def settings_of_reference(folder: Path) -> Settings:
     """Under which its pictures were made. EvalError for a folder that holds none of the full model's."""
-    if not (folder / FULL.key).is_dir():
-        raise EvalError(f"--reference {folder.name}: there is no folder {FULL.key!r} in it")
+    if not (folder / BASELINE.slug).is_dir():
+        raise EvalError(f"--reference {folder.name}: there is no folder {BASELINE.slug!r} in it")
     settings = settings_of(folder, "--reference")
     if settings is None:
         raise EvalError(f"--reference {folder.name}: there is no settings.json of this version of eval.run in it")

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..common.cli import quiet_patches, working
 from ..common.files import digest, read_json, write_json
-from ..methods.registry import Method
+from ..methods.method import Method
 from .generate import batches, draw
 from .requests import Request
 from .settings import Settings, identity
@@ -36,12 +36,12 @@ def count(out: Path, pipe: Any, methods: Sequence[Method], settings: Settings, r
         pictures = sum(map(len, turns))
         flops = sum(of_pictures(pipe, method, settings, turn) for turn in turns) // pictures
         told = {**_made(settings, method), "flops": flops, "pictures": pictures}
-        write_json(out / FOLDER / f"{method.key}.json", told)
+        write_json(out / FOLDER / f"{method.slug}.json", told)
 
 
 def counted(out: Path, settings: Settings, method: Method) -> int | None:
     """What `count` found for this very method."""
-    told = read_json(out / FOLDER / f"{method.key}.json")
+    told = read_json(out / FOLDER / f"{method.slug}.json")
     made = _made(settings, method)
     flops = told["flops"] if isinstance(told, dict) and made.items() <= told.items() and "flops" in told else None
     return flops if isinstance(flops, int) and not isinstance(flops, bool) else None
@@ -53,7 +53,7 @@ def _made(settings: Settings, method: Method) -> dict[str, str]:
 
 def of_pictures(pipe: Any, method: Method, settings: Settings, requests: Sequence[Request]) -> int:
     """Multiplications and additions, each counted as one, of matrices and convolutions in drawing a batch."""
-    with quiet_patches(), method.applied(pipe), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+    with quiet_patches(), method.apply(pipe), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         draw(pipe, requests, method, settings, steps=settings.steps)
     return int(counter.get_total_flops())
 

@@ -33,7 +33,7 @@ from tofu_sd.patching.autotune import synchronize
 
 from ..common.cli import quiet_patches
 from ..common.files import listed, png, write, write_json
-from ..methods.registry import FULL, Method
+from ..methods.method import BASELINE, Method
 from .distributed import ALONE, Team
 from .records import damaged, record_of
 from .requests import Request
@@ -67,7 +67,7 @@ def generate(
         for batch in team.share(batches(requests, settings))
     ]
     turns = [(batch, due) for batch, due in turns if due]
-    broken = [f"{m.key}/{r.id}.png" for batch, due in turns for m in due for r in batch if damaged(out, m, r)]
+    broken = [f"{m.slug}/{r.id}.png" for batch, due in turns for m in due for r in batch if damaged(out, m, r)]
     if broken:
         print(f"damaged, drawn again: {listed(broken)}", file=sys.stderr)
     pictures, made = sum(len(batch) * len(due) for batch, due in turns), 0
@@ -88,21 +88,21 @@ def generate(
         for batch, due in turns:
             ids = [request.id for request in batch]
             for method in due:
-                progress.set_description(method.key, refresh=False)
-                with method.applied(pipe):
-                    if (method.key, len(batch)) not in warm:
+                progress.set_description(method.slug, refresh=False)
+                with method.apply(pipe):
+                    if (method.slug, len(batch)) not in warm:
                         for _ in range(math.ceil(WARM_UP / len(batch))):
                             draw(pipe, batch, method, settings, steps=settings.steps, beside=beside)
-                        warm.add((method.key, len(batch)))
-                    elif method.key != last:  # what a step after a switch lays out or fetches anew is not the method's
+                        warm.add((method.slug, len(batch)))
+                    elif method.slug != last:  # what a step after a switch lays out or fetches anew is not the method's
                         draw(pipe, batch, method, settings, steps=1, output="latent")
-                    last = method.key
-                    near = beside if timed[method.key] < TIMED / team.size else None
+                    last = method.slug
+                    near = beside if timed[method.slug] < TIMED / team.size else None
                     images, cost = draw(pipe, batch, method, settings, steps=settings.steps, beside=near)
                     for _ in range(repeats - 1):
                         again = draw(pipe, batch, method, settings, steps=settings.steps, beside=near)[1]
                         cost = fastest(cost, again)
-                timed[method.key] += 1
+                timed[method.slug] += 1
                 lacking = [r for r in batch if record_of(out, settings, method, r) is None]  # others were saved before
                 for request, image in zip(batch, images, strict=True):
                     if request in lacking:
@@ -132,7 +132,7 @@ def draw(
     method's for its time alone, which is neither in the seconds nor in peak_bytes; reserved_bytes are not told then.
     """
     device = torch.device(pipe.device)
-    other = None if method is FULL else beside  # it is its own measure
+    other = None if method is BASELINE else beside  # it is its own measure
     peaks: list[int] = []
 
     def aside(*args: Any, **kwargs: Any) -> None:
@@ -169,7 +169,7 @@ def draw(
         seconds = time.perf_counter() - start
         denoised, full_denoised = told()
         seconds -= full_denoised or 0
-        if method is FULL and beside is not None:
+        if method is BASELINE and beside is not None:
             full_denoised = denoised
     return images, {
         "seconds": seconds / len(requests),
@@ -197,9 +197,9 @@ def _save(
 ) -> None:
     """The picture first, its record after it: a record says that the picture is whole."""
     content = png(as_image(pixels))
-    write(out / method.key / f"{request.id}.png", content)
+    write(out / method.slug / f"{request.id}.png", content)
     write_json(
-        out / method.key / f"{request.id}.json",
+        out / method.slug / f"{request.id}.json",
         {
             "id": request.id,
             **_asked(settings, method, request),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import EvalError
-from ..methods.registry import Method
+from ..methods.method import Method
 
 
 def check_guidance(methods: Sequence[Method], scale: float | None) -> None:
@@ -16,10 +16,10 @@ def check_guidance(methods: Sequence[Method], scale: float | None) -> None:
     scale: of the guidance; None where it is not known yet.
     """
     for method in methods:
-        if method.fusion is not None and method.fusion.share_guidance and scale is not None and scale <= 1:
+        if method.fusion is not None and method.fusion.share_across_cfg and scale is not None and scale <= 1:
             raise EvalError(
-                f"method {method.name!r} has share_guidance, and the guidance scale is {scale:g}: the images are "
-                "generated without guidance, which begins above 1; give --guidance above 1 or leave share_guidance out"
+                f"method {method.name!r} has share_across_cfg, and the guidance scale is {scale:g}: the images are "
+                "generated without guidance, which begins above 1; give --guidance above 1 or drop share_across_cfg"
             )
 
 

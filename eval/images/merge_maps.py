@@ -15,7 +15,7 @@ from tofu_sd.utils import did_you_mean
 from .. import EvalError
 from ..common.cli import quiet_patches, working
 from ..common.files import digest, png, read_json, write, write_json
-from ..methods.registry import Method
+from ..methods.method import Method
 from .generate import as_image, draw
 from .requests import Request
 from .settings import Settings, identity
@@ -39,10 +39,10 @@ def save(
     block: a part of a name; the first and the last block of such names, by default of all.
     """
     asked_for = {"step": step, "block": block}
-    there = {m.key: read_json(out / FOLDER / f"{m.key}.json") for m in methods}
-    due = [m for m in methods if m.fusion is not None and there[m.key] != {**_made(settings, m), **asked_for}]
+    there = {m.slug: read_json(out / FOLDER / f"{m.slug}.json") for m in methods}
+    due = [m for m in methods if m.fusion is not None and there[m.slug] != {**_made(settings, m), **asked_for}]
     for method in working(due, "maps"):
-        with quiet_patches(), method.applied(pipe), tofu_sd.watch(pipe) as seen:
+        with quiet_patches(), method.apply(pipe), tofu_sd.record_maps(pipe) as seen:
             [pixels], _ = draw(pipe, [request], method, settings, steps=settings.steps)
         seen = [sighting for sighting in seen if block is None or block in sighting.block]
         if not seen:  # a step window in which nothing is fused, maps too small, or a block that this method leaves
@@ -52,11 +52,11 @@ def save(
         blocks = [sighting for sighting in seen if sighting.call == at]
         tiles = [(request.prompt, as_image(pixels))]
         for sighting in (blocks[0], blocks[-1])[: len(blocks)]:
-            colours = tofu_sd.merge_map(sighting.map, sighting.h, sighting.w)[-1]  # the positive prompt's, of two
+            colours = tofu_sd.draw_merge_map(sighting.map, sighting.h, sighting.w)[-1]  # the positive prompt's, of two
             shown = (255 * colours.permute(1, 2, 0).numpy()).round().astype(np.uint8)
             tiles.append((f"step {at + 1}, {sighting.block}", Image.fromarray(shown)))
-        write(out / FOLDER / f"{method.key}.png", png(_row(tiles, settings.size)))
-        write_json(out / FOLDER / f"{method.key}.json", {**_made(settings, method), **asked_for})
+        write(out / FOLDER / f"{method.slug}.png", png(_row(tiles, settings.size)))
+        write_json(out / FOLDER / f"{method.slug}.json", {**_made(settings, method), **asked_for})
 
 
 def check(pipe: Any, methods: Sequence[Method], block: str) -> None:
@@ -64,7 +64,7 @@ def check(pipe: Any, methods: Sequence[Method], block: str) -> None:
     fused: list[str] = []
     for method in methods:
         if method.fusion is not None:
-            with quiet_patches(), method.applied(pipe):
+            with quiet_patches(), method.apply(pipe):
                 fused += [row.name for row in tofu_sd.summary(pipe).rows]
     if not any(block in name for name in fused):
         known = list(dict.fromkeys(fused))
@@ -73,7 +73,7 @@ def check(pipe: Any, methods: Sequence[Method], block: str) -> None:
 
 def saved(out: Path, settings: Settings, method: Method) -> bool:
     """Whether `save` drew the maps of this very method, at whichever step."""
-    told = read_json(out / FOLDER / f"{method.key}.json")
+    told = read_json(out / FOLDER / f"{method.slug}.json")
     return isinstance(told, dict) and _made(settings, method).items() <= told.items()
 
 

@@ -20,7 +20,7 @@ from tofu_sd import demo
 from .. import EvalError
 from ..common.cli import quiet_patches
 from ..common.files import without_paths
-from ..methods.registry import Method
+from ..methods.method import Method
 from .checkpoint import HALF, check_path, local_folder, pick_variant
 from .components import check_components, check_weights, missing_weights
 
@@ -128,10 +128,10 @@ def revision(model: str) -> str | None:
 def try_out(pipe: Any, chosen: Sequence[Method]) -> None:
     """Applies each method once, so that one that does not fit the model is told of before hours of drawing."""
     for method in chosen:
-        if method.missing:
+        if method.unavailable_reason:
             continue
         try:
-            with quiet_patches(), method.applied(pipe):
+            with quiet_patches(), method.apply(pipe):
                 pass
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise EvalError(f"method {method.name!r} does not fit this model: {error}") from error

@@ -9,7 +9,7 @@ from typing import Any, get_type_hints
 
 from .. import EvalError
 from ..common.files import check_place, read_json, shown, write, write_json
-from ..methods.registry import FULL, Method
+from ..methods.method import BASELINE, Method
 from .records import record_of
 from .requests import Request
 from .settings import RUNS, Settings
@@ -80,10 +80,13 @@ def take_over(reference: Path, out: Path, settings: Settings, requests: Sequence
     """
     theirs = 0
     for request in requests:
-        record, own = (record_of(folder, settings, FULL, request) for folder in (reference, out))
+        record, own = (record_of(folder, settings, BASELINE, request) for folder in (reference, out))
         if record is not None and own is None:
-            write(out / FULL.key / f"{request.id}.png", (reference / FULL.key / f"{request.id}.png").read_bytes())
-            write_json(out / FULL.key / f"{request.id}.json", record)
+            write(
+                out / BASELINE.slug / f"{request.id}.png",
+                (reference / BASELINE.slug / f"{request.id}.png").read_bytes(),
+            )
+            write_json(out / BASELINE.slug / f"{request.id}.json", record)
             told = read_json(reference / RUNS / f"{record['run']}.json")
             if told is not None:
                 write_json(out / RUNS / f"{record['run']}.json", told)
@@ -97,11 +100,11 @@ def refuse_obstacles(out: Path, methods: Sequence[Method], requests: Sequence[Re
     Else it is an error after hours, and the same one again where the run resumes.
     """
     place = f"--out {shown(out)}: the place of"
-    for name in (*FOLDERS, *(method.key for method in methods)):
+    for name in (*FOLDERS, *(method.slug for method in methods)):
         check_place(out / name, place, folder=True)
     for name in FILES:
         check_place(out / name, place)
     for method in methods:
-        for name in (f"{method.key}/{request.id}.{ending}" for request in requests for ending in ("png", "json")):
+        for name in (f"{method.slug}/{request.id}.{ending}" for request in requests for ending in ("png", "json")):
             if (out / name).is_dir():
                 raise EvalError(f"--out {shown(out)}: {name} is a folder; remove it, a file belongs there")

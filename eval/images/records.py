@@ -9,24 +9,24 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from ..common.files import read_json
-from ..methods.registry import Method
+from ..methods.method import Method
 from .requests import Request
 from .settings import RUNS, Settings, _asked, _sha
 
 
 def record_of(out: Path, settings: Settings, method: Method, request: Request) -> dict[str, Any] | None:
     """The record of a finished picture; None where it is missing, damaged or was made otherwise."""
-    record = read_json(out / method.key / f"{request.id}.json")
+    record = read_json(out / method.slug / f"{request.id}.json")
     if not _whole(record) or any(
         record.get(name) != value for name, value in _asked(settings, method, request).items()
     ):
         return None
-    return record if _sha(out / method.key / f"{request.id}.png") == record.get("sha256") else None
+    return record if _sha(out / method.slug / f"{request.id}.png") == record.get("sha256") else None
 
 
 def damaged(out: Path, method: Method, request: Request) -> bool:
     """Whether something lies where the picture should be, that is no picture with its record."""
-    picture, told = (out / method.key / f"{request.id}.{ending}" for ending in ("png", "json"))
+    picture, told = (out / method.slug / f"{request.id}.{ending}" for ending in ("png", "json"))
     if not picture.exists() and not told.exists():
         return False
     record = read_json(told)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..methods.registry import Method
+from ..methods.method import Method
 from .requests import Request
 
 DRAWING = 1  # to be raised when `draw` draws otherwise than before

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Methods that are compared: one file for each, registered by name."""

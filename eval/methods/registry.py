@@ -1,118 +1,236 @@
-"""A method's name on the command line -> what is done to the pipeline while it draws."""
+"""Methods by name: `@register_method` adds one, `parse` reads the list of a command line."""
 
 from __future__ import annotations
 
-import hashlib
+import importlib.util
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tofu_sd
-from tofu_sd import TokenFusion, recipes
+from tofu_sd import TokenFusionConfig, recipes
+from tofu_sd.core.matching import MATCHERS
 from tofu_sd.utils import did_you_mean
 
 from .. import EvalError
-from . import peers
+from ..common.files import digest
+from ..common.provenance import version
+from .method import BASELINE, Method
 
-OTHER_SEEDS = 1_000_003  # added to every seed of the scale row; further than any list of prompts is long
+Apply = TypeVar("Apply", bound=Callable[..., AbstractContextManager[Any]])
 
 
 @dataclass(frozen=True)
-class Method:
-    """One row of the results. fusion: of this package's methods.
+class MethodSpec:
+    """What `register_method` knows of a method that is no configuration of this package.
 
-    name: as it was asked for. key: its folder. identity: all that decides its pictures beside the run's settings.
-    applied: a context in which a pipeline draws by this method. cycle: after how many steps it does the same again.
-    whole: whether it takes a whole UNet. missing: what to install, where it cannot be had.
+    Args:
+        apply: a context manager of a pipeline or UNet; takes `ratio` or `inner` too, as below.
+        source: the file that defines it.
+        package: (the module, its name on PyPI) that it needs.
+        takes_ratio: whether `apply` takes `ratio`.
+        stackable: whether `apply` takes `inner`, the context manager of another method to run inside this one.
+        period: after how many steps it does the same again.
+        check: raises EvalError for a pipeline and a latent's side that it cannot take.
     """
 
-    name: str
-    key: str
-    ratio: float | None = None
-    identity: dict[str, Any] = field(default_factory=dict)
-    applied: Callable[[Any], AbstractContextManager[Any]] = nullcontext
-    fusion: TokenFusion | None = None
-    seed_shift: int = 0
-    cycle: int = 1
-    whole: bool = False
-    missing: str | None = None
+    apply: Callable[..., AbstractContextManager[Any]]
+    source: Path
+    package: tuple[str, str] | None = None
+    takes_ratio: bool = False
+    stackable: bool = False
+    period: int = 1
+    check: Callable[[Any, int], None] | None = None
+
+    @property
+    def unavailable_reason(self) -> str | None:
+        """How to install what it needs; None where it is installed."""
+        # not whether it can be imported: any folder of its name, such as a clone nearby, can
+        if self.package is None or version(self.package[1]):
+            return None
+        return f"pip install {self.package[1]}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides its images: its file, and the version of its package or the library that finds its blocks."""
+        if self.package is not None:
+            return {"source": digest(self.source), self.package[0]: version(self.package[1])}
+        return {"source": digest(self.source), "code": source_hash()}
 
 
-FULL = Method("full", "full")
-SCALE = Method("full, other seeds", "full-other-seeds", None, {"seed_shift": OTHER_SEEDS}, seed_shift=OTHER_SEEDS)
+METHODS: dict[str, MethodSpec] = {}
+
+
+def register_method(name: str, **spec: Any) -> Callable[[Apply], Apply]:
+    """Makes a method available as `--method NAME`. A decorator of a context manager that takes a pipeline.
+
+    Args:
+        name: letters, digits, "-" and "_"; no recipe of this package has it.
+        spec: further fields of MethodSpec, such as `takes_ratio=True`.
+
+    Raises:
+        ValueError: the name has other characters, or is taken.
+    """
+    if not name.replace("-", "_").isidentifier():
+        raise ValueError(f"the method's name is {name!r}; letters, digits, '-' and '_' alone, as it names a folder")
+
+    def register(apply: Apply) -> Apply:
+        source = Path(getattr(apply, "__wrapped__", apply).__code__.co_filename)
+        taken = METHODS.get(name)
+        if name in (BASELINE.name, *recipes.RECIPES) or (taken is not None and taken.source != source):
+            raise ValueError(f"a method named {name!r} exists already: give yours another name")
+        METHODS[name] = MethodSpec(apply, source, **spec)
+        return apply
+
+    return register
 
 
 def parse(names: str, ratios: list[float]) -> list[Method]:
-    """The methods of a list such as "tofu,kv:tome+p", each at every ratio, in that order and each once."""
+    """The methods of a list such as "tofu,kv:tome+p", each at every ratio, in that order and each once.
+
+    Raises:
+        EvalError: an unknown method, a value out of range, or two names of one and the same method.
+    """
     methods: dict[str, Method] = {}
     for name in (part.strip() for part in names.split(",")):
         for ratio in ratios:
             method = _one(name, ratio)
-            methods.setdefault(method.key, method)
+            other = methods.setdefault(method.slug, method)
+            if other.name != method.name or other.identity != method.identity:
+                raise EvalError(
+                    f"{other.name!r} and {method.name!r} would share the row and the folder {method.slug!r}: leave out "
+                    "one of them"
+                )
     return list(methods.values())
 
 
+def known_methods(stackable: bool | None = None) -> list[str]:
+    """Names of the registered methods; only those that can be stacked on another one, or only the others."""
+    _load_own_methods()
+    return [name for name, spec in METHODS.items() if stackable in (None, spec.stackable)]
+
+
 def _one(name: str, ratio: float) -> Method:
-    if name == "full":
-        return FULL
-    peer, colon, inner = name.partition(":")
-    if peer in peers.STACKED and (inner or not colon):
-        return _stacked(name, peer, _one(inner, ratio) if inner else FULL)
+    _load_own_methods()
+    if name == BASELINE.name:
+        return BASELINE
+    if ".py:" in name:
+        return _from_file(name, ratio)
+    outer, colon, inner = name.partition(":")
+    if outer in known_methods(stackable=True) and (inner or not colon):
+        return _stacked(name, METHODS[outer], outer, _one(inner, ratio) if inner else BASELINE)
     try:
-        if name in peers.ALONE:
-            return _peer(name, TokenFusion(ratio=ratio).ratio)  # the same limits, told the same way
+        if name in METHODS:
+            return _registered(name, TokenFusionConfig(ratio=ratio).ratio)  # the same limits, with the same message
         fusion = recipes.named(name, ratio)
     except recipes.UnknownMethodError as error:
-        known = ["full", *recipes.RECIPES, *peers.ALONE, *peers.STACKED]
+        known = [BASELINE.name, *recipes.RECIPES, *METHODS]
+        stackable = " or ".join(f"{one}:" for one in known_methods(stackable=True))
         raise EvalError(
             f"unknown method {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}; this package's also with "
-            f"kv: before, +p behind and any @option=value at the end; {' or '.join(f'{p}:' for p in peers.STACKED)} "
-            "before another stacks the two"
+            f"kv: before, +p behind and any @option=value at the end; {stackable} before another stacks the two; "
+            "FILE.py:NAME loads one from a file"
         ) from error
     except (ValueError, TypeError) as error:
         raise EvalError(str(error)) from error
-    identity = {"fusion": repr(fusion_fields(fusion)), "code": code()}
-    applied = partial(tofu_sd.patched, ratio=fusion)
+    return _of_config(name, fusion)
+
+
+def _of_config(name: str, fusion: TokenFusionConfig, source: dict[str, Any] | None = None) -> Method:
+    """The method of a configuration of this package."""
+    identity = {"fusion": repr(fusion_fields(fusion)), "code": source_hash(), **(source or {})}
     name = "@".join(part for part in name.split("@") if not part.startswith("ratio="))  # shown beside it anyway
-    return Method(name, fusion.key, fusion.ratio, identity, applied, fusion, cycle=fusion.match_every)
+    apply = partial(tofu_sd.patched, ratio=fusion)
+    return Method(name, fusion.slug, fusion.ratio, identity, apply, fusion, period=fusion.match_interval)
 
 
-def _peer(name: str, ratio: float) -> Method:
-    peer = peers.ALONE[name]
-    key = f"{name}-r{100 * ratio:g}" if peer.takes_ratio else name
-    shown = ratio if peer.takes_ratio else None
-    if peer.missing:
-        return Method(name, key, shown, missing=peer.missing)
-    applied = partial(peer.applied, ratio=ratio) if peer.takes_ratio else peer.applied
-    own = {"code": code()} if peer.package is None else {}  # they find their blocks by this package
-    return Method(name, key, shown, {**own, **peer.identity}, applied)
+def _registered(name: str, ratio: float) -> Method:
+    spec = METHODS[name]
+    slug = f"{name}-r{100 * ratio:g}" if spec.takes_ratio else name
+    shown = ratio if spec.takes_ratio else None
+    if spec.unavailable_reason:
+        return Method(name, slug, shown, unavailable_reason=spec.unavailable_reason)
+    apply = partial(spec.apply, ratio=ratio) if spec.takes_ratio else spec.apply
+    return Method(name, slug, shown, spec.identity, apply, period=spec.period, check=spec.check)
 
 
-def _stacked(name: str, peer_name: str, inner: Method) -> Method:
-    peer = peers.STACKED[peer_name]
-    key = peer_name if inner is FULL else f"{peer_name}-{inner.key}"
-    if peer.missing or inner.missing:
-        return Method(name, key, inner.ratio, missing=peer.missing or inner.missing)
-    identity = {**inner.identity, **peer.identity}
-    applied = partial(peer.applied, inner=inner.applied)
-    cycle = math.lcm(peer.cycle, inner.cycle)
-    return Method(name, key, inner.ratio, identity, applied, inner.fusion, cycle=cycle, whole=True)
+def _stacked(name: str, spec: MethodSpec, outer: str, inner: Method) -> Method:
+    slug = outer if inner is BASELINE else f"{outer}-{inner.slug}"
+    if reason := spec.unavailable_reason or inner.unavailable_reason:
+        return Method(name, slug, inner.ratio, unavailable_reason=reason)
+    identity = {**inner.identity, **{f"{outer} {key}": value for key, value in spec.identity.items()}}
+    apply = partial(spec.apply, inner=inner.apply)
+    period = math.lcm(spec.period, inner.period)
+    return Method(name, slug, inner.ratio, identity, apply, inner.fusion, period=period, needs_full_unet=True)
+
+
+def _from_file(name: str, ratio: float) -> Method:
+    """`FILE.py:NAME[@option=value]`: a registered method, a registered matcher, or a TokenFusionConfig of that file."""
+    file, _, rest = name.rpartition(".py:")
+    path = Path(f"{file}.py")
+    own, *changes = rest.split("@")
+    module = _load(path)
+    try:
+        if own in METHODS and METHODS[own].source.resolve() == path.resolve() and not changes:
+            return _registered(own, TokenFusionConfig(ratio=ratio).ratio)
+        options = {"ratio": ratio, **dict(recipes.option(change, name) for change in changes)}
+        config = getattr(module, own, None)
+        if isinstance(config, TokenFusionConfig):
+            config = TokenFusionConfig.of(config, **options)
+        elif own in MATCHERS:
+            config = TokenFusionConfig.of(matching=own, **{key: options[key] for key in options})
+        else:
+            raise EvalError(
+                f"{path.name} registers no method or matcher {own!r} and has no TokenFusionConfig of that name: use "
+                "@register_method or @register_matcher"
+            )
+    except (ValueError, TypeError) as error:
+        raise EvalError(str(error)) from error
+    return _of_config("@".join([own, *changes]), config, {"source": digest(path)})
+
+
+@cache
+def _load(path: Path) -> Any:
+    """The module in a file, run once. EvalError where that fails."""
+    if not path.is_file():
+        raise EvalError(f"--method {path.name}: there is no such file")
+    spec = importlib.util.spec_from_file_location(f"method_of_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file raises
+        raise EvalError(f"--method {path.name}: {type(error).__name__}: {error}") from error
+    return module
+
+
+@cache
+def _load_own_methods() -> None:
+    """Imports the files beside this one, each of which registers its method."""
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        if file.stem not in ("__init__", "registry", "method"):
+            importlib.import_module(f"{__package__}.{file.stem}")
 
 
 def fusion_fields(fusion: Any) -> dict[str, Any]:
-    """The fields of a TokenFusion or its like, functions by their names, so that it reads the same in every process."""
+    """The fields of a configuration, functions by their names, so that it reads the same in every process."""
     return {name: getattr(value, "__name__", value) for name, value in vars(fusion).items()}
 
 
 @cache
-def code() -> str:
-    """Changes with any file of tofu_sd, so that pictures of an older version are made again."""
-    root, sha = Path(tofu_sd.__file__).parent, hashlib.sha256()
-    for name in sorted(path.relative_to(root) for path in root.rglob("*.py")):
-        if name.parts[0] != "demo":  # its weights are part of the pipeline's own hash
-            sha.update(f"{name.as_posix()} ".encode() + (root / name).read_bytes())
-    return sha.hexdigest()[:16]
+def source_hash() -> str:
+    """Changes with the code that decides images: matching, merging, kernels, patching and the diffusers host."""
+    return digest(*_sources())
+
+
+def _sources() -> Iterator[Path]:
+    root = Path(tofu_sd.__file__).parent
+    for folder in ("core", "kernels", "patching"):
+        yield from sorted((root / folder).glob("*.py"))
+    yield root / "config.py"
+    yield from sorted((root / "hosts").glob("diffusers*.py"))

@@ -20,7 +20,7 @@ from ..images.distributed import ALONE, Team
 from ..images.records import record_of
 from ..images.requests import Request
 from ..images.settings import Settings
-from ..methods.registry import FULL, Method
+from ..methods.method import BASELINE, Method
 from .cache import recall
 from .registry import Metric, Pairwise, SetMetric, Single, Skipped, flat
 from .statistics import FEWEST_GROUPS, bootstrap, effective_size, jackknife, wilson
@@ -62,7 +62,7 @@ def score(
     Every process of a team looks at its share of the pictures, and the first of them draws the figures from all; the
     others get empty Scores.
     """
-    there = {m.key: records(out, settings, m, requests) for m in (FULL, *methods) if not m.missing}
+    there = {m.slug: records(out, settings, m, requests) for m in (BASELINE, *methods) if not m.unavailable_reason}
     for key, found in there.items():
         check_complete(requests, found, key)
     groups = [request.prompt for request in requests]
@@ -70,14 +70,14 @@ def score(
     reference: dict[str, Tensor] = {}
     rows: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
-    for method in (FULL, *(m for m in methods if m is not FULL)):
-        head: dict[str, Any] = {"method": method.name, "key": method.key, "ratio": method.ratio}
-        if method.missing:
-            rows.append({**head, "skipped": method.missing})
+    for method in (BASELINE, *(m for m in methods if m is not BASELINE)):
+        head: dict[str, Any] = {"method": method.name, "key": method.slug, "ratio": method.ratio}
+        if method.unavailable_reason:
+            rows.append({**head, "skipped": method.unavailable_reason})
             continue
-        compared = method is not FULL or FULL in methods
+        compared = method is not BASELINE or BASELINE in methods
         mine = team.share(list(enumerate(_chunks(requests))))
-        shown = working(mine, f"measuring {method.key}", quiet=not team.leads)
+        shown = working(mine, f"measuring {method.slug}", quiet=not team.leads)
         own = [(i, _measure(out, chunk, method, there, metrics, compared, other)) for i, chunk in shown]
         parts = [part for _, part in sorted((p for ps in team.gather(own) for p in ps), key=lambda p: p[0])]
         if not team.leads:
@@ -92,14 +92,14 @@ def score(
                 figures[metric.name] = distance(metric, reference[net], features[net], groups)
         rows.append({
             **head, "n": len(requests), "blank": sum(part.blank for part in parts),
-            "undefined": sum(not record.get("finite", True) for record in there[method.key].values()),
-            "other_batch": sum(_apart(there[FULL.key][id], own) for id, own in there[method.key].items()),
-            "metrics": figures, **speed(there[FULL.key], there[method.key]),
+            "undefined": sum(not record.get("finite", True) for record in there[method.slug].values()),
+            "other_batch": sum(_apart(there[BASELINE.slug][id], own) for id, own in there[method.slug].items()),
+            "metrics": figures, **speed(there[BASELINE.slug], there[method.slug]),
         })  # fmt: skip
         images += [
             {
-                "method": method.name, "key": method.key, "id": request.id, "prompt": request.prompt,
-                "seed": request.seed + method.seed_shift, "seconds": there[method.key][request.id]["seconds"],
+                "method": method.name, "key": method.slug, "id": request.id, "prompt": request.prompt,
+                "seed": request.seed + method.seed_shift, "seconds": there[method.slug][request.id]["seconds"],
                 **{name: column[i].item() for name, column in columns.items()},
             }
             for i, request in enumerate(requests)
@@ -117,7 +117,7 @@ def _measure(
     other: Path | None,
 ) -> Part:
     prompts = [request.prompt for request in requests]
-    full, own = (cache(partial(load, out / key, requests)) for key in (FULL.key, method.key))  # read if need be
+    full, own = (cache(partial(load, out / key, requests)) for key in (BASELINE.slug, method.slug))  # read if need be
     judging = [m for m in metrics if isinstance(m, Single) or (compared and isinstance(m, Pairwise))]
     nets = {m.features.implementation: m.features.compute for m in metrics if isinstance(m, SetMetric)}
 
@@ -129,7 +129,7 @@ def _measure(
         **{f"{m.name}: {m.implementation}": partial(values, m) for m in judging},
         **{name: partial(lambda compute: compute(own()), compute) for name, compute in nets.items()},
     }
-    content = [there[key][request.id]["sha256"] for key in (FULL.key, method.key) for request in requests]
+    content = [there[key][request.id]["sha256"] for key in (BASELINE.slug, method.slug) for request in requests]
     found = recall(out, [*content, *prompts], wanted, other)
     return Part(
         {m.name: found[f"{m.name}: {m.implementation}"] for m in judging},

@@ -13,7 +13,7 @@ from typing import Any
 from .. import EvalError
 from ..common.files import listed
 from ..images.output_dir import DERIVED
-from ..methods.registry import FULL
+from ..methods.method import BASELINE
 from . import results as report
 from .tables import commits, flaws, gained, gap, label, measured, short, spent, unlike
 
@@ -51,7 +51,7 @@ def compare(a: Path, b: Path) -> Comparison:
     others = {row["key"]: row for row in second["rows"] if "skipped" not in row}
     rows = []
     for row in first["rows"]:
-        if "skipped" in row or row["key"] == FULL.key or row["key"] not in others:
+        if "skipped" in row or row["key"] == BASELINE.slug or row["key"] not in others:
             continue
         other = others[row["key"]]
         rows += [{"method": label(row), **times} for times in _times(row, other, alike)]

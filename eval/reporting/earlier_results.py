@@ -12,7 +12,7 @@ from ..common.files import listed, read_json, read_text, shown
 from ..images.requests import Request
 from ..images.settings import Settings
 from ..methods import registry as methods
-from ..methods.registry import FULL, SCALE, Method
+from ..methods.method import BASELINE, OTHER_SEEDS, Method
 from ..metrics.score import records
 from . import spreadsheet
 
@@ -71,15 +71,15 @@ def joined_methods(
 
     EvalError where the images of one that is not asked for are not all there, since it would lose its row.
     """
-    own = {method.key: method for method in chosen}
+    own = {method.slug: method for method in chosen}
     kept = []
     for row in before.rows:
         if row["key"] in own:
             kept.append(own[row["key"]])
-        elif row["key"] != FULL.key or set(row.get("metrics") or {}) - ALONE:
+        elif row["key"] != BASELINE.slug or set(row.get("metrics") or {}) - ALONE:
             kept += _method(row, out, settings, asked)
-    whole = {method.key: method for method in [*kept, *chosen]}
-    last = [whole.pop(SCALE.key)] if SCALE.key in whole else []
+    whole = {method.slug: method for method in [*kept, *chosen]}
+    last = [whole.pop(OTHER_SEEDS.slug)] if OTHER_SEEDS.slug in whole else []
     return [*whole.values(), *last]
 
 
@@ -89,18 +89,18 @@ def _method(row: dict[str, Any], out: Path, settings: Settings, asked: Sequence[
     ratio = row.get("ratio")
     try:
         ratios = [float(ratio)] if isinstance(ratio, int | float) else [0.5]
-        (method,) = [SCALE] if row["key"] == SCALE.key else methods.parse(row["method"], ratios)
+        (method,) = [OTHER_SEEDS] if row["key"] == OTHER_SEEDS.slug else methods.parse(row["method"], ratios)
     except EvalError as error:
         raise EvalError(f"{where}, which this version does not know ({error}); give another --out") from error
     if "skipped" in row:
-        return [method] if method.missing else []
-    if method.missing:
-        raise EvalError(f"{where}, which needs: {method.missing}; install it {other}")
-    if method.key != row["key"]:
-        raise EvalError(f"{where}, which is {method.key} in this version; give another --out")
+        return [method] if method.unavailable_reason else []
+    if method.unavailable_reason:
+        raise EvalError(f"{where}, which needs: {method.unavailable_reason}; install it {other}")
+    if method.slug != row["key"]:
+        raise EvalError(f"{where}, which is {method.slug} in this version; give another --out")
     there = len(records(out, settings, method, asked))
     if there < len(asked):
-        option = "--scale-row" if method is SCALE else f"{row['method']!r} to --method"
+        option = "--scale-row" if method is OTHER_SEEDS else f"{row['method']!r} to --method"
         raise EvalError(
             f"{where}, of which {there} of {len(asked)} images are there and of this version; add {option} to generate "
             f"them, {other}"

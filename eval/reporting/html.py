@@ -14,7 +14,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from .. import EvalError
 from ..images.merge_maps import FOLDER, fit
-from ..methods.registry import FULL
+from ..methods.method import BASELINE
 from . import pareto as frontier
 from . import plots
 from .tables import circumstances, label, notes, table
@@ -47,7 +47,7 @@ def html(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> str:
     metric = ranking(found)
     measured = [m for m in found["metrics"] if m.get("per_image")]
     sections = []
-    compared = [row for row in found["rows"] if "skipped" not in row and row["key"] != FULL.key]
+    compared = [row for row in found["rows"] if "skipped" not in row and row["key"] != BASELINE.slug]
     side = THUMBNAIL if len(compared) <= MANY else SMALL
     for row in compared:
         own = worst_first([image for image in images if image["key"] == row["key"]], metric)
@@ -81,7 +81,7 @@ def html(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> str:
 
 
 def _pair(out: Path, image: dict[str, str], measured: list[dict[str, Any]], side: int) -> dict[str, Any]:
-    full, own = (_open(out / key / f"{image['id']}.png") for key in (FULL.key, image["key"]))
+    full, own = (_open(out / key / f"{image['id']}.png") for key in (BASELINE.slug, image["key"]))
     difference = ImageChops.difference(full, own).point(lambda level: min(255, MAGNIFY * level))
     figures = {m["name"]: f"{float(image[m['name']]):.{m['digits']}f}" for m in measured if image[m["name"]]}
     return {**image, "figures": figures, "pictures": [_embedded(picture, side) for picture in (full, own, difference)]}
@@ -90,7 +90,7 @@ def _pair(out: Path, image: dict[str, str], measured: list[dict[str, Any]], side
 def grid(out: Path, found: dict[str, Any], images: list[dict[str, str]], first: int) -> Image.Image:
     """The `first` prompts, a row each; the full model and the methods, a column each."""
     rows = [row for row in found["rows"] if "skipped" not in row]
-    shown = [image for image in images if image["key"] == FULL.key][:first]
+    shown = [image for image in images if image["key"] == BASELINE.slug][:first]
     side, gap, head, caption = min(256, found["settings"]["size"]), 8, 28, 20
     width = gap + len(rows) * (side + gap)
     picture = Image.new("RGB", (width, head + len(shown) * (caption + side + gap)), "white")

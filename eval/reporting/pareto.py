@@ -15,10 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from tofu_sd import TokenFusion, recipes
+from tofu_sd import TokenFusionConfig, recipes
 
 from .. import EvalError
-from ..methods.registry import FULL, SCALE
+from ..methods.method import BASELINE, OTHER_SEEDS
 from . import plots
 from .tables import circumstances, commands, flaws, full_row, gained, label, measured, short, timing, unlike
 
@@ -57,7 +57,9 @@ class Point:
 
 def compared(found: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of methods."""
-    return [row for row in found["rows"] if row["key"] not in (FULL.key, SCALE.key) and "skipped" not in row]
+    return [
+        row for row in found["rows"] if row["key"] not in (BASELINE.slug, OTHER_SEEDS.slug) and "skipped" not in row
+    ]
 
 
 def lacking(found: dict[str, Any], cost: Cost) -> list[str]:
@@ -110,10 +112,10 @@ def family(row: dict[str, Any]) -> str:
 
 def form(row: dict[str, Any]) -> str:
     fusion = _fusion(row)
-    return list(FORMS)[2 * fusion.keys_only + fusion.proportional if fusion else 0]
+    return list(FORMS)[2 * fusion.kv_only + fusion.proportional if fusion else 0]
 
 
-def _fusion(row: dict[str, Any]) -> TokenFusion | None:
+def _fusion(row: dict[str, Any]) -> TokenFusionConfig | None:
     """What a row's method fuses; None for a peer."""
     try:
         return recipes.named(str(row["method"]).removeprefix("deepcache:"), row["ratio"] or 0)
@@ -280,7 +282,7 @@ def how(row: dict[str, Any]) -> str:
     fusion = _fusion(row)
     if fusion is None or row["method"].startswith("deepcache"):
         return "–"
-    usual = {field.name: field.default for field in fields(TokenFusion)} | {"ratio": fusion.ratio}
+    usual = {field.name: field.default for field in fields(TokenFusionConfig)} | {"ratio": fusion.ratio}
     changed = {name: value for name, value in vars(fusion).items() if value != usual[name]}
     told = [f"{n}={getattr(v, '__name__', v)!r}" for n, v in changed.items()]
     return f"`apply_patch(pipe, {', '.join([f'{fusion.ratio:g}', *told])})`"

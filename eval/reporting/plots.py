@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..methods.registry import FULL, SCALE
+from ..methods.method import BASELINE, OTHER_SEEDS
 from .tables import label
 
 
@@ -40,7 +40,9 @@ def distributions(found: dict[str, Any], images: Sequence[dict[str, str]]) -> st
     A box holds the middle half, its line the median, the whiskers 90 %.
     """
     metrics = [m for m in found["metrics"] if m.get("per_image") and m["name"] != "classed as asked"]
-    rows = [row for row in found["rows"] if "skipped" not in row and row["key"] not in (FULL.key, SCALE.key)]
+    rows = [
+        row for row in found["rows"] if "skipped" not in row and row["key"] not in (BASELINE.slug, OTHER_SEEDS.slug)
+    ]
     by_key = {row["key"]: [image for image in images if image["key"] == row["key"]] for row in rows}
     shown = [m for m in metrics if any(image.get(m["name"]) for own in by_key.values() for image in own)]
     if not rows or not shown:

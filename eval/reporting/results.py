@@ -17,8 +17,9 @@ from jsonschema.exceptions import best_match
 
 from .. import EvalError
 from ..common.files import listed, parse_json, png, read_json, read_text, to_json, write
+from ..common.schema_changes import convert
 from ..images.settings import Settings
-from ..methods.registry import FULL
+from ..methods.method import BASELINE
 from ..metrics.score import Scores
 from . import spreadsheet
 from .html import GRID_ROWS, TIMES, grid, html
@@ -70,7 +71,7 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     if not (out / RESULTS).exists():
         raise EvalError(f"{out.name} holds no {RESULTS}: python -m eval.run --out {out.name} writes one")
     try:
-        found = parse_json(read_text(out / RESULTS))
+        found = convert(parse_json(read_text(out / RESULTS)))
     except OSError as error:
         raise EvalError(f"cannot read {out.name}/{RESULTS}: {error.strerror}") from error
     except ValueError as error:
@@ -84,7 +85,7 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
         message = " ".join(wrong.message.split())[:200]
         raise EvalError(f"{out.name}/{RESULTS} is damaged: {at and f'in {at} '}{message}: {AGAIN}")
     rows = [row for row in found["rows"] if "skipped" not in row]
-    if not any(row["key"] == FULL.key for row in rows):
+    if not any(row["key"] == BASELINE.slug for row in rows):
         raise EvalError(f"{out.name}/{RESULTS} is damaged: it has no row of the full model: {AGAIN}")
     for figure in (figure for row in rows for figure in row["metrics"].values()):
         ends = [figure["low"] is None, figure["high"] is None]
@@ -92,7 +93,7 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
             raise EvalError(f"{out.name}/{RESULTS} is damaged: it has one end of an interval: {AGAIN}")
     images = _images(out, found)
     ids = {row["key"]: sorted(image["id"] for image in images if image["key"] == row["key"]) for row in rows}
-    if other := [key for key, own in ids.items() if own != ids[FULL.key] or not own]:
+    if other := [key for key, own in ids.items() if own != ids[BASELINE.slug] or not own]:
         raise EvalError(f"{out.name}: {PER_IMAGE} lacks images of {listed(other)}, which {RESULTS} has: {AGAIN}")
     return found, images
 
@@ -101,7 +102,7 @@ def _images(out: Path, found: dict[str, Any]) -> list[dict[str, str]]:
     """The rows of per_image.csv. EvalError where it is not the table of these results."""
     try:
         content = read_text(out / PER_IMAGE)
-        rows, digest = spreadsheet.from_csv(content), spreadsheet.digest(content)
+        rows, digest = convert(spreadsheet.from_csv(content)), spreadsheet.digest(content)
     except FileNotFoundError as error:
         raise EvalError(f"{out.name} has lost its {PER_IMAGE}: {AGAIN}") from error
     except OSError as error:

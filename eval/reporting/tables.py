@@ -17,7 +17,7 @@ from rich.text import Text
 from tofu_sd.utils import did_you_mean
 
 from .. import EvalError
-from ..methods.registry import FULL, SCALE
+from ..methods.method import BASELINE, OTHER_SEEDS
 from ..metrics.statistics import bootstrap
 
 
@@ -124,7 +124,7 @@ def _figure(figure: dict[str, Any] | None, digits: int, extent: tuple[float, flo
 
 def _extent(rows: list[dict[str, Any]], metric: str) -> tuple[float, float] | None:
     """The range of a metric over the methods' intervals; the rows that are there for scale do not stretch it."""
-    methods = [row["metrics"].get(metric) for row in rows if row["key"] not in (FULL.key, SCALE.key)]
+    methods = [row["metrics"].get(metric) for row in rows if row["key"] not in (BASELINE.slug, OTHER_SEEDS.slug)]
     figures = [f for f in methods if f and f["low"] is not None]
     if len(figures) < 2:
         return None
@@ -347,7 +347,7 @@ def with_rows(found: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
 
 def full_row(found: dict[str, Any]) -> dict[str, Any]:
     """The full model's, whether or not it is among those that are shown."""
-    row: dict[str, Any] = found.get("full") or next(row for row in found["rows"] if row["key"] == FULL.key)
+    row: dict[str, Any] = found.get("full") or next(row for row in found["rows"] if row["key"] == BASELINE.slug)
     return row
 
 
@@ -386,7 +386,7 @@ def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], ba
     The intervals of two rows of `markdown` can overlap although one method is better on nearly every picture.
     """
     names = {row["key"]: label(row) for row in found["rows"] if "skipped" not in row}
-    methods = [key for key in names if key not in (FULL.key, SCALE.key)]
+    methods = [key for key in names if key not in (BASELINE.slug, OTHER_SEEDS.slug)]
     if base not in methods:
         base = next((key for key in methods if names[key] == base), base)
     if base not in methods:

@@ -22,7 +22,7 @@ from ..common import provenance
 from ..common.cli import choices
 from ..common.devices import pick_device, pick_dtype
 from ..methods import registry as methods
-from ..methods.registry import FULL, Method
+from ..methods.method import BASELINE, Method
 from . import model_shapes as shapes
 from .contender import BACKENDS, MODES, OUT_OF_TIME, SCOPES, Contender, Setup, _graphs, _unfit, ideal
 from .model_shapes import CASES
@@ -39,7 +39,7 @@ def bench(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     cases = [CASES[name] for name in choices(options.case, CASES, "case")]
     scopes = choices(options.scope or DEFAULT_SCOPES, SCOPES, "scope")
     backends = choices(options.backend, BACKENDS, "backend")
-    chosen = [m for m in methods.parse(options.method or DEFAULT_METHODS, [options.ratio]) if m is not FULL]
+    chosen = [m for m in methods.parse(options.method or DEFAULT_METHODS, [options.ratio]) if m is not BASELINE]
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     setups = [
@@ -69,19 +69,19 @@ def measure(
     """The rows of one setup in a mode of torch.compile (None: not compiled): full, ideal and every method."""
     model, call = setup.build(device)
     latent = call.sample.shape[-1]
-    best = Method("ideal", "ideal", applied=partial(ideal, ratio=setup.ratio, latent=latent))
+    best = Method("ideal", "ideal", apply=partial(ideal, ratio=setup.ratio, latent=latent))
     contenders: list[Contender] = []
     torch._dynamo.reset()  # graphs of models that are gone count against the limit, beyond which all runs eagerly
     with torch.no_grad(), BACKENDS[setup.backend](), _graphs(2 + len(chosen)), contextlib.ExitStack() as patches:
-        for method in (FULL, best, *chosen):
-            contender = Contender(method.name, method.key, mode, skipped=_unfit(method, setup.scope))
+        for method in (BASELINE, best, *chosen):
+            contender = Contender(method.name, method.slug, mode, skipped=_unfit(method, setup.scope))
             contenders.append(contender)
             if contender.skipped:
                 continue
             twin = shapes.twin(model)
             try:
-                patches.enter_context(method.applied(twin))
-                contender.ready(twin, call, method.cycle, device)
+                patches.enter_context(method.apply(twin))
+                contender.ready(twin, call, method.period, device)
             except Exception as error:  # whatever a peer or a compiler does not bear is a row that says so
                 contender.skipped = " ".join(str(error).split())[:160]
         running = [contender for contender in contenders if not contender.skipped]

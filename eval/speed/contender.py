@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from tofu_sd.patching.autotune import synchronize
 
-from ..methods.peers import fused_attentions
-from ..methods.registry import FULL, Method
+from ..methods.attention import top_attentions
+from ..methods.method import BASELINE, Method
 from ..methods.schedule import timesteps
 from . import model_shapes as shapes
 from .model_shapes import Call, Case
@@ -54,9 +54,9 @@ def _graphs(models: int) -> AbstractContextManager[Any]:
 def _unfit(method: Method, scope: str) -> str:
     """Why a method cannot be measured by a few steps over and over, or not in this scope; nothing where it can."""
     fusion = method.fusion
-    if method.missing:
-        return method.missing
-    if method.whole and scope != "unet":
+    if method.unavailable_reason:
+        return method.unavailable_reason
+    if method.needs_full_unet and scope != "unet":
         return "it acts on whole UNets"
     if fusion is not None and fusion.min_tokens == "auto":
         return "what it does depends on the machine: give min_tokens a number"
@@ -144,9 +144,9 @@ class Contender:
         same = {"method": self.method, "key": self.key, "compiled": self.mode is not None, "mode": self.mode}
         if self.skipped:
             return {**same, "skipped": self.skipped}
-        full, least = base.get(FULL.name), base.get("ideal")
+        full, least = base.get(BASELINE.name), base.get("ideal")
         share = None
-        if full and least and self.method not in (FULL.name, "ideal"):
+        if full and least and self.method not in (BASELINE.name, "ideal"):
             saving = _figure(lambda f, m, i: f - i, full, self.seconds, least)
             if saving["low"] > 0:  # else a share of it means nothing
                 share = _figure(lambda f, m, i: (f - m) / (f - i), full, self.seconds, least)
@@ -207,7 +207,7 @@ def launched(run: Callable[[], Any], device: torch.device) -> int | None:
 @contextmanager
 def ideal(model: Any, ratio: float, latent: int) -> Iterator[None]:
     """Inside, the attention that would be fused runs on as many tokens as fusion leaves: the first."""
-    for attention, tokens in fused_attentions(model, ratio, (latent, latent)):
+    for attention, tokens in top_attentions(model, ratio, (latent, latent)):
         attention.__class__, attention.tokens = IdealAttention, tokens
     yield
 

@@ -15,7 +15,7 @@ from .. import EvalError
 from ..common import formats
 from ..common.cli import choices
 from ..common.files import listed
-from ..methods.registry import FULL
+from ..methods.method import BASELINE
 from ..reporting import results as report
 from ..reporting.tables import method_column, short
 from .benchmark import SCHEMA
@@ -101,7 +101,7 @@ def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, Callable[[dict[str, An
     """What a table of these rows shows: each column's title, and its text for a row that was measured."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "ms": lambda row: f"{1000 * row['p50']:.1f} ({1000 * row['p20']:.1f}–{1000 * row['p80']:.1f})",
-        "speed-up": lambda row: _interval(None if row["method"] == FULL.name else row["speedup"], "×"),
+        "speed-up": lambda row: _interval(None if row["method"] == BASELINE.name else row["speedup"], "×"),
         "share of the ideal saving": lambda row: _interval(row["share"]),
         "scratch": lambda row: f"{row['scratch_bytes'] / 2**20:,.0f} MiB" if row["scratch_bytes"] is not None else "–",
     }

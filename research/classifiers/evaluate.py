@@ -81,7 +81,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
         own = [method, *(parse("tome", [method.r], layers) if method.adaptive and method.r is not None else [])]
         for one, asked in product(models, own):
             try:
-                with asked.applied(one.model):
+                with asked.apply(one.model):
                     pass
             except (ValueError, TypeError) as error:
                 raise EvalError(f"method {method.name!r} does not fit {one.name!r}: {error}") from error
@@ -274,7 +274,7 @@ def time_in_turns(bench: Bench, one: Classifier, entries: Sequence[Entry], round
     for turn in working(range(rounds + 1 if rounds else 0), "rounds"):
         for i in range(len(entries)):
             entry = entries[(i + turn) % len(entries)]
-            with entry.settled[0].applied(one.model):
+            with entry.settled[0].apply(one.model):
                 synchronize(bench.device)
                 start = time.perf_counter()
                 one.model(pictures)

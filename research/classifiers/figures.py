@@ -93,10 +93,10 @@ def maps(bench: Bench, one: Classifier, methods: Sequence[Method]) -> Image.Imag
         for method in methods:
             seen: list[tuple[int, TokenMap]] = []
             if method.told is not None:
-                with method.applied(model), host.watch(model) as seen:
+                with method.apply(model), host.record_maps(model) as seen:
                     model(picture.unsqueeze(0).to(next(model.parameters())))
-            home = seen[-1][1].home[0].cpu() if seen else torch.arange(model.patch_embed.num_patches)
-            shown.append((outlined(picture, home), int(home.max()) + 1))
+            group_idx = seen[-1][1].group_idx[0].cpu() if seen else torch.arange(model.patch_embed.num_patches)
+            shown.append((outlined(picture, group_idx), int(group_idx.max()) + 1))
         columns.append(shown)
     columns.sort(key=lambda shown: shown[-1][1])
     width, height = len(columns) * (side + gap) + gap, (1 + len(methods)) * (side + foot) + foot
@@ -113,14 +113,16 @@ def maps(bench: Bench, one: Classifier, methods: Sequence[Method]) -> Image.Imag
     return page
 
 
-def outlined(picture: Tensor, home: Tensor) -> Tensor:
+def outlined(picture: Tensor, group_idx: Tensor) -> Tensor:
     """The picture [3, H, W] with each group of patches in its mean colour and a line around it. home [N]: its group."""
     H = picture.shape[-1]
-    across = math.isqrt(len(home))
+    across = math.isqrt(len(group_idx))
     patch = H // across
-    pixels = home.view(across, across).repeat_interleave(patch, 0).repeat_interleave(patch, 1)  # [H, H]
+    pixels = group_idx.view(across, across).repeat_interleave(patch, 0).repeat_interleave(patch, 1)  # [H, H]
     flat = pixels.flatten()
-    sums = torch.zeros(3, int(home.max()) + 1).index_add_(1, flat, picture[:, : len(pixels), : len(pixels)].flatten(1))
+    sums = torch.zeros(3, int(group_idx.max()) + 1).index_add_(
+        1, flat, picture[:, : len(pixels), : len(pixels)].flatten(1)
+    )
     drawn = (sums / torch.bincount(flat).clamp_min(1))[:, flat].view(3, *pixels.shape)
     edge = torch.zeros_like(pixels, dtype=torch.bool)
     edge[1:] |= pixels[1:] != pixels[:-1]

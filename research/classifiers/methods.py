@@ -57,7 +57,7 @@ class Method:
         return replace(self, told=told)
 
     @contextmanager
-    def applied(self, model: nn.Module) -> Iterator[nn.Module]:
+    def apply(self, model: nn.Module) -> Iterator[nn.Module]:
         """Inside, the model works on fewer tokens. ValueError for a method that does not fit it."""
         if self.told is None:
             yield model

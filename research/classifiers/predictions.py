@@ -19,7 +19,7 @@ from eval.common import provenance
 from eval.common.cli import working
 from eval.common.files import write
 from eval.images.flops import FORMULAS
-from eval.methods.registry import code
+from eval.methods.registry import source_hash
 from tofu_sd.hosts import timm as host
 
 from .datasets import Labelled
@@ -70,7 +70,7 @@ class Bench:
         weights = provenance.weights_hash(one.model)
         made = {
             "weights": weights, "method": method.settings, "data": self.data.key, "n": self.n, "batch": self.batch,
-            "device": self.device.type, "torch": str(torch.__version__), "code": code(),
+            "device": self.device.type, "torch": str(torch.__version__), "code": source_hash(),
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
         path = self.out / "judged" / f"{key}.safetensors"
@@ -108,7 +108,7 @@ def judge(model: nn.Module, method: Method, batches: Any) -> Judged:
     prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
     like = next(model.parameters())
     last, head = host.find_blocks(model)[-1], cast(nn.Module, model.head)
-    with method.applied(model), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+    with method.apply(model), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         handles = [
             last.register_forward_pre_hook(lambda m, args: left.append(len(args[0]) * args[0].shape[1])),
             head.register_forward_pre_hook(lambda m, args: seen.append(args[0].float().cpu())),

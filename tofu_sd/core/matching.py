@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import assemble, nearest
-from .partition import Partition, Windows
+from ..kernels import build_map, nearest_dst
+from ..utils import did_you_mean, same_source
+from .partition import Partition, PartitionTensors, Windows
 from .token_map import SoftMap, TokenMap
 
 
@@ -22,7 +24,7 @@ class Pairs(NamedTuple):
 
     def fused(self, r: int) -> TokenMap:
         """The map by which the r most similar sources, at most S, join their destinations."""
-        return TokenMap(*assemble(self.best, self.target, *self.parts, r))
+        return TokenMap(*build_map(self.best, self.target, *self.parts, r))
 
 
 def most_similar(metric: Tensor, parts: Partition, windows: Windows | None = None) -> Pairs:
@@ -33,13 +35,17 @@ def most_similar(metric: Tensor, parts: Partition, windows: Windows | None = Non
     src, dst = parts
     with torch.no_grad():
         if windows is None:
-            best, target = (found.flatten(1) for found in nearest(metric, src.unsqueeze(0), dst.unsqueeze(0)))  # [B, S]
+            best, target = (
+                found.flatten(1) for found in nearest_dst(metric, src.unsqueeze(0), dst.unsqueeze(0))
+            )  # [B, S]
         else:
-            best, target = (found.flatten(1)[:, windows.slot] for found in nearest(metric, windows.src, windows.dst))
+            best, target = (
+                found.flatten(1)[:, windows.src_index] for found in nearest_dst(metric, windows.src, windows.dst)
+            )
         return Pairs(best, target, parts)
 
 
-def alike(best: Tensor, threshold: float) -> Tensor:
+def count_above_threshold(best: Tensor, threshold: float) -> Tensor:
     """How many of the cosines best [B, S] exceed a threshold, the mean over the batch (ATM section 3.4): []."""
     return (best > threshold).sum() / len(best)
 
@@ -65,7 +71,7 @@ def soft_assignment(z: Tensor, centroids: Tensor, temperature: float, used: Tens
     return nearness.softmax(dim=-1)
 
 
-def condense(metric: Tensor, windows: Windows, temperature: float) -> SoftMap:
+def soft_merge_map(metric: Tensor, windows: Windows, temperature: float) -> SoftMap:
     """Every token of metric [B, N, C] is shared out among the centroids of its window, the nearer the more.
 
     The centroids are the destinations, a token of each cell: the paper learns them with its model, and here is none to
@@ -73,15 +79,60 @@ def condense(metric: Tensor, windows: Windows, temperature: float) -> SoftMap:
     included. temperature: in the variance of a window's tokens, their mean squared distance from their average, so that
     the map does not change with the scale of the tokens. Carries gradients.
     """
-    src, dst, slot, seat = windows
+    src, dst, src_index, dst_index = windows
     with torch.autocast(metric.device.type, enabled=False):
         full = metric.to(torch.promote_types(metric.dtype, torch.float32))
-        real = torch.zeros(src.numel(), dtype=torch.bool, device=src.device).index_fill(0, slot, True).view_as(src)
-        used = torch.zeros(dst.numel(), dtype=torch.bool, device=dst.device).index_fill(0, seat, True).view_as(dst)
+        real = torch.zeros(src.numel(), dtype=torch.bool, device=src.device).index_fill(0, src_index, True).view_as(src)
+        used = torch.zeros(dst.numel(), dtype=torch.bool, device=dst.device).index_fill(0, dst_index, True).view_as(dst)
         share = (real / real.sum(dim=1, keepdim=True)).to(full.dtype).unsqueeze(-1)  # [T, M, 1], of an average
         z = full[:, src]  # [B, T, M, C]
         middle = (z * share).sum(dim=2, keepdim=True)
         spread = ((z - middle).square() * share).sum(dim=(2, 3), keepdim=True)  # [B, T, 1, 1]
         scale = spread.clamp_min(torch.finfo(full.dtype).tiny).rsqrt()  # equal tokens are at distance 0, not NaN
         weights = soft_assignment((z - middle) * scale, (full[:, dst] - middle) * scale, temperature, used)
-        return SoftMap(weights * real.unsqueeze(-1), src, slot, dst.flatten()[seat], seat)
+        return SoftMap(weights * real.unsqueeze(-1), src, src_index, dst.flatten()[dst_index], dst_index)
+
+
+Matcher = Callable[[Tensor, PartitionTensors, Any], "TokenMap | SoftMap"]
+MATCHERS: dict[str, Matcher] = {}
+
+
+def register_matcher(name: str) -> Callable[[Matcher], Matcher]:
+    """Makes a way to match tokens available as `TokenFusionConfig(matching=name)`. A decorator.
+
+    The matcher takes the tokens [B, N, C] of a block, the grid of its map and the configuration, and gives a TokenMap
+    or a SoftMap. `len(grid.num_merged)` is how many tokens to merge. It runs in compiled blocks too, so it must not
+    read a tensor's values.
+
+    Raises:
+        ValueError: the name is no identifier, or another matcher has it.
+    """
+    if not name.isidentifier():
+        raise ValueError(f"the matcher's name is {name!r}; it must be an identifier, as folders are named after it")
+
+    def register(matcher: Matcher) -> Matcher:
+        if not same_source(MATCHERS.get(name, matcher), matcher):
+            raise ValueError(f"a matcher named {name!r} is registered already: give yours another name")
+        MATCHERS[name] = matcher
+        return matcher
+
+    return register
+
+
+def get_matcher(name: str) -> Matcher:
+    """The matcher registered as `name`. ValueError for an unknown one."""
+    if name not in MATCHERS:
+        hint = did_you_mean(name, MATCHERS)
+        raise ValueError(f"unknown matching {name!r}{hint}; known: {', '.join(MATCHERS)}")
+    return MATCHERS[name]
+
+
+@register_matcher("bipartite")
+def _bipartite(tokens: Tensor, grid: PartitionTensors, config: Any) -> TokenMap:
+    return bipartite_soft_matching(tokens, grid.parts, len(grid.num_merged), grid.windows)
+
+
+@register_matcher("soft")
+def _soft(tokens: Tensor, grid: PartitionTensors, config: Any) -> SoftMap:
+    assert grid.windows is not None  # the configuration requires a window
+    return soft_merge_map(tokens, grid.windows, config.temperature)

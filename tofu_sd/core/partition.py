@@ -46,8 +46,8 @@ class Windows(NamedTuple):
 
     src: Tensor
     dst: Tensor
-    slot: Tensor
-    seat: Tensor
+    src_index: Tensor
+    dst_index: Tensor
 
 
 def windows(parts: Partition, h: int, w: int, sx: int, sy: int, side: int) -> Windows:
@@ -65,9 +65,9 @@ def windows(parts: Partition, h: int, w: int, sx: int, sy: int, side: int) -> Wi
     widths = [(side * sx, side)] * (across > 1) + [(w - (across - 1) * side * sx, cols - (across - 1) * side)]
     apart = len(parts.src) < h * w
     most = max(tall * wide - a * b * apart for tall, a in heights for wide, b in widths)
-    src, slot = _by_window(parts.src, window, down * across, most)
-    dst, seat = _by_window(parts.dst, window, down * across, min(side, rows) * min(side, cols))
-    return Windows(src, dst, slot, seat)
+    src, src_index = _by_window(parts.src, window, down * across, most)
+    dst, dst_index = _by_window(parts.dst, window, down * across, min(side, rows) * min(side, cols))
+    return Windows(src, dst, src_index, dst_index)
 
 
 def _by_window(tokens: Tensor, window: Tensor, T: int, most: int) -> tuple[Tensor, Tensor]:
@@ -75,9 +75,9 @@ def _by_window(tokens: Tensor, window: Tensor, T: int, most: int) -> tuple[Tenso
     order = window[tokens].argsort(stable=True)
     own = window[tokens][order]
     first = torch.searchsorted(own, torch.arange(T, device=tokens.device))  # [T] where each window begins
-    slot = own * most + torch.arange(len(order), device=tokens.device) - first[own]
-    rows = tokens.new_full((T * most,), -1).index_copy(0, slot, tokens[order]).view(T, most)
-    return rows.where(rows >= 0, rows[:, :1]), torch.empty_like(slot).index_copy(0, order, slot)
+    src_index = own * most + torch.arange(len(order), device=tokens.device) - first[own]
+    rows = tokens.new_full((T * most,), -1).index_copy(0, src_index, tokens[order]).view(T, most)
+    return rows.where(rows >= 0, rows[:, :1]), torch.empty_like(src_index).index_copy(0, order, src_index)
 
 
 def _hash(value: Tensor) -> Tensor:
@@ -86,3 +86,15 @@ def _hash(value: Tensor) -> Tensor:
     for _ in range(2):
         value = (((value >> 16) ^ value) * 0x45D9F3B) & 0xFFFFFFFF  # the product stays below 2**59
     return (value >> 16) ^ value
+
+
+class PartitionTensors(NamedTuple):
+    """What a block may know of its map, in tensors alone: a compiler would take an int for a constant.
+
+    parts: sources and destinations. num_merged: [r], only its length counts: how many tokens to merge. windows: in
+    which destinations a source looks, None for the whole map.
+    """
+
+    parts: Partition
+    num_merged: Tensor
+    windows: Windows | None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels import merge, take
 from ..kernels.operators import operator
+from ..utils import did_you_mean, same_source
 from .token_map import SoftMap, TokenMap
 
 Reduction = Callable[[Tensor, Any], Tensor]  # of a TokenMap; `mean` of a SoftMap too
@@ -21,7 +22,7 @@ Reduction = Callable[[Tensor, Any], Tensor]  # of a TokenMap; `mean` of a SoftMa
 
 def prune(x: Tensor, map: TokenMap) -> Tensor:
     """The survivors as they are (Alg. 1, line 9): [B, K, C]."""
-    return take(x, map.kept)
+    return take(x, map.kept_idx)
 
 
 def unmerge(y: Tensor, map: TokenMap | SoftMap) -> Tensor:
@@ -33,9 +34,9 @@ def unmerge(y: Tensor, map: TokenMap | SoftMap) -> Tensor:
         (B, T, _, D), C = map.weights.shape, y.shape[-1]
         with torch.autocast(y.device.type, enabled=False):
             full = y.to(map.weights.dtype)
-            seated = full.new_zeros(B, T * D, C).index_copy(1, map.seat, full).view(B, T, D, C)
+            seated = full.new_zeros(B, T * D, C).index_copy(1, map.dst_index, full).view(B, T, D, C)
             return (map.weights @ seated).flatten(1, 2)[:, map.place].to(y.dtype)
-    return take(y, map.home)
+    return take(y, map.group_idx)
 
 
 def mean(x: Tensor, map: TokenMap | SoftMap) -> Tensor:
@@ -47,8 +48,8 @@ def mean(x: Tensor, map: TokenMap | SoftMap) -> Tensor:
     if isinstance(map, SoftMap):
         with torch.autocast(x.device.type, enabled=False):
             sums = map.weights.mT @ x[:, map.tokens].to(map.weights.dtype)  # [B, T, D, C]
-            return (sums.flatten(1, 2)[:, map.seat] / map.size.unsqueeze(-1)).to(x.dtype)
-    return merge(x, map.home, map.kept.shape[1], largest_norm=False)
+            return (sums.flatten(1, 2)[:, map.dst_index] / map.size.unsqueeze(-1)).to(x.dtype)
+    return merge(x, map.group_idx, map.kept_idx.shape[1], largest_norm=False)
 
 
 def mlerp(x: Tensor, map: TokenMap) -> Tensor:
@@ -56,15 +57,48 @@ def mlerp(x: Tensor, map: TokenMap) -> Tensor:
 
     A group whose mean is zero has no direction and stays zero.
     """
-    return merge(x, map.home, map.kept.shape[1], largest_norm=True)
+    return merge(x, map.group_idx, map.kept_idx.shape[1], largest_norm=True)
 
 
 REDUCTIONS: dict[str, Reduction] = {"prune": prune, "mean": mean, "mlerp": mlerp}
 
+
+def register_reduction(reduction: Reduction) -> Reduction:
+    """Makes a reduction available by its function's name: `TokenFusionConfig(early="mine")`. A decorator.
+
+    Args:
+        reduction: takes tokens [B, N, C] and a TokenMap to [B, K, C].
+
+    Raises:
+        ValueError: the function has no name, or another reduction has it.
+    """
+    name = get_reduction(reduction).__name__
+    if not same_source(REDUCTIONS.get(name, reduction), reduction):
+        raise ValueError(f"a reduction named {name!r} is registered already: give yours another name")
+    REDUCTIONS[name] = reduction
+    return reduction
+
+
+def get_reduction(name: str | Reduction) -> Reduction:
+    """The reduction called `name`; a function is returned unchanged.
+
+    Raises:
+        ValueError: an unknown name, or a function without a name, which rows and folders are named after.
+    """
+    if callable(name):
+        if not getattr(name, "__name__", "").isidentifier():
+            raise ValueError(f"the reduction {name!r} has no name of its own: write it as a function, with def")
+        return name
+    if name not in REDUCTIONS:
+        hint = did_you_mean(str(name), REDUCTIONS)
+        raise ValueError(f"unknown reduction {name!r}{hint}; known: {', '.join(REDUCTIONS)}")
+    return REDUCTIONS[name]
+
+
 _NUMBERED: dict[Reduction, int] = {reduction: i for i, reduction in enumerate(REDUCTIONS.values(), 2)}
 
 
-def number_of(reduction: Reduction) -> int:
+def reduction_id(reduction: Reduction) -> int:
     """The number by which `fuse` knows a reduction, from 2 on: compilers take 0 and 1 for constants.
 
     To be asked outside of compiled code, which puts off what it changes until its graph has run.
@@ -72,14 +106,14 @@ def number_of(reduction: Reduction) -> int:
     return _NUMBERED.setdefault(reduction, len(_NUMBERED) + 2)
 
 
-def _fuse_shapes(x: Tensor, kept: Tensor, home: Tensor, number: int) -> Tensor:
-    return x.new_empty(*kept.shape, x.shape[-1])
+def _fuse_shapes(x: Tensor, kept_idx: Tensor, group_idx: Tensor, number: int) -> Tensor:
+    return x.new_empty(*kept_idx.shape, x.shape[-1])
 
 
 @operator("tofu_sd::fuse", "(Tensor x, Tensor kept, Tensor home, SymInt number) -> Tensor", _fuse_shapes)
-def fuse(x: Tensor, kept: Tensor, home: Tensor, number: int) -> Tensor:
+def fuse(x: Tensor, kept_idx: Tensor, group_idx: Tensor, number: int) -> Tensor:
     """The reduction of that number, as an operator that is the same for all of them: one graph of a compiled block.
 
     Without gradient.
     """
-    return list(_NUMBERED)[number - 2](x, TokenMap(kept, home)).contiguous()
+    return list(_NUMBERED)[number - 2](x, TokenMap(kept_idx, group_idx)).contiguous()

@@ -25,34 +25,34 @@ class TokenMap(NamedTuple):
     home: [B, N] long, for every token the index 0..K-1 of its survivor; home[kept[k]] == k.
     """
 
-    kept: Tensor
-    home: Tensor
+    kept_idx: Tensor
+    group_idx: Tensor
 
     @property
     def before(self) -> torch.Size:
         """[B, N], of the tokens that are fused."""
-        return self.home.shape
+        return self.group_idx.shape
 
     @property
     def after(self) -> torch.Size:
         """[B, K], of what they are fused into."""
-        return self.kept.shape
+        return self.kept_idx.shape
 
     @property
     def size(self) -> Tensor:
         """Merging size n_i of each survivor, itself included: float32 [B, K]; rows sum to N."""
-        one = torch.ones((), device=self.home.device).expand_as(self.home)
-        return torch.zeros(self.kept.shape, device=self.home.device).scatter_add(1, self.home, one)
+        one = torch.ones((), device=self.group_idx.device).expand_as(self.group_idx)
+        return torch.zeros(self.kept_idx.shape, device=self.group_idx.device).scatter_add(1, self.group_idx, one)
 
-    def then(self, later: TokenMap) -> TokenMap:
+    def compose(self, later: TokenMap) -> TokenMap:
         """This map followed by a map of its K survivors, as one map of the N tokens."""
-        return TokenMap(self.kept.gather(1, later.kept), later.home.gather(1, self.home))
+        return TokenMap(self.kept_idx.gather(1, later.kept_idx), later.group_idx.gather(1, self.group_idx))
 
-    def twice(self) -> TokenMap:
+    def repeat_for_cfg(self) -> TokenMap:
         """The same map for a batch of two such halves."""
-        return TokenMap(self.kept.repeat(2, 1), self.home.repeat(2, 1))
+        return TokenMap(self.kept_idx.repeat(2, 1), self.group_idx.repeat(2, 1))
 
-    def hard(self) -> TokenMap:
+    def argmax_map(self) -> TokenMap:
         """Itself: each token has one home."""
         return self
 
@@ -69,8 +69,8 @@ class SoftMap(NamedTuple):
     weights: Tensor
     tokens: Tensor
     place: Tensor
-    kept: Tensor
-    seat: Tensor
+    kept_idx: Tensor
+    dst_index: Tensor
 
     @property
     def before(self) -> torch.Size:
@@ -80,31 +80,31 @@ class SoftMap(NamedTuple):
     @property
     def after(self) -> torch.Size:
         """[B, K], of what they are condensed into."""
-        return torch.Size((len(self.weights), len(self.seat)))
+        return torch.Size((len(self.weights), len(self.dst_index)))
 
     @property
     def size(self) -> Tensor:
         """Merging size sum_i a_ik of each condensed token, no whole number: [B, K]; rows sum to N."""
-        return self.weights.sum(dim=2).flatten(1)[:, self.seat]
+        return self.weights.sum(dim=2).flatten(1)[:, self.dst_index]
 
-    def twice(self) -> SoftMap:
+    def repeat_for_cfg(self) -> SoftMap:
         """The same map for a batch of two such halves."""
         return self._replace(weights=self.weights.repeat(2, 1, 1, 1))
 
-    def hard(self) -> TokenMap:
+    def argmax_map(self) -> TokenMap:
         """Every token wholly to the centroid that has most of it, a centroid's own token to itself."""
-        (B, T, _, D), K = self.weights.shape, len(self.seat)
-        n = torch.arange(K, device=self.seat.device)
-        number = n.new_zeros(T * D).index_copy(0, self.seat, n).view(T, 1, D)  # of each centroid among all
-        nearest = self.weights.argmax(dim=-1, keepdim=True)  # [B, T, M, 1]
-        home = number.expand(B, T, self.weights.shape[2], D).gather(-1, nearest).flatten(1)[:, self.place]
-        return TokenMap(self.kept.expand(B, -1), home.index_copy(1, self.kept, n.expand(B, -1)))
+        (B, T, _, D), K = self.weights.shape, len(self.dst_index)
+        n = torch.arange(K, device=self.dst_index.device)
+        number = n.new_zeros(T * D).index_copy(0, self.dst_index, n).view(T, 1, D)  # of each centroid among all
+        nearest_dst = self.weights.argmax(dim=-1, keepdim=True)  # [B, T, M, 1]
+        group_idx = number.expand(B, T, self.weights.shape[2], D).gather(-1, nearest_dst).flatten(1)[:, self.place]
+        return TokenMap(self.kept_idx.expand(B, -1), group_idx.index_copy(1, self.kept_idx, n.expand(B, -1)))
 
 
-def merge_map(map: TokenMap, h: int, w: int) -> Tensor:
+def draw_merge_map(map: TokenMap, h: int, w: int) -> Tensor:
     """A picture of who stands for whom [B, 3, h, w], 0 to 1: a colour for each group, gray for a token alone."""
-    size = map.size.gather(1, map.home)  # [B, N] of each token's group
-    hue = (map.home * 0.618034) % 1  # golden ratio: neighbours in number are far in colour
+    size = map.size.gather(1, map.group_idx)  # [B, N] of each token's group
+    hue = (map.group_idx * 0.618034) % 1  # golden ratio: neighbours in number are far in colour
     channels = torch.stack([((hue * 6 + shift) % 6 - 3).abs() - 1 for shift in (0, 4, 2)], dim=1).clamp(0, 1)
     colours = 0.25 + 0.75 * channels
     alone = (size == 1).unsqueeze(1)

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..config import TokenFusion
+from ..config import TokenFusionConfig
 from ..core.proportional import weighted_attention
 from ..core.reductions import unmerge
 from ..core.token_map import SoftMap, TokenMap
-from ..patching.block_info import Site
-from ..patching.block_state import SiteFusion, fusions
-from ..patching.step_tracker import Clock
-from .ldm import PatchSummary, Place, find_sites, number_of_tokens, summarize
+from ..patching.block_info import BlockInfo
+from ..patching.block_state import BlockState, fusions
+from ..patching.step_tracker import StepTracker
+from .ldm import PatchSummary, Place, find_blocks, number_of_tokens, summarize
 
 logger = logging.getLogger("tofu_sd")
 # what a patch is told, one dict for each call of a block: block, block_index, activations_shape, sigmas, ...
@@ -35,7 +35,7 @@ MAP = "tofu_sd_map"  # in the options: the map of the block that is running
 UNSUPPORTED = {
     "merge_crossattn": "these programs tell patches of self-attention alone",
     "merge_mlp": "these programs tell patches of self-attention alone",
-    "share_guidance": "these programs decide for themselves which prompts go into a batch",
+    "share_across_cfg": "these programs decide for themselves which prompts go into a batch",
     "threshold": "it counts in one call for the next, and these programs may call a model several times a step",
 }
 # why a block is left unmerged
@@ -64,16 +64,16 @@ class Call(NamedTuple):
 class Lane:
     """State of the calls that one thread makes on one device: the step, and the maps that blocks and steps share."""
 
-    def __init__(self, fusion: TokenFusion, sites: Mapping[Place, Site]):
-        places = {site.name: place for place, site in sites.items()}
-        self.states: dict[Place, SiteFusion] = {
-            places[site.name]: state for site, state in fusions(list(sites.values()), fusion)
+    def __init__(self, fusion: TokenFusionConfig, infos: Mapping[Place, BlockInfo]):
+        places = {info.name: place for place, info in infos.items()}
+        self.states: dict[Place, BlockState] = {
+            places[info.name]: state for info, state in fusions(list(infos.values()), fusion)
         }
-        self.clock = Clock(replace(fusion, start=0.0, end=1.0))  # the window is in noise levels here
-        self.open = True
+        self.steps = StepTracker(replace(fusion, start=0.0, end=1.0))  # the window is in noise levels here
+        self.is_active = True
         self.previous: Place | None = None  # where the last merged block was
 
-        self.relays = tuple(dict.fromkeys(s.relay for s in self.states.values() if s.relay is not None))
+        self.shared_maps = tuple(dict.fromkeys(s.shared_map for s in self.states.values() if s.shared_map is not None))
 
     def begin(self, options: Mapping[str, Any], sigmas: tuple[float, float], content: Tensor) -> None:
         """Notes the step at the start of a call of the model, whose latents or first tokens are `content`."""
@@ -81,25 +81,25 @@ class Lane:
         self._end()
         sigma, schedule = options.get("sigmas"), options.get("sample_sigmas")
         if sigma is not None:
-            self.open = sigmas[1] <= float(sigma.flatten()[0]) <= sigmas[0]
+            self.is_active = sigmas[1] <= float(sigma.flatten()[0]) <= sigmas[0]
             # a program that does not show the schedule does not say where one sampling ends
             shown = None if schedule is None else content
-            self.clock.tick(sigma, shown, schedule, identifiers_of(options))
-        for relay in self.relays:
-            relay.begin(self.clock.now)
+            self.steps.tick(sigma, shown, schedule, identifiers_of(options))
+        for shared_map in self.shared_maps:
+            shared_map.begin(self.steps.now)
 
     def _end(self) -> None:
         """Leaves the maps of the call before to the later steps of its image part."""
-        part = self.clock.now.part
-        for relay in self.relays:
+        part = self.steps.now.part
+        for shared_map in self.shared_maps:
             if part is not None:
-                relay.end(part)
+                shared_map.end(part)
 
     def match(self, place: Place, q: Tensor, size: tuple[int, int]) -> TokenMap | SoftMap | None:
         """The map of a block's tokens q [B, h w, C]; None where no token is merged."""
         state = self.states[place]
-        state.begin(self.clock.layout(*size, q.device), None)
-        state.observe(q)
+        state.begin(self.steps.grid(*size, q.device), None)
+        state.update_map(q)
         return state.take("attn", q)
 
 
@@ -130,16 +130,16 @@ class AttentionPatches:
 
     def __init__(
         self,
-        fusion: TokenFusion,
-        sites: Mapping[Place, Site],
+        fusion: TokenFusionConfig,
+        infos: Mapping[Place, BlockInfo],
         percent_to_sigma: Callable[[float], float] | None = None,
         plain: Callable[..., Tensor] | None = None,
         watcher: Callable[[Place, TokenMap, int, int], None] | None = None,
     ):
         self.number = next(_numbers)
         self.fusion = fusion
-        self.sites = dict(sites)
-        self.places = tuple(Lane(fusion, sites).states)
+        self.infos = dict(infos)
+        self.places = tuple(Lane(fusion, infos).states)
         self.least = number_of_tokens(fusion)
         self.percent_to_sigma = percent_to_sigma
         self.call = Call(frozenset(), self._window(percent_to_sigma))  # where `prepare` does not run
@@ -206,17 +206,17 @@ class AttentionPatches:
             self._leave(reason or FEW)
             return q, k, v
         if self.watcher is not None:
-            self.watcher(place, map.hard(), *size)
+            self.watcher(place, map.argmax_map(), *size)
         options[MAP] = map
         merged = {id(x): x for x in (q, k, v)}  # one tensor, most times
         merged = {key: lane.states[place].reduce(x, map) for key, x in merged.items()}
-        return (q if self.fusion.keys_only else merged[id(q)]), merged[id(k)], merged[id(v)]
+        return (q if self.fusion.kv_only else merged[id(q)]), merged[id(k)], merged[id(v)]
 
     @uncompiled
     def after(self, out: Tensor, options: Options) -> Tensor:
         """attn1_output_patch: the attention's result for all tokens [B, N, C]."""
         map = options.pop(MAP, None)
-        if map is None or self.fusion.keys_only or out.shape[:2] != map.after:
+        if map is None or self.fusion.kv_only or out.shape[:2] != map.after:
             return out
         return unmerge(out, map)
 
@@ -237,7 +237,7 @@ class AttentionPatches:
     def _lane(self, device: torch.device) -> Lane:
         lanes = self._lanes.by_device
         if device not in lanes:
-            lanes[device] = Lane(self.fusion, self.sites)
+            lanes[device] = Lane(self.fusion, self.infos)
         return lanes[device]
 
     def _owns(self, patch: Any, nobody: bool = False) -> bool:
@@ -254,14 +254,14 @@ class AttentionPatches:
 
         Its batch is another; where there are as many frames as tokens, that it comes second tells it.
         """
-        if not hasattr(self.sites[place].canvas, "time_stack"):
+        if not hasattr(self.infos[place].spatial_module, "time_stack"):
             return False
         shape = options.get("activations_shape")
         return place == lane.previous or (shape is not None and shape[0] != q.shape[0])
 
     def _obstacle(self, place: Place, q: Tensor, k: Tensor, v: Tensor, options: Options, lane: Lane) -> str | None:
         """Why the block that is running must be left unmerged, if so."""
-        if not lane.open:
+        if not lane.is_active:
             return OUTSIDE
         if place in options.get(KEY, self.call).replaced:
             return REPLACED
@@ -275,8 +275,8 @@ class AttentionPatches:
 
     def _layers(self, place: Place) -> Iterator[Any]:
         """The modules of a block that its tokens pass from our first patch to our last."""
-        canvas: Any = self.sites[place].canvas
-        block = canvas.transformer_blocks[place[2]]
+        spatial_module: Any = self.infos[place].spatial_module
+        block = spatial_module.transformer_blocks[place[2]]
         yield block
         yield block.attn1
         yield from (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v, block.attn1.to_out)
@@ -364,7 +364,7 @@ def graphs_of(patches: AttentionPatches) -> Iterator[None]:
 
 def patch_model(
     patcher: Any,
-    fusion: TokenFusion,
+    fusion: TokenFusionConfig,
     plain: Callable[..., Tensor],
     percent_to_sigma: Callable[[float], float] | None = None,
 ) -> tuple[Any, PatchSummary]:
@@ -381,12 +381,12 @@ def patch_model(
     for name, why in UNSUPPORTED.items():
         if getattr(fusion, name) is not None and getattr(fusion, name) is not False:
             raise ValueError(f"{name} cannot be had here: {why}")
-    sites = find_sites(model)
+    infos = find_blocks(model)
     if (fusion.start, fusion.end) != (0, 1) and percent_to_sigma is None:
         raise ValueError(f"start is {fusion.start:g} and end is {fusion.end:g}: this model tells no noise levels")
     clone = patcher.clone()
-    _put_on(clone, AttentionPatches(fusion, sites, percent_to_sigma, plain))
-    return clone, summarize(model, sites, fusion)
+    _put_on(clone, AttentionPatches(fusion, infos, percent_to_sigma, plain))
+    return clone, summarize(model, infos, fusion)
 
 
 def watch_model(patcher: Any, watcher: Callable[[Place, TokenMap, int, int], None]) -> tuple[Any, AttentionPatches]:
@@ -398,7 +398,7 @@ def watch_model(patcher: Any, watcher: Callable[[Place, TokenMap, int, int], Non
     if before is None:
         raise ValueError("this model fuses no tokens: put Token Fusion (ToFu) before Token Fusion Map")
     clone = patcher.clone()
-    patches = AttentionPatches(before.fusion, before.sites, before.percent_to_sigma, before.plain, watcher)
+    patches = AttentionPatches(before.fusion, before.infos, before.percent_to_sigma, before.plain, watcher)
     _put_on(clone, patches)
     return clone, patches
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..patching.block_info import ATTRIBUTE
-from ..patching.block_state import SiteFusion
+from ..patching.block_state import BlockState
 
 
 class FusedNorm(nn.LayerNorm):
@@ -16,11 +16,11 @@ class FusedNorm(nn.LayerNorm):
     """
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
-        site: SiteFusion | None = getattr(self, ATTRIBUTE, None)
-        if site is not None:
+        state: BlockState | None = getattr(self, ATTRIBUTE, None)
+        if state is not None:
             # tokens lie channel by channel here; the norm makes this copy in any case, and rows are read from it faster
             hidden_states = hidden_states.contiguous()
-            site.observe(hidden_states)
+            state.update_map(hidden_states)
         return super().__call__(hidden_states)
 
 

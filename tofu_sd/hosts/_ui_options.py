@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import TokenFusion, reduction_named
+from ..config import TokenFusionConfig
+from ..core.reductions import get_reduction
 from ..recipes import RECIPES
 from ..utils import did_you_mean
 
@@ -72,7 +73,7 @@ OPTIONS = (
         "A fused token gets the attention of all it stands for: much nearer to the full picture; best with mean twice.",
         advanced=True,
     ),
-    Option("keys_only", False, "Fuse keys and values alone: nearer to the full picture, and slower.", advanced=True),
+    Option("kv_only", False, "Fuse keys and values alone: nearer to the full picture, and slower.", advanced=True),
     Option(
         "levels", 1,
         "How many resolutions are fused, from the highest one with attention. The middle block never is: guidance "
@@ -90,10 +91,10 @@ OPTIONS = (
         advanced=True,
     ),
     Option(
-        "match_every", 1, "Look for like tokens at every so many steps: faster, less exact.", 1, 20, 1, advanced=True,
+        "match_interval", 1, "Match tokens at every so many steps: faster, less exact.", 1, 20, 1, advanced=True,
     ),
     Option(
-        "share_level", False, "Look for like tokens once for all blocks of a resolution: faster, less exact.",
+        "share_across_blocks", False, "Look for like tokens once for all blocks of a resolution: faster, less exact.",
         advanced=True,
     ),
     Option(
@@ -102,7 +103,7 @@ OPTIONS = (
 )  # fmt: skip
 CUSTOM = "custom"
 PRESETS = ("tofu", "tofu-fast", "faithful", "tome")
-METHOD = ("early", "late", "depth_split", "proportional", "keys_only", "window")  # the options that a preset sets
+METHOD = ("early", "late", "depth_split", "proportional", "kv_only", "window")  # the options that a preset sets
 PRESET = Option(
     "preset", "tofu",
     "faithful stays nearest to the full picture, at the speed of tofu-fast; tofu and tome are the papers' methods. It "
@@ -123,14 +124,14 @@ def read(options: Iterable[Option], values: Mapping[str, Any]) -> dict[str, Any]
     return {name: option.read(values.get(name, option.default)) for name, option in known.items()}
 
 
-def fusion_of(values: Mapping[str, Any]) -> TokenFusion:
+def fusion_of(values: Mapping[str, Any]) -> TokenFusionConfig:
     """What is asked for. An option that is not named is the default.
 
     ValueError for a value of another type or out of range, TypeError for an unknown option.
     """
     told = read(OPTIONS, values)
     depth_split, grid_seed = told.pop("depth_split"), told.pop("grid_seed")
-    return TokenFusion.of(
+    return TokenFusionConfig.of(
         told.pop("ratio"),
         depth_split=None if depth_split < 0 else depth_split,
         seed=None if grid_seed < 0 else grid_seed,
@@ -141,12 +142,12 @@ def fusion_of(values: Mapping[str, Any]) -> TokenFusion:
     )
 
 
-def values_of(fusion: TokenFusion) -> dict[str, Any]:
+def values_of(fusion: TokenFusionConfig) -> dict[str, Any]:
     """The options as they are entered: `fusion_of` backwards."""
     values = {option.name: getattr(fusion, option.name, None) for option in OPTIONS}
     return values | {
-        "early": reduction_named(fusion.early).__name__,
-        "late": reduction_named(fusion.late).__name__,
+        "early": get_reduction(fusion.early).__name__,
+        "late": get_reduction(fusion.late).__name__,
         "depth_split": -1 if fusion.depth_split is None else fusion.depth_split,
         "grid_seed": -1 if fusion.seed is None else fusion.seed,
         "window": fusion.window or 0,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ..core.token_map import TokenMap, merge_map
+from ..core.token_map import TokenMap, draw_merge_map
 from ._model_patcher import Options, patch_model, watch_model
 from ._ui_options import CUSTOM, OPTIONS, PRESET, Option, chosen, fusion_of
 from .ldm import Place
@@ -74,7 +74,7 @@ def show(
     maps: dict[Place, Tensor] = {}
 
     def keep(place: Place, map: TokenMap, h: int, w: int) -> None:
-        maps.setdefault(place, merge_map(map, h, w)[-1].cpu())
+        maps.setdefault(place, draw_merge_map(map, h, w)[-1].cpu())
 
     clone, patches = watch_model(model, keep)
     samples = comfy.sample.fix_empty_latent_channels(clone, latent["samples"][:1])

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.reductions import unmerge
 from ..kernels.operators import is_compiling
 from ..patching.block_info import ATTRIBUTE
-from ..patching.block_state import SiteFusion
+from ..patching.block_state import BlockState
 from .diffusers_processors import (
     _SDPA,
     _UPCASTING,
@@ -34,24 +34,24 @@ class FusedAttention(Attention):  # type: ignore[misc]
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        site: SiteFusion | None = getattr(self, ATTRIBUTE, None)
-        if site is None:
+        state: BlockState | None = getattr(self, ATTRIBUTE, None)
+        if state is None:
             return Attention.forward(self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        if site.normed:
-            site.observe(hidden_states)
-        map = site.take("attn", hidden_states)
+        if state.normed:
+            state.update_map(hidden_states)
+        map = state.take("attn", hidden_states)
         if map is None or encoder_hidden_states is not None or attention_mask is not None:
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
         if _keeps_maps(self.processor):
             if not is_compiling():
                 _report_left_alone(self.processor)
             return super().forward(hidden_states, encoder_hidden_states, attention_mask, **kwargs)
-        _check_processor(self, site)
-        fused = site.reduce(hidden_states, map)
-        bias = site.key_bias(hidden_states, map, sdpa=type(self.processor) in _SDPA)
+        _check_processor(self, state)
+        fused = state.reduce(hidden_states, map)
+        bias = state.key_bias(hidden_states, map, sdpa=type(self.processor) in _SDPA)
         if bias is not None and self.upcast_attention and isinstance(self.processor, _UPCASTING):
             bias = bias.float()
-        if site.keys_only:
+        if state.kv_only:
             return super().forward(hidden_states, fused, bias, **kwargs)
         return unmerge(super().forward(fused, attention_mask=bias, **kwargs), map)
 
@@ -60,22 +60,22 @@ class FusedCrossAttention(Attention):  # type: ignore[misc]
     """Cross-attention whose queries are fused tokens."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        site: SiteFusion | None = getattr(self, ATTRIBUTE, None)
-        if site is None:
+        state: BlockState | None = getattr(self, ATTRIBUTE, None)
+        if state is None:
             return Attention.forward(self, hidden_states, *args, **kwargs)
         attend = super().forward
         if kwargs.get("ip_adapter_masks") is not None:  # they are laid on the full map
             return attend(hidden_states, *args, **kwargs)
         _check_cross_processor(self.processor)
-        return site.around("crossattn", lambda x: attend(x, *args, **kwargs), hidden_states)
+        return state.run_merged("crossattn", lambda x: attend(x, *args, **kwargs), hidden_states)
 
 
 class FusedFeedForward(FeedForward):  # type: ignore[misc]
     """Feed-forward on fused tokens. A chunk of the tokens (chunked feed-forward) passes through unfused."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        site: SiteFusion | None = getattr(self, ATTRIBUTE, None)
-        if site is None:
+        state: BlockState | None = getattr(self, ATTRIBUTE, None)
+        if state is None:
             return FeedForward.forward(self, hidden_states, *args, **kwargs)
         layer = super().forward
-        return site.around("mlp", lambda x: layer(x, *args, **kwargs), hidden_states)
+        return state.run_merged("mlp", lambda x: layer(x, *args, **kwargs), hidden_states)

@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import (
 
 from ..core.proportional import check_kernel
 from ..kernels.operators import is_compiling
-from ..patching.block_state import SiteFusion
+from ..patching.block_state import BlockState
 
 logger = logging.getLogger("tofu_sd")
 _SDPA = (AttnProcessor2_0, FusedAttnProcessor2_0)  # others look closely at their mask (xformers), or add it themselves
@@ -26,26 +26,26 @@ _STOCK = Attention.__module__  # processors of diffusers itself, which tell cros
 _reads_mask: dict[type[Any], bool] = {}  # whether processors of a class heed their mask
 
 
-def _check_processor(attention: Attention, site: SiteFusion) -> None:
+def _check_processor(attention: Attention, state: BlockState) -> None:
     """RuntimeError for a processor that does not attend to the keys and weights it is given."""
-    if not (site.keys_only or site.proportional):
+    if not (state.kv_only or state.proportional):
         return
     processor = attention.processor
     name = type(processor).__name__
     if name.startswith("PAG") or "CrossFrame" in name:  # they split the batch, or take the keys of another frame
-        option = "keys_only" if site.keys_only else "proportional"
+        option = "kv_only" if state.kv_only else "proportional"
         raise RuntimeError(f"{option} does not work with {name}, which takes keys of its own: leave {option} off")
-    if site.keys_only and isinstance(processor, FusedAttnProcessor2_0):
+    if state.kv_only and isinstance(processor, FusedAttnProcessor2_0):
         raise RuntimeError(
-            "keys_only fuses keys and values apart from the queries, which fuse_qkv_projections() has made one "
-            "projection: call unfuse_qkv_projections() first, or leave keys_only off"
+            "kv_only fuses keys and values apart from the queries, which fuse_qkv_projections() has made one "
+            "projection: call unfuse_qkv_projections() first, or leave kv_only off"
         )
-    if site.keys_only and type(processor).__module__ != _STOCK:
+    if state.kv_only and type(processor).__module__ != _STOCK:
         raise RuntimeError(
-            f"keys_only gives self-attention keys of its own, by which {name} may take it for cross-attention: leave "
-            "keys_only off, or set a processor of diffusers.models.attention_processor"
+            f"kv_only gives self-attention keys of its own, by which {name} may take it for cross-attention: leave "
+            "kv_only off, or set a processor of diffusers.models.attention_processor"
         )
-    if site.proportional and not is_compiling():
+    if state.proportional and not is_compiling():
         check_kernel(attention.to_q.weight.device, attention.to_q.weight.dtype)
         if type(processor).__module__ != _STOCK and not _heeds_mask(attention):
             raise RuntimeError(

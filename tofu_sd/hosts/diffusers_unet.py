@@ -15,7 +15,7 @@ from diffusers.models.attention_processor import (
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from ..patching.block_info import Site
+from ..patching.block_info import BlockInfo
 from ..patching.patch import Patch
 from ._norm import FusedNorm, refuse_wrapped
 from .diffusers_layers import FusedAttention, FusedCrossAttention, FusedFeedForward
@@ -79,7 +79,7 @@ def latent_size(unet: nn.Module) -> tuple[int, int]:
     return tuple(size) if isinstance(size, list | tuple) else (size, size)
 
 
-def find_sites(unet: nn.Module) -> list[Site]:
+def find_blocks(unet: nn.Module) -> list[BlockInfo]:
     """All transformer blocks with self-attention over a 4-D map, in execution order, found by structure.
 
     ValueError where there is none, saying what was looked for.
@@ -91,9 +91,9 @@ def find_sites(unet: nn.Module) -> list[Site]:
         if isinstance(module, Transformer2DModel) and ".ctrl_" not in name  # ControlNet-XS's control side
     ]
     blocks = [
-        (path, downsample, canvas, f"{name}.transformer_blocks.{i}", block)
-        for path, downsample, name, canvas in places
-        for i, block in enumerate(getattr(canvas, "transformer_blocks", ()))
+        (path, downsample, spatial_module, f"{name}.transformer_blocks.{i}", block)
+        for path, downsample, name, spatial_module in places
+        for i, block in enumerate(getattr(spatial_module, "transformer_blocks", ()))
         if isinstance(block, BasicTransformerBlock) and not _only_cross(block)
     ]
     if not blocks:
@@ -103,13 +103,13 @@ def find_sites(unet: nn.Module) -> list[Site]:
             "Transformer2DModel; diffusion transformers (DiT, SD3, Flux) and Kandinsky's UNets have none"
         )
     levels = sorted({downsample for _, downsample, *_ in blocks})
-    sites = []
-    for depth, (path, downsample, canvas, name, block) in enumerate(blocks):
+    infos = []
+    for depth, (path, downsample, spatial_module, name, block) in enumerate(blocks):
         parts = {"norm": block.norm1, "attn": block.attn1, "crossattn": block.attn2, "mlp": block.ff}
         parts = {role: part for role, part in parts.items() if part is not None}
         level, width = levels.index(downsample), block.attn1.query_dim
-        sites.append(Site(name, depth, path, level, downsample, width, canvas, parts, type(block)))
-    return sites
+        infos.append(BlockInfo(name, depth, path, level, downsample, width, spatial_module, parts, type(block)))
+    return infos
 
 
 def _stages(unet: nn.Module) -> Iterator[tuple[str, int, str, nn.Module]]:
@@ -147,17 +147,17 @@ _SWAPS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
 }
 
 
-def swap(site: Site, role: str, ours: Collection[nn.Module] = ()) -> type[nn.Module]:
+def swap(info: BlockInfo, role: str, ours: Collection[nn.Module] = ()) -> type[nn.Module]:
     """The class that takes the place of the site's layer `role`. RuntimeError where something else has wrapped it.
 
     ours: layers that an earlier patch had swapped; what hooked them since lies outside and goes on with the new one.
     """
-    part, (known, fused) = site.parts[role], _SWAPS[role]
-    where = f"{site.name}'s {role} layer"
-    if site.block is not BasicTransformerBlock:
+    part, (known, fused) = info.layers[role], _SWAPS[role]
+    where = f"{info.name}'s {role} layer"
+    if info.block_class is not BasicTransformerBlock:
+        name = f"{info.block_class.__module__}.{info.block_class.__qualname__}"
         raise RuntimeError(
-            f"{site.name} is a {site.block.__module__}.{site.block.__qualname__}: something else has already wrapped "
-            "this block (tomesd?); remove that patch first"
+            f"{info.name} is a {name}: something else has already wrapped this block (tomesd?); remove that patch first"
         )
     if type(part) is not known:
         raise RuntimeError(

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import TokenFusion
+from ..config import TokenFusionConfig
 from ..core.proportional import weighted_attention
 from ..core.reductions import unmerge
-from ..patching.block_info import ATTRIBUTE, Site
-from ..patching.block_state import SiteFusion, fusions
+from ..patching.block_info import ATTRIBUTE, BlockInfo
+from ..patching.block_state import BlockState, fusions
 from ..patching.patch import attach, detach, patch_of, plan
 from ._norm import FusedNorm, refuse_wrapped
 
@@ -30,7 +30,7 @@ MIDDLE = 2**31
 and it has too few tokens for merging to pay."""
 
 
-def find_sites(unet: Any) -> dict[Place, Site]:
+def find_blocks(unet: Any) -> dict[Place, BlockInfo]:
     """All transformer blocks with self-attention over a 4-D map, by their places, in execution order.
 
     A place is ("input", 1, 0): the side, the number of the block in it, the number of the transformer block
@@ -40,10 +40,10 @@ def find_sites(unet: Any) -> dict[Place, Site]:
     ValueError where there is none, saying what was looked for.
     """
     found = [
-        (side, number, index, path, downsample, name, canvas, block)
+        (side, number, index, path, downsample, name, spatial_module, block)
         for side, number, path, downsample, stage, prefix in _stages(unet)
-        for name, canvas in _transformers(stage, prefix)
-        for index, block in enumerate(canvas.transformer_blocks)
+        for name, spatial_module in _transformers(stage, prefix)
+        for index, block in enumerate(spatial_module.transformer_blocks)
         if _attends_to_itself(block)
     ]
     if not found:
@@ -53,19 +53,19 @@ def find_sites(unet: Any) -> dict[Place, Site]:
             "diffusion transformers (SD3, Flux) have none"
         )
     levels = sorted({downsample for _, _, _, _, downsample, *_ in found})
-    sites = {}
-    for depth, (side, number, index, path, downsample, name, canvas, block) in enumerate(found):
+    infos = {}
+    for depth, (side, number, index, path, downsample, name, spatial_module, block) in enumerate(found):
         parts = {
             "norm": block.norm1, "attn": block.attn1, "crossattn": getattr(block, "attn2", None),
             "mlp": getattr(block, "ff", None),
         }  # fmt: skip
         parts = {role: part for role, part in parts.items() if part is not None}
         level = MIDDLE if side == "middle" else levels.index(downsample)
-        sites[side, number, index] = Site(
+        infos[side, number, index] = BlockInfo(
             f"{name}.transformer_blocks.{index}", depth, path, level, downsample,
-            block.norm1.normalized_shape[0], canvas, parts, type(block),
+            block.norm1.normalized_shape[0], spatial_module, parts, type(block),
         )  # fmt: skip
-    return sites
+    return infos
 
 
 def _transformers(stage: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -106,7 +106,7 @@ def _stages(unet: Any) -> Iterator[tuple[str, int, str, int, nn.Module, str]]:
             downsample = downsample // 2 if "Upsample" in kinds and path == "up" else downsample
 
 
-def number_of_tokens(fusion: TokenFusion) -> int:
+def number_of_tokens(fusion: TokenFusionConfig) -> int:
     """min_tokens, which is measured on diffusers models alone: ValueError for "auto"."""
     if fusion.min_tokens == "auto":
         raise ValueError("min_tokens is 'auto', which is measured in diffusers alone: give a number of tokens here")
@@ -123,39 +123,39 @@ class PatchSummary:
 
     model: str
     blocks: int
-    fusion: TokenFusion
+    fusion: TokenFusionConfig
     merged: dict[str, str]
 
     @property
     def headline(self) -> str:
         least = self.fusion.min_tokens
         skipped = f", maps of fewer than {least} tokens left alone" if least else ""
-        return f"{self.model}: {self.fusion.key} on {len(self.merged)} of {self.blocks} transformer blocks{skipped}"
+        return f"{self.model}: {self.fusion.slug} on {len(self.merged)} of {self.blocks} transformer blocks{skipped}"
 
     def __str__(self) -> str:
         width = max(map(len, self.merged), default=0)
         return "\n".join([self.headline, *(f"  {name:<{width}}  {how}" for name, how in self.merged.items())])
 
 
-def summarize(unet: Any, sites: dict[Place, Site], fusion: TokenFusion) -> PatchSummary:
+def summarize(unet: Any, infos: dict[Place, BlockInfo], fusion: TokenFusionConfig) -> PatchSummary:
     """What is merged in a UNet with these sites under `fusion`."""
-    merged = {site.name: state.reduction.__name__ for site, state in fusions(list(sites.values()), fusion)}
-    return PatchSummary(type(unet).__name__, len(sites), fusion, merged)
+    merged = {info.name: state.reduction.__name__ for info, state in fusions(list(infos.values()), fusion)}
+    return PatchSummary(type(unet).__name__, len(infos), fusion, merged)
 
 
 # --- patching in place, where a program has no patches ----------------------------------------------------------------
 
 
-def apply(unet: Any, fusion: TokenFusion) -> PatchSummary:
+def apply(unet: Any, fusion: TokenFusionConfig) -> PatchSummary:
     """Fuses tokens in a UNet of AUTOMATIC1111 for one sampling, in the place of what was applied before.
 
     ValueError or RuntimeError where it cannot be; the UNet is then without a patch.
     """
     restore(unet)
     number_of_tokens(fusion)
-    sites = find_sites(unet)
-    attach(unet, plan(unet, list(sites.values()), fusion, swap, train_steps=1000, one_sampling=True))
-    return summarize(unet, sites, fusion)
+    infos = find_blocks(unet)
+    attach(unet, plan(unet, list(infos.values()), fusion, swap, train_steps=1000, one_sampling=True))
+    return summarize(unet, infos, fusion)
 
 
 def restore(unet: Any) -> None:
@@ -164,13 +164,13 @@ def restore(unet: Any) -> None:
         detach(unet)
 
 
-def swap(site: Site, role: str) -> type[nn.Module]:
+def swap(info: BlockInfo, role: str) -> type[nn.Module]:
     """The class that takes the place of the site's layer `role`."""
-    part = site.parts[role]
+    part = info.layers[role]
     if role not in ("norm", "attn"):
         raise ValueError(f"{role} layers cannot be fused here: self-attention alone")
     if "forward" in vars(part):
-        refuse_wrapped(f"{site.name}'s {role} layer")
+        refuse_wrapped(f"{info.name}'s {role} layer")
     return FusedNorm if role == "norm" else fused_attention(type(part))  # type: ignore[arg-type]
 
 
@@ -184,21 +184,21 @@ def fused_attention(kind: type[nn.Module]) -> type[nn.Module]:
 
     class FusedAttention(kind):  # type: ignore[misc, valid-type]
         def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, **more: Any) -> Tensor:
-            site: SiteFusion | None = getattr(self, ATTRIBUTE, None)
-            if site is not None and site.normed:
-                site.observe(x)
-            map = None if site is None else site.take("attn", x)
-            if site is None or map is None or context is not None or mask is not None or any(more.values()):
+            info: BlockState | None = getattr(self, ATTRIBUTE, None)
+            if info is not None and info.normed:
+                info.update_map(x)
+            map = None if info is None else info.take("attn", x)
+            if info is None or map is None or context is not None or mask is not None or any(more.values()):
                 out: Tensor = super().forward(x, context=context, mask=mask, **more)
                 return out
-            fused = site.reduce(x, map)
-            queries = x if site.keys_only else fused
-            if site.proportional:  # the program's own has no place for weights: its mask is yes or no
+            fused = info.reduce(x, map)
+            queries = x if info.kv_only else fused
+            if info.proportional:  # the program's own has no place for weights: its mask is yes or no
                 q, k, v = self.to_q(queries), self.to_k(fused), self.to_v(fused)
                 out = self.to_out(weighted_attention(q, k, v, self.heads, map.size))
             else:
-                out = super().forward(queries, context=fused if site.keys_only else None, **more)
-            return out if site.keys_only else unmerge(out, map)
+                out = super().forward(queries, context=fused if info.kv_only else None, **more)
+            return out if info.kv_only else unmerge(out, map)
 
     FusedAttention.__name__ = f"Fused{kind.__name__}"
     return FusedAttention

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from ..api import apply_patch, remove_patch
-from ..config import TokenFusion
+from ..config import TokenFusionConfig
 
 
 def runs_pipeline(p: Any) -> bool:
@@ -18,7 +18,7 @@ def runs_pipeline(p: Any) -> bool:
     return not hasattr(model, "forge_objects") and (hasattr(model, "unet") or hasattr(model, "transformer"))
 
 
-def start(p: Any, fusion: TokenFusion, settings: Any) -> None:
+def start(p: Any, fusion: TokenFusionConfig, settings: Any) -> None:
     """Patches the pipeline of a request. settings: the program's.
 
     ValueError, TypeError or RuntimeError where it cannot be patched, or where the program itself merges tokens.

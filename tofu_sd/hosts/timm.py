@@ -208,7 +208,7 @@ def linearity(model: nn.Module, pictures: Tensor, r: int = PAIRS, role: str = "m
     def measure(block: Any, norm2: nn.Module, args: tuple[Tensor, ...]) -> None:
         x, keys = seen["x"], seen["keys"]
         map = bipartite_soft_matching(keys, alternating(keys.shape[1], keys.device), r)
-        home = map.kept.gather(1, map.home)  # of each token, the token that stands for it
+        home = map.kept_idx.gather(1, map.group_idx)  # of each token, the token that stands for it
         gone = (home != torch.arange(home.shape[1], device=home.device)).nonzero()[:, 1].view(len(home), -1)
         patches = (args[0] if role == "mlp" else x)[:, prefix:]
         x1, x2 = (take(patches, at) for at in (gone, home.gather(1, gone)))
@@ -246,7 +246,7 @@ def asked(block: Block, x: Tensor, points: Tensor) -> Tensor:
 
 
 @contextmanager
-def watch(model: nn.Module) -> Iterator[list[tuple[int, TokenMap]]]:
+def record_maps(model: nn.Module) -> Iterator[list[tuple[int, TokenMap]]]:
     """`with watch(model) as seen: model(x)` keeps (layer, the map of the first patch tokens so far) of every layer
     that fuses some.
 

@@ -16,7 +16,7 @@ from modules import scripts, shared
 from modules.ui_components import InputAccordion
 from torch import Tensor
 
-from ..config import TokenFusion
+from ..config import TokenFusionConfig
 from ..recipes import RECIPES
 from . import ldm, sdnext
 from ._model_patcher import Options, patch_model
@@ -54,7 +54,7 @@ def asked(p: Any, args: tuple[Any, ...]) -> dict[str, Any] | None:
     return read(ASKED, {name: value for name, value in values.items() if value is not None} | axes)
 
 
-def passes(values: Mapping[str, Any]) -> tuple[TokenFusion, TokenFusion]:
+def passes(values: Mapping[str, Any]) -> tuple[TokenFusionConfig, TokenFusionConfig]:
     """What is done in the first pass and in that of Hires. fix. ValueError for a value out of range."""
     told = dict(values)
     second = told.pop(HIRES.name)
@@ -121,7 +121,7 @@ def one_ratio(p: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 # --- fusing -----------------------------------------------------------------------------------------------------------
 
 
-def fuse(p: Any, fusion: TokenFusion) -> None:
+def fuse(p: Any, fusion: TokenFusionConfig) -> None:
     """Tokens are fused in the sampling that is about to begin. ValueError or RuntimeError where they cannot be."""
     objects = getattr(p.sd_model, "forge_objects", None)
     if objects is None:
@@ -151,7 +151,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Options) -> 
 class FusedSampling:
     """The part of AUTOMATIC1111's sampler that runs the UNet: patched as it begins, restored however it ends."""
 
-    def __init__(self, launch: Callable[..., Any], unet: Any, fusion: TokenFusion):
+    def __init__(self, launch: Callable[..., Any], unet: Any, fusion: TokenFusionConfig):
         self.launch = launch
         self.unet = unet
         self.fusion = fusion
@@ -167,7 +167,7 @@ class FusedSampling:
             ldm.restore(self.unet)
 
     @classmethod
-    def of(cls, sampler: Any, unet: Any, fusion: TokenFusion) -> None:
+    def of(cls, sampler: Any, unet: Any, fusion: TokenFusionConfig) -> None:
         """ValueError or RuntimeError, before anything has begun, where the UNet cannot be patched."""
         if not hasattr(sampler, "launch_sampling"):
             raise RuntimeError(f"{type(sampler).__name__} has no launch_sampling, which would be fused")
@@ -220,12 +220,12 @@ class TokenFusionScript(scripts.Script):  # type: ignore[misc]
             with gr.Row():
                 buttons = {name: gr.Button(name, size="sm", min_width=80) for name in PRESETS}
             row("early", "late")
-            row("proportional", "keys_only")
+            row("proportional", "kv_only")
             with gr.Accordion("More", open=False):
                 row("start_percent", "end_percent")
                 row("depth_split", "levels")
-                row("window", "match_every")
-                row("share_level", "min_tokens")
+                row("window", "match_interval")
+                row("share_across_blocks", "min_tokens")
                 row("grid_seed")
         changed = [option.name for option in OPTIONS[1:]]
         for name, button in buttons.items():

@@ -57,9 +57,9 @@ def _fault(device: torch.device, dtype: torch.dtype) -> str | None:
     src, dst = torch.arange(2, 8, device=device), torch.arange(2, device=device)
 
     def steps(run: Callable[[str], Callable[..., Any]]) -> list[Tensor]:
-        best, target = (found[:, 0] for found in run("nearest")(x, src[None], dst[None]))
-        kept, home = run("assemble")(best, target, src, dst, 3)
-        return [target, kept, home, run("take")(x, kept), run("merge")(x, home, 5, True)]
+        best, target = (found[:, 0] for found in run("nearest_dst")(x, src[None], dst[None]))
+        kept_idx, group_idx = run("build_map")(best, target, src, dst, 3)
+        return [target, kept_idx, group_idx, run("take")(x, kept_idx), run("merge")(x, group_idx, 5, True)]
 
     try:
         with torch.no_grad():
@@ -92,12 +92,12 @@ def _nearest_shapes(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, T
 
 
 @operator("tofu_sd::nearest", "(Tensor metric, Tensor src, Tensor dst) -> (Tensor, Tensor)", _nearest_shapes)
-def nearest(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_dst(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.nearest`, as an operator: a compiler would unroll its loop over chunks for one size alone."""
     if can_fuse(metric):
-        return _launcher("nearest", metric.device)(metric, src, dst)
+        return _launcher("nearest_dst", metric.device)(metric, src, dst)
     on_cpu = _enabled and metric.device.type == "cpu" and metric.dtype != torch.float64 and cpu.available()
-    return (cpu if on_cpu else reference).nearest(metric, src, dst)
+    return (cpu if on_cpu else reference).nearest_dst(metric, src, dst)
 
 
 def _map_shapes(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -106,19 +106,19 @@ def _map_shapes(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) 
 
 
 @operator(
-    "tofu_sd::assemble",
+    "tofu_sd::build_map",
     "(Tensor best, Tensor target, Tensor src, Tensor dst, SymInt r) -> (Tensor, Tensor)",
     _map_shapes,
 )
 def _assemble(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    return _chosen("assemble", best)(best, target, src, dst, r)
+    return _chosen("build_map", best)(best, target, src, dst, r)
 
 
-def assemble(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def build_map(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """`reference.assemble`, to a compiler an operator: Inductor's own scans are slow, and failed on 12,288 sources."""
     if is_compiling():
         return _assemble(best, target, src, dst, r)
-    return _chosen("assemble", best)(best, target, src, dst, r)
+    return _chosen("build_map", best)(best, target, src, dst, r)
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
@@ -126,9 +126,9 @@ def take(x: Tensor, at: Tensor) -> Tensor:
     return _chosen("take", x)(x, at)
 
 
-def merge(x: Tensor, home: Tensor, K: int, largest_norm: bool) -> Tensor:
+def merge(x: Tensor, group_idx: Tensor, K: int, largest_norm: bool) -> Tensor:
     """`reference.merge`."""
-    return _chosen("merge", x)(x, home, K, largest_norm)
+    return _chosen("merge", x)(x, group_idx, K, largest_norm)
 
 
 def _chosen(name: str, x: Tensor) -> Callable[..., Any]:

@@ -13,9 +13,9 @@ from torch import Tensor
 from . import reference
 
 
-def nearest(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_dst(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.nearest`, a sample at a time."""
-    found = [reference.nearest(x, src, dst, _dot) for x in metric.unsqueeze(1)]
+    found = [reference.nearest_dst(x, src, dst, _dot) for x in metric.unsqueeze(1)]
     best, target = (torch.cat(parts) for parts in zip(*found, strict=True))
     return best, target
 

@@ -16,7 +16,7 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
     return x @ y.mT
 
 
-def nearest(
+def nearest_dst(
     metric: Tensor, src: Tensor, dst: Tensor, dot: Callable[[Tensor, Tensor], Tensor] = _matmul
 ) -> tuple[Tensor, Tensor]:
     """For each source its largest cosine to a destination of its window, and that destination's raster position.
@@ -40,13 +40,13 @@ def nearest(
         for start in range(0, S, rows):
             chunk = slice(start, start + rows)
             x = _window(metric, src[:, chunk], dtype)
-            score, nearest = dot(x, toward).max(dim=-1)  # over [B, T, rows, D]
+            score, nearest_dst = dot(x, toward).max(dim=-1)  # over [B, T, rows, D]
             best[..., chunk] = score / _norm(x).squeeze(-1)
-            target[..., chunk] = dst.expand(B, -1, -1).gather(-1, nearest)
+            target[..., chunk] = dst.expand(B, -1, -1).gather(-1, nearest_dst)
         return best.nan_to_num_(nan=-1, posinf=-1, neginf=-1), target
 
 
-def assemble(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def build_map(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """The map (kept [B, K], home [B, N]) by which the r sources of largest `best` [B, S] join their `target` [B, S].
 
     src [S], in raster order, and dst [D] are raster positions, and target is among dst. Survivors are in raster order.
@@ -55,11 +55,11 @@ def assemble(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> 
     leaves = _largest(best, r)
     stays = leaves.new_ones(B, N).index_copy(1, src, ~leaves)
     place = stays.cumsum(dim=1) - 1  # [B, N] among the survivors, of every token that stays
-    home = place.index_copy(1, src, place[:, src].where(~leaves, place.gather(1, target)))
+    group_idx = place.index_copy(1, src, place[:, src].where(~leaves, place.gather(1, target)))
     raster = torch.arange(N, device=best.device).expand(B, -1)
-    slot = place.where(stays, N - r)  # all that leave fall into one slot behind the survivors
-    kept = place.new_empty(B, N - r + 1).scatter(1, slot, raster)[:, : N - r]
-    return kept.contiguous(), home  # as a compiler is told that it lies
+    src_index = place.where(stays, N - r)  # all that leave fall into one slot behind the survivors
+    kept_idx = place.new_empty(B, N - r + 1).scatter(1, src_index, raster)[:, : N - r]
+    return kept_idx.contiguous(), group_idx  # as a compiler is told that it lies
 
 
 def _largest(best: Tensor, r: int) -> Tensor:
@@ -80,38 +80,42 @@ def take(x: Tensor, at: Tensor) -> Tensor:
     return F.embedding(_across(at, x.shape[1]), x.flatten(0, 1))
 
 
-def merge(x: Tensor, home: Tensor, K: int, largest_norm: bool) -> Tensor:
+def merge(x: Tensor, group_idx: Tensor, K: int, largest_norm: bool) -> Tensor:
     """The average of each group of x [B, N, C] under home [B, N] -> 0..K-1: [B, K, C].
 
     largest_norm: brought to the largest norm in its group (ToFu Eq. 10); an average of zero has no direction and stays.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)  # a group can be a whole sky, whose sum half would not hold
     full = x.to(dtype)
-    tokens, ends = bags(home, K)
+    tokens, ends = bags(group_idx, K)
     begins = torch.cat((ends.new_zeros(1), ends[:-1]))
     if x.device.type == "mps":  # which lacks bags in older torch, and adds in an order that repeats
-        total = full.new_zeros(len(x) * K, x.shape[-1]).index_add(0, _across(home, K).flatten(), full.flatten(0, 1))
+        total = full.new_zeros(len(x) * K, x.shape[-1]).index_add(
+            0, _across(group_idx, K).flatten(), full.flatten(0, 1)
+        )
         average = (total / (ends - begins).unsqueeze(-1)).view(len(x), K, -1)
     else:
         average = F.embedding_bag(tokens, full.flatten(0, 1), begins, mode="mean").view(len(x), K, -1)
     if not largest_norm:
         return average.to(x.dtype)
     norm = torch.linalg.vector_norm(full, dim=-1)  # [B, N]
-    largest = norm.new_zeros(len(x), K).scatter_reduce(1, home, norm, "amax")  # norms are >= 0
+    largest = norm.new_zeros(len(x), K).scatter_reduce(1, group_idx, norm, "amax")  # norms are >= 0
     own = torch.linalg.vector_norm(average, dim=-1)
     pointing = own > torch.finfo(dtype).tiny * largest.clamp_min(1)  # else the quotient and its gradient overflow
     scale = largest / own.where(pointing, own.new_ones(()))
     return (average * scale.unsqueeze(-1)).to(x.dtype)
 
 
-def bags(home: Tensor, K: int) -> tuple[Tensor, Tensor]:
+def bags(group_idx: Tensor, K: int) -> tuple[Tensor, Tensor]:
     """All tokens group by group, as rows of x [B, N, C] laid end to end [B·N], and where each group ends [B·K].
 
     Added up in this order, a group's sum repeats; scatter_add on CUDA adds in any.
     """
-    group = _across(home, K).flatten()
+    group = _across(group_idx, K).flatten()
     tokens = group.argsort(stable=True)
-    return tokens, torch.searchsorted(group[tokens], torch.arange(len(home) * K, device=home.device), right=True)
+    return tokens, torch.searchsorted(
+        group[tokens], torch.arange(len(group_idx) * K, device=group_idx.device), right=True
+    )
 
 
 def _across(at: Tensor, N: int) -> Tensor:

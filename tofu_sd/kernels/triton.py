@@ -14,7 +14,7 @@ from torch import Tensor
 from . import reference
 
 
-def nearest(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+def nearest_dst(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.nearest` without scores in memory: each program keeps the best destination of its sources so far.
 
     On an H200 the tiles below were the fastest of 48 at 4,096 and 16,384 tokens, and a launch before for the lengths of
@@ -96,19 +96,19 @@ def _nearest(
     tl.store(target_ptr + out, target, mask=row < S)
 
 
-def assemble(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def build_map(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """`reference.assemble` in one launch: a program for each sample goes over its sources a few times."""
     if not hasattr(tl, "histogram"):  # before Triton 3
-        return reference.assemble(best, target, src, dst, r)
+        return reference.build_map(best, target, src, dst, r)
     (B, S), D = best.shape, len(dst)
-    kept = torch.empty(B, S + D - r, dtype=torch.long, device=best.device)
-    home = torch.empty(B, S + D, dtype=torch.long, device=best.device)
+    kept_idx = torch.empty(B, S + D - r, dtype=torch.long, device=best.device)
+    group_idx = torch.empty(B, S + D, dtype=torch.long, device=best.device)
     block = min(4096, max(128, triton.next_power_of_2(S + D)))
     _assemble[(B,)](
-        best.contiguous(), target.contiguous(), src.contiguous(), dst.contiguous(), kept, home, r, S, D,
+        best.contiguous(), target.contiguous(), src.contiguous(), dst.contiguous(), kept_idx, group_idx, r, S, D,
         BLOCK=block, num_warps=min(16, block // 32),
     )  # fmt: skip
-    return kept, home
+    return kept_idx, group_idx
 
 
 @triton.jit
@@ -175,11 +175,11 @@ def _assemble(best_ptr, target_ptr, src_ptr, dst_ptr, kept_ptr, home_ptr, r, S, 
         tl.store(home_ptr + token, joined, mask=leaves)
 
 
-def merge(x: Tensor, home: Tensor, K: int, largest_norm: bool) -> Tensor:
+def merge(x: Tensor, group_idx: Tensor, K: int, largest_norm: bool) -> Tensor:
     """`reference.merge`: each program adds up one group and, for MLERP, keeps its largest norm on the way."""
     B, N, C = x.shape
     # short numbers are sorted in fewer passes; with what stands alike in raster order, sums repeat
-    group, token = home.to(torch.int16 if K < 2**15 else torch.int32).sort(dim=1, stable=True)
+    group, token = group_idx.to(torch.int16 if K < 2**15 else torch.int32).sort(dim=1, stable=True)
     out = torch.empty(B, K, C, dtype=x.dtype, device=x.device)
     channels = triton.next_power_of_2(C)
     _merge[(K, B)](

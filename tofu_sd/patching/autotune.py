@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import TokenFusion
+from ..config import TokenFusionConfig
 from ..core.reductions import Reduction
 from .block_info import ATTRIBUTE
-from .block_state import SiteFusion
+from .block_state import BlockState
 from .patch import patch_of
-from .step_tracker import Clock
+from .step_tracker import StepTracker
 
 SIDES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
 BUDGET = 1.0  # timed seconds for one kind of attention; the size that exceeds it is the last
@@ -34,8 +34,8 @@ def break_even(model: nn.Module) -> dict[int, int]:
     fusion = replace(patch.fusion, min_tokens=0)
     found: dict[int, int] = {}
     for part, _, _, state in patch.swaps:
-        site = next(site for site in patch.sites if part in site.parts.values())
-        if site.level in found or part is not site.parts["attn"]:
+        block = next(block for block in patch.blocks if part in block.layers.values())
+        if block.level in found or part is not block.layers["attn"]:
             continue
         weight = next(part.parameters(), None)
         if weight is None:
@@ -65,16 +65,16 @@ def break_even(model: nn.Module) -> dict[int, int]:
             state.reduction,
         )
         if key not in _measured:
-            _measured[key] = _measure(part, site.width, fusion, state.reduction)
-        found[site.level] = _measured[key]
+            _measured[key] = _measure(part, block.width, fusion, state.reduction)
+        found[block.level] = _measured[key]
     return found
 
 
-def _measure(attention: nn.Module, width: int, fusion: TokenFusion, reduction: Reduction) -> int:
+def _measure(attention: nn.Module, width: int, fusion: TokenFusionConfig, reduction: Reduction) -> int:
     """The first of two sizes in a row at which fusing was faster; one token more than the largest tried if none was."""
     weight = next(attention.parameters())
-    state = SiteFusion(fusion, reduction)
-    clock = Clock(replace(fusion, seed=None, start=0.0, end=1.0, match_every=1))
+    state = BlockState(fusion, reduction)
+    steps = StepTracker(replace(fusion, seed=None, start=0.0, end=1.0, match_interval=1))
     generator = torch.Generator(weight.device).manual_seed(0)
     own, pays, tokens = getattr(attention, ATTRIBUTE), None, 0
     setattr(attention, ATTRIBUTE, state)
@@ -84,14 +84,14 @@ def _measure(attention: nn.Module, width: int, fusion: TokenFusion, reduction: R
             for side in SIDES:
                 tokens = side * side
                 x = torch.randn(2, tokens, width, device=weight.device, dtype=weight.dtype, generator=generator)
-                layout = clock.layout(side, side, weight.device)
+                grid = steps.grid(side, side, weight.device)
                 times: dict[bool, float] = {}
                 for turn, fused in enumerate((False, True) * 3):  # in turns; the first pair warms up and compiles
 
-                    def run(fused: bool = fused, x: Any = x, layout: Any = layout) -> None:
-                        state.begin(layout if fused else None, None)
+                    def run(fused: bool = fused, x: Any = x, grid: Any = grid) -> None:
+                        state.begin(grid if fused else None, None)
                         if not state.normed:
-                            state.observe(x)
+                            state.update_map(x)
                         attention(x)
 
                     seconds = _seconds(run, weight.device)

@@ -10,7 +10,7 @@ ATTRIBUTE = "_tofu"
 
 
 @dataclass(frozen=True)
-class Site:
+class BlockInfo:
     """One transformer block of a host model.
 
     name: the block's name in the model. depth: its place among all transformer blocks in execution order. path: 'down',
@@ -25,9 +25,9 @@ class Site:
     level: int
     downsample: int
     width: int
-    canvas: nn.Module
-    parts: dict[str, nn.Module]
-    block: type[nn.Module]
+    spatial_module: nn.Module
+    layers: dict[str, nn.Module]
+    block_class: type[nn.Module]
 
     def map_size(self, latent: tuple[int, int]) -> tuple[int, int]:
         """Height and width of its map under a latent's: stride-2 convolutions round up."""

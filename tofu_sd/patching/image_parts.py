@@ -49,14 +49,14 @@ class ImagePart:
     counts: dict[Any, float] = field(default_factory=dict)
 
 
-class StepTracker:
+class ImagePartTracker:
     """Finds the image part that a call of the model continues.
 
     one_sampling: the tracker lives for the sampling of one batch alone, so that conditioning of equal content belongs
     to it even if the host makes the tensor again in each call.
     """
 
-    def __init__(self, option: str = "match_every", one_sampling: bool = False):
+    def __init__(self, option: str = "match_interval", one_sampling: bool = False):
         self.option = option
         self.one_sampling = one_sampling
         self._parts: list[ImagePart] = []

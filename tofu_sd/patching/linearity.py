@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..config import TokenFusion
+from ..config import TokenFusionConfig
 from ..core.matching import bipartite_soft_matching
 from ..core.partition import partition
-from .block_info import Site
+from .block_info import BlockInfo
 from .hooks import get_argument
 from .patch import patch_of
 
@@ -59,7 +59,7 @@ class Linearity:
 
 @contextmanager
 def probing(
-    unet: nn.Module, sites: Sequence[Site], fusion: TokenFusion | None = None, pairs: int = PAIRS
+    unet: nn.Module, blocks: Sequence[BlockInfo], fusion: TokenFusionConfig | None = None, pairs: int = PAIRS
 ) -> Iterator[list[Linearity]]:
     """Inside, every call of the UNet measures the attention and feed-forward of its transformer blocks.
 
@@ -68,20 +68,20 @@ def probing(
     keys and values of the whole map: what a token's own key adds to that is one of hundreds. Half precision is too
     coarse for ways between like tokens, so layers are run in float32 for it.
     """
-    fusion = fusion or TokenFusion()
+    fusion = fusion or TokenFusionConfig()
     found: list[Linearity] = []
     if patch_of(unet) is not None:
         raise ValueError(f"{type(unet).__name__} is patched: linearity is the model's own, remove_patch comes first")
     begin = _Begin()
     handles = [unet.register_forward_pre_hook(begin, with_kwargs=True)]
-    for site in sites:
-        probe = _Probe(site, fusion, pairs, begin, found)
-        handles.append(site.canvas.register_forward_pre_hook(probe.see_size, with_kwargs=True))
-        handles.append(site.parts["norm"].register_forward_pre_hook(probe.match))
+    for block in blocks:
+        probe = _Probe(block, fusion, pairs, begin, found)
+        handles.append(block.spatial_module.register_forward_pre_hook(probe.see_size, with_kwargs=True))
+        handles.append(block.layers["norm"].register_forward_pre_hook(probe.match))
         handles += [
-            site.parts[role].register_forward_pre_hook(probe.measurer(role), with_kwargs=True)
+            block.layers[role].register_forward_pre_hook(probe.measurer(role), with_kwargs=True)
             for role in ROLES
-            if role in site.parts
+            if role in block.layers
         ]
     try:
         yield found
@@ -106,8 +106,8 @@ class _Begin:
 class _Probe:
     """The pairs of one block in one call, and the FL of its layers between them."""
 
-    def __init__(self, site: Site, fusion: TokenFusion, pairs: int, begin: _Begin, found: list[Linearity]):
-        self.site, self.fusion, self.pairs, self.begin, self.found = site, fusion, pairs, begin, found
+    def __init__(self, block: BlockInfo, fusion: TokenFusionConfig, pairs: int, begin: _Begin, found: list[Linearity]):
+        self.block, self.fusion, self.pairs, self.begin, self.found = block, fusion, pairs, begin, found
         self.size = (0, 0)
         self.ends: tuple[Tensor, Tensor] | None = None
         self.busy = False
@@ -118,12 +118,12 @@ class _Probe:
 
     @torch.no_grad()
     def match(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        (h, w), leaving = self.size, self.fusion.leaving(*self.size)
+        (h, w), leaving = self.size, self.fusion.num_merged(*self.size)
         self.ends = None
         if leaving:
             parts = partition(h, w, self.fusion.sx, self.fusion.sy, args[0].device)
             map = bipartite_soft_matching(args[0], parts, leaving)
-            home = map.kept.gather(1, map.home)  # of each token, the token that stands for it
+            home = map.kept_idx.gather(1, map.group_idx)  # of each token, the token that stands for it
             gone = home != torch.arange(h * w, device=home.device)
             token = gone.nonzero()[:, 1].view(len(home), leaving)
             some = torch.linspace(0, leaving - 1, min(self.pairs, leaving), device=home.device).long()
@@ -152,7 +152,7 @@ class _Probe:
             finally:
                 self.busy = False
             self.found.append(
-                Linearity(self.site.name, self.site.depth, role, self.begin.call, self.begin.timestep,
+                Linearity(self.block.name, self.block.depth, role, self.begin.call, self.begin.timestep,
                           value.mean().item(), value.numel())
             )  # fmt: skip
 

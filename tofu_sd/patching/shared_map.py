@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from ..core.token_map import SoftMap, TokenMap
 from .image_parts import ImagePart
 from .per_thread import PerThread
-from .step_tracker import Forward
+from .step_tracker import StepState
 
 
 @dataclass
-class Slot:
+class MapSlot:
     """A map that blocks share. made: whether a block has made it in this forward."""
 
     map: TokenMap | SoftMap | None = None
     made: bool = False
 
 
-class Relay:
+class SharedMap:
     """Hands the map of the first site that matches to all sites after it, and to later steps of an image part.
 
     key: by which an image part keeps it.
@@ -27,11 +27,11 @@ class Relay:
 
     def __init__(self, key: Hashable = None) -> None:
         self.key = key
-        self.slots = PerThread(Slot)
+        self.slots = PerThread(MapSlot)
 
-    def begin(self, now: Forward) -> None:
+    def begin(self, now: StepState) -> None:
         """Takes the map of the image part's last call, if it still holds."""
-        known = None if now.anew or now.part is None else now.part.maps.get(self.key)
+        known = None if now.should_match or now.part is None else now.part.maps.get(self.key)
         for slot in self.slots.both():
             slot.map, slot.made = known, False
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..config import TokenFusion
-from .block_info import Site
+from ..config import TokenFusionConfig
+from .block_info import BlockInfo
 from .block_state import Counts, fusions
 
 
@@ -43,7 +43,7 @@ class Summary:
     model: str
     latent: tuple[int, int]
     blocks: int
-    fusion: TokenFusion | None
+    fusion: TokenFusionConfig | None
     rows: tuple[Row, ...]
 
     @property
@@ -54,12 +54,12 @@ class Summary:
         counts = sorted({(row.before, row.after) for row in fused}, reverse=True)
         tokens = ", ".join(f"{before} -> {after}" for before, after in counts)
         tokens += " at the least" * (self.fusion.threshold is not None)
-        what = f", {'keys and values' if self.fusion.keys_only else 'tokens'} {tokens}" if fused else ""
+        what = f", {'keys and values' if self.fusion.kv_only else 'tokens'} {tokens}" if fused else ""
         alone = sorted({(row.before, row.least) for row in self.rows if row.alone}, reverse=True)
         left = "".join(f", {before} left alone (fewer than {least})" for before, least in alone)
         h, w = self.latent
         return (
-            f"{self.model}: {self.fusion.key} on {len(fused)} of {self.blocks} transformer blocks"
+            f"{self.model}: {self.fusion.slug} on {len(fused)} of {self.blocks} transformer blocks"
             f"{what}{left} at a {h} x {w} latent"
         )
 
@@ -85,8 +85,8 @@ class Summary:
 
 def summarize(
     model: str,
-    sites: Sequence[Site],
-    fusion: TokenFusion | None,
+    blocks: Sequence[BlockInfo],
+    fusion: TokenFusionConfig | None,
     least: dict[int, int],
     latent: tuple[int, int],
     counts: Mapping[str, Counts] | None = None,
@@ -99,13 +99,13 @@ def summarize(
     if len(latent) != 2 or min(latent) < 1:
         raise ValueError(f"latent is {latent}; it must be a height and a width of at least 1 (pixels / 8)")
     if fusion is None:
-        return Summary(model, latent, len(sites), None, ())
+        return Summary(model, latent, len(blocks), None, ())
     rows = []
-    for site, state in fusions(sites, fusion):
-        h, w = site.map_size(latent)
-        fewest = least.get(site.level, 0)
-        leaving = fusion.leaving(h, w) if h * w >= fewest else 0
+    for block, state in fusions(blocks, fusion):
+        h, w = block.map_size(latent)
+        fewest = least.get(block.level, 0)
+        leaving = fusion.num_merged(h, w) if h * w >= fewest else 0
         how = state.reduction.__name__, fewest, state.threshold
-        done = (counts or {}).get(site.name, Counts())
-        rows.append(Row(site.name, site.depth, (h, w), h * w, h * w - leaving, *how, done))
-    return Summary(model, latent, len(sites), fusion, tuple(rows))
+        done = (counts or {}).get(block.name, Counts())
+        rows.append(Row(block.name, block.depth, (h, w), h * w, h * w - leaving, *how, done))
+    return Summary(model, latent, len(blocks), fusion, tuple(rows))

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import falling_threshold, reduction_named
-from ..core.matching import alike, bipartite_soft_matching, most_similar
+from ..config import layer_threshold
+from ..core.matching import bipartite_soft_matching, count_above_threshold, most_similar
 from ..core.partition import Partition
-from ..core.reductions import Reduction, mean, mlerp, prune
+from ..core.reductions import Reduction, get_reduction, mean, mlerp, prune
 from ..core.token_map import TokenMap
 from ..kernels import take
 
@@ -43,7 +43,7 @@ class TokenReduction:
 
     def __post_init__(self) -> None:
         for name in ("early", "late"):
-            reduction = reduction_named(getattr(self, name))
+            reduction = get_reduction(getattr(self, name))
             if reduction not in (prune, mean, mlerp):
                 raise ValueError(f"{name} is {reduction!r}; it must be prune, mean or mlerp, which know of sizes")
             object.__setattr__(self, name, reduction)
@@ -61,7 +61,7 @@ class TokenReduction:
         """A TokenReduction from r, or from another one, with any options changed. TypeError for an unknown option."""
         return replace(r, **options) if isinstance(r, cls) else cls(r, **options)  # type: ignore[arg-type]
 
-    def leaving(self, layers: int, tokens: int) -> list[int]:
+    def num_merged(self, layers: int, tokens: int) -> list[int]:
         """How many of `tokens` patch tokens leave in each of so many layers."""
         wanted = [self.r] * layers
         if self.schedule == "decreasing":
@@ -74,14 +74,14 @@ class TokenReduction:
 
     def reduction(self, layer: int) -> Reduction:
         """Eq. 7."""
-        return reduction_named(self.early if layer < self.depth_split else self.late)
+        return get_reduction(self.early if layer < self.depth_split else self.late)
 
     def map(self, layer: int, layers: int, begun: int, keys: Tensor, total: TokenMap | None) -> TokenMap | None:
         """Which of the patch tokens with these keys [B, N, d] are fused in a layer, of `begun` at first; None if none.
 
         total: the map of all layers before it.
         """
-        r = self.leaving(layers, begun)[layer]
+        r = self.num_merged(layers, begun)[layer]
         parts = alternating(keys.shape[1], keys.device)
         return bipartite_soft_matching(keys, parts, r) if r else None
 
@@ -125,7 +125,7 @@ class AdaptiveReduction:
 
     def threshold(self, layer: int) -> float:
         """Eq. 1, of a layer from 0."""
-        return falling_threshold(self.alpha, self.beta, self.least, layer)
+        return layer_threshold(self.alpha, self.beta, self.least, layer)
 
     def reduction(self, layer: int) -> Reduction:
         return mean
@@ -142,16 +142,16 @@ class AdaptiveReduction:
         map = self._alike(layer, take(keys, order), Partition(n[: N // 2], n[N // 2 :]))
         if map is None:
             return None
-        kept = order.gather(1, map.kept)
+        kept = order.gather(1, map.kept_idx)
         raster = kept.argsort(dim=1)  # survivors stand as their tokens did
         place = raster.argsort(dim=1)
-        home = torch.empty_like(map.home).scatter(1, order, place.gather(1, map.home))
+        home = torch.empty_like(map.group_idx).scatter(1, order, place.gather(1, map.group_idx))
         return TokenMap(kept.gather(1, raster), home)
 
     def _alike(self, layer: int, keys: Tensor, parts: Partition) -> TokenMap | None:
         """The pairs of the highest cosines, as many as exceed the layer's threshold in a picture of the batch."""
         pairs = most_similar(keys, parts)
-        r = round(alike(pairs.best, self.threshold(layer)).item())
+        r = round(count_above_threshold(pairs.best, self.threshold(layer)).item())
         return pairs.fused(r) if r else None
 
     def ends(self, layer: int, layers: int) -> bool:

@@ -76,7 +76,7 @@ class Reducer:
             return x
         size = patches.new_ones(patches.shape[:2]) if self.total is None else self.total.size
         fused = reduce_sized(self.told.reduction(layer), patches, map, size)
-        self.total = map if self.total is None else self.total.then(map)
+        self.total = map if self.total is None else self.total.compose(map)
         if self.watcher is not None:
             self.watcher(layer, self.total)
         return torch.cat([prefix, fused], dim=1)

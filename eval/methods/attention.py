@@ -1,0 +1,41 @@
+"""The self-attention of the highest resolution, for methods that replace it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+import tofu_sd
+
+from ..common.cli import quiet_patches
+
+
+def as_square_map(tokens: Tensor) -> Tensor:
+    """Tokens [B, N, C] of a square map as [B, side, side, C]; the images of an evaluation are square."""
+    side = math.isqrt(tokens.shape[1])
+    return tokens.view(tokens.shape[0], side, side, -1)
+
+
+def top_attentions(unet: Any, ratio: float = 0.5, latent: tuple[int, int] | None = None) -> list[tuple[Any, int]]:
+    """(self-attention, tokens after merging) of each block of the highest resolution that has attention."""
+    with quiet_patches(), tofu_sd.patched(unet, ratio):
+        rows = tofu_sd.summary(unet, latent).rows
+    return [(unet.get_submodule(row.name).attn1, row.after) for row in rows]
+
+
+@contextmanager
+def swap_attention(pipe: Any, attention: type[Attention]) -> Iterator[Any]:
+    """Inside, the self-attention of the highest resolution is of another class."""
+    own = [(module, type(module)) for module, _ in top_attentions(getattr(pipe, "unet", pipe))]
+    for module, _ in own:
+        module.__class__ = attention
+    try:
+        yield pipe
+    finally:
+        for module, kind in own:
+            module.__class__ = kind

@@ -1,0 +1,38 @@
+"""DeepCache: deep features are reused for a few steps (Ma et al., CVPR 2024), by its authors' package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from types import SimpleNamespace
+from typing import Any
+
+from .registry import register_method
+from .schedule import timesteps
+
+INTERVAL = 3  # steps, one of which runs in full; its authors' example
+MOST_STEPS = 500  # of the stand-in schedule of a UNet without a pipeline: as many as `timesteps` has
+
+
+@register_method("deepcache", package=("DeepCache", "deepcache"), stackable=True, period=INTERVAL)
+@contextmanager
+def deepcache(pipe: Any, inner: Callable[[Any], AbstractContextManager[Any]]) -> Iterator[Any]:
+    """Inside, the pipeline generates with DeepCache on top of another method."""
+    from DeepCache import DeepCacheSDHelper
+
+    if not hasattr(pipe, "unet"):  # a UNet alone, whose steps are counted in a pipeline's schedule
+        schedule = SimpleNamespace(timesteps=timesteps(MOST_STEPS))
+        pipe = SimpleNamespace(unet=pipe, scheduler=schedule)
+    with ExitStack() as stack:
+        stack.enter_context(inner(pipe))
+        helper = DeepCacheSDHelper(pipe)
+        helper.set_params(cache_interval=INTERVAL, cache_branch_id=0)
+        untouched = [module for module in pipe.unet.modules() if "forward" not in vars(module)]
+        try:
+            helper.enable()
+            yield pipe
+        finally:
+            with suppress(KeyError):  # of what it had not reached when it failed
+                helper.disable()
+            for module in untouched:  # it leaves each its own `forward`, set on the instance
+                vars(module).pop("forward", None)

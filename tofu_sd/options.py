@@ -1,0 +1,113 @@
+"""Describes configuration fields once: type, limits, choices and help, for checks, names, tables and screens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any
+
+from .utils import did_you_mean
+
+
+@dataclass(frozen=True)
+class OptionSpec:
+    """What a field of a configuration may hold.
+
+    Args:
+        kind: "integer", "number", "switch" (True or False), "choice" or "function".
+        help: what the option does, in one sentence.
+        low, high: limits of a number, both included; `above` excludes `low`.
+        choices: names that a "choice" may have; a function, because registered names come later.
+        words: words that may stand in place of a number, such as "auto".
+        optional: whether None is allowed.
+        mark: how a value other than the default is written in a short name; "" leaves it out.
+        unit: what a number counts, for messages.
+        group: heading in tables of options.
+    """
+
+    kind: str
+    help: str
+    low: float | None = None
+    high: float | None = None
+    above: bool = False
+    choices: Callable[[], Iterable[str]] = tuple
+    words: tuple[str, ...] = ()
+    optional: bool = False
+    mark: str = ""
+    unit: str = ""
+    group: str = ""
+
+    @property
+    def requirement(self) -> str:
+        """What a value must be, as it stands in messages and tables: "None or an integer >= 1"."""
+        if self.kind == "switch":
+            return "True or False"
+        alternatives = [*(["None"] if self.optional else []), *(repr(word) for word in self.words)]
+        if self.kind == "choice":
+            alternatives += [repr(name) for name in self.choices()]
+        elif self.kind == "function":
+            alternatives += [*(repr(name) for name in self.choices()), "a function"]
+        else:
+            alternatives.append(f"{'an integer' if self.kind == 'integer' else 'a number'}{self._limits}")
+        return " or ".join([", ".join(alternatives[:-1]), alternatives[-1]] if len(alternatives) > 1 else alternatives)
+
+    @property
+    def _limits(self) -> str:
+        low, high = (f"{limit:.16g}" if limit is not None else "" for limit in (self.low, self.high))
+        if self.low is None:
+            return ""
+        if self.high is None:
+            return f" {'>' if self.above else '>='} {low}{self.unit}"
+        return f" from {low} to {high}{self.unit}"
+
+    def accepts(self, value: Any) -> bool:
+        """Whether a value is of this type and within the limits."""
+        if value is None:
+            return self.optional
+        if self.kind == "switch":
+            return isinstance(value, bool)
+        if self.kind == "choice":
+            return isinstance(value, str) and value in self.choices()
+        if isinstance(value, str):
+            return value in self.words
+        if isinstance(value, bool) or not isinstance(value, Integral if self.kind == "integer" else Real):
+            return False
+        if math.isnan(value) or (self.low is not None and (value < self.low or (self.above and value == self.low))):
+            return False
+        return value <= self.high if self.high is not None else value < math.inf
+
+    def check(self, name: str, value: Any) -> None:
+        """ValueError that names the value and what it must be."""
+        if not self.accepts(value):
+            known = self.choices() if self.kind == "choice" else self.words
+            hint = did_you_mean(value, known) if isinstance(value, str) and known else ""
+            raise ValueError(f"{name} is {value!r}{hint}; it must be {self.requirement}")
+
+
+def option(default: Any, kind: str, help: str, **spec: Any) -> Any:
+    """A dataclass field that carries an OptionSpec."""
+    return field(default=default, metadata={"option": OptionSpec(kind, help, **spec)})
+
+
+def specs_of(config: Any) -> dict[str, OptionSpec]:
+    """The specification of each field of a dataclass made of `option` fields, in order."""
+    return {one.name: one.metadata["option"] for one in fields(config)}
+
+
+def defaults_of(config: Any) -> dict[str, Any]:
+    """The default of each such field."""
+    return {one.name: one.default for one in fields(config)}
+
+
+def markdown_table(config: Any) -> str:
+    """A table of all options: name, default, values, meaning; one section for each group."""
+    lines, group, defaults = list[str](), None, defaults_of(config)
+    for name, spec in specs_of(config).items():
+        if spec.group != group:
+            group = spec.group
+            lines += ["", f"**{group}**", "", "| option | default | values | what it does |", "|---|---|---|---|"]
+        default = getattr(defaults[name], "__name__", defaults[name])
+        lines.append(f"| `{name}` | `{default}` | {spec.requirement} | {spec.help} |")
+    return "\n".join(lines[1:])
