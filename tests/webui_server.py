@@ -79,6 +79,8 @@ class Server:
                 self.call("/sdapi/v1/script-info")
             except (urllib.error.URLError, ConnectionError):
                 continue
+            if NEO and "Startup time" not in self.log.read_text():
+                continue  # it answers before it knows what its scripts ask for
             return self
         said = self.log.read_text()[-3000:]
         self.__exit__()
@@ -94,8 +96,13 @@ class Server:
     def call(self, path: str, body: dict | None = None) -> dict:
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            return json.load(answer)
+        try:
+            with urllib.request.urlopen(request, timeout=600) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if body is None:
+                raise
+            raise RuntimeError(error.read().decode()) from None
 
     def stop(self, at: int, **more: object) -> int:
         """Begins a picture, interrupts it at a step, and gives the step that it had come to."""
@@ -143,7 +150,7 @@ def look() -> dict:
         faithful = [True, 0.5, 0.5, "mean", "mean", -1, True, False, 1, 0, 1, -1, 8]
         hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.5}
         if not server.call("/sdapi/v1/latent-upscale-modes"):  # Forge Neo has none
-            hires["hr_upscaler"] = "Lanczos"
+            hires["hr_upscaler"] = "None"
         if (PROGRAM / "backend").exists():  # Forge asks which text encoder
             hires["hr_additional_modules"] = ["Use same choices"]
         x, nothing = [axes.index("[ToFu] Ratio"), "0,0.5", []], [axes.index("Nothing"), "", []]
