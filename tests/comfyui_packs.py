@@ -176,6 +176,58 @@ def guided(fuse):
     return found
 
 
+# --- whatever else that pack has --------------------------------------------------------------------------------------
+
+
+def steered(fuse):
+    """Its nodes that leave self-attention to the block: each alone, after ours and before it."""
+    pag = sys.modules[f"{pack('sd-perturbed-attention')}.pag_nodes"]
+    from tofu_sd.hosts._model_patcher import patches_of
+
+    ours, found = {"preset": "faithful"}, {}
+    model = comfyui_run.random_model("sd15")
+    words = [[torch.randn(1, 7, SHAPES["sd15"]["context_dim"], generator=torch.Generator().manual_seed(5)), {}]]
+    given = {
+        "NAG": ("nag_nodes", "NormalizedAttentionGuidance", {"negative": words}),
+        "PLADIS": ("pladis_nodes", "Pladis", {}),
+        "TPG, one": ("tpg_nodes", "TokenPerturbationGuidance", {"unet_block_list": "d0"}),
+        "TPG, all": ("tpg_nodes", "TokenPerturbationGuidance", {"unet_block_list": "d0-5,m0,u0-8"}),
+        "SWG": ("pag_nodes", "SlidingWindowGuidanceAdvanced", {"tile_width": 64, "tile_height": 64,
+                                                               "tile_overlap": 32}),
+        "FDG": ("fdg_nodes", "FrequencyDecoupledGuidance", {"strength_high": 12.0}),
+        "Momentum": ("mg_nodes", "MomentumGuidance", {"momentum": 0.5, "ema": 0.6}),
+        "SMC": ("smc_nodes", "SlidingModeControlCFG", {"lambda": 6.0, "k": 0.1}),
+    }  # fmt: skip
+    plain, fused = sample(model, "sd15", steps=2), sample(fuse(model, **ours), "sd15", steps=2)
+    for name, (module, kind, options) in given.items():
+        if (module := sys.modules.get(f"{pag.__package__}.{module}")) is None:
+            continue  # an older pack
+
+        def add(model, make=node(getattr(module, kind)), options=options):  # noqa: B008
+            return make(model=model, **options)
+
+        def draw(model, make):
+            """What is drawn, how many blocks were fused, and what was said."""
+            assert torch.equal(sample(model, "sd15", steps=2), plain)  # which unwraps what TPG wraps, too
+            made = make(model)
+            places = set()
+            if patches_of(made):
+                made, places = fused_places(made)
+            with Log() as lines:
+                return sample(made, "sd15", steps=2), len(places), lines
+
+        alone, *_ = draw(model, add)
+        after, blocks, said = draw(model, lambda model: add(fuse(model, **ours)))
+        before, *again = draw(model, lambda model: fuse(add(model), **ours))
+        found[name] = {
+            "finite": bool(after.isfinite().all()), "either order": torch.equal(after, before),
+            "said in either": [blocks, said] == again, "blocks": blocks, "said": said,
+            "acts": not torch.equal(after, fused) and not torch.equal(alone, plain),
+            "fuses": not torch.equal(after, alone), "without it": torch.equal(draw(model, add)[0], alone),
+        }  # fmt: skip
+    return found
+
+
 # --- reference-only ---------------------------------------------------------------------------------------------------
 
 
@@ -228,5 +280,5 @@ def referenced(fuse):
 
 if __name__ == "__main__":
     fuse, show = comfyui_run.nodes()
-    parts = {"animated": animated, "guided": guided, "referenced": referenced}
+    parts = {"animated": animated, "guided": guided, "steered": steered, "referenced": referenced}
     print(json.dumps({name: parts[name](fuse) for name in sys.argv[2:] or parts}))

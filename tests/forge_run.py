@@ -19,7 +19,13 @@ FOLDER = sys.argv[1]
 NEO = Path("modules_forge/packages").is_dir()  # Forge Neo has other names for both
 sys.argv = ["forge", *(["--cpu", "--force-fp32"] if NEO else ["--always-cpu", "--all-in-fp32"])]
 COMMON = {"in_channels": 4, "model_channels": 32, "out_channels": 4, "num_heads": 4, "use_spatial_transformer": True}
+# the settings that Forge Neo and Forge Classic ask for their own merging
+SETTINGS = types.SimpleNamespace(token_merging_stride=2, token_merging_downsample=1, token_merging_no_rand=False)
 if Path("backend").is_dir():
+    if NEO:  # which has none until it is started as a whole
+        from modules import shared
+
+        shared.opts = SETTINGS
     from backend.attention import attention_function
     from backend.misc.tomesd import TomePatcher
     from backend.nn.unet import IntegratedUNet2DConditionModel as UNetModel
@@ -31,8 +37,7 @@ else:
     try:
         from ldm_patched.contrib.nodes_tomesd import TomePatcher
     except ImportError:  # Forge Classic, whose settings it asks
-        opts = types.SimpleNamespace(token_merging_stride=2, token_merging_downsample=1)
-        sys.modules["modules.shared"] = types.SimpleNamespace(opts=opts)
+        sys.modules["modules.shared"] = types.SimpleNamespace(opts=SETTINGS)
         from ldm_patched.modules.tomesd import TomePatcher
     from ldm_patched.ldm.modules.attention import optimized_attention as attention_function
     from ldm_patched.ldm.modules.diffusionmodules.openaimodel import UNetModel

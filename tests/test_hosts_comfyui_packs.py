@@ -36,6 +36,11 @@ def guided(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def steered(tmp_path_factory):
+    return beside("sd-perturbed-attention", "steered", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
 def referenced(tmp_path_factory):
     return beside("ComfyUI-Advanced-ControlNet", "referenced", tmp_path_factory)
 
@@ -65,6 +70,18 @@ def test_so_is_the_built_in_one(guided, preset):
     assert found["alone"] == found["after"] == found["before"]
     assert found["alone"]["calls"] > 0
     assert found["either order"] is found["acts"] is found["fuses"] is True
+
+
+@pytest.mark.parametrize("kind", ["NAG", "PLADIS", "SWG", "FDG", "Momentum", "SMC", "TPG, one", "TPG, all"])
+def test_its_other_nodes_act_in_either_order(steered, kind):
+    """TPG wraps blocks, which are left to it; all others leave self-attention alone."""
+    if kind not in steered:
+        pytest.skip("an older pack")
+    found = steered[kind]
+    blocks, said = {"TPG, one": (4, [ALTERED]), "TPG, all": (0, [ALTERED])}.get(kind, (5, []))
+    assert (found.pop("blocks"), found.pop("said")) == (blocks, said)
+    assert found.pop("fuses") is (blocks > 0)
+    assert all(found.values()), found
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])

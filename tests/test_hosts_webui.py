@@ -85,8 +85,13 @@ def test_it_fuses_as_the_adapters_do_and_leaves_nothing_behind(program, options)
 
 
 def test_switched_off_or_at_ratio_zero_it_is_not_there(program):
+    """Nor without any argument, as Forge Neo draws what is asked of it while it still starts."""
     full, p = program.draw(off(program))
     assert not p.extra_generation_params
+    bare, p = program.draw([])
+    assert torch.equal(bare, full)
+    assert not p.extra_generation_params
+    assert not p.comments
     assert torch.equal(program.draw(args(program, ratio=0))[0], full)
 
 

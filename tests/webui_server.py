@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -29,9 +30,13 @@ ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = Path.cwd()
 FORGES = (PROGRAM / "modules_forge").exists()  # and reForge's
 NEO = (PROGRAM / "modules_forge" / "packages").exists()
-ARGUMENTS = ["--skip-prepare-environment", "--skip-torch-cuda-test", "--no-download-sd-model", "--no-hashing", "--api",
+ARGUMENTS = ["--skip-prepare-environment", "--skip-torch-cuda-test", "--no-hashing", "--api",
+             *([] if NEO else ["--no-download-sd-model"]),
              *(["--cpu", "--force-fp32"] if NEO else ["--always-cpu", "--all-in-fp32"] if FORGES else
                ["--use-cpu", "all", "--no-half", "--precision", "full", "--do-not-download-clip"])]  # fmt: skip
+START = ["launch.py"]
+if NEO:  # it imports torchvision, which may not fit a torch for CPUs
+    START = ["-c", "import comfyui_torchvision, runpy; runpy.run_path('launch.py', run_name='__main__')"]
 PICTURE = {"prompt": "a torus", "seed": 1, "steps": 2, "width": 128, "height": 128, "sampler_name": "Euler"}
 FAITHFUL = {"early": "mean", "late": "mean", "proportional": True, "window": 8}
 
@@ -45,7 +50,11 @@ class Server:
         (home / "extensions").mkdir()
         (home / "extensions" / "tofu_sd").symlink_to(ROOT)
         (home / "models" / "Stable-diffusion").mkdir(parents=True)
-        (home / "config.json").write_text(json.dumps({"live_previews_enable": False}))  # they need a net of their own
+        settings = {"live_previews_enable": False}  # they need a net of their own
+        if NEO:  # which asks whoever has settings of an earlier version to install it anew
+            told = re.search(r'VERSION_UID\b.*= "(\w+)"', (PROGRAM / "modules" / "launch_utils.py").read_text())
+            settings |= {"VERSION_UID": told[1]} if told else {}
+        (home / "config.json").write_text(json.dumps(settings))
         saved = {f"customscript/tofu_sd_webui.py/{tab}/Hires ratio/value": 0.25 for tab in ("txt2img", "img2img")}
         (home / "ui-config.json").write_text(json.dumps(saved))  # as Settings, Defaults writes it
         made = home / "models" / "Stable-diffusion" / "random.safetensors"
@@ -55,10 +64,12 @@ class Server:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = home / "log"
+        paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        shown = {"PYTHONPATH": os.pathsep.join(paths)} if NEO else {}
         self.process = subprocess.Popen(
-            [sys.executable, "launch.py", *ARGUMENTS, "--data-dir", str(home), "--port", str(port)],
+            [sys.executable, *START, *ARGUMENTS, "--data-dir", str(home), "--port", str(port)],
             stdout=self.log.open("w"), stderr=subprocess.STDOUT,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", **shown},
         )  # fmt: skip
         for _ in range(300):
             time.sleep(1)
@@ -68,6 +79,8 @@ class Server:
                 self.call("/sdapi/v1/script-info")
             except (urllib.error.URLError, ConnectionError):
                 continue
+            if NEO and "Startup time" not in self.log.read_text():
+                continue  # it answers before it knows what its scripts ask for
             return self
         said = self.log.read_text()[-3000:]
         self.__exit__()
@@ -76,13 +89,20 @@ class Server:
     def __exit__(self, *error: object) -> None:
         self.process.kill()
         self.process.wait()
+        if any(error):
+            print(self.log.read_text()[-2000:], file=sys.stderr)
         self.folder.cleanup()
 
     def call(self, path: str, body: dict | None = None) -> dict:
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, content, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=600) as answer:
-            return json.load(answer)
+        try:
+            with urllib.request.urlopen(request, timeout=600) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if body is None:
+                raise
+            raise RuntimeError(error.read().decode()) from None
 
     def stop(self, at: int, **more: object) -> int:
         """Begins a picture, interrupts it at a step, and gives the step that it had come to."""
@@ -129,6 +149,8 @@ def look() -> dict:
         axes = grid["args"][0]["choices"]
         faithful = [True, 0.5, 0.5, "mean", "mean", -1, True, False, 1, 0, 1, -1, 8]
         hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.5}
+        if not server.call("/sdapi/v1/latent-upscale-modes"):  # Forge Neo has none
+            hires["hr_upscaler"] = "None"
         if (PROGRAM / "backend").exists():  # Forge asks which text encoder
             hires["hr_additional_modules"] = ["Use same choices"]
         x, nothing = [axes.index("[ToFu] Ratio"), "0,0.5", []], [axes.index("Nothing"), "", []]

@@ -40,13 +40,14 @@ logger = logging.getLogger("tofu_sd")
 def asked(p: Any, args: tuple[Any, ...]) -> dict[str, Any] | None:
     """The options of a picture, from the screen or a request, and the axes of a grid. None where it is switched off.
 
-    A request may name them in one mapping, in the place of the first. ValueError and TypeError as of `read`.
+    A request may name them in one mapping, in the place of the first. One that a program answers before it knows what
+    its scripts ask for has none at all. ValueError and TypeError as of `read`.
     """
     if args and isinstance(args[0], Mapping):
         values = dict(args[0])
         enabled = values.pop(ENABLED.name, ENABLED.default)
     else:
-        enabled, *given = args
+        enabled, *given = args or (False,)
         values = dict(zip((option.name for option in ASKED), given, strict=False))
     axes = getattr(p, AXES, {})
     if not axes and (enabled is None or not ENABLED.read(enabled)):
