@@ -25,7 +25,7 @@ from . import spreadsheet
 from .html import GRID_ROWS, TIMES, grid, html
 from .tables import commits
 
-SCHEMA = 1
+SCHEMA = 2
 RESULTS, PER_IMAGE = "results.json", "per_image.csv"
 FIELDS = ("method", "key", "id", "prompt", "seed", "seconds")  # of the table, before the metrics
 AGAIN = "the same command of eval.run writes it again"
@@ -174,7 +174,7 @@ def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
             )
         keys = {row["key"] for row in found["rows"] if "skipped" not in row}
         own = {row["key"] for row in other["rows"] if "skipped" not in row}
-        more = [{**row, "of_one_run": False} for row in other["rows"] if row["key"] in own - keys]
+        more = [{**row, "same_run": False} for row in other["rows"] if row["key"] in own - keys]
         told, also = found["provenance"], other["provenance"]
         tokenizers = [name for run in (found, other) if (name := run["settings"].get("tokenizers"))]  # older: untold
         found = {
@@ -186,7 +186,7 @@ def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
             ],
             "provenance": {
                 **told,
-                "drawn": [*(told.get("drawn") or [told]), *(also.get("drawn") or [also])],
+                "generated": [*(told.get("generated") or [told]), *(also.get("generated") or [also])],
                 "joined": [*told.get("joined", []), also["command"]],
             },
         }

@@ -45,10 +45,10 @@ def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any
     columns = [Column("speed-up", "median over batches, full model / method; 5th to 95th percentile"),
                Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
     cells = [[_spread(row["speedup"], 2, "×"), _spread(_of_one_run(row, "seconds"), 2)] for row in rows]
-    if any(row.get("denoising") for row in rows):
+    if any(row.get("denoiser_seconds") for row in rows):
         columns.append(Column("denoising", "seconds of it in the UNet; median over batches"))
         for row, line in zip(rows, cells, strict=True):
-            line.append(_spread(_of_one_run(row, "denoising"), 2))
+            line.append(_spread(_of_one_run(row, "denoiser_seconds"), 2))
     if any(row.get("flops") for row in rows):
         columns.append(Column("TFLOP/image", "of matrices and convolutions, by torch's counter"))
         for row, line in zip(rows, cells, strict=True):
@@ -92,7 +92,7 @@ def spent(row: dict[str, Any]) -> str:
 def _of_one_run(row: dict[str, Any], name: str) -> dict[str, Any] | None:
     """Seconds of a row, unless they are of another run than the full model's: no time to read beside others. Older runs
     have no speed-up then."""
-    alone = row["speedup"] is None or row.get("of_one_run") is False
+    alone = row["speedup"] is None or row.get("same_run") is False
     return None if alone else row.get(name)
 
 
@@ -107,7 +107,7 @@ def _figure(figure: dict[str, Any] | None, digits: int, extent: tuple[float, flo
         return Cell("–")
     equal = figure.get("infinite", 0)
     if figure["value"] is None:
-        return Cell("∞" if equal else "–", f"{figure['undefined']} NaN" if figure.get("undefined") else "")
+        return Cell("∞" if equal else "–", f"{figure['nan']} NaN" if figure.get("nan") else "")
     value, notes, bar = f"{figure['value']:.{digits}f}", [], None
     if figure["low"] is not None:
         notes.append(f"{figure['low']:.{digits}f}–{figure['high']:.{digits}f}")
@@ -117,8 +117,8 @@ def _figure(figure: dict[str, Any] | None, digits: int, extent: tuple[float, flo
             bar = (low, high, at) if a <= figure["value"] <= b else None
     if equal:
         notes.append(f"{equal} equal")
-    if figure.get("undefined"):
-        notes.append(f"{figure['undefined']} NaN")
+    if figure.get("nan"):
+        notes.append(f"{figure['nan']} NaN")
     return Cell(value, ", ".join(notes), bar)
 
 
@@ -150,7 +150,7 @@ def circumstances(found: dict[str, Any]) -> str:
 def commits(found: dict[str, Any]) -> str:
     """Those that drew the pictures."""
     told = found["provenance"]
-    return ", ".join(dict.fromkeys(run.get("commit") or "unknown" for run in told.get("drawn") or [told]))
+    return ", ".join(dict.fromkeys(run.get("commit") or "unknown" for run in told.get("generated") or [told]))
 
 
 def commands(found: dict[str, Any]) -> str:
@@ -179,7 +179,7 @@ def notes(found: dict[str, Any], shown: Collection[str] | None = None) -> list[s
     )
     untimed = [label(row) for row in found["rows"] if timed and "skipped" not in row and row["speedup"] is None]
     lines += [f"{', '.join(untimed)}: no times, {lacking}"] if untimed else []
-    others = [label(r) for r in found["rows"] if seconds and r.get("speedup") and r.get("of_one_run") is False]
+    others = [label(r) for r in found["rows"] if seconds and r.get("speedup") and r.get("same_run") is False]
     lines += [f"{', '.join(others)}: seconds of another run than the full model's are not shown"] if others else []
     lines += _runtimes(found["provenance"]) if seconds else []
     lines += _set_distances(found)
@@ -219,7 +219,7 @@ def flaws(found: dict[str, Any]) -> list[str]:
     return [
         f"{label(row)}: {row[name]} of {row['n']} pictures {what}"
         for row in ([found["full"]] if "full" in found and found["full"] not in rows else []) + rows
-        for name, what in (("blank", "are one flat colour"), ("undefined", "hold NaN, drawn as black"))
+        for name, what in (("flat", "are one flat colour"), ("nan", "hold NaN, drawn as black"))
         if row.get(name)
     ]
 
@@ -236,7 +236,7 @@ def timing(found: dict[str, Any]) -> str:
         for n in sorted(set(numbers.values()) - {usual}, reverse=True)
     ]
     but = f" ({'; '.join(others)})" if others else ""
-    coarse = [label(row) for row in found["rows"] if row.get("speedup") and not row.get("beside")]
+    coarse = [label(row) for row in found["rows"] if row.get("speedup") and not row.get("interleaved")]
     if coarse and len(coarse) < len(numbers):
         but += f", step by step but for {', '.join(coarse)}, which were timed by turns"
     elif not coarse:
@@ -248,7 +248,7 @@ def timing(found: dict[str, Any]) -> str:
 
 def _runtimes(told: dict[str, Any]) -> list[str]:
     """A folder of pictures can outlive a driver, which is no setting of theirs. (Joined runs show no seconds.)"""
-    drawn = [] if "joined" in told else told.get("drawn") or []
+    drawn = [] if "joined" in told else told.get("generated") or []
     runtimes = [run["runtime"] for run in drawn if run.get("runtime")]
     several = dict.fromkeys(", ".join(f"{name} {value}" for name, value in one.items()) for one in runtimes)
     return [f"Seconds are of pictures drawn under {'; and '.join(several)}."] if len(several) > 1 else []
@@ -286,7 +286,7 @@ def planned(plan: dict[str, Any]) -> list[str]:
     head = f"{s['model']}, {s['size']} px, {s['steps']} steps, {s['dtype']} on {s['device']} -> {plan['out']}"
     return [
         head,
-        *(f"  {m['key']}: {m['pictures']} pictures, {m['there']} of them drawn before" for m in plan["methods"]),
+        *(f"  {m['key']}: {m['images']} pictures, {m['existing']} of them drawn before" for m in plan["methods"]),
     ]
 
 

@@ -38,7 +38,7 @@ def part(found: dict[str, Any], scopes: str | None, methods: str | None) -> dict
         known = choices(scopes, sorted({row["scope"] for row in rows}), "scope")
         rows = [row for row in rows if row["scope"] in known]
     if methods:
-        known = choices(f"full,ideal,{methods}", sorted({row["method"] for row in rows}), "method")
+        known = choices(f"{BASELINE.name},ideal,{methods}", sorted({row["method"] for row in rows}), "method")
         rows = [row for row in rows if row["method"] in known]
     return {**found, "rows": rows}
 
