@@ -62,10 +62,10 @@ def test_alone_only_self_attention_is_left() -> None:
 def test_a_twin_shares_weights_and_nothing_else() -> None:
     model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, attention_alone=False)
     plain = model(call.sample, T, **call.more)
-    twin = shapes.twin(model)
-    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-    tofu_sd.apply_patch(twin, 0.5)
-    assert not torch.equal(twin(call.sample, T, **call.more), plain)
+    shared_weights_copy = shapes.shared_weights_copy(model)
+    assert all(a is b for a, b in zip(model.parameters(), shared_weights_copy.parameters(), strict=True))
+    tofu_sd.apply_patch(shared_weights_copy, 0.5)
+    assert not torch.equal(shared_weights_copy(call.sample, T, **call.more), plain)
     assert torch.equal(model(call.sample, T, **call.more), plain)
 
 
@@ -89,7 +89,7 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, Any
 def test_rows_say_what_was_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rows = run(capsys, "--method", "tofu,tomesd", "--scope", "attention,unet", "--out", str(tmp_path / "b.json"))
     assert [(r["scope"], r["method"]) for r in rows] == [
-        (scope, method) for scope in ("attention", "unet") for method in ("full", "ideal", "tofu", "tomesd")
+        (scope, method) for scope in ("attention", "unet") for method in ("baseline", "ideal", "tofu", "tomesd")
     ]
     for row in rows:
         assert 0 < row["p20"] <= row["p50"] <= row["p80"]
@@ -235,11 +235,11 @@ def test_deepcache_runs_one_step_of_three_whole() -> None:
 
 def test_a_share_of_no_saving_is_none() -> None:
     contender = bench.Contender("tofu", "tofu-r50", None, seconds=[1.0, 1.1, 0.9, 1.0])
-    base = {"full": [1.0, 1.2, 0.8, 1.0], "ideal": [1.0, 0.9, 1.1, 1.0]}
+    base = {"baseline": [1.0, 1.2, 0.8, 1.0], "ideal": [1.0, 0.9, 1.1, 1.0]}
     row = contender.row(base)
     assert row["share"] is None
     assert row["speedup"]["value"] == 1
-    assert contender.row({"full": [2.0] * 4, "ideal": [0.5] * 4})["share"]["value"] == pytest.approx(2 / 3)
+    assert contender.row({"baseline": [2.0] * 4, "ideal": [0.5] * 4})["share"]["value"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("backend", ["math", "slicing"])

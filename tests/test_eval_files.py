@@ -22,14 +22,12 @@ from eval import compare as compare_module
 from eval import report as report_module
 from eval.common import files, formats
 from eval.common.files import write_results
-from eval.evaluation import plan
-from eval.images import generate, output_dir
-from eval.images import merge_maps as maps
-from eval.images import requests as prompts
+from eval.evaluation import prepare
+from eval.images import merge_maps, output_dir, records
+from eval.images import requests as requests_module
 from eval.methods import registry as methods
-from eval.reporting import earlier_results as earlier
-from eval.reporting import results as report
-from eval.reporting import spreadsheet
+from eval.reporting import earlier_results, spreadsheet
+from eval.reporting import results as results_module
 
 ROOT = Path(__file__).parent.parent
 FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-cat", "@SUM(A1)", "\t=1", "'=1+1", "''=1"]
@@ -44,7 +42,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     (folder / "own.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+        patch.setattr(prepare, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
         out = folder / "out"
         assert run.main([*COMMAND, "--metrics", "psnr", "--prompts", str(folder / "own.jsonl"), "--out", str(out)]) == 0
     return out
@@ -101,7 +99,7 @@ def test_no_cell_that_is_written_is_a_formula(made):
     cells = [cell for row in rows for cell in row]
     assert not [cell for cell in cells if cell[:1] in ("=", "+", "@", "\t", "\r")]
     assert {cell for cell in cells if cell.startswith("-")} == {"-5"}
-    _, images = report.read(made)
+    _, images = results_module.read(made)
     assert [image["prompt"] for image in images[: len(PROMPTS)]] == PROMPTS
 
 
@@ -120,21 +118,21 @@ def test_files_that_were_saved_elsewhere_are_read(out, capsys):
         csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)  # as LibreOffice quotes
     assert report_module.main(["out", "--markdown"]) == 0
     assert capsys.readouterr().out == before
-    assert output_dir.settings_of(out) is not None
+    assert output_dir.load_settings(out) is not None
 
 
 def test_prompts_that_were_saved_elsewhere_are_read(tmp_path):
     for ending, text in (("txt", "a fox\na bee\n"), ("jsonl", '{"prompt": "a fox"}\n{"prompt": "a bee"}\n')):
         file = tmp_path / f"own.{ending}"
         file.write_text(text)
-        before = prompts.load(str(file))
+        before = requests_module.load_requests(str(file))
         saved_elsewhere(file)
-        assert prompts.load(str(file)) == before
+        assert requests_module.load_requests(str(file)) == before
         file.write_text(text, encoding="utf-16")
         with pytest.raises(
             EvalError, match=rf"cannot read the prompts 'own\.{ending}': it is UTF-16; save it as UTF-8"
         ):
-            prompts.load(str(file))
+            requests_module.load_requests(str(file))
 
 
 @pytest.mark.parametrize("name", ["results.json", "per_image.csv"])
@@ -266,14 +264,14 @@ def test_the_published_results_are_of_the_shapes_and_others_are_not(tmp_path, fo
 def test_settings_of_another_shape_are_refused(out, capsys, content):
     (out / "settings.json").write_text(content)
     with pytest.raises(EvalError, match=r"--out out: its settings\.json cannot be read"):
-        output_dir.settings_of(out)
+        output_dir.load_settings(out)
 
 
 @pytest.mark.parametrize(("name", "value"), [("size", "64"), ("size", True), ("guidance", "x"), ("model", 3)])
 def test_settings_of_another_type_are_named(out, name, value):
     files.write_json(out / "settings.json", {**files.read_json(out / "settings.json"), name: value})
     with pytest.raises(EvalError, match=f"--out out: {name} in its settings.json is {value!r}; it must be"):
-        output_dir.settings_of(out)
+        output_dir.load_settings(out)
 
 
 # --- records of images ------------------------------------------------------------------------------------------------
@@ -286,29 +284,29 @@ def test_settings_of_another_type_are_named(out, name, value):
         *({"batch": value} for value in (0, True, "2", 1.5, None)),
         *({"run": value} for value in ("../../x", "", None, 3)),
         *({"timed": value} for value in (1, None, "yes")),
-        *({"denoising": value} for value in (0, "x", -1)),
-        {"denoising": None, "full_denoising": 1.0},
-        {"full_denoising": "x"}, {"peak_bytes": -1}, {"peak_bytes": 1.5}, {"finite": 1}, {"drawn_with": "0000"},
+        *({"denoiser_seconds": value} for value in (0, "x", -1)),
+        {"denoiser_seconds": None, "baseline_denoiser_seconds": 1.0},
+        {"baseline_denoiser_seconds": "x"}, {"peak_bytes": -1}, {"peak_bytes": 1.5}, {"finite": 1}, {"batch_ids": "0000"},
     ],
 )  # fmt: skip
 def test_a_record_that_figures_cannot_come_from_is_damaged(out, change):
-    (request, *_), method = prompts.load("demo"), methods.parse("tofu", [0.5])[0]
+    (request, *_), method = requests_module.load_requests("demo"), methods.parse("tofu", [0.5])[0]
     path = out / method.slug / f"{request.id}.json"
     record = files.read_json(path)
-    assert not generate.damaged(out, method, request)
+    assert not records.is_corrupt(out, method, request)
     path.write_text(json.dumps({**record, **change}))
-    assert generate.damaged(out, method, request)
+    assert records.is_corrupt(out, method, request)
 
 
 @pytest.mark.parametrize("content", [*ODD[:8], '{"seconds": NaN}'])
 def test_a_record_that_is_none_is_damaged(out, content):
-    (request, *_), method = prompts.load("demo"), methods.parse("tofu", [0.5])[0]
+    (request, *_), method = requests_module.load_requests("demo"), methods.parse("tofu", [0.5])[0]
     (out / method.slug / f"{request.id}.json").write_text(content)
-    assert generate.damaged(out, method, request)
+    assert records.is_corrupt(out, method, request)
 
 
 def test_damaged_records_are_generated_again_and_the_figures_are_the_same(out, made, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
     command = [*COMMAND, "--metrics", "psnr", "--prompts", str(made.parent / "own.jsonl"), "--out", "out"]
     for name, change in (("0000", {"seconds": 0.0}), ("0001", {"seconds": math.nan}), ("0002", {"batch": "2"})):
         path = out / "tofu-r50" / f"{name}.json"
@@ -325,32 +323,32 @@ def test_damaged_records_are_generated_again_and_the_figures_are_the_same(out, m
     "content", ["[]", "3", '{"runtime": [], "packages": {"x": 1}, "commit": 5, "environment": {}}']
 )
 def test_what_is_told_of_a_run_in_another_shape_is_left_out(out, made, monkeypatch, content):
-    monkeypatch.setattr(plan, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
     for path in (out / "runs").iterdir():
         path.write_text(content)
     command = [*COMMAND, "--metrics", "psnr", "--prompts", str(made.parent / "own.jsonl"), "--out", "out"]
     assert run.main([*command, "--metrics-only"]) == 0
-    (drawn,) = files.read_json(out / "results.json")["provenance"]["drawn"]
+    (drawn,) = files.read_json(out / "results.json")["provenance"]["generated"]
     assert drawn.keys() == {"run", "pictures"}
 
 
 def test_counted_operations_of_another_shape_are_counted_again(out):
     from eval.images import flops
 
-    settings, method = output_dir.settings_of(out), methods.parse("tofu", [0.5])[0]
+    settings, method = output_dir.load_settings(out), methods.parse("tofu", [0.5])[0]
     assert settings is not None
     for told, counted in ((7, 7), ("x", None), (True, None), (None, None)):
-        files.write_json(out / "flops" / "tofu-r50.json", {**flops._made(settings, method), "flops": told})
-        assert flops.counted(out, settings, method) == counted
+        files.write_json(out / "flops" / "tofu-r50.json", {**flops._version(settings, method), "flops": told})
+        assert flops.load_count(out, settings, method) == counted
     files.write_json(out / "maps" / "tofu-r50.json", [])
-    assert not maps.saved(out, settings, method)
+    assert not merge_maps.saved(out, settings, method)
 
 
 def test_earlier_results_of_another_shape_are_none(tmp_path):
-    assert earlier.read(tmp_path) is None
+    assert earlier_results.read(tmp_path) is None
     for content in ODD:
         (tmp_path / "results.json").write_text(content)
-        found = earlier.read(tmp_path)
+        found = earlier_results.read(tmp_path)
         assert found is None or (found.rows, found.metrics, found.ids) == ([], [], set())
 
 

@@ -109,15 +109,15 @@ def guarded(monkeypatch):
 
 
 @pytest.mark.parametrize("goes_on", [True, False])
-def test_ctrl_c_during_the_work_can_be_caught_and_ends_the_process_again_afterwards(guarded, capsys, goes_on):
+def test_ctrl_c_during_the_work_can_be_caught_and_ends_the_process_again_afterwards(guarded, capsys, resumes):
     outside = signal.getsignal(signal.SIGINT)
 
-    @command(goes_on=goes_on)
+    @command(resumes=resumes)
     def inner(argv):
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         return 0
 
-    @command(goes_on=goes_on)
+    @command(resumes=resumes)
     def program(argv):
         assert inner([]) == 0
         os.kill(os.getpid(), signal.SIGINT)
@@ -126,7 +126,7 @@ def test_ctrl_c_during_the_work_can_be_caught_and_ends_the_process_again_afterwa
 
     assert program([]) == interrupts.STOPPED
     assert signal.getsignal(signal.SIGINT) is outside
-    assert capsys.readouterr().err == "\nstopped" + "; the same command goes on from here" * goes_on + "\n"
+    assert capsys.readouterr().err == "\nstopped" + "; the same command goes on from here" * resumes + "\n"
 
 
 def test_a_program_that_is_no_command_line_keeps_its_handler():
@@ -144,7 +144,7 @@ def test_an_ignored_ctrl_c_stays_ignored(guarded):
 
 
 def test_an_error_that_a_library_raises_of_ctrl_c_is_no_error_of_the_user(capsys):
-    @command(goes_on=False)
+    @command(resumes=False)
     def program(argv):
         try:
             raise KeyboardInterrupt
@@ -173,7 +173,7 @@ def test_an_error_that_a_library_raises_of_ctrl_c_is_no_error_of_the_user(capsys
     ],
 )
 def test_only_what_passes_is_said_to_resume(number, resumes, advice, capsys):
-    @command(goes_on=True)
+    @command(resumes=True)
     def program(argv):
         raise OSError(number, os.strerror(number), "some/file.png")
 

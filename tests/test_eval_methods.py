@@ -45,7 +45,7 @@ gentle = TokenFusionConfig(kv_only=True)
 @pytest.fixture(autouse=True)
 def _registries() -> Iterator[None]:
     """What a test registers is gone after it."""
-    parse("full", [0.5])
+    parse("baseline", [0.5])
     before = dict(METHODS), dict(MATCHERS)
     yield
     registry._load.cache_clear()
@@ -118,7 +118,7 @@ def test_two_names_of_one_method_are_refused(names: str) -> None:
         parse(names, [0.5])
 
 
-@pytest.mark.parametrize("name", ["tofu", "full", "tomesd"])
+@pytest.mark.parametrize("name", ["tofu", "baseline", "tomesd"])
 def test_a_name_that_is_taken_cannot_be_registered(name: str) -> None:
     @contextmanager
     def mine(pipe: Any) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from eval import EvalError, run
 from eval.common import files
-from eval.evaluation import plan
+from eval.evaluation import prepare
 from eval.images import checkpoint, components
 from eval.images.guidance import check_guidance, guidance_scale
 from eval.images.model import load_model, variant_of
@@ -357,7 +357,7 @@ def test_one_map_for_both_halves_of_guidance_takes_guidance(tmp_path, monkeypatc
     if name.startswith("deepcache"):
         pytest.importorskip("DeepCache")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan, "load_model", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: pytest.fail("it went on"))
     assert run.main(["--method", f"full,{name}", "--guidance", guidance]) == 2
     told = capsys.readouterr().err
     assert f"method {name!r} has share_across_cfg, and the guidance scale is {guidance}" in told

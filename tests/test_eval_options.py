@@ -10,8 +10,8 @@ from eval.common.cli import command
 from eval.common.devices import pick_device
 
 
-def ending(raised: BaseException | None, goes_on: bool) -> int:
-    @command(goes_on=goes_on)
+def ending(raised: BaseException | None, resumes: bool) -> int:
+    @command(resumes=resumes)
     def program(argv):
         if raised is not None:
             raise raised
@@ -29,15 +29,15 @@ def ending(raised: BaseException | None, goes_on: bool) -> int:
         (KeyboardInterrupt(), 130, "\nstopped"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_a_code(raised, code, said, goes_on, capsys):
+def test_what_cannot_be_is_one_line_and_a_code(raised, code, said, resumes, capsys):
     """A refusal is never taken up by the same command, whatever was begun is; and no path of the machine is shown."""
-    assert ending(raised, goes_on) == code
+    assert ending(raised, resumes) == code
     told = capsys.readouterr()
     assert told.out == ""
     assert told.err.startswith(said)
     assert told.err.strip().count("\n") == 0
     assert "private" not in told.err
-    assert ("the same command goes on from here" in told.err) == (goes_on and not isinstance(raised, EvalError))
+    assert ("the same command goes on from here" in told.err) == (resumes and not isinstance(raised, EvalError))
 
 
 def test_what_is_wrong_with_a_program_itself_is_not_hidden():
@@ -49,7 +49,7 @@ def test_arguments_are_those_typed_where_none_are_given(monkeypatch):
     assert ending(None, False) == 3
     monkeypatch.setattr(sys, "argv", ["program", "one"])
 
-    @command(goes_on=False)
+    @command(resumes=False)
     def program(argv):
         """What it does."""
         return len(argv)

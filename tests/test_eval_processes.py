@@ -17,7 +17,7 @@ from eval import run as run_module
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red fox", "a bee", "an old oak", "a kite", "a pond", "a boat", "a hill"]
-METHODS = ["full-other-seeds", "full", "tofu-r50"]
+METHODS = ["baseline-other-seeds", "baseline", "tofu-r50"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(folder: Path, out: str, more: tuple[str, ...]) -> list[str]:
     asked = ["--model", str(folder / "model"), "--prompts", str(folder / "own.txt"), "--steps", "2", "--size", "176"]
-    asked += ["--batch", "2", "--metrics", "psnr,ms-ssim", "--scale-row", "--method", "tofu,full", "--device", "cpu"]
+    asked += [
+        "--batch",
+        "2",
+        "--metrics",
+        "psnr,ms-ssim",
+        "--seed-baseline",
+        "--method",
+        "tofu,full",
+        "--device",
+        "cpu",
+    ]
     return [*asked, "--out", str(folder / out), *more]
 
 
@@ -73,7 +83,7 @@ def content(folder: Path, out: str) -> dict[str, bytes]:
 
 def figures(folder: Path, out: str) -> list[dict[str, object]]:
     rows = json.loads((folder / out / "results.json").read_text())["rows"]
-    return [{name: row[name] for name in ("method", "key", "n", "blank", "metrics")} for row in rows]
+    return [{name: row[name] for name in ("method", "key", "n", "flat", "metrics")} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +150,9 @@ def test_two_processes_are_one(folder: Path) -> None:
     found = figures(folder, "two")
     assert found == figures(folder, "one")
     assert found[1]["metrics"]["FD-judge"]["value"] > 0  # type: ignore[index]
-    assert json.loads(printed)["rows"][0]["method"] == "full"  # one of them prints
-    told_runs = json.loads(printed)["provenance"]["drawn"]
-    assert [run["pictures"] for run in told_runs] in ([12, 9], [9, 12]), told
+    assert json.loads(printed)["rows"][0]["method"] == "baseline"  # one of them prints
+    told_runs = json.loads(printed)["provenance"]["generated"]
+    assert [run["images"] for run in told_runs] in ([12, 9], [9, 12]), told
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="a process's children are found in /proc")

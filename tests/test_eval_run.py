@@ -25,20 +25,16 @@ from eval import compare as compare_module
 from eval import report as report_module
 from eval import run as run_module
 from eval.common import files, provenance
-from eval.evaluation import execute as job
+from eval.evaluation import execute, plan, prepare
 from eval.evaluation import options as options_module
-from eval.evaluation import plan
-from eval.images import distributed as team
-from eval.images import flops, generate, output_dir
-from eval.images import merge_maps as maps
-from eval.images import requests as prompts
-from eval.images.distributed import Team
+from eval.images import distributed, flops, generate, merge_maps, output_dir
+from eval.images import requests as requests_module
+from eval.images.distributed import Processes
 from eval.methods import registry as methods
+from eval.metrics import base, pairwise, score, statistics, summary
 from eval.metrics import registry as metrics
-from eval.metrics import score, statistics
-from eval.reporting import html
-from eval.reporting import results as report
-from eval.reporting import tables as table
+from eval.reporting import html, tables
+from eval.reporting import results as results_module
 from tofu_sd import demo
 
 PROMPTS = ['a <script>alert("x")</script> & co', "a bee", "an old oak", "a kite", "a pond"]
@@ -69,7 +65,7 @@ def deep():
 @pytest.fixture
 def tiny(monkeypatch, tmp_path, pipe):
     """Any --model is the tiny pipeline; the current folder is empty but for a list of prompts outside of it."""
-    monkeypatch.setattr(plan, "load_model", lambda *_: (pipe, ToyJudge()))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (pipe, ToyJudge()))
     (tmp_path / "here").mkdir()
     (tmp_path / "own.txt").write_text("\n".join(PROMPTS))
     monkeypatch.chdir(tmp_path / "here")
@@ -82,8 +78,8 @@ def finished(tmp_path_factory, pipe):
     folder = tmp_path_factory.mktemp("eval")
     (folder / "own.txt").write_text("\n".join(PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "load_model", lambda *_: (pipe, ToyJudge()))
-        names = ["--method", "tofu,full,kv:tome+p,tomesd", "--scale-row"]
+        patch.setattr(prepare, "load_model", lambda *_: (pipe, ToyJudge()))
+        names = ["--method", "tofu,full,kv:tome+p,tomesd", "--seed-baseline"]
         code = run_module.main([*COMMAND, *names, "--prompts", str(folder / "own.txt"), "--out", str(folder / "out")])
     assert code == 0
     return folder / "out", files.read_json(folder / "out" / "results.json")
@@ -98,13 +94,13 @@ def rows(found):
 
 def test_every_method_has_a_row_and_the_full_model_is_the_first(finished):
     _, found = finished
-    assert found["schema"] == report.SCHEMA
+    assert found["schema"] == results_module.SCHEMA
     names = [row["method"] for row in found["rows"]]
-    assert names == ["full", "tofu", "kv:tome+p", "tomesd", "full, other seeds"]
+    assert names == ["baseline", "tofu", "kv:tome+p", "tomesd", "baseline, other seeds"]
 
 
 def test_the_full_model_against_itself_is_perfect(finished):
-    full = rows(finished[1])["full"]["metrics"]
+    full = rows(finished[1])["baseline"]["metrics"]
     assert full["PSNR"] == {"value": None, "low": None, "high": None, "n": 0, "infinite": len(PROMPTS)}
     assert full["PD-judge"]["value"] == 0
     assert full["FD-judge"]["value"] < 1e-12  # float64 rounding
@@ -112,7 +108,7 @@ def test_the_full_model_against_itself_is_perfect(finished):
 
 def test_other_seeds_are_further_away_than_any_method(finished):
     found = rows(finished[1])
-    scale = found.pop("full-other-seeds")["metrics"]["PD-judge"]["value"]
+    scale = found.pop("baseline-other-seeds")["metrics"]["PD-judge"]["value"]
     assert all(row["metrics"]["PD-judge"]["value"] < scale for row in found.values())
 
 
@@ -123,7 +119,7 @@ def test_figures_travel_with_their_circumstances(finished):
     told = found["provenance"]
     assert {"command", "commit", "packages", "started", "ended", "runtime"} <= set(told)
     ((machine, report_of_it),) = told["environments"].items()  # one machine: it is told once
-    assert [machine] == [told["environment"]] == [run["environment"] for run in told["drawn"]]
+    assert [machine] == [told["environment"]] == [run["environment"] for run in told["generated"]]
     assert f"PyTorch version: {torch.__version__}" in report_of_it
     for metric in found["metrics"]:
         assert metric.get("implementation") or metric.get("skipped")
@@ -139,8 +135,8 @@ def test_figures_travel_with_their_circumstances(finished):
 
 def test_results_are_of_the_written_schema(finished):
     jsonschema = pytest.importorskip("jsonschema")
-    schema = files.read_json(Path(report.__file__).parent / "results.schema.json")
-    assert schema["properties"]["schema"] == {"const": report.SCHEMA}
+    schema = files.read_json(Path(results_module.__file__).parent / "results.schema.json")
+    assert schema["properties"]["schema"] == {"const": results_module.SCHEMA}
     checks = jsonschema.Draft202012Validator(schema)
     checks.validate(finished[1])
     committed = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*/results.json"))
@@ -153,7 +149,7 @@ def test_results_are_of_the_written_schema(finished):
 
 def test_what_cannot_be_measured_is_skipped_with_its_reason(finished):
     skipped = {m["name"]: m["skipped"] for m in finished[1]["metrics"] if "skipped" in m}
-    assert skipped.keys() == {"MS-SSIM", "classed as asked"}
+    assert skipped.keys() == {"MS-SSIM", "class accuracy"}
     assert "161" in skipped["MS-SSIM"]
 
 
@@ -217,7 +213,7 @@ def test_some_rows_and_columns_can_be_shown(finished, capsys, tmp_path):
     assert not any("FD-judge" in line for line in lines)
     assert (
         report_module.main(
-            [str(out), "--grid", str(tmp_path / "two.png"), "--rows", "full", "tofu 50%", "--first", "1"]
+            [str(out), "--grid", str(tmp_path / "two.png"), "--rows", "baseline", "tofu 50%", "--first", "1"]
         )
         == 0
     )
@@ -243,10 +239,10 @@ def test_methods_are_compared_picture_by_picture(finished, capsys):
     made += [image("tomesd-r50", i, 20.5 + 10 * i) for i in range(5)]
     metric = next(m for m in found["metrics"] if m["name"] == "PSNR")
     rows_of_both = [row for row in found["rows"] if row["key"] in ("tofu-r50", "tomesd-r50")]
-    text = table.markdown_against({**found, "metrics": [metric], "rows": rows_of_both}, made, "tofu-r50")
+    text = tables.markdown_against({**found, "metrics": [metric], "rows": rows_of_both}, made, "tofu-r50")
     assert "| tomesd 50% | +0.50 (+0.50 to +0.50) |" in text
     made[-1]["PSNR"] = "inf"  # a picture equal to the full model's has no PSNR to subtract from
-    text = table.markdown_against({**found, "metrics": [metric], "rows": rows_of_both}, made, "tofu 50%")
+    text = tables.markdown_against({**found, "metrics": [metric], "rows": rows_of_both}, made, "tofu 50%")
     assert "| tomesd 50% | +0.50, 4 of 5 pictures |" in text
 
 
@@ -287,22 +283,22 @@ def test_a_second_method_joins_the_folder_and_is_timed_beside_the_full_model(tin
 def test_pictures_of_known_classes_are_classed(tiny, monkeypatch, pipe):
     from tofu_sd.demo.classifier import Judge
 
-    monkeypatch.setattr(plan, "load_model", lambda *_: (pipe, Judge().eval()))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (pipe, Judge().eval()))
     assert run_module.main([*tiny, "--prompts", "demo", "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
     for row in files.read_json(Path("out/results.json"))["rows"]:
-        assert row["metrics"]["classed as asked"]["n"] == 2
+        assert row["metrics"]["class accuracy"]["n"] == 2
 
 
 def test_a_limit_is_told(tiny):
     assert run_module.main([*tiny, "--limit", "2", "--out", "out"]) == 0
     found = files.read_json(Path("out/results.json"))
     assert (found["settings"]["n"], found["settings"]["of"]) == (2, len(PROMPTS))
-    assert "2 pictures of 5" in table.circumstances(found)
+    assert "2 pictures of 5" in tables.circumstances(found)
 
 
 def test_json_leaves_stdout_to_the_results(tiny, capsys, monkeypatch):
-    draw = report.draw
-    monkeypatch.setattr(report, "draw", lambda out: (print("a library that talks"), draw(out)))
+    draw = results_module.draw
+    monkeypatch.setattr(results_module, "draw", lambda out: (print("a library that talks"), draw(out)))
     assert run_module.main([*tiny, "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["rows"][1]["method"] == "tofu"
@@ -317,8 +313,8 @@ def test_the_embedded_model_is_judged_by_its_own_classifier(tmp_path, monkeypatc
     arguments = ["--limit", "2", "--steps", "3", "--metrics", "psnr,ms-ssim,judge", "--out", "out"]
     assert run_module.main([*arguments, "--method", "tofu"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
-    assert set(found["full"]["metrics"]) == {"classed as asked"}
-    assert set(found["tofu-r50"]["metrics"]) == {"classed as asked", "PSNR", "MS-SSIM", "PD-judge", "FD-judge"}
+    assert set(found["baseline"]["metrics"]) == {"class accuracy"}
+    assert set(found["tofu-r50"]["metrics"]) == {"class accuracy", "PSNR", "MS-SSIM", "PD-judge", "FD-judge"}
     assert found["tofu-r50"]["metrics"]["PSNR"]["value"] > 20  # the same picture, nearly; other seeds give about 10
 
 
@@ -437,7 +433,7 @@ def test_a_model_that_is_nowhere_is_told_from_one_that_is_damaged(tmp_path, monk
 def test_a_size_that_a_metric_cannot_measure_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
     assert run_module.main([*tiny, "--dry-run"]) == 0
     assert capsys.readouterr().err == "MS-SSIM is skipped: takes pictures of at least 161 px, these have 64\n"
-    monkeypatch.setattr(job, "generate", lambda *_: pytest.fail(capsys.readouterr().err))
+    monkeypatch.setattr(execute, "generate", lambda *_: pytest.fail(capsys.readouterr().err))
     with pytest.raises(pytest.fail.Exception, match="MS-SSIM is skipped"):
         run_module.main(tiny)
     assert run_module.main([*tiny, "--metrics", "psnr,ssim", "--dry-run"]) == 0
@@ -445,15 +441,15 @@ def test_a_size_that_a_metric_cannot_measure_is_told_before_anything_is_drawn(ti
 
 
 def test_a_metric_that_lacks_its_weights_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(metrics, "_inception", lambda *_: "no Inception weights")
-    monkeypatch.setattr(job, "generate", lambda *_: pytest.fail(capsys.readouterr().err))
+    monkeypatch.setattr(metrics, "inception", lambda *_: "no Inception weights")
+    monkeypatch.setattr(execute, "generate", lambda *_: pytest.fail(capsys.readouterr().err))
     with pytest.raises(pytest.fail.Exception, match="FID will be skipped: no Inception weights"):
         run_module.main([*tiny, "--metrics", "psnr,fid"])
 
 
 def test_a_part_of_a_list_is_a_part_of_its_pictures(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--only", "1-2", "--metrics", "psnr", "--out", "out"]) == 0
-    assert {path.stem for path in Path("out/full").glob("*.png")} == {"0001", "0002"}
+    assert {path.stem for path in Path("out/baseline").glob("*.png")} == {"0001", "0002"}
     told = files.read_json(Path("out/results.json"))
     assert (told["settings"]["n"], told["settings"]["of"]) == (2, 5)
     capsys.readouterr()
@@ -462,13 +458,13 @@ def test_a_part_of_a_list_is_a_part_of_its_pictures(tiny, capsys):
     again = [*tiny, "--method", "tofu", "--metrics", "psnr", "--out", "out"]
     # those that were there, and one of the repeated ones
     assert run_module.main([*again, "--per-prompt", "2", "--only", "0001,0002,0002_1"]) == 0
-    assert {path.stem for path in Path("out/full").glob("*.png")} == {"0001", "0002", "0002_1"}
+    assert {path.stem for path in Path("out/baseline").glob("*.png")} == {"0001", "0002", "0002_1"}
     told = files.read_json(Path("out/results.json"))
     assert (told["settings"]["n"], told["settings"]["of"]) == (3, 10)
 
 
 def test_a_model_that_a_method_does_not_fit_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "load_model", lambda *_: (Namespace(transformer=torch.nn.Linear(2, 2)), None))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (Namespace(transformer=torch.nn.Linear(2, 2)), None))
     arguments = [argument for argument in tiny if argument not in ("--size", "64")]
     assert run_module.main(arguments) == 2
     assert "method 'tofu' does not fit this model" in capsys.readouterr().err
@@ -493,7 +489,7 @@ def test_an_interrupt_says_how_to_go_on(tiny, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "generate", stop)
+    monkeypatch.setattr(execute, "generate", stop)
     assert run_module.main([*tiny]) == 130
     assert "goes on from here" in capsys.readouterr().err
 
@@ -523,7 +519,7 @@ def test_a_full_disk_is_a_line_and_the_run_goes_on_later(tiny, monkeypatch, caps
 
 def test_black_pictures_are_counted_and_told(tiny, monkeypatch, capsys, pipe):
     """As a model in half precision draws them when it has come to NaN."""
-    original = generate.draw
+    original = generate.generate_batch
 
     def blackened(*args, **options):
         pixels, cost = original(*args, **options)
@@ -531,13 +527,13 @@ def test_black_pictures_are_counted_and_told(tiny, monkeypatch, capsys, pipe):
             pixels[0] = 0
         return pixels, cost
 
-    monkeypatch.setattr(generate, "draw", blackened)
+    monkeypatch.setattr(generate, "generate_batch", blackened)
     assert run_module.main([*tiny, "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
-    assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["blank"] == 1
+    assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["flat"] == 1
     assert "tofu 50%: 1 of 2 pictures are one flat colour" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("part", "blank"), [(slice(None), 1), (slice(32), 0)])
+@pytest.mark.parametrize(("part", "flat"), [(slice(None), 1), (slice(32), 0)])
 def test_pictures_with_nan_are_told_wherever_they_are_compared(tiny, monkeypatch, capsys, pipe, part, blank):
     """Half of a picture is enough; where both models' are black they are equal, and the score rises."""
     decode = pipe.vae.decode
@@ -554,8 +550,8 @@ def test_pictures_with_nan_are_told_wherever_they_are_compared(tiny, monkeypatch
     told = "tofu 50%: 1 of 2 pictures hold NaN, drawn as black"
     assert told in capsys.readouterr().out
     found = rows(files.read_json(Path("out/results.json")))["tofu-r50"]
-    assert (found["undefined"], found["blank"]) == (1, blank)
-    for shown in (["--markdown"], ["--frontier"], ["--against", "prune 50%"]):
+    assert (found["nan"], found["flat"]) == (1, blank)
+    for shown in (["--markdown"], ["--pareto"], ["--against", "prune 50%"]):
         assert report_module.main(["out", *shown]) == 0
         assert told in capsys.readouterr().out
     assert report_module.main(["out", "--markdown", "--rows", "prune 50%"]) == 0
@@ -616,7 +612,7 @@ def test_a_model_of_the_hub_is_told_with_its_revision(tmp_path, monkeypatch, pip
     asked = ["--model", "some/model", "--prompts", "own.txt", "--steps", "1", "--metrics", "psnr", "--out", "out"]
     assert run_module.main(asked) == 0
     told = files.read_json(Path("out/results.json"))["provenance"]
-    assert told["revision"] == told["drawn"][0]["revision"] == revision
+    assert told["revision"] == told["generated"][0]["revision"] == revision
     assert f"<dd>{revision}</dd>" in Path("out/report.html").read_text()
 
 
@@ -626,9 +622,9 @@ def test_the_report_of_another_machine_that_drew_is_told_beside_the_own(tiny, mo
     monkeypatch.setattr(provenance, "environment", lambda: "machine two")
     assert run_module.main([*tiny, "--out", "out"]) == 0
     told = files.read_json(Path("out/results.json"))["provenance"]
-    first, second = (told["environments"][run["environment"]] for run in told["drawn"])
+    first, second = (told["environments"][run["environment"]] for run in told["generated"])
     assert (first, second) == ("<machine one>", "machine two")
-    assert told["environment"] == told["drawn"][1]["environment"]
+    assert told["environment"] == told["generated"][1]["environment"]
     page = Path("out/report.html").read_text()
     assert "<pre>machine two</pre>" in page
     assert "<pre>&lt;machine one&gt;</pre>" in page
@@ -640,7 +636,7 @@ def test_seconds_of_pictures_under_two_drivers_are_told(tiny, monkeypatch):
     for driver, limit in (("1", "2"), ("2", "4")):
         monkeypatch.setattr(provenance, "runtime", lambda _, driver=driver: {"driver": driver})
         assert run_module.main([*tiny, "--limit", limit, "--out", "out"]) == 0
-        notes = table.notes(files.read_json(Path("out/results.json")))
+        notes = tables.notes(files.read_json(Path("out/results.json")))
         assert ("Seconds are of pictures drawn under driver 1; and driver 2." in notes) == (driver == "2")
 
 
@@ -732,10 +728,10 @@ def test_the_runs_that_drew_are_told_not_the_one_that_measured(tiny):
     assert run_module.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
     told = files.read_json(Path("out/results.json"))["provenance"]
     assert "--metrics-only" in told["command"]
-    assert [run["pictures"] for run in told["drawn"]] == [4, 6]
-    assert "--generate-only" in told["drawn"][0]["command"]
-    assert "--repeats 2" in told["drawn"][1]["command"]
-    assert {"commit", "device", "runtime", "packages", "started"} <= told["drawn"][0].keys()
+    assert [run["images"] for run in told["generated"]] == [4, 6]
+    assert "--generate-only" in told["generated"][0]["command"]
+    assert "--repeats 2" in told["generated"][1]["command"]
+    assert {"commit", "device", "runtime", "packages", "started"} <= told["generated"][0].keys()
     page = Path("out/report.html").read_text()
     assert page.index("--metrics-only") < page.index("4 pictures, from") < page.index("6 pictures, from")
     assert "--repeats 2" in page
@@ -744,7 +740,7 @@ def test_the_runs_that_drew_are_told_not_the_one_that_measured(tiny):
 def test_drawing_and_measuring_can_be_parted(tiny, monkeypatch, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
     assert not Path("out/results.json").exists()
-    monkeypatch.setattr(plan, "load_model", lambda *_: pytest.fail("measuring needs no model"))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: pytest.fail("measuring needs no model"))
     own = [a for a in tiny if a not in ("psnr,ms-ssim,judge",)]
     own[own.index("--metrics") + 1 : own.index("--metrics") + 1] = ["psnr"]
     assert run_module.main([*own, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
@@ -783,7 +779,7 @@ def test_the_full_models_pictures_can_be_another_runs(tiny, capsys):
     assert "5 of 5 pictures of the full model are first's" in capsys.readouterr().err
     for id in ("0000", "0004"):
         for end in ("png", "json"):
-            a, b = (Path(out) / "full" / f"{id}.{end}" for out in ("first", "second"))
+            a, b = (Path(out) / "baseline" / f"{id}.{end}" for out in ("first", "second"))
             assert a.read_bytes() == b.read_bytes()
     found = rows(files.read_json(Path("second/results.json")))
     assert found["prune-r50"]["speedup"]["n"] == 2  # not by the time that is told of the full model's pictures
@@ -820,7 +816,7 @@ def test_suites_are_options_that_what_is_typed_overrides(name):
     methods.parse(options.method, [0.5])
     unknown = told.keys() - vars(options_module.parse([])).keys() - {"about"}
     assert not unknown
-    metrics.check(options.metrics, metrics.Nets())
+    metrics.parse_metric_names(options.metrics, metrics.Nets())
     assert len({m.slug for m in methods.parse(options.method, [0.5])}) == options.method.count(",") + 1
 
 
@@ -828,10 +824,10 @@ def test_suites_are_options_that_what_is_typed_overrides(name):
 def test_every_method_of_a_suite_draws_otherwise(tiny, deep, monkeypatch, name):
     """Of as many blocks as Stable Diffusion has: two rows that draw the same would be one too many. (The paper's suite
     runs on a stand-in, in test_eval_standin.py.)"""
-    monkeypatch.setattr(plan, "load_model", lambda *_: (deep, None))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (deep, None))
     assert run_module.main([*tiny, "--suite", name, "--limit", "2", "--out", "out"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
-    assert {"full", "full-other-seeds"} < found.keys()
+    assert {"baseline", "baseline-other-seeds"} < found.keys()
     assert len(found) == 2 + suites.load(name)["method"].count(",")
     figures = [row["metrics"]["PSNR"]["value"] for row in found.values()]
     assert len(set(figures)) == len(found)
@@ -839,13 +835,13 @@ def test_every_method_of_a_suite_draws_otherwise(tiny, deep, monkeypatch, name):
 
 def test_each_batch_is_timed_by_its_fastest(tiny, monkeypatch):
     seconds = iter([9.0, 9.0] + [3.0, 1.0, 2.0] * 12)
-    original = generate.draw
+    original = generate.generate_batch
 
     def timed(*args, **options):
         images, cost = original(*args, **options)
         return images, {**cost, "seconds": next(seconds)}
 
-    monkeypatch.setattr(generate, "draw", timed)
+    monkeypatch.setattr(generate, "generate_batch", timed)
     assert run_module.main([*tiny, "--limit", "2", "--repeats", "3", "--out", "out"]) == 0
     for row in files.read_json(Path("out/results.json"))["rows"]:
         assert row["seconds"]["median"] == 1.0
@@ -853,15 +849,15 @@ def test_each_batch_is_timed_by_its_fastest(tiny, monkeypatch):
 
 def test_the_denoisers_share_of_the_time_is_told(finished):
     for row in finished[1]["rows"]:
-        assert 0 < row["denoising"]["median"] < row["seconds"]["median"]
+        assert 0 < row["denoiser_seconds"]["median"] < row["seconds"]["median"]
 
 
 def test_operations_are_counted_by_hand(deep):
     """What fusing saves: attention and its projections on half of the tokens of 5 blocks; what it costs: matching."""
     settings = generate.Settings("m", "p", "own", "h", 0, 128, 1, 1.0, 1, "cpu", "float32", "a", "t", "d", "tf")
-    request = prompts.Request("0000", "a fox", 0)
+    request = requests_module.Request("0000", "a fox", 0)
     full, tofu, tofu_windows, condense = (
-        flops.of_pictures(deep, method, settings, [request])
+        flops.count_batch(deep, method, settings, [request])
         for method in (generate.BASELINE, *methods.parse("tofu,tofu@window=4,condense", [0.5]))
     )
     N, K, C, blocks = 256, 128, 16, 5
@@ -881,18 +877,18 @@ def test_operations_that_vary_are_the_mean_of_several_pictures(pipe, tmp_path, m
         flops, "of_pictures", lambda pipe, method, settings, turn: turns.append(len(turn)) or 10 * len(turn)
     )
     settings = generate.Settings("m", "p", "own", "h", 0, 128, 1, 1.0, 2, "cpu", "float32", "a", "t", "d", "tf")
-    requests = [prompts.Request(f"{i:04}", "a fox", i) for i in range(11)]
+    requests = [requests_module.Request(f"{i:04}", "a fox", i) for i in range(11)]
     chosen = methods.parse("tofu,adaptive", [0.5])
     flops.count(tmp_path, pipe, chosen, settings, requests)
     assert turns == [1, 2, 2, 2, 2]
-    assert [flops.counted(tmp_path, settings, method) for method in chosen] == [10, 10]
+    assert [flops.load_count(tmp_path, settings, method) for method in chosen] == [10, 10]
 
 
 def test_the_report_shows_who_stands_for_whom(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu,tomesd", "--maps", "--out", "out"]) == 0
     assert [path.name for path in Path("out/maps").glob("*.png")] == ["tofu-r50.png"]
     with Image.open("out/maps/tofu-r50.png") as picture:
-        assert picture.size == (3 * 64 + 2 * maps.GAP, 64 + maps.CAPTION)
+        assert picture.size == (3 * 64 + 2 * merge_maps.GAP, 64 + merge_maps.CAPTION)
     assert Path("out/report.html").read_text().count('alt="Which token stands for which"') == 1
 
 
@@ -902,11 +898,11 @@ def test_what_was_counted_and_drawn_for_the_report_stays(tiny):
     for again in (["--metrics-only"], []):
         assert run_module.main([*tiny, "--method", "tofu", *again, "--out", "out"]) == 0
         found = rows(files.read_json(Path("out/results.json")))
-        assert found["full"]["flops"] > found["tofu-r50"]["flops"] > 0
+        assert found["baseline"]["flops"] > found["tofu-r50"]["flops"] > 0
         assert found["tofu-r50"]["maps"]
-        assert not found["full"]["maps"]
+        assert not found["baseline"]["maps"]
     told = files.read_json(Path("out/flops/tofu-r50.json"))
-    files.write_json(Path("out/flops/tofu-r50.json"), {**told, "made": "by other code"})
+    files.write_json(Path("out/flops/tofu-r50.json"), {**told, "config_hash": "by other code"})
     assert run_module.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
     assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["flops"] is None
 
@@ -916,7 +912,7 @@ def test_what_was_counted_and_drawn_for_the_report_stays(tiny):
 )
 def test_maps_are_of_the_step_asked_for_or_the_nearest(tiny, monkeypatch, method, step, at):
     captions = []
-    monkeypatch.setattr(maps, "fit", lambda text, *_: captions.append(text) or text)
+    monkeypatch.setattr(merge_maps, "fit", lambda text, *_: captions.append(text) or text)
     more = [] if step is None else ["--map-step", str(step)]
     options = ["--steps", "4", "--limit", "1", "--maps", *more]
     assert run_module.main([*tiny, "--method", method, *options, "--generate-only", "--out", "out"]) == 0
@@ -924,9 +920,9 @@ def test_maps_are_of_the_step_asked_for_or_the_nearest(tiny, monkeypatch, method
 
 
 def test_maps_are_of_the_block_asked_for(tiny, deep, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "load_model", lambda *_: (deep, None))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (deep, None))
     captions = []
-    monkeypatch.setattr(maps, "fit", lambda text, *_: captions.append(text) or text)
+    monkeypatch.setattr(merge_maps, "fit", lambda text, *_: captions.append(text) or text)
     options = [*tiny, "--limit", "1", "--maps", "--generate-only", "--out", "out"]
     for asked, blocks in (
         ("down_blocks.0", ["down_blocks.0.attentions.0", "down_blocks.0.attentions.1"]),
@@ -958,7 +954,7 @@ def test_settings_that_another_process_has_just_written_are_no_strangers(tmp_pat
 
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(Path, "iterdir", late)
-    output_dir.claim(tmp_path / "out", settings)
+    output_dir.init_output_dir(tmp_path / "out", settings)
     assert files.read_json(tmp_path / "out" / "settings.json") == vars(settings)
 
 
@@ -993,13 +989,13 @@ def test_a_method_is_warmed_up_after_every_switch_to_it(tiny, monkeypatch):
     for lacking in ("tofu-r50/0000.png", "prune-r50/0001.png", "tofu-r50/0002.png", "prune-r50/0003.png"):
         (Path("out") / lacking).unlink()
     drawn = []
-    draw = generate.draw
+    draw = generate.generate_batch
 
     def noting(pipe, requests, method, settings, **how):
         drawn.append((method.slug, how.get("output", "np")))
         return draw(pipe, requests, method, settings, **how)
 
-    monkeypatch.setattr(generate, "draw", noting)
+    monkeypatch.setattr(generate, "generate_batch", noting)
     assert run_module.main([*tiny, "--batch", "1", "--method", "tofu,prune", "--out", "out"]) == 0
     expected = [(key, output) for key in ("tofu-r50", "prune-r50") for output in ("latent", "np")]
     assert drawn[-4:] == expected
@@ -1010,9 +1006,9 @@ def test_a_folder_called_demo_is_not_the_embedded_model(tiny, monkeypatch):
     (Path("models") / "demo").mkdir(parents=True)
     monkeypatch.chdir("models")
     for model in ("demo/", "../models/demo", str(Path("demo").absolute())):
-        assert job._model_name(model) == "demo, a folder"
-    assert job._model_name("demo") == "demo"
-    assert job._model_name("..") == Path.cwd().parent.name
+        assert prepare.model_name(model) == "demo, a folder"
+    assert prepare.model_name("demo") == "demo"
+    assert prepare.model_name("..") == Path.cwd().parent.name
 
 
 def test_processes_that_cannot_find_each_other_are_refused(monkeypatch):
@@ -1020,7 +1016,7 @@ def test_processes_that_cannot_find_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("accelerate.PartialState", lambda **_: Namespace(num_processes=1, process_index=0))
     with pytest.raises(EvalError, match="one of 2 processes, and accelerate finds 1"):
-        team.assemble(cpu=False)
+        distributed.launched_processes(cpu=False)
 
 
 def test_processes_part_before_they_end(monkeypatch):
@@ -1030,14 +1026,14 @@ def test_processes_part_before_they_end(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
     monkeypatch.setattr("atexit.register", registered.append)
-    team.assemble(cpu=True)
+    distributed.launched_processes(cpu=True)
     assert registered == [state.destroy_process_group]
 
 
 def test_where_there_is_no_accelerator_a_team_is_one_of_cpus(tiny, monkeypatch):
     seen = []
     monkeypatch.setattr(plan, "pick_device", lambda name: torch.device("cpu" if name == "auto" else name))
-    monkeypatch.setattr(plan, "assemble", lambda cpu: seen.append(cpu) or Team())
+    monkeypatch.setattr(plan, "launched_processes", lambda cpu: seen.append(cpu) or Processes())
     for device in ("auto", "cpu", "meta"):
         assert run_module.main([*tiny, "--device", device, "--dry-run"]) == 0
     assert seen == [True, True, False]
@@ -1045,30 +1041,29 @@ def test_where_there_is_no_accelerator_a_team_is_one_of_cpus(tiny, monkeypatch):
 
 def test_a_metric_that_one_process_lacks_is_skipped_by_all():
     """Their figures are put together in the end, when everything is drawn."""
-    psnr, lacking = metrics.psnr(), metrics.Skipped("LPIPS-alex", "no network on the other node")
-    lpips = metrics.Pairwise("LPIPS-alex", "lpips", True, lambda a, b: a)
+    psnr, lacking = pairwise.psnr(), base.Skipped("LPIPS-alex", "no network on the other node")
+    lpips = base.Pairwise("LPIPS-alex", "lpips", True, lambda a, b: a)
 
-    class Two(Team):
-        def gather(self, value):
+    class Two(Processes):
+        def gather_object(self, value):
             return [value, [lacking]]
 
-    assert job.everywhere([psnr, lpips], Two(0, 2)) == [psnr, lacking]
-    assert job.everywhere([psnr, lacking], Team()) == [psnr, lacking]
+    assert execute.available_everywhere([psnr, lpips], Two(0, 2)) == [psnr, lacking]
+    assert execute.available_everywhere([psnr, lacking], Processes()) == [psnr, lacking]
 
 
-def test_every_shard_shows_its_progress_and_one_of_a_team(tiny, monkeypatch):
-    told = []
-    monkeypatch.setattr(job, "generate", lambda *_: told.append(_[-1]) or 0)
+def test_every_shard_shows_its_progress_and_one_process_of_a_launch(tiny, monkeypatch, capsys):
     assert run_module.main([*tiny, "--shard", "2/2", "--out", "out"]) == 0
-    monkeypatch.setattr(plan, "assemble", lambda cpu: Team(1, 2))
-    monkeypatch.setattr(Team, "wait", lambda self: None)
-    monkeypatch.setattr(Team, "gather", lambda self, value: [value, value])
-    assert run_module.main([*tiny, "--generate-only", "--out", "out"]) == 0
-    assert told == [False, True]
+    assert "tofu-r50 (2 of 2)" in capsys.readouterr().err
+    monkeypatch.setattr(plan, "launched_processes", lambda cpu: Processes(1, 2))
+    monkeypatch.setattr(Processes, "wait_for_everyone", lambda self: None)
+    monkeypatch.setattr(Processes, "gather_object", lambda self, value: [value, value])
+    assert run_module.main([*tiny, "--generate-only", "--out", "other"]) == 0
+    assert "tofu-r50" not in capsys.readouterr().err
 
 
 def test_a_team_takes_no_shards_and_no_single_device(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "assemble", lambda cpu: job.Team(0, 2))
+    monkeypatch.setattr(plan, "launched_processes", lambda cpu: execute.Processes(0, 2))
     assert run_module.main([*tiny, "--shard", "1/2"]) == 2
     assert "--shard is for processes that know nothing of each other" in capsys.readouterr().err
     assert run_module.main([*tiny, "--device", "cudo"]) == 2
@@ -1081,7 +1076,7 @@ def test_too_little_memory_on_the_device_says_what_takes_less(tiny, monkeypatch,
     def full(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has 8 GiB.")
 
-    monkeypatch.setattr(job, "generate", full)
+    monkeypatch.setattr(execute, "generate", full)
     assert run_module.main([*tiny, "--out", "out"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: CUDA out of memory. Tried to allocate 20 GiB: a smaller --batch takes less; it changes the last bits, "
@@ -1093,7 +1088,7 @@ def test_too_little_memory_for_a_metric_says_where_it_can_be_measured(tiny, monk
     def full(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
-    monkeypatch.setattr(job, "score", full)
+    monkeypatch.setattr(execute, "score", full)
     assert run_module.main([*tiny, "--out", "out"]) == 2
     assert (
         capsys.readouterr()
@@ -1106,25 +1101,25 @@ def test_another_error_is_not_taken_for_too_little_memory(tiny, monkeypatch):
     def broken(*_):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(job, "score", broken)
+    monkeypatch.setattr(execute, "score", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run_module.main([*tiny, "--out", "out"])
 
 
 def test_notes_say_what_few_pictures_and_a_device_leave_open(finished):
     found = json.loads(json.dumps(finished[1]))
-    told = "\n".join(table.notes(found))
+    told = "\n".join(tables.notes(found))
     assert f"FD-judge: from n={len(PROMPTS)} pictures in 3 dimensions. It is biased upwards" in told
     assert "n/a off CUDA" in told
     row = found["rows"][1]
     row |= {"peak_bytes": 3 * 2**20, "held_bytes": 5 * 2**20}
     row["metrics"]["KID"] = {**row["metrics"]["FD-judge"], "n": 999}
     found["metrics"].append({**next(m for m in found["metrics"] if m["name"] == "FD-judge"), "name": "KID"})
-    told = "\n".join(table.notes(found))
+    told = "\n".join(tables.notes(found))
     assert "KID: from n=999 pictures; under 1,000" in told
     assert "beyond the 5 MiB that the model itself holds" in told
     row["metrics"]["KID"]["n"] = 1000
-    assert "KID: from" not in "\n".join(table.notes(found))
+    assert "KID: from" not in "\n".join(tables.notes(found))
 
 
 # --- two runs ---------------------------------------------------------------------------------------------------------
@@ -1155,7 +1150,7 @@ def test_times_under_another_driver_are_not_compared(tiny, capsys):
     for out in ("a", "b"):
         assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--out", out]) == 0
     found = files.read_json(Path("b/results.json"))
-    (drawn,) = found["provenance"]["drawn"]
+    (drawn,) = found["provenance"]["generated"]
     drawn["runtime"] = {"driver": "999.1"}  # measuring was done on the machine of `a`
     drawn["commit"], drawn["packages"]["tomesd"] = "abc", "9"
     files.write_json(Path("b/results.json"), found)
@@ -1182,7 +1177,7 @@ def test_what_was_timed_beside_no_full_model_is_not_compared(tiny, capsys):
         told = json.loads(capsys.readouterr().out)["rows"]
         return {row["figure"]: (row["a"], row["b"], row["b - a"]) for row in told}
 
-    rows(found)["tofu-r50"]["of_one_run"] = False
+    rows(found)["tofu-r50"]["same_run"] = False
     assert shown()["s/image"] == ("–", "–", "–")
     assert "×" in shown()["speed-up"][0]
     rows(found)["tofu-r50"]["speedup"] = None
@@ -1245,8 +1240,8 @@ def test_what_two_runs_differ_in_is_told_and_costs_the_times_alone(tiny, capsys)
 def test_pictures_that_are_gone_are_named(tiny):
     assert run_module.main([*tiny, "--out", "out"]) == 0
     settings = generate.Settings(**files.read_json(Path("out/settings.json")))
-    requests = prompts.load(tiny[-1])
-    for folder, id in (("tofu-r50", "0002"), ("full", "0001")):
+    requests = requests_module.load_requests(tiny[-1])
+    for folder, id in (("tofu-r50", "0002"), ("baseline", "0001")):
         (Path("out") / folder / f"{id}.png").unlink()
         with pytest.raises(EvalError, match=rf"{folder} lacks {id}\.png"):
             score.score(Path("out"), settings, requests, methods.parse("tofu", [0.5]), [])
@@ -1266,7 +1261,7 @@ def test_a_run_measured_again_reads_no_picture_and_says_the_same(tiny, monkeypat
 @pytest.mark.parametrize("groups", ["abcde", "aabbccddee"])
 def test_all_of_five_is_not_certainty(groups):
     """A bootstrap of ones is 1 to 1; Wilson's interval knows how few they are, and that two of a class are not two."""
-    figure = score.share(torch.ones(len(groups)), list(groups))
+    figure = summary.proportion_ci(torch.ones(len(groups)), list(groups))
     assert (figure["value"], figure["n"]) == (1, len(groups))
     assert figure["low"] == pytest.approx(5 / (5 + 1.96**2))  # its closed form where all are ones
     assert figure["high"] == pytest.approx(1)
@@ -1275,13 +1270,18 @@ def test_all_of_five_is_not_certainty(groups):
 def test_of_few_classes_there_is_no_interval():
     """Seven right of ten pictures of one prompt say nothing of what other prompts would give."""
     values = torch.tensor([1.0] * 7 + [0.0] * 3)
-    assert score.share(values, ["a"] * 10) == {"value": pytest.approx(0.7), "low": None, "high": None, "n": 10}
+    assert summary.proportion_ci(values, ["a"] * 10) == {
+        "value": pytest.approx(0.7),
+        "low": None,
+        "high": None,
+        "n": 10,
+    }
 
 
 def test_what_is_not_a_number_is_not_called_equal():
-    figure = score.mean(torch.tensor([30.0, math.inf, math.nan]).double(), ["a", "b", "c"])
-    assert (figure["value"], figure["infinite"], figure["undefined"]) == (30, 1, 1)
-    assert table.short(figure, 1) == "30.0 (1 equal, 1 NaN)"
+    figure = summary.mean_ci(torch.tensor([30.0, math.inf, math.nan]).double(), ["a", "b", "c"])
+    assert (figure["value"], figure["infinite"], figure["nan"]) == (30, 1, 1)
+    assert tables.short(figure, 1) == "30.0 (1 equal, 1 NaN)"
 
 
 def test_a_prompt_may_have_any_name(tiny, tmp_path):
@@ -1309,30 +1309,30 @@ def test_a_prompt_may_have_any_name(tiny, tmp_path):
 
 def test_what_a_killed_writer_left_behind_is_removed_and_nothing_else(tmp_path):
     """The file of a writer that is at work in another process, and files of other people, stay."""
-    (tmp_path / "full").mkdir()
-    names = {"full/.00001-0.png.0a1b2c3d": True, "full/.00002-0.png.0a1b2c3e": False, "full/00001-0.png": False,
-             ".gitignore": False, "full/.notes.txt": False}  # fmt: skip
+    (tmp_path / "baseline").mkdir()
+    names = {"baseline/.00001-0.png.0a1b2c3d": True, "baseline/.00002-0.png.0a1b2c3e": False, "baseline/00001-0.png": False,
+             ".gitignore": False, "baseline/.notes.txt": False}  # fmt: skip
     for name in names:
         (tmp_path / name).write_text("x")
         age = 0 if "00002" in name else 2 * files.ABANDONED
         os.utime(tmp_path / name, (time.time() - age,) * 2)
-    (tmp_path / "full" / ".00003-0.png.0a1b2c3f").symlink_to("renamed meanwhile")  # found, and gone when looked at
+    (tmp_path / "baseline" / ".00003-0.png.0a1b2c3f").symlink_to("renamed meanwhile")  # found, and gone when looked at
     assert files.tidy(tmp_path) == 1
     assert {name: not (tmp_path / name).exists() for name in names} == names
 
 
 def test_killed_while_it_writes_the_figures_a_run_is_not_taken_for_whole(tiny, monkeypatch, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--metrics", "psnr", "--out", "out"]) == 0
-    write = report.write
+    write = results_module.write
 
     def killed(path, content):
         if path.name == "results.json":
             raise KeyboardInterrupt
         write(path, content)
 
-    monkeypatch.setattr(report, "write", killed)
+    monkeypatch.setattr(results_module, "write", killed)
     assert run_module.main([*tiny, "--method", "tofu,prune", "--metrics", "psnr", "--out", "out"]) == 130
-    monkeypatch.setattr(report, "write", write)
+    monkeypatch.setattr(results_module, "write", write)
     capsys.readouterr()
     assert report_module.main(["out", "--markdown"]) == 2
     assert "results.json and per_image.csv are of two runs" in capsys.readouterr().err
@@ -1386,13 +1386,13 @@ def test_a_dry_run_refuses_what_a_run_would(tiny, capsys):
     assert (
         run_module.main([*tiny, "--dry-run", "--reference", "out", "--json"]) == 0
     )  # what would be taken is not drawn
-    told = {m["key"]: (m["there"], m["pictures"]) for m in json.loads(capsys.readouterr().out)["methods"]}
-    assert told == {"full": (5, 5), "tofu-r50": (0, 5)}
+    told = {m["key"]: (m["there"], m["images"]) for m in json.loads(capsys.readouterr().out)["methods"]}
+    assert told == {"baseline": (5, 5), "tofu-r50": (0, 5)}
 
 
 def test_a_damaged_record_is_not_called_other_code(tiny, capsys):
     assert run_module.main([*tiny, "--generate-only", "--out", "out"]) == 0
-    Path("out/full/0002.json").write_text('{"id": "00')
+    Path("out/baseline/0002.json").write_text('{"id": "00')
     capsys.readouterr()
     assert run_module.main([*tiny, "--metrics-only", "--out", "out"]) == 2
     assert "full: 0002.png are damaged, or their records; without --metrics-only" in capsys.readouterr().err
@@ -1400,7 +1400,7 @@ def test_a_damaged_record_is_not_called_other_code(tiny, capsys):
 
 def test_a_damaged_picture_of_a_report_is_named(tiny, capsys):
     assert run_module.main([*tiny, "--metrics", "psnr", "--out", "out"]) == 0
-    Path("out/full/0000.png").write_bytes(b"no picture")
+    Path("out/baseline/0000.png").write_bytes(b"no picture")
     capsys.readouterr()
     assert report_module.main(["out"]) == 2
     assert "the picture full/0000.png is damaged: the same command of eval.run" in capsys.readouterr().err
@@ -1413,9 +1413,9 @@ def test_a_stage_tells_a_program_what_it_drew(tiny, capsys, monkeypatch):
 
 def test_of_a_team_one_process_prints(tiny, capsys, monkeypatch):
     for rank, lines in ((0, 1), (1, 0)):
-        monkeypatch.setattr(plan, "assemble", lambda cpu, rank=rank: Team(rank, 2))
-        monkeypatch.setattr(Team, "wait", lambda self: None)
-        monkeypatch.setattr(Team, "gather", lambda self, value: [value, 3])
+        monkeypatch.setattr(plan, "launched_processes", lambda cpu, rank=rank: Processes(rank, 2))
+        monkeypatch.setattr(Processes, "wait_for_everyone", lambda self: None)
+        monkeypatch.setattr(Processes, "gather_object", lambda self, value: [value, 3])
         for stage in ("--dry-run", "--generate-only"):
             assert run_module.main([*tiny, stage, "--json", "--device", "cpu", "--out", "out"]) == 0
             printed = capsys.readouterr().out
@@ -1424,11 +1424,11 @@ def test_of_a_team_one_process_prints(tiny, capsys, monkeypatch):
 
 
 def test_what_a_reference_has_measured_is_not_measured_again(tiny, monkeypatch):
-    assert run_module.main([*tiny, "--method", "full", "--metrics", "psnr", "--out", "first"]) == 0
+    assert run_module.main([*tiny, "--method", "baseline", "--metrics", "psnr", "--out", "first"]) == 0
     seen = []
     load = score.load
     monkeypatch.setattr(score, "load", lambda folder, requests: seen.append(folder.name) or load(folder, requests))
-    asked = ["--method", "full", "--metrics", "psnr", "--reference", "first", "--out", "second"]
+    asked = ["--method", "baseline", "--metrics", "psnr", "--reference", "first", "--out", "second"]
     assert run_module.main([*tiny, *asked]) == 0
     assert seen == []
 
@@ -1443,7 +1443,7 @@ def test_settings_that_cannot_be_read_are_not_overwritten(tiny, capsys):
 
 
 def test_few_pictures_have_no_interval():
-    figure = score.mean(torch.tensor([30.0, 40.0]).double(), ["a", "b"])
+    figure = summary.mean_ci(torch.tensor([30.0, 40.0]).double(), ["a", "b"])
     assert (figure["value"], figure["low"], figure["high"]) == (35, None, None)
 
 
@@ -1507,7 +1507,7 @@ def test_every_program_teaches():
 
 
 def test_infinite_values_are_counted_and_not_averaged():
-    figure = score.mean(torch.tensor([30.0, float("inf"), 40.0]).double(), ["a", "b", "c"])
+    figure = summary.mean_ci(torch.tensor([30.0, float("inf"), 40.0]).double(), ["a", "b", "c"])
     assert (figure["value"], figure["n"], figure["infinite"]) == (35, 2, 1)
 
 
@@ -1521,17 +1521,20 @@ def test_speed_is_a_ratio_of_neighbours():
     full["e"] = record(9.0, batch=1)
     own = {"a": record(1.0), "b": record(2.0), "c": record(1.0, run="two"), "d": record(1.0, timed=False)}
     own["e"] = record(1.0, batch=1)  # a rest, which costs more a picture
-    speed = score.speed(full, own)
+    speed = summary.timing_summary(full, own)
     assert speed["speedup"] == {"median": 2.0, "mean": 2.0, "p5": 2.0, "p95": 2.0, "n": 2}
     assert (speed["seconds"]["mean"], speed["seconds"]["n"]) == (1.5, 2)  # of the same batches
-    alone = score.speed(full, {"c": own["c"]})
+    alone = summary.timing_summary(full, {"c": own["c"]})
     assert (alone["speedup"], alone["seconds"]["n"]) == (None, 1)
-    own["c"] |= {"denoising": 0.75, "full_denoising": 1.25}  # of one second: a quarter is decoding and text
-    own["b"] |= {"denoising": 1.5, "full_denoising": None}
-    speed = score.speed(full, own)  # what ran beside it is a better measure than any other turn
+    own["c"] |= {
+        "denoiser_seconds": 0.75,
+        "baseline_denoiser_seconds": 1.25,
+    }  # of one second: a quarter is decoding and text
+    own["b"] |= {"denoiser_seconds": 1.5, "baseline_denoiser_seconds": None}
+    speed = summary.timing_summary(full, own)  # what ran beside it is a better measure than any other turn
     assert (speed["speedup"]["n"], speed["speedup"]["mean"]) == (1, 1.5)
-    assert (speed["seconds"]["n"], speed["denoising"]["mean"]) == (1, 0.75)
-    assert score.spread([1.0, 1.0, 4.0]) == pytest.approx({"median": 1, "mean": 2, "p5": 1, "p95": 3.7, "n": 3})
+    assert (speed["seconds"]["n"], speed["denoiser_seconds"]["mean"]) == (1, 0.75)
+    assert summary.percentiles([1.0, 1.0, 4.0]) == pytest.approx({"median": 1, "mean": 2, "p5": 1, "p95": 3.7, "n": 3})
 
 
 @pytest.mark.parametrize(
@@ -1560,10 +1563,10 @@ def test_files_can_be_read_by_others(tmp_path):
 @pytest.mark.parametrize("width", [120, 130])
 def test_a_terminal_shows_every_figure(capsys, width):
     """The last column was cropped: 1.000 stood there as 1.0."""
-    found, _ = report.read(Path(__file__).parents[1] / "benchmarks" / "results" / "demo-sweep")
-    columns, rows = table.table(table.with_rows(found, ["tofu 50%", "full, other seeds"]))
+    found, _ = results_module.read(Path(__file__).parents[1] / "benchmarks" / "results" / "demo-sweep")
+    columns, rows = tables.table(tables.with_rows(found, ["tofu 50%", "baseline, other seeds"]))
     assert len(columns) > 8
-    table.terminal(table.with_rows(found, ["tofu 50%", "full, other seeds"]), Console(width=width))
+    tables.terminal(tables.with_rows(found, ["tofu 50%", "baseline, other seeds"]), Console(width=width))
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= width
     for _, cells in rows:
@@ -1572,7 +1575,7 @@ def test_a_terminal_shows_every_figure(capsys, width):
 
 
 def test_a_caption_narrower_than_a_letter_ends():
-    assert maps.fit("full", ImageFont.load_default(15), 2) == "…"
+    assert merge_maps.fit("baseline", ImageFont.load_default(15), 2) == "…"
 
 
 def test_a_row_is_labelled_with_the_ratio_that_acts():

@@ -49,13 +49,13 @@ def test_the_papers_suite_runs_on_the_folder_it_writes(small, tmp_path, monkeypa
     typed = ["--model", "model", "--limit", "2", "--steps", "2", "--size", "168", "--device", "cpu", "--out", "out"]
     assert run_module.main(["--suite", "paper", *typed]) == 0
     found = files.read_json(tmp_path / "out" / "results.json")
-    assert [row["method"] for row in found["rows"]] == ["full", "tome", "tofu", "full, other seeds"]
+    assert [row["method"] for row in found["rows"]] == ["baseline", "tome", "tofu", "baseline, other seeds"]
     assert found["settings"]["prompts"] == "imagenet1k"
     assert (found["settings"]["n"], found["settings"]["of"]) == (2, 2000)
     full, _, tofu, _ = (row["metrics"]["MS-SSIM"]["value"] for row in found["rows"])
     assert full == 1
     assert tofu < 1
-    assert not any(row["blank"] for row in found["rows"])
+    assert not any(row["flat"] for row in found["rows"])
 
 
 @needs_names

@@ -121,7 +121,7 @@ def test_tables_are_what_their_commands_print(page, monkeypatch):
 def test_the_frontier_is_drawn_of_what_the_table_below_it_is_of(tmp_path, monkeypatch):
     """Its texts and all figures that it shows. Where ink lies may change with matplotlib."""
     monkeypatch.chdir(ROOT)
-    folders = re.search(r"<!-- python -m eval\.report (.*) --frontier -->", README)[1].split()
+    folders = re.search(r"<!-- python -m eval\.report (.*) --pareto -->", README)[1].split()
     assert report_module.main([*folders, "--plot", str(tmp_path / "plot.svg")]) == 0
     drawn, kept = (
         re.findall(r"<(?:text|dc:description)[^>]*>([^<]+)</", path.read_text())

@@ -21,6 +21,8 @@ from ..common.files import digest
 from ..common.provenance import version
 from .method import BASELINE, Method
 
+BASELINE_ALIAS = "full"  # its name in the papers and in earlier versions
+
 Apply = TypeVar("Apply", bound=Callable[..., AbstractContextManager[Any]])
 
 
@@ -81,7 +83,7 @@ def register_method(name: str, **spec: Any) -> Callable[[Apply], Apply]:
     def register(apply: Apply) -> Apply:
         source = Path(getattr(apply, "__wrapped__", apply).__code__.co_filename)
         taken = METHODS.get(name)
-        if name in (BASELINE.name, *recipes.RECIPES) or (taken is not None and taken.source != source):
+        if name in (BASELINE.name, BASELINE_ALIAS, *recipes.RECIPES) or (taken is not None and taken.source != source):
             raise ValueError(f"a method named {name!r} exists already: give yours another name")
         METHODS[name] = MethodSpec(apply, source, **spec)
         return apply
@@ -116,7 +118,7 @@ def known_methods(stackable: bool | None = None) -> list[str]:
 
 def _one(name: str, ratio: float) -> Method:
     _load_own_methods()
-    if name == BASELINE.name:
+    if name in (BASELINE.name, BASELINE_ALIAS):
         return BASELINE
     if ".py:" in name:
         return _from_file(name, ratio)

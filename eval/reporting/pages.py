@@ -58,7 +58,7 @@ def parser() -> Parser:
     return p
 
 
-@command(goes_on=False)
+@command(resumes=False)
 def main(argv: Sequence[str]) -> int:
     for page in parser().parse_args(argv).pages:
         try:
