@@ -10,7 +10,7 @@ from .common.cli import Help, Parser, as_path, command, integer_from
 from .common.files import check_place, png, write
 from .methods.method import BASELINE
 from .methods.registry import BASELINE_ALIAS
-from .reporting import pareto
+from .reporting import pareto, pareto_plot
 from .reporting.html import GRID_ROWS, grid
 from .reporting.results import draw, joined, with_times
 from .reporting.tables import markdown, markdown_against, with_rows
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     elif options.pareto:
         print(pareto.markdown(found, options.by), end="")
     elif options.plot:
-        write(options.plot, pareto.svg(found))
+        write(options.plot, pareto_plot.svg(found))
     elif options.grid:
         write(options.grid, png(grid(out, found, images, options.first or GRID_ROWS)))
     else:

@@ -38,7 +38,7 @@ def test_the_top_level_is_the_real_models(case: Case) -> None:
     """Same blocks at the same sizes, in the same order, of the same weights."""
     with torch.device("meta"):
         whole = UNet2DConditionModel(sample_size=case.latent, **case.shape)
-        part = shapes.TopLevel(case, attention_alone=False)
+        part = shapes.TopLevel(case, only_attention=False)
     real = tofu_sd.summary(tofu_sd.apply_patch(whole, 0.5)).rows
     ours = tofu_sd.summary(tofu_sd.apply_patch(part, 0.5), (case.latent // part.downsample,) * 2).rows
     assert [(r.before, r.after, r.reduction) for r in real] == [(r.before, r.after, r.reduction) for r in ours]
@@ -52,7 +52,7 @@ def test_the_top_level_is_the_real_models(case: Case) -> None:
 
 
 def test_alone_only_self_attention_is_left() -> None:
-    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, attention_alone=True)
+    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, only_attention=True)
     names = {name.split(".")[-2] for name, _ in model.named_parameters()}
     assert names == {"norm1", "norm2", "to_q", "to_k", "to_v", "0"}  # to_out.0; norm2 is cross-attention's and unused
     before = call.sample
@@ -60,7 +60,7 @@ def test_alone_only_self_attention_is_left() -> None:
 
 
 def test_a_twin_shares_weights_and_nothing_else() -> None:
-    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, attention_alone=False)
+    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, only_attention=False)
     plain = model(call.sample, T, **call.more)
     shared_weights_copy = shapes.shared_weights_copy(model)
     assert all(a is b for a, b in zip(model.parameters(), shared_weights_copy.parameters(), strict=True))
@@ -70,7 +70,7 @@ def test_a_twin_shares_weights_and_nothing_else() -> None:
 
 
 def test_the_ideal_attends_to_the_first_tokens_alone() -> None:
-    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, attention_alone=True)
+    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, only_attention=True)
     seen = []
     with bench.ideal(model, 0.5, 16):
         for block in (
@@ -138,7 +138,7 @@ def test_the_table_holds_speed_and_quality(capsys: pytest.CaptureFixture[str], t
     assert bench_module.main(["--table", str(tmp_path / "b.json"), "--method", "tofu", "--scope", "attention"]) == 0
     printed = capsys.readouterr().out
     assert [line.split(" |")[0] for line in printed.splitlines() if line.startswith("| ")] == [
-        "| method", "| full", "| ideal", "| tofu"
+        "| method",  "| baseline", "| ideal", "| tofu"
     ]  # fmt: skip
     assert bench_module.main(["--table", str(tmp_path / "b.json"), "--method", "tofoo"]) == 2
     assert "unknown method 'tofoo' (did you mean 'tofu'?)" in capsys.readouterr().err
@@ -187,7 +187,7 @@ def test_what_a_few_steps_cannot_show_is_not_measured(
     rows = run(capsys, "--method", names, "--scope", "attention")[2:]
     assert "depends on the step" in rows[0]["skipped"]
     assert "depends on the machine" in rows[1]["skipped"]
-    assert "self-attention alone" in rows[2]["skipped"]
+    assert "only self-attention" in rows[2]["skipped"]
     assert "whole UNets" in rows[3]["skipped"]
     assert rows[4]["skipped"] == "pip install tomesd"
 
@@ -260,7 +260,7 @@ def test_backends_are_used(backend: str, capsys: pytest.CaptureFixture[str]) -> 
         (["--backend", "flush"], "unknown backend 'flush' (did you mean 'flash'?)"),
         (["--compile", "yes"], "unknown mode of torch.compile 'yes'"),
         (["--ratio", "0.8"], "ratio is 0.8; it must be a number from 0 to 0.75"),
-        (["--rounds", "1"], "'1' is not a whole number from 2"),
+        (["--rounds", "1"], "'1' is not an integer from 2"),
         (["--method", "tofoo"], "unknown method 'tofoo' (did you mean 'tofu'?)"),
     ],
 )

@@ -137,7 +137,7 @@ def test_figures_of_more_images_are_not_replaced(finished, capsys, fewer, method
 def test_more_images_are_added_for_all_methods_or_for_none(command, capsys):
     assert run.main([*command, "--method", "tofu", "--limit", "2"]) == 0
     told = refusal(capsys, *command, "--method", "prune")
-    assert "its results have tofu-r50, of which 2 of 5 images are there" in told
+    assert "its results have tofu-r50, of which 2 of 5 images exist" in told
     assert "add 'tofu' to --method to generate them, or give another --out" in told
     assert run.main([*command, "--method", "prune,tofu"]) == 0
     assert {key: row["n"] for key, row in rows().items()} == {"baseline": 5, "tofu-r50": 5, "prune-r50": 5}
@@ -146,7 +146,7 @@ def test_more_images_are_added_for_all_methods_or_for_none(command, capsys):
 def test_an_image_of_a_further_method_that_is_damaged_is_named_by_its_method(command, capsys):
     assert run.main([*command, "--method", "tofu", "--seed-baseline"]) == 0
     Path("out/tofu-r50/0001.png").write_bytes(b"x")
-    assert "tofu-r50, of which 4 of 5 images are there" in refusal(capsys, *command, "--method", "prune")
+    assert "tofu-r50, of which 4 of 5 images exist" in refusal(capsys, *command, "--method", "prune")
     assert run.main([*command, "--method", "tofu,prune"]) == 0
     Path(f"out/{OTHER_SEEDS.slug}/0001.png").unlink()
     assert "add --seed-baseline to generate them" in refusal(capsys, *command, "--method", "prune")
@@ -209,7 +209,7 @@ def test_what_is_in_the_place_of_a_file_is_told_before_anything_is_generated(
     told = capsys.readouterr().err
     assert said in told
     assert told.count("\n") == 1
-    assert "goes on from here" not in told
+    assert "the same command resumes" not in told
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_an_out_that_cannot_be_is_refused_in_its_own_words(command, monkeypatch,
     told = capsys.readouterr().err
     assert told.startswith(f"error: {said}")
     assert told.count("\n") == 1
-    assert "goes on from here" not in told
+    assert "the same command resumes" not in told
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["file", "link"]
 
 
@@ -254,7 +254,7 @@ def test_a_disk_that_takes_no_image_is_one_line(command, monkeypatch, capsys, nu
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith(f"error: [Errno {number}] ")
     assert "out/baseline/0000.png" in told
-    assert ("the same command goes on from here" in told) == resumes
+    assert ("the same command resumes" in told) == resumes
     assert not list(Path("out").rglob(".*"))
 
 
@@ -272,4 +272,4 @@ def test_the_plan_of_a_dry_run_is_json(finished, capsys):
     capsys.readouterr()
     assert run.main([*finished, "--method", "prune", "--dry-run", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["methods"]
-    assert [(method["key"], method["there"]) for method in told] == [("baseline", 5), ("prune-r50", 0)]
+    assert [(method["key"], method["existing"]) for method in told] == [("baseline", 5), ("prune-r50", 0)]

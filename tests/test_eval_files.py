@@ -286,7 +286,8 @@ def test_settings_of_another_type_are_named(out, name, value):
         *({"timed": value} for value in (1, None, "yes")),
         *({"denoiser_seconds": value} for value in (0, "x", -1)),
         {"denoiser_seconds": None, "baseline_denoiser_seconds": 1.0},
-        {"baseline_denoiser_seconds": "x"}, {"peak_bytes": -1}, {"peak_bytes": 1.5}, {"finite": 1}, {"batch_ids": "0000"},
+        {"baseline_denoiser_seconds": "x"}, {"peak_bytes": -1}, {"peak_bytes": 1.5}, {"finite": 1},
+        {"batch_ids": "0000"},
     ],
 )  # fmt: skip
 def test_a_record_that_figures_cannot_come_from_is_damaged(out, change):
@@ -313,9 +314,9 @@ def test_damaged_records_are_generated_again_and_the_figures_are_the_same(out, m
         path.write_text(json.dumps({**files.read_json(path), **change}))
     told = files.read_json(out / "results.json")["rows"][1]["metrics"]
     assert run.main([*command, "--metrics-only"]) == 2
-    assert "0000.png, 0001.png, 0002.png are damaged, or their records" in capsys.readouterr().err
+    assert "0000.png, 0001.png, 0002.png are corrupt, or their records" in capsys.readouterr().err
     assert run.main(command) == 0
-    assert "damaged, drawn again: tofu-r50/0000.png, tofu-r50/0001.png" in capsys.readouterr().err
+    assert "corrupt, generated again: tofu-r50/0000.png, tofu-r50/0001.png" in capsys.readouterr().err
     assert files.read_json(out / "results.json")["rows"][1]["metrics"] == told
 
 
@@ -329,7 +330,7 @@ def test_what_is_told_of_a_run_in_another_shape_is_left_out(out, made, monkeypat
     command = [*COMMAND, "--metrics", "psnr", "--prompts", str(made.parent / "own.jsonl"), "--out", "out"]
     assert run.main([*command, "--metrics-only"]) == 0
     (drawn,) = files.read_json(out / "results.json")["provenance"]["generated"]
-    assert drawn.keys() == {"run", "pictures"}
+    assert drawn.keys() == {"run", "images"}
 
 
 def test_counted_operations_of_another_shape_are_counted_again(out):

@@ -17,7 +17,7 @@ from eval import report as report_module
 from eval.common import files
 from eval.evaluation import prepare
 from eval.metrics.score import Scores
-from eval.reporting import pareto, tables
+from eval.reporting import pareto, pareto_plot, tables
 from eval.reporting import results as results_module
 from eval.reporting.pareto import Point
 
@@ -43,20 +43,20 @@ def test_a_point_is_left_out_exactly_if_another_beats_it(figures: list[tuple[flo
 @pytest.mark.parametrize(
     ("name", "family", "form"),
     [
-        ("tofu", "tofu", "fused"),
-        ("tofu@window=8", "tofu", "fused"),
+        ("tofu", "tofu", "merged"),
+        ("tofu@window=8", "tofu", "merged"),
         ("tome+p@window=8", "tome", "with log n (+p)"),
         ("kv:tome", "tome", "keys and values (kv:)"),
         ("kv:tome+p", "tome", "both"),
         ("deepcache:kv:tome+p", "deepcache:tome", "both"),
-        ("tomesd", "tomesd", "fused"),
+        ("tomesd", "tomesd", "merged"),
         ("faithful", "faithful", "with log n (+p)"),
         ("tofu@kv_only=True", "tofu", "keys and values (kv:)"),
     ],
 )
 def test_a_point_looks_like_its_method(name: str, family: str, form: str) -> None:
-    assert pareto.form({"method": name, "ratio": 0.5}) == form
-    assert pareto.family({"method": name}) == family
+    assert pareto_plot.form({"method": name, "ratio": 0.5}) == form
+    assert pareto_plot.family({"method": name}) == family
 
 
 def test_how_to_ask_for_a_method() -> None:
@@ -110,7 +110,7 @@ def test_a_sweep_is_a_run_with_operations_and_a_plot(swept: Path, capsys: pytest
 def test_a_frontier_can_be_of_time_though_operations_are_there(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_module.main([str(swept), "--pareto", "--by", "time"]) == 0
     head, _, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
-    assert head.startswith("| method | seconds / image, of the full model's | speed-up |")
+    assert head.startswith("| method | seconds / image, relative to the baseline | speed-up |")
     spent = [(float(cells[1]), cells[2]) for cells in (row.split(" | ") for row in rows)]
     assert [cost for cost, _ in spent] == sorted(cost for cost, _ in spent)
     for cost, gain in spent:
@@ -123,11 +123,11 @@ def test_what_has_no_place_on_a_frontier_is_told(swept: Path) -> None:
     """A method without times is not one that others beat."""
     found, _ = results_module.read(swept)
     assert "Not compared" not in pareto.markdown(found, "time")
-    assert "for lack of it" not in pareto.svg(found)
+    assert "for lack of it" not in pareto_plot.svg(found)
     found["rows"][2]["speedup"] = None
-    assert "Not compared, for lack of time: tofu 50%." in pareto.markdown(found, "time").splitlines()
-    assert "Not compared" not in pareto.markdown(found, "operations")
-    assert "(1 not shown for lack of it)" in pareto.svg(found)
+    assert "Not compared, without measured time: tofu 50%." in pareto.markdown(found, "time").splitlines()
+    assert "Not compared" not in pareto.markdown(found, "flops")
+    assert "(1 not shown for lack of it)" in pareto_plot.svg(found)
 
 
 def test_where_every_method_is_slower_none_is_on_the_frontier_and_all_are_drawn(swept: Path) -> None:
@@ -136,9 +136,9 @@ def test_where_every_method_is_slower_none_is_on_the_frontier_and_all_are_drawn(
         row["flops"] = None
         row["speedup"] = {**row["speedup"], "median": 0.9}
     shown = pareto.markdown(found)
-    assert "No method costs less than the full model." in shown
+    assert "No method costs less than the baseline." in shown
     assert "apply_patch" not in shown
-    assert "no other is better in both" in pareto.svg(found)
+    assert "no other is better in both" in pareto_plot.svg(found)
 
 
 def test_a_plot_can_be_of_some_rows(swept: Path, tmp_path: Path) -> None:
@@ -168,11 +168,11 @@ def test_a_report_of_many_methods_begins_with_the_frontier_and_marks_who_is_on_i
 def test_every_peer_has_a_mark_of_its_own_and_every_family_a_colour() -> None:
     methods = ["tofu", "kv:tofu+p", "tome", "tomesd", "todo", "deepcache", "deepcache:tofu", "deepcache:tome"]
     rows = [{"method": method, "ratio": 0.5} for method in methods]
-    looks = pareto.Looks.of(rows)
+    looks = pareto_plot.Looks.of(rows)
     assert list(looks.colours) == ["tofu", "tome"]
     assert list(looks.marks) == ["tomesd", "todo", "deepcache", "deepcache:tofu", "deepcache:tome"]
     assert len(set(looks.marks.values())) == 5
-    assert not set(looks.marks.values()) & set(pareto.FORMS.values())
+    assert not set(looks.marks.values()) & set(pareto_plot.FORMS.values())
     drawn = {repr(looks.marker(row)) for row in rows}
     assert len(drawn) == len(rows)
 
@@ -180,7 +180,7 @@ def test_every_peer_has_a_mark_of_its_own_and_every_family_a_colour() -> None:
 def test_a_plot_is_the_same_every_time_and_a_file_if_asked_for(swept: Path, tmp_path: Path) -> None:
     found, _ = results_module.read(swept)
     assert report_module.main([str(swept), "--plot", str(tmp_path / "plot.svg")]) == 0
-    assert (tmp_path / "plot.svg").read_text() == pareto.svg(found)
+    assert (tmp_path / "plot.svg").read_text() == pareto_plot.svg(found)
 
 
 def part(swept: Path, out: Path, keep: Callable[[dict[str, Any]], bool], gain: float = 0, **settings: Any) -> Path:
@@ -292,10 +292,10 @@ def test_which_rows_were_timed_by_turns_is_told(swept: Path) -> None:
     """As older runs were: a shared machine is another one a turn later."""
     found, _ = results_module.read(swept)
     assert " batches, step by step; it and s/image" in tables.markdown(found)
-    del found["rows"][1]["beside"]
+    del found["rows"][1]["interleaved"]
     assert ", step by step but for tofu 25%, which were timed by turns; it" in tables.markdown(found)
     for row in found["rows"]:
-        row.pop("beside", None)
+        row.pop("interleaved", None)
     assert "step by step" not in tables.markdown(found)
     found["rows"][2]["same_run"] = False
     shown = tables.markdown(found, ["speed-up", "s/image"])
@@ -355,18 +355,18 @@ def test_runs_of_other_settings_or_metrics_are_not_joined(
     assert "low and fewer cannot be compared: SSIM is measured in one alone" in capsys.readouterr().err
     for asked, said in (([], "the whole report"), (["--grid", str(tmp_path / "grid.png")], "--grid")):
         assert report_module.main([str(low), str(fewer), *asked]) == 2
-        assert f"{said} shows the pictures of one folder" in capsys.readouterr().err
+        assert f"{said} shows the images of one folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--pareto", "--rows", "tofu 25%"], "--rows says nothing of --pareto"),  # of some it would be another one
-        (["--against", "tofu 25%", "--columns", "PSNR"], "--columns says nothing of --against"),
-        (["--markdown", "--first", "2"], "--first says nothing of --markdown"),
-        (["--plot", "a.svg", "--by", "time"], "--by says nothing of --plot"),
-        (["--against", "tofu 25%", "--times", "run"], "--times says nothing of --against"),
-        (["--rows", "tofu 25%"], "--rows says nothing of the whole report"),
+        (["--pareto", "--rows", "tofu 25%"], "--rows has no effect on --pareto"),  # of some it would be another one
+        (["--against", "tofu 25%", "--columns", "PSNR"], "--columns has no effect on --against"),
+        (["--markdown", "--first", "2"], "--first has no effect on --markdown"),
+        (["--plot", "a.svg", "--by", "time"], "--by has no effect on --plot"),
+        (["--against", "tofu 25%", "--times", "run"], "--times has no effect on --against"),
+        (["--rows", "tofu 25%"], "--rows has no effect on the whole report"),
         (["--markdwn"], "unrecognized arguments: --markdwn"),
     ],
 )
@@ -400,7 +400,7 @@ def test_a_frontier_takes_a_metric(swept: Path) -> None:
 def test_one_method_has_no_frontier(swept: Path) -> None:
     found, _ = results_module.read(swept)
     with pytest.raises(EvalError, match="two methods"):
-        pareto.svg({**found, "rows": found["rows"][:2]})
+        pareto_plot.svg({**found, "rows": found["rows"][:2]})
 
 
 @pytest.mark.parametrize(

@@ -358,7 +358,8 @@ def test_the_device_is_waited_for_before_and_after_a_picture(pipe, monkeypatch):
     monkeypatch.setattr(generate, "synchronize", lambda device: order.append("wait"))
     clock = generate.time.perf_counter
     monkeypatch.setattr(generate.time, "perf_counter", lambda: order.append("look") or clock())
-    monkeypatch.setattr(generate, "denoiser_seconds", lambda *_: nullcontext(lambda: (None, None)))
+    timer = SimpleNamespace(seconds=lambda: (None, None))
+    monkeypatch.setattr(generate, "UNetTimer", lambda *_: nullcontext(timer))
     generate.generate_batch(pipe, REQUESTS[:1], BASELINE, SETTINGS, steps=1)
     looks = [i for i, what in enumerate(order) if what == "look"]
     assert order[looks[0] - 1] == order[looks[-1] - 1] == "wait"

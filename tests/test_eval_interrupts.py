@@ -108,7 +108,7 @@ def guarded(monkeypatch):
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("resumes", [True, False])
 def test_ctrl_c_during_the_work_can_be_caught_and_ends_the_process_again_afterwards(guarded, capsys, resumes):
     outside = signal.getsignal(signal.SIGINT)
 
@@ -126,7 +126,7 @@ def test_ctrl_c_during_the_work_can_be_caught_and_ends_the_process_again_afterwa
 
     assert program([]) == interrupts.STOPPED
     assert signal.getsignal(signal.SIGINT) is outside
-    assert capsys.readouterr().err == "\nstopped" + "; the same command goes on from here" * resumes + "\n"
+    assert capsys.readouterr().err == "\nstopped" + "; the same command resumes" * resumes + "\n"
 
 
 def test_a_program_that_is_no_command_line_keeps_its_handler():
@@ -182,7 +182,7 @@ def test_only_what_passes_is_said_to_resume(number, resumes, advice, capsys):
     assert told.count("\n") == 1
     assert "some/file.png" in told
     assert advice in told
-    assert ("goes on from here" in told) == resumes
+    assert ("the same command resumes" in told) == resumes
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])

@@ -17,8 +17,7 @@ from eval import EvalError, run
 from eval.common import files
 from eval.evaluation import prepare
 from eval.images import checkpoint, components
-from eval.images.guidance import check_guidance, guidance_scale
-from eval.images.model import load_model, variant_of
+from eval.images.model import check_guidance, guidance_scale, load_model, variant_of
 from eval.methods.registry import parse
 from tofu_sd.demo.tokenizer import build_tokenizer
 

@@ -20,7 +20,7 @@ def ending(raised: BaseException | None, resumes: bool) -> int:
     return program(["a", "b", "c"])
 
 
-@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("resumes", [True, False])
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [
@@ -37,7 +37,7 @@ def test_what_cannot_be_is_one_line_and_a_code(raised, code, said, resumes, caps
     assert told.err.startswith(said)
     assert told.err.strip().count("\n") == 0
     assert "private" not in told.err
-    assert ("the same command goes on from here" in told.err) == (resumes and not isinstance(raised, EvalError))
+    assert ("the same command resumes" in told.err) == (resumes and not isinstance(raised, EvalError))
 
 
 def test_what_is_wrong_with_a_program_itself_is_not_hidden():

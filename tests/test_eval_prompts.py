@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def test_the_demo_list_has_every_class_once_under_its_own_seed():
     from tofu_sd.demo.scene_classes import CLASSES
 
-    requests = requests_module.load_requests("demo", seed0=100)
+    requests = requests_module.load_requests("demo", first_seed=100)
     assert sorted(r.prompt for r in requests) == sorted(kind.prompt for kind in CLASSES)
     assert all(r.seed == 100 + int(r.id) and r.prompt == CLASSES[int(r.id)].prompt for r in requests)
 
@@ -44,7 +44,7 @@ def test_the_stored_demo_list_is_what_the_command_prints(capsys):
 def test_imagenet_has_two_pictures_of_each_class_under_seeds_of_their_own():
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision, which lists the class names, is not installed")
-    requests = requests_module.load_requests("imagenet1k", seed0=5)  # the hash of the names is checked on the way
+    requests = requests_module.load_requests("imagenet1k", first_seed=5)  # the hash of the names is checked on the way
     assert len(requests) == 2000
     assert requests[3] == requests_module.Request("0001_1", "A high-quality photograph of a goldfish", 8)
     assert len({r.seed for r in requests}) == 2000
@@ -90,7 +90,7 @@ def test_a_jsonl_file_may_give_ids_and_seeds(tmp_path):
     [
         (["", "no json"], "own.jsonl, line 2: not JSON"),
         ([{"text": "a fox"}], "'prompt'"),
-        ([{"prompt": None}], "'prompt' that is a text"),
+        ([{"prompt": None}], "text as 'prompt'"),
         ([{"prompt": "a", "seed": 1.9}], r"the seed is 1\.9"),
         ([{"prompt": "a", "seed": None}], "the seed is None"),
         ([{"prompt": "a", "seed": 10**20}], r"from 0 to 2\*\*62"),

@@ -337,13 +337,13 @@ def test_the_embedded_model_is_judged_by_its_own_classifier(tmp_path, monkeypatc
         (["--device", "cudo"], "unknown device 'cudo' (did you mean 'cuda'?)"),
         (["--metrics", "psn"], "unknown metric 'psn' (did you mean 'psnr'?)"),
         (["--lpips-net", "squeezenet"], "unknown LPIPS net 'squeezenet' (did you mean 'squeeze'?)"),
-        (["--steps", "0"], "'0' is not a whole number from 1 to"),
-        (["--seed", "1" + "0" * 20], "is not a whole number from 0 to"),
+        (["--steps", "0"], "'0' is not an integer from 1 to"),
+        (["--seed", "1" + "0" * 20], "is not an integer from 0 to"),
         (["--guidance", "nan"], "'nan' is not a finite number"),
         (["--lpips-backbone", "no/where.pth"], "no file 'where.pth' of weights"),
         (["--size", "100"], "--size is 100; it must be a multiple of 8"),
-        (["--metrics", "psnr", "--lpips-net", "vgg"], "--lpips-net is for lpips, which --metrics does not ask for"),
-        (["--metrics", "psnr", "--dino-model", "x"], "--dino-model is for dino, which --metrics does not ask for"),
+        (["--metrics", "psnr", "--lpips-net", "vgg"], "--lpips-net is for lpips, which --metrics does not include"),
+        (["--metrics", "psnr", "--dino-model", "x"], "--dino-model is for dino, which --metrics does not include"),
         (["--maps", "--map-step", "2"], "--map-step is 2; there are 1 steps"),
         (["--maps", "--method", "todo"], "--maps shows what this package's methods fuse, and --method asks for none"),
         (
@@ -432,7 +432,7 @@ def test_a_model_that_is_nowhere_is_told_from_one_that_is_damaged(tmp_path, monk
 
 def test_a_size_that_a_metric_cannot_measure_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
     assert run_module.main([*tiny, "--dry-run"]) == 0
-    assert capsys.readouterr().err == "MS-SSIM is skipped: takes pictures of at least 161 px, these have 64\n"
+    assert capsys.readouterr().err == "MS-SSIM is skipped: needs images of at least 161 px, these have 64\n"
     monkeypatch.setattr(execute, "generate", lambda *_: pytest.fail(capsys.readouterr().err))
     with pytest.raises(pytest.fail.Exception, match="MS-SSIM is skipped"):
         run_module.main(tiny)
@@ -454,7 +454,7 @@ def test_a_part_of_a_list_is_a_part_of_its_pictures(tiny, capsys):
     assert (told["settings"]["n"], told["settings"]["of"]) == (2, 5)
     capsys.readouterr()
     assert run_module.main([*tiny, "--method", "tofu", "--dry-run", "--json", "--out", "out"]) == 0
-    assert [method["there"] for method in json.loads(capsys.readouterr().out)["methods"]] == [2, 2]
+    assert [method["existing"] for method in json.loads(capsys.readouterr().out)["methods"]] == [2, 2]
     again = [*tiny, "--method", "tofu", "--metrics", "psnr", "--out", "out"]
     # those that were there, and one of the repeated ones
     assert run_module.main([*again, "--per-prompt", "2", "--only", "0001,0002,0002_1"]) == 0
@@ -491,7 +491,7 @@ def test_an_interrupt_says_how_to_go_on(tiny, monkeypatch, capsys):
 
     monkeypatch.setattr(execute, "generate", stop)
     assert run_module.main([*tiny]) == 130
-    assert "goes on from here" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
 
 
 def test_a_folder_without_results_has_no_report(tmp_path, capsys):
@@ -511,7 +511,7 @@ def test_a_full_disk_is_a_line_and_the_run_goes_on_later(tiny, monkeypatch, caps
     assert run_module.main([*tiny, "--out", "out"]) == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert told.startswith("error: [Errno 28] No space left on device")
-    assert told.endswith("the same command goes on from here")
+    assert told.endswith("the same command resumes")
     assert not list(Path("out").rglob(".*"))  # nothing half-written is left
     monkeypatch.setattr(files.os, "replace", replace)
     assert run_module.main([*tiny, "--out", "out"]) == 0
@@ -556,7 +556,7 @@ def test_pictures_with_nan_are_told_wherever_they_are_compared(tiny, monkeypatch
         assert told in capsys.readouterr().out
     assert report_module.main(["out", "--markdown", "--rows", "prune 50%"]) == 0
     shown = capsys.readouterr().out
-    assert "full: 1 of 2 pictures hold NaN" in shown  # with which the row is compared
+    assert "baseline: 1 of 2 pictures hold NaN" in shown  # with which the row is compared
     assert told not in shown
     assert "hold NaN" in Path("out/report.html").read_text()
     assert compare_module.main(["out", "out"]) == 0
@@ -697,8 +697,8 @@ def test_a_method_that_is_not_installed_is_told_before_anything_is_drawn(tiny, m
         (["--suite", "paper"], "--size is 512"),  # what a suite asks for is asked for
         (["--flops"], "--metrics-only draws nothing, for which --flops is"),
         (["--maps"], "--metrics-only draws nothing, for which --maps is"),
-        (["--map-step", "1"], "--map-step is 1; it takes --maps"),
-        (["--map-block", "up"], "--map-block is up; it takes --maps"),
+        (["--map-step", "1"], "--map-step is 1; it needs --maps"),
+        (["--map-block", "up"], "--map-block is up; it needs --maps"),
     ],
 )
 def test_measuring_alone_takes_no_other_settings(tiny, capsys, change, said):
@@ -719,7 +719,7 @@ def test_pictures_of_other_code_are_not_called_missing(tiny, monkeypatch, capsys
     monkeypatch.setattr(methods, "code", lambda: "newer")
     assert run_module.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 2
     assert "tofu-r50: 0000.png, 0001.png, 0002.png" in (error := capsys.readouterr().err)
-    assert "were drawn by other code" in error
+    assert "were generated by other code" in error
 
 
 def test_the_runs_that_drew_are_told_not_the_one_that_measured(tiny):
@@ -760,7 +760,7 @@ def test_drawing_and_measuring_can_be_parted(tiny, monkeypatch, capsys):
         (["--shard", "3/2"], "'3/2' is not a part such as 1/4"),
         (["--shard", "1/2", "--generate-only"], "not allowed with argument"),
         (["--suite", "papper"], "unknown suite 'papper' (did you mean 'paper'?); known: depth, modes, paper"),
-        (["--reference", "nowhere"], "--reference nowhere: there is no folder 'full' in it"),
+        (["--reference", "nowhere"], "--reference nowhere: there is no folder 'baseline' in it"),
     ],
 )
 def test_stages_that_cannot_be_are_told(tiny, capsys, arguments, said):
@@ -784,7 +784,7 @@ def test_the_full_models_pictures_can_be_another_runs(tiny, capsys):
     found = rows(files.read_json(Path("second/results.json")))
     assert found["prune-r50"]["speedup"]["n"] == 2  # not by the time that is told of the full model's pictures
     assert run_module.main([*tiny, "--steps", "2", "--reference", "first", "--out", "third"]) == 2
-    assert "--reference first: its pictures were made with steps 1, this run has 2" in capsys.readouterr().err
+    assert "--reference first: its images were generated with steps 1, this run has 2" in capsys.readouterr().err
     Path("first/settings.json").unlink()
     assert run_module.main([*tiny, "--reference", "first", "--out", "third"]) == 2
     assert "--reference first: there is no settings.json of this version" in capsys.readouterr().err
@@ -799,7 +799,7 @@ def test_damaged_pictures_are_named_and_drawn_again(tiny, capsys):
     (Path("out") / "tofu-r50" / "0003.png").write_bytes(b"")
     capsys.readouterr()
     assert run_module.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
-    assert "damaged, drawn again: tofu-r50/0003.png" in capsys.readouterr().err
+    assert "corrupt, generated again: tofu-r50/0003.png" in capsys.readouterr().err
 
 
 def test_strict_says_by_its_code_that_something_was_skipped(tiny):
@@ -1310,7 +1310,8 @@ def test_a_prompt_may_have_any_name(tiny, tmp_path):
 def test_what_a_killed_writer_left_behind_is_removed_and_nothing_else(tmp_path):
     """The file of a writer that is at work in another process, and files of other people, stay."""
     (tmp_path / "baseline").mkdir()
-    names = {"baseline/.00001-0.png.0a1b2c3d": True, "baseline/.00002-0.png.0a1b2c3e": False, "baseline/00001-0.png": False,
+    names = {"baseline/.00001-0.png.0a1b2c3d": True, "baseline/.00002-0.png.0a1b2c3e": False,
+             "baseline/00001-0.png": False,
              ".gitignore": False, "baseline/.notes.txt": False}  # fmt: skip
     for name in names:
         (tmp_path / name).write_text("x")
@@ -1377,16 +1378,16 @@ def test_a_dry_run_refuses_what_a_run_would(tiny, capsys):
     before = Path("out/settings.json").read_text()
     capsys.readouterr()
     assert run_module.main([*tiny, "--batch", "1", "--dry-run", "--out", "out"]) == 2
-    assert "its pictures were made with batch" in capsys.readouterr().err
+    assert "its images were generated with batch" in capsys.readouterr().err
     assert Path("out/settings.json").read_text() == before
     assert run_module.main([*tiny, "--dry-run", "--reference", "nowhere"]) == 2
-    assert "--reference nowhere: there is no folder 'full' in it" in capsys.readouterr().err
+    assert "--reference nowhere: there is no folder 'baseline' in it" in capsys.readouterr().err
     assert run_module.main([*tiny, "--dry-run", "--maps", "--map-block", "nothing"]) == 2
     assert "--map-block is 'nothing'" in capsys.readouterr().err
     assert (
         run_module.main([*tiny, "--dry-run", "--reference", "out", "--json"]) == 0
     )  # what would be taken is not drawn
-    told = {m["key"]: (m["there"], m["images"]) for m in json.loads(capsys.readouterr().out)["methods"]}
+    told = {m["key"]: (m["existing"], m["images"]) for m in json.loads(capsys.readouterr().out)["methods"]}
     assert told == {"baseline": (5, 5), "tofu-r50": (0, 5)}
 
 
@@ -1395,7 +1396,7 @@ def test_a_damaged_record_is_not_called_other_code(tiny, capsys):
     Path("out/baseline/0002.json").write_text('{"id": "00')
     capsys.readouterr()
     assert run_module.main([*tiny, "--metrics-only", "--out", "out"]) == 2
-    assert "full: 0002.png are damaged, or their records; without --metrics-only" in capsys.readouterr().err
+    assert "baseline: 0002.png are corrupt, or their records; without --metrics-only" in capsys.readouterr().err
 
 
 def test_a_damaged_picture_of_a_report_is_named(tiny, capsys):

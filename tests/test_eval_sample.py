@@ -36,7 +36,7 @@ def planned(*arguments: str) -> plan.RunPlan:
     return plan.plan(options.parse(arguments))
 
 
-# --- how many images ---------------------------------------------------------------------------------------------------
+# --- how many images --------------------------------------------------------------------------------------------------
 
 
 def test_the_embedded_model_has_a_small_sample_by_default() -> None:
@@ -108,7 +108,7 @@ def test_the_sample_says_how_to_get_all_and_its_figures_have_intervals(
     assert "--limit all" in capsys.readouterr().err
 
 
-# --- Ctrl-C -------------------------------------------------------------------------------------------------------------
+# --- Ctrl-C -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -131,12 +131,12 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 def test_after_ctrl_c_the_complete_methods_are_a_table_and_the_same_command_resumes(
     command: list[str], interrupt: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [*command, "--method", "tofu,tome"]
-    interrupt("tome-r50")
+    command = [*command, "--method", "tofu,prune"]
+    interrupt("prune-r50")
     assert run_module.main(command) == 130
     printed = capsys.readouterr()
     assert "tofu 50%" in printed.out
-    assert "tome 50%" not in printed.out
+    assert "prune 50%" not in printed.out
     assert "interrupted; measuring what is complete: tofu-r50" in printed.err
     assert printed.err.endswith("\nstopped; the same command resumes\n")
     partial = files.read_json(Path("out/results.json"))
@@ -145,7 +145,7 @@ def test_after_ctrl_c_the_complete_methods_are_a_table_and_the_same_command_resu
     assert run_module.main(command) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert [row["key"] for row in files.read_json(Path("out/results.json"))["rows"]] == [
-        "baseline", "tofu-r50", "tome-r50",
+        "baseline", "tofu-r50", "prune-r50",
     ]  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def test_after_ctrl_c_without_a_complete_method_nothing_is_measured(
 ) -> None:
     monkeypatch.setattr(execute, "measure", lambda *_: pytest.fail("there is nothing to compare"))
     interrupt(slug)
-    assert run_module.main([*command, "--method", "tofu,tome"]) == 130
+    assert run_module.main([*command, "--method", "tofu,prune"]) == 130
     assert capsys.readouterr().err.endswith("\nstopped; the same command resumes\n")
     assert not Path("out/results.json").exists()
 
@@ -174,8 +174,8 @@ def test_a_second_ctrl_c_skips_the_partial_table(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(execute, "score", stop)
-    interrupt("tome-r50")
-    assert run_module.main([*command, "--method", "tofu,tome"]) == 130
+    interrupt("prune-r50")
+    assert run_module.main([*command, "--method", "tofu,prune"]) == 130
     assert capsys.readouterr().out == ""
     assert not Path("out/results.json").exists()
 
@@ -183,12 +183,12 @@ def test_a_second_ctrl_c_skips_the_partial_table(
 def test_ctrl_c_in_a_stage_that_measures_nothing_only_stops(
     command: list[str], interrupt: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    interrupt("tome-r50")
-    assert run_module.main([*command, "--method", "tofu,tome", "--generate-only"]) == 130
+    interrupt("prune-r50")
+    assert run_module.main([*command, "--method", "tofu,prune", "--generate-only"]) == 130
     assert "measuring" not in capsys.readouterr().err
 
 
-# --- folders of schema 1 -------------------------------------------------------------------------------------------------
+# --- folders of schema 1 ----------------------------------------------------------------------------------------------
 
 
 def test_images_of_a_folder_of_schema_1_are_not_generated_again(

@@ -64,7 +64,9 @@ def test_a_committed_run_is_read_with_its_figures_under_the_names_of_this_versio
         raw_images = list(csv.DictReader(file))
     names = [name for name in raw_images[0] if name not in ("method", "key", "prompt")]
     new_names = [schema_changes.METRIC_NAMES.get(name, name) for name in names]
-    assert [[row[name] for name in new_names] for row in images] == [[row[name] for name in names] for row in raw_images]
+    assert [[row[name] for name in new_names] for row in images] == [
+        [row[name] for name in names] for row in raw_images
+    ]
     by_key = {row["key"] for row in images}
     assert {row["key"] for row in found["rows"] if "skipped" not in row} == by_key
 
@@ -108,7 +110,9 @@ def test_results_of_this_version_and_of_other_commands_keep_their_keys() -> None
     assert convert(research) == research
 
 
-@pytest.mark.parametrize("value", [None, [], [1], {}, {"schema": 1}, {"schema": 1, "rows": 3}, {"schema": 1, "rows": [1]}])
+@pytest.mark.parametrize(
+    "value", [None, [], [1], {}, {"schema": 1}, {"schema": 1, "rows": 3}, {"schema": 1, "rows": [1]}]
+)
 def test_values_of_another_shape_are_unchanged(value: Any) -> None:
     assert convert(value) == value
 

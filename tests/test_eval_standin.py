@@ -83,5 +83,5 @@ def test_a_full_disk_leaves_no_half_of_it(small, tmp_path, monkeypatch, capsys):
 def test_a_folder_that_is_there_is_left_alone(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     assert standin.main([str(tmp_path / "mine")]) == 2
-    assert capsys.readouterr().err == "error: mine is there already; give a new folder\n"
+    assert capsys.readouterr().err == "error: mine exists already; give a new folder\n"
     assert list((tmp_path / "mine").iterdir()) == []

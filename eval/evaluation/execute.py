@@ -19,8 +19,7 @@ from ..common.files import listed, remove_temp_files
 from ..images import flops, merge_maps
 from ..images.distributed import Processes
 from ..images.generate import generate
-from ..images.guidance import check_guidance
-from ..images.model import revision
+from ..images.model import check_guidance, revision
 from ..images.output_dir import (
     check_no_obstacles,
     check_settings_match,

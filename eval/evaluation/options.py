@@ -30,6 +30,7 @@ EXAMPLES = """examples:
 
 
 def parser() -> Parser:
+    """The parser of eval.run."""
     p = Parser(
         prog="python -m eval.run",
         description="Speed and quality of methods against the baseline, the unpatched model, under the same seeds.",
@@ -37,6 +38,22 @@ def parser() -> Parser:
         formatter_class=Help,
         allow_abbrev=False,
     )
+    _add_input_options(p)
+    _add_image_options(p)
+    _add_output_options(p)
+    _add_stage_options(p)
+    _add_metric_options(p)
+    p.add_argument(
+        "--strict",
+        action="store_true",
+        help="exit with 1 if something was skipped, or images are flat or NaN",
+    )
+    p.add_argument("--json", action="store_true", help="print the results as JSON and nothing else on stdout")
+    return p
+
+
+def _add_input_options(p: Parser) -> None:
+    """Methods, model and prompts."""
     p.add_argument(
         "--method",
         default="tofu",
@@ -58,6 +75,10 @@ def parser() -> Parser:
         "--per-prompt", type=integer_from(1), default=1, metavar="N", help="images of each prompt of the list"
     )
     p.add_argument("--ratio", default="0.5", metavar="R,R", help="proportion of tokens merged; several give a row each")
+
+
+def _add_image_options(p: Parser) -> None:
+    """What decides the images."""
     p.add_argument("--steps", type=integer_from(1), default=20, help="sampling steps")
     p.add_argument("--size", type=integer_from(8), help="pixels a side (default: the model's own)")
     p.add_argument(
@@ -78,6 +99,10 @@ def parser() -> Parser:
     )
     add_device(p)
     add_dtype(p)
+
+
+def _add_output_options(p: Parser) -> None:
+    """Where the images go, and what else is recorded of them."""
     p.add_argument("--out", type=as_path, metavar="DIR", help="folder (default: one in runs/ named after the settings)")
     p.add_argument(
         "--reference", type=as_path, metavar="DIR", help="an earlier run, whose images of the baseline are copied"
@@ -103,11 +128,19 @@ def parser() -> Parser:
         metavar="NAME",
         help="merge maps of blocks whose names contain this (default: the first and the last)",
     )
+
+
+def _add_stage_options(p: Parser) -> None:
+    """Which part of the work the run does."""
     stage = p.add_mutually_exclusive_group()
     stage.add_argument("--dry-run", action="store_true", help="print what would be generated, and stop")
     stage.add_argument("--generate-only", action="store_true", help="generate, and measure nothing")
     stage.add_argument("--metrics-only", action="store_true", help="generate nothing, measure the images in --out")
     stage.add_argument("--shard", type=shard, metavar="I/N", help="generate the I-th of N parts, and measure nothing")
+
+
+def _add_metric_options(p: Parser) -> None:
+    """Metrics and their networks."""
     p.add_argument("--metrics", default="standard", help=f"standard, all, or a list of {','.join(NAMES)}")
     p.add_argument("--lpips-net", default="alex", help=", ".join(LPIPS_NETS))
     p.add_argument(
@@ -119,13 +152,6 @@ def parser() -> Parser:
     p.add_argument("--inception-weights", type=as_path, metavar="PATH", help="for FID and KID (default: downloaded)")
     p.add_argument("--clip-model", default=CLIP, metavar="MODEL", help="for clip: its id or folder")
     p.add_argument("--dino-model", default=DINO, metavar="MODEL", help="for dino: its id or folder")
-    p.add_argument(
-        "--strict",
-        action="store_true",
-        help="exit with 1 if something was skipped, or images are flat or NaN",
-    )
-    p.add_argument("--json", action="store_true", help="print the results as JSON and nothing else on stdout")
-    return p
 
 
 def limit(text: str) -> int | str:

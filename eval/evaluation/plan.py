@@ -19,7 +19,7 @@ from .. import EvalError
 from ..common.cli import flag
 from ..common.devices import pick_device
 from ..images.distributed import Processes, launched_processes
-from ..images.guidance import check_guidance
+from ..images.model import check_guidance
 from ..images.requests import Request, load_requests, select
 from ..images.settings import Settings, image_path
 from ..methods.method import BASELINE, OTHER_SEEDS, Method

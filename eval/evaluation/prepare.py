@@ -21,8 +21,15 @@ from ..common.devices import pick_dtype
 from ..common.files import check_place
 from ..images import merge_maps
 from ..images.components import check_prompts
-from ..images.guidance import check_guidance, guidance_scale
-from ..images.model import check_steps, default_size, load_model, try_methods, variant_of
+from ..images.model import (
+    check_guidance,
+    check_steps,
+    default_size,
+    guidance_scale,
+    load_model,
+    try_methods,
+    variant_of,
+)
 from ..images.output_dir import check_no_obstacles, check_settings_match, differing_setting, load_settings
 from ..images.records import load_records
 from ..images.requests import requests_hash

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,3 +175,29 @@ def default_size(pipe: Any) -> int:
     if not isinstance(side, int):
         raise EvalError(f"the model has no square default size (sample_size is {side}); give --size")
     return side * int(pipe.vae_scale_factor)
+
+
+def check_guidance(methods: Sequence[Method], scale: float | None) -> None:
+    """EvalError for a method that shares one map between the two halves of guidance, where there is only one half.
+
+    Args:
+        methods: of the run.
+        scale: of the guidance; None where it is not known yet.
+    """
+    for method in methods:
+        if method.fusion is not None and method.fusion.share_across_cfg and scale is not None and scale <= 1:
+            raise EvalError(
+                f"method {method.name!r} has share_across_cfg, and the guidance scale is {scale:g}: the images are "
+                "generated without guidance, which begins above 1; give --guidance above 1 or drop share_across_cfg"
+            )
+
+
+def guidance_scale(pipe: Any, given: float | None) -> float | None:
+    """The guidance scale of a pipeline: the given one or its default; 1 where its model needs no guidance."""
+    config = getattr(getattr(pipe, "unet", None), "config", {})
+    if config.get("time_cond_proj_dim") is not None:  # the scale is an input of the model, as in LCM
+        return 1.0
+    if given is not None:
+        return given
+    argument = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+    return None if argument is None or not isinstance(argument.default, int | float) else float(argument.default)

@@ -16,7 +16,7 @@ from .. import EvalError
 from ..images.merge_maps import FOLDER, fit
 from ..images.settings import image_path
 from ..methods.method import BASELINE
-from . import pareto, plots
+from . import pareto, pareto_plot, plots
 from .tables import circumstances, label, notes, table
 
 PAIRS = 10  # shown of each method: the worst and the best
@@ -101,7 +101,7 @@ def _sections(out: Path, found: dict[str, Any], images: list[dict[str, str]]) ->
 def _plots(found: dict[str, Any], images: list[dict[str, str]]) -> list[dict[str, Any]]:
     """Title, description and SVG of each plot that the run has enough figures for."""
     try:
-        costs: str | None = pareto.svg(found)
+        costs: str | None = pareto_plot.svg(found)
     except EvalError:  # too few methods
         costs = None
     plotted = (

@@ -82,9 +82,7 @@ def parser() -> Parser:
         formatter_class=Help,
     )
     p.add_argument("--of", default=",".join(TITLES), metavar="A,B", help=f"tables: {', '.join(TITLES)}")
-    p.add_argument(
-        "--seeds", type=integers, default="0,1,2", metavar="N,N", help="of the trainings of each variant"
-    )
+    p.add_argument("--seeds", type=integers, default="0,1,2", metavar="N,N", help="of the trainings of each variant")
     p.add_argument("--samples", type=integer_from(1), default=25_600, metavar="N", help="pictures of a training")
     p.add_argument("--depth", type=integer_from(1), default=4, metavar="N", help="layers")
     p.add_argument("--clusters", default="12,48", metavar="K,K", help="fewest and most of a picture's 196 patches")

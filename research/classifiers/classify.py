@@ -66,7 +66,7 @@ def parser() -> Parser:
         help="Gaussian noise on pictures in 0..1 (default: none)",
     )
     p.add_argument("--batch", type=integer_from(1), default=64, help="pictures at once, which share ATM's numbers")
-    p.add_argument("--rounds", type=integer_from(0), default=10, help="timed batches of each method, in turns; 0 for none")
+    p.add_argument("--rounds", type=integer_from(0), default=10, help="timed batches of each method; 0 for none")
     p.add_argument("--stress", action="store_true", help="find the most that each method fuses at the full accuracy")
     add_device(p)
     add_dtype(p, "float32")  # in which the papers measure
