@@ -34,7 +34,7 @@ def _small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", [case for name, case in CASES.items() if name != "small-128"], ids=lambda c: c.name)
-def test_the_top_level_is_the_real_models(case: Case) -> None:
+def test_top_level_matches_the_real_model(case: Case) -> None:
     """Same blocks at the same sizes, in the same order, of the same weights."""
     with torch.device("meta"):
         whole = UNet2DConditionModel(sample_size=case.latent, **case.shape)
@@ -51,7 +51,7 @@ def test_the_top_level_is_the_real_models(case: Case) -> None:
         assert whole.get_submodule(a.name).attn1.heads == part.get_submodule(b.name).attn1.heads
 
 
-def test_alone_only_self_attention_is_left() -> None:
+def test_only_attention_leaves_only_self_attention() -> None:
     model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, only_attention=True)
     names = {name.split(".")[-2] for name, _ in model.named_parameters()}
     assert names == {"norm1", "norm2", "to_q", "to_k", "to_v", "0"}  # to_out.0; norm2 is cross-attention's and unused
@@ -59,7 +59,7 @@ def test_alone_only_self_attention_is_left() -> None:
     assert model(call.sample, T, **call.more).shape == before.shape
 
 
-def test_a_twin_shares_weights_and_nothing_else() -> None:
+def test_shared_weights_copy_shares_only_weights() -> None:
     model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, only_attention=False)
     plain = model(call.sample, T, **call.more)
     shared_weights_copy = shapes.shared_weights_copy(model)
@@ -69,7 +69,7 @@ def test_a_twin_shares_weights_and_nothing_else() -> None:
     assert torch.equal(model(call.sample, T, **call.more), plain)
 
 
-def test_the_ideal_attends_to_the_first_tokens_alone() -> None:
+def test_ideal_attends_to_the_first_tokens_only() -> None:
     model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, only_attention=True)
     seen = []
     with bench.ideal(model, 0.5, 16):
@@ -86,7 +86,7 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, Any
     return json.loads(capsys.readouterr().out)
 
 
-def test_rows_say_what_was_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_benchmark_rows_describe_the_setup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rows = run(capsys, "--method", "tofu,tomesd", "--scope", "attention,unet", "--out", str(tmp_path / "b.json"))
     assert [(r["scope"], r["method"]) for r in rows] == [
         (scope, method) for scope in ("attention", "unet") for method in ("baseline", "ideal", "tofu", "tomesd")
@@ -104,9 +104,7 @@ def test_rows_say_what_was_measured(capsys: pytest.CaptureFixture[str], tmp_path
     assert saved["provenance"]["command"].startswith("python -m eval.bench --case small-128")
 
 
-def test_what_does_not_run_is_a_row_that_says_so(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_method_is_a_skipped_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **more: Any) -> Any:
         raise RuntimeError("no kernel for this")
 
@@ -115,7 +113,7 @@ def test_what_does_not_run_is_a_row_that_says_so(
     assert [row.get("skipped") for row in rows] == [None] * 3 + ["no kernel for this"] * 3
 
 
-def test_what_there_was_no_time_for_is_a_row_that_says_so(
+def test_setup_after_the_time_limit_is_a_skipped_row(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     minutes = iter(range(0, 600, 90))
@@ -146,7 +144,7 @@ def test_the_table_holds_speed_and_quality(capsys: pytest.CaptureFixture[str], t
     assert "none.json holds no results" in capsys.readouterr().err
 
 
-def test_rounds_are_compared_one_by_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_rounds_are_compared_pairwise(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Medians hide how often the order turns."""
     run(capsys, "--method", "tofu,tomesd", "--scope", "attention", "--out", str(tmp_path / "b.json"))
     found = tables.read(tmp_path / "b.json")
@@ -158,9 +156,7 @@ def test_rounds_are_compared_one_by_one(capsys: pytest.CaptureFixture[str], tmp_
     assert (told["tofu"], told["tomesd"]) == ("2 of 3", "–")
 
 
-def test_every_model_is_compiled_however_many_there_are(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_model_is_compiled(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond its limit of graphs of one class, torch.compile runs eagerly with no more than a warning."""
     counted: list[Any] = []
     plain = torch.compile
@@ -179,7 +175,7 @@ def test_every_model_is_compiled_however_many_there_are(
     assert all(counter.frame_count >= 1 for counter in counted)
 
 
-def test_what_a_few_steps_cannot_show_is_not_measured(
+def test_methods_that_need_whole_images_are_skipped(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = "tofu@start=0.5,tofu@min_tokens=auto,tofu@merge_mlp=True,deepcache,tomesd"
@@ -188,11 +184,11 @@ def test_what_a_few_steps_cannot_show_is_not_measured(
     assert "depends on the step" in rows[0]["skipped"]
     assert "depends on the machine" in rows[1]["skipped"]
     assert "only self-attention" in rows[2]["skipped"]
-    assert "whole UNets" in rows[3]["skipped"]
+    assert "a whole UNet" in rows[3]["skipped"]
     assert rows[4]["skipped"] == "pip install tomesd"
 
 
-def test_what_saves_over_several_steps_is_measured_over_as_many(
+def test_periodic_methods_are_timed_over_a_period(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step alone would show the step that costs all, or one that costs nothing."""
@@ -233,7 +229,7 @@ def test_deepcache_runs_one_step_of_three_whole() -> None:
     assert {name: {*vars(module)} for name, module in model.named_modules()} == before
 
 
-def test_a_share_of_no_saving_is_none() -> None:
+def test_share_is_none_without_an_ideal_saving() -> None:
     contender = bench.Contender("tofu", "tofu-r50", None, seconds=[1.0, 1.1, 0.9, 1.0])
     base = {"baseline": [1.0, 1.2, 0.8, 1.0], "ideal": [1.0, 0.9, 1.1, 1.0]}
     row = contender.row(base)
@@ -243,7 +239,7 @@ def test_a_share_of_no_saving_is_none() -> None:
 
 
 @pytest.mark.parametrize("backend", ["math", "slicing"])
-def test_backends_are_used(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_attention_backends_are_used(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Both hold scores that the default never holds whole."""
     usual, other = (
         run(capsys, "--method", "tofu", "--scope", "attention", "--backend", b) for b in ("default", backend)
@@ -264,14 +260,16 @@ def test_backends_are_used(backend: str, capsys: pytest.CaptureFixture[str]) -> 
         (["--method", "tofoo"], "unknown method 'tofoo' (did you mean 'tofu'?)"),
     ],
 )
-def test_bad_input_is_told_in_a_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_benchmark_options_print_one_line(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert bench_module.main(options) == 2
     told = capsys.readouterr()
     assert message in told.err
     assert told.out == ""
 
 
-def test_memory_held_for_a_moment_counts() -> None:
+def test_peak_memory_counts_short_allocations() -> None:
     def run() -> None:
         for _ in range(3):
             torch.ones(2**20).add_(1)

@@ -85,7 +85,7 @@ def refusal(capsys, *arguments):
     return told
 
 
-def test_another_method_is_a_further_row(command):
+def test_another_method_adds_a_row(command):
     assert run.main([*command, "--method", "tofu", "--seed-baseline"]) == 0
     before = rows()
     assert run.main([*command, "--method", "prune", "--ratio", "0.25"]) == 0
@@ -100,21 +100,21 @@ def test_another_method_is_a_further_row(command):
     assert table.count("tofu-r50") == table.count("prune-r25") == 5
 
 
-def test_the_baseline_against_itself_stays(command):
+def test_baseline_compared_with_itself_is_kept(command):
     assert run.main([*command, "--method", "full,tofu"]) == 0
     assert run.main([*command, "--method", "prune"]) == 0
     assert rows()["baseline"]["metrics"]["PSNR"]["infinite"] == 5
     assert list(rows()) == ["baseline", "tofu-r50", "prune-r50"]
 
 
-def test_measuring_alone_keeps_the_rows_too(finished):
+def test_metrics_only_keeps_the_rows(finished):
     assert run.main([*finished, "--method", "prune", "--generate-only"]) == 0
     assert list(rows()) == ["baseline", "tofu-r50"]  # the stage that measures nothing changes no figures
     assert run.main([*finished, "--method", "prune", "--metrics-only"]) == 0
     assert list(rows()) == ["baseline", "tofu-r50", "prune-r50"]
 
 
-def test_options_and_stacked_methods_are_found_again_by_their_rows(command):
+def test_methods_of_earlier_rows_are_parsed_again(command):
     names = "kv:tome+p,tofu@window=8,todo"
     if METHODS["deepcache"].unavailable_reason is None:
         names += ",deepcache,deepcache:tofu"
@@ -127,7 +127,7 @@ def test_options_and_stacked_methods_are_found_again_by_their_rows(command):
 @pytest.mark.parametrize("fewer", [["--limit", "2"], ["--only", "0001,0003"]])
 @pytest.mark.parametrize("method", ["tofu", "prune"])
 @pytest.mark.parametrize("stage", [[], ["--metrics-only"], ["--dry-run"]])
-def test_figures_of_more_images_are_not_replaced(finished, capsys, fewer, method, stage):
+def test_results_of_more_images_are_not_replaced(finished, capsys, fewer, method, stage):
     told = refusal(capsys, *finished, "--method", method, *fewer, *stage)
     assert "its results are of 5 images, and this run has 2, without 000" in told
     assert "give another --out" in told
@@ -143,7 +143,7 @@ def test_more_images_are_added_for_all_methods_or_for_none(command, capsys):
     assert {key: row["n"] for key, row in rows().items()} == {"baseline": 5, "tofu-r50": 5, "prune-r50": 5}
 
 
-def test_an_image_of_a_further_method_that_is_damaged_is_named_by_its_method(command, capsys):
+def test_corrupt_image_of_an_earlier_method_is_named(command, capsys):
     assert run.main([*command, "--method", "tofu", "--seed-baseline"]) == 0
     Path("out/tofu-r50/0001.png").write_bytes(b"x")
     assert "tofu-r50, of which 4 of 5 images exist" in refusal(capsys, *command, "--method", "prune")
@@ -152,7 +152,7 @@ def test_an_image_of_a_further_method_that_is_damaged_is_named_by_its_method(com
     assert "add --seed-baseline to generate them" in refusal(capsys, *command, "--method", "prune")
 
 
-def test_a_method_that_cannot_be_found_again_is_not_dropped(command, capsys, monkeypatch):
+def test_earlier_method_that_is_unavailable_is_not_dropped(command, capsys, monkeypatch):
     assert run.main([*command, "--method", "tofu,tomesd"]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(registry, "version", lambda name: None)
@@ -164,7 +164,7 @@ def test_a_method_that_cannot_be_found_again_is_not_dropped(command, capsys, mon
     assert "tofu-r50, which this version does not know" in refusal(capsys, *command, "--method", "prune")
 
 
-def test_metrics_are_added_too_and_one_that_is_lost_is_told(command, capsys, monkeypatch):
+def test_metrics_are_added_and_lost_ones_reported(command, capsys, monkeypatch):
     pytest.importorskip("pytorch_msssim")
     assert run.main([*command, "--method", "tofu", "--metrics", "psnr,ssim,judge"]) == 0
     before = rows()["tofu-r50"]["metrics"]
@@ -177,7 +177,7 @@ def test_metrics_are_added_too_and_one_that_is_lost_is_told(command, capsys, mon
     assert "SSIM was in the results and is left out: pip install pytorch-msssim\n" in capsys.readouterr().err
 
 
-def test_results_that_are_damaged_are_written_again(finished):
+def test_damaged_results_are_written_again(finished):
     Path("out/results.json").write_text("{")
     assert run.main([*finished, "--method", "tofu"]) == 0
     assert list(rows()) == ["baseline", "tofu-r50"]
@@ -197,9 +197,7 @@ def test_results_that_are_damaged_are_written_again(finished):
     ],
 )
 @pytest.mark.parametrize("stage", [[], ["--dry-run"]])
-def test_what_is_in_the_place_of_a_file_is_told_before_anything_is_generated(
-    finished, monkeypatch, capsys, name, folder, said, stage
-):
+def test_obstacles_are_reported_before_generating(finished, monkeypatch, capsys, name, folder, said, stage):
     path = Path("out", name)
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     path.mkdir() if folder else path.write_text("")
@@ -222,7 +220,7 @@ def test_what_is_in_the_place_of_a_file_is_told_before_anything_is_generated(
         (".", "--out here: the folder is not empty and holds no settings.json; give another"),
     ],
 )
-def test_an_out_that_cannot_be_is_refused_in_its_own_words(command, monkeypatch, capsys, out, said):
+def test_invalid_out_is_refused_with_a_message(command, monkeypatch, capsys, out, said):
     Path("link").symlink_to("nowhere/y")
     Path("file").write_text("")
     if out != ".":  # that folder can be looked into after the model alone
@@ -235,13 +233,13 @@ def test_an_out_that_cannot_be_is_refused_in_its_own_words(command, monkeypatch,
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["file", "link"]
 
 
-def test_the_current_folder_can_be_the_one(command):
+def test_current_folder_can_be_out(command):
     assert run.main([*command, "--method", "tofu", "--limit", "1", "--out", "."]) == 0
     assert Path("results.json").exists()
 
 
 @pytest.mark.parametrize(("number", "resumes"), [(28, True), (30, False), (13, False)])
-def test_a_disk_that_takes_no_image_is_one_line(command, monkeypatch, capsys, number, resumes):
+def test_unwritable_disk_prints_one_line(command, monkeypatch, capsys, number, resumes):
     replace = os.replace
 
     def refuse(source, target):
@@ -258,7 +256,7 @@ def test_a_disk_that_takes_no_image_is_one_line(command, monkeypatch, capsys, nu
     assert not list(Path("out").rglob(".*"))
 
 
-def test_thousands_of_places_are_looked_at_in_no_time(tmp_path, monkeypatch):
+def test_checking_thousands_of_files_is_fast(tmp_path, monkeypatch):
     """A look costs one call of the system for each file, not one for each folder above."""
     calls = []
     exists = os.path.lexists

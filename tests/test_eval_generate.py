@@ -65,7 +65,7 @@ def lose(record, name):
     files.write_json(record, {key: value for key, value in files.read_json(record).items() if key != name})
 
 
-def test_what_is_there_is_not_made_again(pipe, tmp_path, calls):
+def test_existing_images_are_not_generated_again(pipe, tmp_path, calls):
     assert run(pipe, tmp_path) == 6
     before = pixels(tmp_path)
     calls.clear()
@@ -86,7 +86,7 @@ def test_what_is_there_is_not_made_again(pipe, tmp_path, calls):
     ],
     ids=["no picture", "no record", "half a picture", "half a record", "no run", "no time"],
 )
-def test_only_the_damaged_batch_is_made_again_and_alike(pipe, tmp_path, calls, damage):
+def test_only_the_corrupt_batch_is_generated_again_with_equal_images(pipe, tmp_path, calls, damage):
     run(pipe, tmp_path)
     before = pixels(tmp_path, TOFU.slug)
     damage(tmp_path / TOFU.slug)
@@ -96,7 +96,7 @@ def test_only_the_damaged_batch_is_made_again_and_alike(pipe, tmp_path, calls, d
     assert (pixels(tmp_path, TOFU.slug) == before).all()
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_pictures(pipe, tmp_path, monkeypatch):
+def test_interrupted_run_resumes_with_the_same_images(pipe, tmp_path, monkeypatch):
     run(pipe, tmp_path / "whole")
     save, saved = generate._save, []
 
@@ -150,7 +150,7 @@ def test_images_of_a_method_do_not_depend_on_the_methods_before_it(pipe, tmp_pat
     assert (pixels(tmp_path / "both", method.slug) == pixels(tmp_path / "alone", method.slug)).all()
 
 
-def test_a_picture_does_not_depend_on_its_batch(pipe, tmp_path):
+def test_image_does_not_depend_on_its_batch(pipe, tmp_path):
     for batch in (1, 3):
         run(pipe, tmp_path / str(batch), settings=replace(SETTINGS, batch=batch))
     for key in ("baseline", TOFU.slug):
@@ -160,7 +160,7 @@ def test_a_picture_does_not_depend_on_its_batch(pipe, tmp_path):
     assert abs(full[0] - full[1]).mean() > 10  # other seeds are other pictures
 
 
-def test_the_seed_baseline_has_other_seeds_and_the_same_prompts(pipe, tmp_path):
+def test_seed_baseline_has_other_seeds_and_the_same_prompts(pipe, tmp_path):
     run(pipe, tmp_path, (BASELINE, OTHER_SEEDS))
     record = files.read_json(tmp_path / OTHER_SEEDS.slug / "0001.json")
     assert record["prompt"] == "a bee"
@@ -168,7 +168,7 @@ def test_the_seed_baseline_has_other_seeds_and_the_same_prompts(pipe, tmp_path):
     assert abs(pixels(tmp_path) - pixels(tmp_path, OTHER_SEEDS.slug)).mean() > 10
 
 
-def test_a_method_that_has_changed_is_drawn_again(pipe, tmp_path, calls):
+def test_changed_method_is_generated_again(pipe, tmp_path, calls):
     run(pipe, tmp_path)
     calls.clear()
     changed = replace(TOFU, identity={**TOFU.identity, "code": "other"})
@@ -176,7 +176,7 @@ def test_a_method_that_has_changed_is_drawn_again(pipe, tmp_path, calls):
     assert len(calls) == 1 + 2 + 2  # warm-ups of two and of one, two batches; the baseline's images stay
 
 
-def test_a_method_that_comes_later_is_timed_beside_the_full_model(pipe, tmp_path, monkeypatch):
+def test_later_method_is_timed_against_the_baseline(pipe, tmp_path, monkeypatch):
     """In as many batches as are worth their double time."""
     run(pipe, tmp_path, (BASELINE,))
     before = {path: path.read_bytes() for path in (tmp_path / "baseline").iterdir()}
@@ -192,7 +192,7 @@ def test_a_method_that_comes_later_is_timed_beside_the_full_model(pipe, tmp_path
 
 
 @pytest.mark.parametrize("name", ["tofu", "adaptive", "tofu@match_interval=2", "tomesd", "deepcache:tofu"])
-def test_what_runs_beside_a_method_for_its_time_changes_no_picture(pipe, tmp_path, monkeypatch, name):
+def test_interleaved_baseline_changes_no_image(pipe, tmp_path, monkeypatch, name):
     for peer, package in (("tomesd", "tomesd"), ("deepcache", "DeepCache")):
         if name.startswith(peer):
             pytest.importorskip(package)
@@ -207,7 +207,7 @@ def test_what_runs_beside_a_method_for_its_time_changes_no_picture(pipe, tmp_pat
     assert told[0]["sha256"] == told[1]["sha256"]
 
 
-def test_a_twin_has_the_weights_and_not_the_patch(pipe):
+def test_shared_weights_copy_is_unpatched(pipe):
     beside = generate.shared_weights_copy(pipe.unet)
     assert [a.data_ptr() for a in pipe.unet.parameters()] == [b.data_ptr() for b in beside.parameters()]
     x, t, words = torch.randn(2, 4, 16, 16), 7, torch.randn(2, 5, pipe.unet.config.cross_attention_dim)
@@ -218,7 +218,7 @@ def test_a_twin_has_the_weights_and_not_the_patch(pipe):
             assert torch.equal(beside(x, t, words).sample, plain)
 
 
-def test_what_a_method_does_between_steps_is_its_own_time(pipe, monkeypatch):
+def test_hooks_of_a_method_count_as_its_time(pipe, monkeypatch):
     """As counting what is alike: the full model does nothing of it."""
     clock = itertools.count()
 
@@ -238,7 +238,7 @@ def test_what_a_method_does_between_steps_is_its_own_time(pipe, monkeypatch):
     assert (cost["denoiser_seconds"], cost["baseline_denoiser_seconds"]) == (2 * 101, 2)
 
 
-def test_of_several_drawings_the_fastest_is_compared_with_the_fastest():
+def test_fastest_repeat_is_compared_with_the_fastest_baseline():
     """One in which the full model was held up would be a speed-up of nothing."""
     own = [
         {"seconds": s, "denoiser_seconds": s - 1, "baseline_denoiser_seconds": f} for s, f in ((5, 4), (4, 9), (6, 5))
@@ -257,7 +257,7 @@ def test_of_several_drawings_the_fastest_is_compared_with_the_fastest():
     )
 
 
-def test_a_folder_of_before_tokenizers_and_variants_were_told_is_still_what_it_was():
+def test_config_hash_of_older_settings_is_unchanged():
     older = replace(SETTINGS, tokenizers=None, variant=None)
     whole = {name: value for name, value in asdict(older).items() if name not in ("tokenizers", "variant")}
     told = json.dumps([settings_module.IMAGE_VERSION, whole, TOFU.identity], sort_keys=True)
@@ -266,7 +266,7 @@ def test_a_folder_of_before_tokenizers_and_variants_were_told_is_still_what_it_w
         assert settings_module.config_hash(replace(older, **later), TOFU) != settings_module.config_hash(older, TOFU)
 
 
-def test_what_runs_beside_a_method_is_not_in_its_time(pipe, monkeypatch):
+def test_time_of_the_interleaved_baseline_is_excluded(pipe, monkeypatch):
     """By a clock that ticks when it is looked at: at the start, around the step of each, and at the end."""
     clock = itertools.count()
     for module in (generate, timing):
@@ -280,7 +280,7 @@ def test_what_runs_beside_a_method_is_not_in_its_time(pipe, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["tofu", "deepcache:tofu", "todo", "hypertile"])
-def test_another_version_of_this_package_is_another_method(name, monkeypatch):
+def test_config_hash_depends_on_the_version_of_this_package(name, monkeypatch):
     """Of stacked methods too, and of those that find their blocks by it."""
     pytest.importorskip("DeepCache")
     (before,) = methods.parse(name, [0.5])
@@ -289,7 +289,7 @@ def test_another_version_of_this_package_is_another_method(name, monkeypatch):
     assert settings_module.config_hash(SETTINGS, before) != settings_module.config_hash(SETTINGS, after)
 
 
-def test_other_peers_are_another_stacked_method(monkeypatch):
+def test_config_hash_depends_on_the_stacked_package(monkeypatch):
     pytest.importorskip("DeepCache")
     (before,) = methods.parse("deepcache:tofu", [0.5])
     monkeypatch.setattr(methods, "digest", lambda *_: "newer")
@@ -300,7 +300,7 @@ def test_other_peers_are_another_stacked_method(monkeypatch):
 @pytest.mark.parametrize(
     "change", ["the last weight", "a word", "how words are split", "the length of a text", "a setting"]
 )
-def test_another_model_has_another_name(change):
+def test_pipeline_name_depends_on_weights_vocabulary_and_settings(change):
 
     def name(pipe):
         return provenance.pipeline_name(pipe), provenance.tokenizers_hash(pipe)
@@ -325,7 +325,7 @@ def test_another_model_has_another_name(change):
     assert (after[0] != before[0], after[1] != before[1]) == (told[0] or not told[1], told[1])
 
 
-def test_a_tokenizer_without_rules_of_its_own_is_known_by_its_files(tmp_path):
+def test_slow_tokenizer_is_hashed_by_its_files(tmp_path):
     """As sentencepiece's, whose file is no text."""
 
     class Slow:
@@ -345,14 +345,14 @@ def test_a_tokenizer_without_rules_of_its_own_is_known_by_its_files(tmp_path):
     assert provenance.tokenizer_hash(one) != provenance.tokenizer_hash(other)
 
 
-def test_a_call_does_not_rename_a_model(pipe):
+def test_calling_a_pipeline_does_not_change_its_name(pipe):
     """The rules of a tokenizer remember how the last text was padded."""
     before = provenance.pipeline_name(pipe), provenance.tokenizers_hash(pipe)
     pipe.tokenizer(["a", "a b c"], padding="longest", truncation=True, max_length=5)
     assert (provenance.pipeline_name(pipe), provenance.tokenizers_hash(pipe)) == before
 
 
-def test_the_device_is_waited_for_before_and_after_a_picture(pipe, monkeypatch):
+def test_device_is_synchronized_around_each_measurement(pipe, monkeypatch):
     """Otherwise a GPU's time is the time of asking for it."""
     order = []
     monkeypatch.setattr(generate, "synchronize", lambda device: order.append("wait"))
@@ -365,13 +365,13 @@ def test_the_device_is_waited_for_before_and_after_a_picture(pipe, monkeypatch):
     assert order[looks[0] - 1] == order[looks[-1] - 1] == "wait"
 
 
-def test_as_many_are_said_to_be_made_as_are_saved(pipe, tmp_path):
+def test_number_of_generated_images_is_that_of_saved_images(pipe, tmp_path):
     run(pipe, tmp_path)
     (tmp_path / "baseline" / "0001.png").unlink()  # of a batch of two
     assert run(pipe, tmp_path) == 1
 
 
-def test_the_pipeline_and_the_global_generator_stay_as_they_were(pipe, tmp_path):
+def test_pipeline_and_global_rng_are_unchanged(pipe, tmp_path):
     classes = [type(module) for module in pipe.unet.modules()]
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -384,7 +384,7 @@ def test_the_pipeline_and_the_global_generator_stay_as_they_were(pipe, tmp_path)
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_other_settings_is_refused_by_the_field(tmp_path):
+def test_output_dir_refusal_names_the_differing_setting(tmp_path):
     output_dir.init_output_dir(tmp_path, SETTINGS)
     before = (tmp_path / "settings.json").read_bytes()
     output_dir.init_output_dir(tmp_path, SETTINGS)
@@ -399,7 +399,7 @@ def test_a_folder_of_other_settings_is_refused_by_the_field(tmp_path):
     assert (tmp_path / "settings.json").read_bytes() == before
 
 
-def test_what_is_told_of_a_run_may_be_damaged(tmp_path):
+def test_corrupt_run_metadata_is_ignored(tmp_path):
     for content in ("[1]", "{", '{"commit": "abc", "started": "1999"}'):
         files.write(tmp_path / generate.RUNS / f"{len(content)}.json", content)
     told = records.generating_runs(tmp_path, [{"run": str(n)} for n in (3, 1, 36, 36)])
@@ -408,14 +408,14 @@ def test_what_is_told_of_a_run_may_be_damaged(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_output_dir_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(EvalError, match="not empty"):
         output_dir.init_output_dir(tmp_path, SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     files.write(tmp_path / "a.json", "old")
 
     def fail(*args):
@@ -431,7 +431,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-def test_methods_are_rows_in_the_order_asked_for_each_once():
+def test_methods_are_parsed_in_order_without_duplicates():
     found = methods.parse("tofu, kv:tome+p,full,tofu", [0.25, 0.5])
     assert [(m.name, m.ratio) for m in found] == [
         ("tofu", 0.25), ("tofu", 0.5), ("kv:tome+p", 0.25), ("kv:tome+p", 0.5), ("baseline", None),
@@ -439,20 +439,20 @@ def test_methods_are_rows_in_the_order_asked_for_each_once():
     assert len({m.slug for m in found}) == 5
 
 
-def test_a_ratio_of_a_methods_own_is_shown_as_a_ratio():
+def test_ratio_option_of_a_method_is_shown_as_its_ratio():
     (own,), (asked,) = (methods.parse(*args) for args in (("kv:tome+p@ratio=0.75", [0.5]), ("kv:tome+p", [0.75])))
     assert (own.name, own.ratio, own.slug) == (asked.name, asked.ratio, asked.slug)
     (windowed,) = methods.parse("tofu@window=4@ratio=0.25", [0.5])
     assert (windowed.name, windowed.ratio) == ("tofu@window=4", 0.25)
 
 
-def test_a_missing_peer_says_what_to_install(monkeypatch):
+def test_missing_package_of_a_method_says_what_to_install(monkeypatch):
     monkeypatch.setattr(methods, "version", lambda name: None)
     (method,) = methods.parse("tomesd", [0.5])
     assert method.unavailable_reason == "pip install tomesd"
 
 
-def test_a_folder_of_a_peers_name_is_not_the_peer(monkeypatch, tmp_path):
+def test_folder_with_the_name_of_a_package_is_not_the_package(monkeypatch, tmp_path):
     """Whoever has cloned it beside the pictures could import that folder, which is empty to Python."""
     (tmp_path / "ghost").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
@@ -460,7 +460,7 @@ def test_a_folder_of_a_peers_name_is_not_the_peer(monkeypatch, tmp_path):
     assert methods.MethodSpec(nullcontext, Path("a.py"), ("ghost", "ghost")).unavailable_reason == "pip install ghost"
 
 
-def test_the_peer_is_taken_off_again(pipe):
+def test_tomesd_patch_is_removed(pipe):
     pytest.importorskip("tomesd")
     (method,) = methods.parse("tomesd", [0.5])
     classes = [type(module) for module in pipe.unet.modules()]

@@ -58,11 +58,11 @@ def test_psnr_by_hand():
     assert pairwise.psnr().compute(b, a).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_psnr_of_equal_pictures_is_infinite():
+def test_psnr_of_equal_images_is_infinite():
     assert pairwise.psnr().compute(pictures(), pictures()).tolist() == [math.inf, math.inf]
 
 
-def test_ms_ssim_is_one_on_equal_pictures_and_near_zero_on_noise():
+def test_ms_ssim_is_one_on_equal_images_and_near_zero_on_noise():
     pytest.importorskip("pytorch_msssim")
     measure = pairwise.ms_ssim(176)
     a, b = pictures(size=176), pictures(size=176, seed=1)
@@ -83,7 +83,7 @@ def test_ms_ssim_agrees_with_torchmetrics():
     assert torch.allclose(pairwise.ms_ssim(192).compute(a, b), expected.double(), atol=2e-3)
 
 
-def test_ssim_agrees_with_its_formula_on_flat_pictures():
+def test_ssim_agrees_with_its_formula_on_flat_images():
     """Without structure, only the luminance term is left: (2ab + c) / (a² + b² + c), c = (0.01 · 255)²."""
     pytest.importorskip("pytorch_msssim")
     a, b = (torch.full((1, 3, 16, 16), level, dtype=torch.uint8) for level in (100, 150))
@@ -95,7 +95,7 @@ def test_ssim_agrees_with_its_formula_on_flat_pictures():
     assert "11" in pairwise.ssim(10).reason
 
 
-def test_ms_ssim_agrees_with_its_formula_on_flat_pictures():
+def test_ms_ssim_agrees_with_its_formula_on_flat_images():
     """Contrast and structure are 1 at every scale, so that the luminance of the last is left, to its weight (Wang et
     al. 2003: 0.1333)."""
     pytest.importorskip("pytorch_msssim")
@@ -121,7 +121,7 @@ PAIRWISE = {
 
 
 @pytest.mark.parametrize("name", PAIRWISE)
-def test_every_pairwise_metric_rises_with_noise_and_knows_no_order(name):
+def test_pairwise_metrics_increase_with_noise_and_are_symmetric(name):
     pytest.importorskip("pytorch_msssim")
     a = nn.functional.avg_pool2d(pictures(3, size=176).float(), 9, 1, 4).byte()
     noise = features(a.numel(), 1).view(a.shape)
@@ -140,7 +140,7 @@ def knows_no_company(measure, *of):
     return torch.allclose(alone, measure.compute(*turned).flip(0), rtol=1e-5, atol=1e-6)
 
 
-def test_ms_ssim_skips_pictures_that_are_too_small_and_says_so():
+def test_ms_ssim_skips_too_small_images_with_a_reason():
     skipped = pairwise.ms_ssim(160)
     assert isinstance(skipped, base.Skipped)
     assert "161" in skipped.reason
@@ -158,7 +158,7 @@ def test_lpips_reproduces_the_documented_value():
     assert torch.allclose(found, documented, atol=5e-4), found
 
 
-def test_a_backbone_lands_in_the_layers_of_its_own_numbers():
+def test_lpips_backbone_weights_are_loaded_into_matching_layers():
     net = nn.Module()
     net.slice1, net.slice2 = nn.Sequential(), nn.Sequential()
     net.slice1.add_module("0", nn.Linear(2, 2))
@@ -171,7 +171,7 @@ def test_a_backbone_lands_in_the_layers_of_its_own_numbers():
 
 
 @pytest.mark.parametrize("net", pairwise.LPIPS_NETS)
-def test_lpips_measures_with_the_file_it_is_given(net, tmp_path):
+def test_lpips_uses_the_given_backbone_file(net, tmp_path):
     """torchvision's nets with random weights: into lpips's own by their names, and one after the other."""
     package, models = have("lpips"), have("torchvision.models")
     layers = {
@@ -208,7 +208,7 @@ def saved(content):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK", saved([]), saved(torch.ones(2))])
-def test_a_broken_file_of_weights_costs_its_metric_alone(tmp_path, content):
+def test_broken_weights_skip_only_their_metric(tmp_path, content):
     have("lpips")
     have("torchmetrics")
     (tmp_path / "w.pth").write_bytes(content)
@@ -217,7 +217,7 @@ def test_a_broken_file_of_weights_costs_its_metric_alone(tmp_path, content):
         assert "weights" in metric.reason
 
 
-def test_a_metric_that_cannot_measure_these_pictures_is_skipped_and_the_others_go_on():
+def test_metric_that_fails_on_these_images_is_skipped_alone():
     def fails(*_):
         raise RuntimeError("Kernel size can't be greater than actual input size\nmore")
 
@@ -227,7 +227,7 @@ def test_a_metric_that_cannot_measure_these_pictures_is_skipped_and_the_others_g
     assert kept.name == "PSNR"
 
 
-def test_a_metric_for_which_the_device_is_too_full_is_no_metric_that_is_missing():
+def test_out_of_memory_does_not_skip_a_metric():
     def fails(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
@@ -235,7 +235,7 @@ def test_a_metric_for_which_the_device_is_too_full_is_no_metric_that_is_missing(
         metrics.probe_metrics([base.Pairwise("LPIPS-squeeze", "lpips", True, fails)], pictures(size=8), ["a", "b"])
 
 
-def test_unknown_names_are_answered_with_the_nearest():
+def test_unknown_metric_suggests_the_nearest_name():
     with pytest.raises(EvalError, match=r"'lpip'.*did you mean 'lpips'"):
         metrics.parse_metric_names("psnr,lpip", metrics.Nets())
     with pytest.raises(EvalError, match=r"'alexnet'.*did you mean 'alex'"):
@@ -245,7 +245,7 @@ def test_unknown_names_are_answered_with_the_nearest():
 # --- sets -----------------------------------------------------------------------------------------------------------
 
 
-def test_frechet_is_zero_on_equal_sets_even_of_fewer_pictures_than_features():
+def test_frechet_is_zero_on_equal_sets_with_fewer_images_than_features():
     x = features(20, 64)
     assert statistics.frechet(x, x) < 1e-9  # exact but for float64 rounding; a matrix square root leaves 1e-6
 
@@ -294,7 +294,7 @@ def test_frechet_agrees_with_torch_fidelity():
     assert statistics.frechet(x, y) == pytest.approx(told["frechet_inception_distance"], rel=1e-6)
 
 
-def test_inceptions_features_have_a_row_for_each_picture(monkeypatch, tmp_path):
+def test_inception_features_have_a_row_for_each_image(monkeypatch, tmp_path):
     """With random weights, as the real ones cannot be had everywhere; what is tested is how the net is called."""
     have("torchmetrics.image.fid")
     net = have("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
@@ -310,7 +310,7 @@ def test_inceptions_features_have_a_row_for_each_picture(monkeypatch, tmp_path):
     assert torch.allclose(found, theirs.inception(pictures(2)), rtol=1e-4, atol=1e-6)  # antialiased, from 0 to 255
 
 
-def test_every_distance_of_sets_rises_with_noise_and_knows_no_order_and_no_batch():
+def test_distribution_metrics_increase_with_noise_and_ignore_order_and_batch():
     a = nn.functional.avg_pool2d(pictures(40, size=32).float(), 9, 1, 4).byte()
     noise = features(a.numel(), 1).view(a.shape)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
@@ -332,7 +332,7 @@ def test_every_distance_of_sets_rises_with_noise_and_knows_no_order_and_no_batch
         assert torch.allclose(alone, x, rtol=1e-6), metric.name
 
 
-def test_the_kernel_distance_by_its_formula():
+def test_kernel_distance_agrees_with_its_formula():
     """KID's U-statistic, term by term."""
     x, y = features(5, 3).double(), features(5, 3, 1).double()
 
@@ -345,7 +345,7 @@ def test_the_kernel_distance_by_its_formula():
     assert statistics.kernel_distance(x, y) == pytest.approx(sum(terms) / 20, rel=1e-12)
 
 
-def test_the_kernel_distance_of_equal_sets_is_zero_and_grows():
+def test_kernel_distance_is_zero_on_equal_sets_and_increases():
     """The estimator for independent sets gives -0.0003 for equal ones: it takes pairs for luck."""
     x = features(600, 8)  # more than one block of rows
     assert statistics.kernel_distance(x, x) == 0
@@ -355,7 +355,7 @@ def test_the_kernel_distance_of_equal_sets_is_zero_and_grows():
     assert statistics.kernel_distance(x[order], x[order] + 0.3) == pytest.approx(far[1], rel=1e-9)
 
 
-def test_two_distances_in_one_net_read_the_pictures_once(monkeypatch):
+def test_metrics_with_the_same_features_compute_them_once(monkeypatch):
     loaded = []
     monkeypatch.setattr(metrics, "inception", lambda *_: loaded.append(1) or base.Features("net", lambda p: p))
     fid, kid = metrics.build_metrics("fid,kid", metrics.Nets(), size=64, prompts=[], device=CPU)
@@ -394,7 +394,7 @@ def save_processor(name, settings, folder):
         pytest.skip(f"transformers' image processors want torchvision: {error}")
 
 
-def test_the_clip_score_is_what_clip_says_of_a_picture_and_its_prompt(clip_folder):
+def test_clip_score_agrees_with_clip_logits(clip_folder):
     """Its logits are the cosines by a learnt scale. (torchmetrics 1.9's CLIPScore does not run on transformers 5.)"""
     transformers = pytest.importorskip("transformers")
     metric = clip.clip(str(clip_folder), CPU)
@@ -452,7 +452,7 @@ def test_dino_distance_is_one_minus_the_cosine_of_class_tokens_and_rises_with_no
     assert knows_no_company(metric, a, a.flip(0))
 
 
-def test_features_that_are_none_have_no_distance_and_are_told():
+def test_nan_features_have_no_distance_and_are_reported():
     """Eigenvalues of NaN are an error, after everything was drawn."""
     x = features(6, 3).double()
     broken = torch.where(torch.arange(6)[:, None] == 2, torch.nan, x)
@@ -463,7 +463,7 @@ def test_features_that_are_none_have_no_distance_and_are_told():
             assert tables.short(figure, 3) == "– (1 NaN)"
 
 
-def test_a_net_of_another_kind_is_skipped(tmp_path):
+def test_network_of_another_kind_is_skipped(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
     transformers.Dinov2Model(config).save_pretrained(tmp_path)
@@ -476,13 +476,13 @@ def test_a_net_of_another_kind_is_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("make", [clip.clip, dino.dino])
-def test_a_net_that_cannot_be_had_is_skipped(make, tmp_path):
+def test_unavailable_network_is_skipped(make, tmp_path):
     skipped = make(str(tmp_path / "nowhere"), CPU)
     assert isinstance(skipped, base.Skipped)
     assert skipped.reason.startswith("no weights")
 
 
-def test_a_nets_hash_is_its_weights():
+def test_weights_hash_depends_on_the_weights():
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     assert provenance.weights_hash(a) != provenance.weights_hash(b)
     b.load_state_dict(a.state_dict())
@@ -492,7 +492,7 @@ def test_a_nets_hash_is_its_weights():
 # --- intervals --------------------------------------------------------------------------------------------------------
 
 
-def test_a_bootstrap_interval_holds_the_mean_and_is_the_same_every_time():
+def test_bootstrap_interval_contains_the_mean_and_is_deterministic():
     values = features(60, 1).flatten()
     groups = [str(i) for i in range(60)]
     low, high = statistics.bootstrap(values, groups)
@@ -503,7 +503,7 @@ def test_a_bootstrap_interval_holds_the_mean_and_is_the_same_every_time():
     assert high - low == pytest.approx(2 * half, rel=0.1)
 
 
-def test_pictures_of_one_class_are_drawn_together():
+def test_bootstrap_resamples_whole_classes():
     """Twice the same picture is no second observation: the interval must not shrink by the square root of two."""
     values = features(40, 1).flatten()
     once = statistics.bootstrap(values, [str(i) for i in range(40)])
@@ -511,14 +511,14 @@ def test_pictures_of_one_class_are_drawn_together():
     assert twice == pytest.approx(once, abs=1e-12)
 
 
-def test_an_interval_does_not_depend_on_how_much_is_drawn_at_once(monkeypatch):
+def test_bootstrap_does_not_depend_on_the_chunk_size(monkeypatch):
     values, groups = features(40, 1).flatten(), [str(i // 2) for i in range(40)]
     together = statistics.bootstrap(values, groups)
     monkeypatch.setattr(statistics, "AT_ONCE", 1)
     assert statistics.bootstrap(values, groups) == pytest.approx(together, abs=1e-12)
 
 
-def test_bootstrap_leaves_the_global_generator_alone():
+def test_bootstrap_does_not_touch_the_global_rng():
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
@@ -541,7 +541,7 @@ def test_jackknife_of_too_few_classes_is_none():
     assert statistics.jackknife(statistics.frechet, *pair, list("abcdef") * 2) is not None
 
 
-def test_the_interval_of_a_distance_ends_where_distances_do():
+def test_interval_of_a_distance_is_clipped_to_its_minimum():
     """A kernel distance has no bias, and where there is none between the sets it is below 0 every other time; a Fréchet
     distance never is."""
     generator = torch.Generator().manual_seed(1)
@@ -554,7 +554,7 @@ def test_the_interval_of_a_distance_ends_where_distances_do():
     assert near["low"] == 0 < near["value"] < near["high"]
 
 
-def test_a_picture_of_any_one_colour_is_flat():
+def test_image_of_one_colour_is_flat():
     shown = pictures(3)
     shown[1] = torch.tensor([200, 60, 20], dtype=torch.uint8).view(3, 1, 1)
     shown[2] = 7
@@ -579,7 +579,7 @@ class ToyJudge(nn.Module):
         return torch.tensor([CLASSES[int(level)].labels for level in (pictures[:, 0, 0, 0] * 255).round()])
 
 
-def test_judge_metrics_are_zero_on_equal_pictures_and_named_for_what_they_are():
+def test_demo_classifier_metrics_are_zero_on_equal_images():
     pair, of_sets = demo_classifier.pd_judge(ToyJudge(), CPU), demo_classifier.fd_judge(ToyJudge(), CPU)
     assert pair.compute(pictures(), pictures()).tolist() == [0, 0]
     assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
@@ -592,13 +592,13 @@ def test_judge_metrics_are_zero_on_equal_pictures_and_named_for_what_they_are():
         assert "FID" not in metric.name + metric.implementation
 
 
-def test_perceptual_distance_does_not_see_the_length_of_a_feature():
+def test_perceptual_distance_ignores_feature_norms():
     a = pictures().clamp(0, 100)
     twice = 2 * a
     assert demo_classifier.pd_judge(ToyJudge(), CPU).compute(a, twice).max() < 1e-10
 
 
-def test_accuracy_counts_pictures_that_show_all_that_was_asked():
+def test_class_accuracy_counts_images_with_all_labels_right():
     from tofu_sd.demo.scene_classes import CLASSES
 
     shown = pictures(3)
@@ -608,7 +608,7 @@ def test_accuracy_counts_pictures_that_show_all_that_was_asked():
     assert metric.compute(shown, asked).tolist() == [1, 1, 0]
 
 
-def test_the_embedded_classifier_fits_its_metrics():
+def test_demo_classifier_works_with_its_metrics():
     from tofu_sd.demo.classifier import Judge
     from tofu_sd.demo.scene_classes import CLASSES
 
@@ -619,11 +619,11 @@ def test_the_embedded_classifier_fits_its_metrics():
     assert share.compute(pictures(), asked).shape == (2,)
 
 
-def test_accuracy_of_prompts_the_classifier_does_not_know_is_skipped():
+def test_class_accuracy_of_unknown_prompts_is_skipped():
     assert isinstance(demo_classifier.class_accuracy(ToyJudge(), ["a red fox"], CPU), base.Skipped)
 
 
-def test_numbers_are_computed_without_tf32_which_is_as_before_afterwards():
+def test_metrics_disable_tf32_and_restore_it():
     switches = torch.backends.cudnn, torch.backends.cuda.matmul
     before, seen = [switch.allow_tf32 for switch in switches], []
 
@@ -643,7 +643,7 @@ def test_numbers_are_computed_without_tf32_which_is_as_before_afterwards():
             switch.allow_tf32 = was
 
 
-def test_numbers_are_computed_in_full_precision_under_autocast():
+def test_metrics_ignore_autocast():
     a, b = pictures(size=176), pictures(size=176, seed=1)
     pytest.importorskip("pytorch_msssim")
     plain = pairwise.ms_ssim(176).compute(a, b)
@@ -654,7 +654,7 @@ def test_numbers_are_computed_in_full_precision_under_autocast():
 # --- measured once ----------------------------------------------------------------------------------------------------
 
 
-def test_what_was_measured_is_not_measured_again_until_something_it_depends_on_changes(tmp_path, monkeypatch):
+def test_metric_cache_is_invalidated_by_its_dependencies(tmp_path, monkeypatch):
     computed = []
 
     def figure(name, value):
@@ -673,7 +673,7 @@ def test_what_was_measured_is_not_measured_again_until_something_it_depends_on_c
     assert recall(["a", "b"], psnr=4.0) == {"psnr": 4}
 
 
-def test_figures_change_with_what_the_embedded_classifier_is_and_how_it_is_used(monkeypatch):
+def test_metric_cache_depends_on_the_demo_classifier_and_its_code(monkeypatch):
     cache._versions.cache_clear()
     before = cache._versions()
     for module in ("eval.metrics.cache", "tofu_sd.demo.classifier"):
@@ -689,12 +689,12 @@ def test_figures_change_with_what_the_embedded_classifier_is_and_how_it_is_used(
     ([1, 1, 0, 0], 2),  # all alike within a class
     ([1, 1, 1, 1], 2),
 ])  # fmt: skip
-def test_pictures_of_a_class_count_as_many_as_they_differ(values, size):
+def test_effective_size_depends_on_the_variance_within_classes(values, size):
     assert statistics.effective_size(torch.tensor(values), list("aabb")) == pytest.approx(size)
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=12), st.integers(1, 4))
-def test_the_effective_size_is_between_that_of_classes_and_of_pictures(values, each):
+def test_effective_size_is_between_numbers_of_classes_and_images(values, each):
     groups = [str(i // each) for i in range(len(values))]
     size = statistics.effective_size(torch.tensor(values).double(), groups)
     assert len(set(groups)) <= size <= len(values)
@@ -702,7 +702,7 @@ def test_the_effective_size_is_between_that_of_classes_and_of_pictures(values, e
         assert size == len(values)
 
 
-def test_figures_that_were_damaged_are_measured_again(tmp_path):
+def test_corrupt_metric_cache_is_recomputed(tmp_path):
     cache.cached_metrics(tmp_path, ["a"], {"psnr": lambda: torch.tensor([1.0])})
     [file] = (tmp_path / cache.FOLDER).iterdir()
     file.write_bytes(file.read_bytes()[:-3])

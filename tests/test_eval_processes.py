@@ -127,7 +127,7 @@ def workers(launcher: int) -> list[int]:
     return found
 
 
-def test_killed_and_started_again_nothing_is_lost_or_drawn_twice(folder: Path, alone: str) -> None:
+def test_killed_run_resumes_without_losing_or_repeating_images(folder: Path, alone: str) -> None:
     out, before = "killed", dict[Path, int]()
     for pictures in (1, 8, 21):  # in the midst of a batch of two, and when all are drawn and none is measured
         after = kill_once(command(folder, out), folder, out, pictures)
@@ -141,7 +141,7 @@ def test_killed_and_started_again_nothing_is_lost_or_drawn_twice(folder: Path, a
     assert figures(folder, out) == figures(folder, alone)
 
 
-def test_two_processes_are_one(folder: Path) -> None:
+def test_two_processes_give_the_results_of_one(folder: Path) -> None:
     """Each also reads features of its own share of the pictures, which must meet again in their order."""
     own = ("--model", "demo", "--prompts", "demo", "--limit", "7", "--steps", "1", "--metrics", "psnr,ms-ssim,judge")
     here(folder, "one", *own)
@@ -156,7 +156,7 @@ def test_two_processes_are_one(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="a process's children are found in /proc")
-def test_two_processes_killed_both_and_then_one_of_them_go_on(folder: Path, alone: str) -> None:
+def test_killed_processes_resume(folder: Path, alone: str) -> None:
     """Where one is killed, the other ends: it does not wait for the dead one."""
     before = kill_once(command(folder, "half", launcher=LAUNCH), folder, "half", 5)
     assert len(before) < 12  # of 21: there is work left to be killed in
@@ -175,7 +175,7 @@ def test_two_processes_killed_both_and_then_one_of_them_go_on(folder: Path, alon
     assert figures(folder, "half") == figures(folder, alone)
 
 
-def test_shards_make_a_run(folder: Path, alone: str) -> None:
+def test_shards_give_the_results_of_one_run(folder: Path, alone: str) -> None:
     shards = [command(folder, "shards", "--shard", f"{i}/2") for i in (1, 2)]  # at once, as a scheduler would
     for shard in shards:
         ran(shard)

@@ -41,7 +41,7 @@ def test_the_stored_demo_list_is_what_the_command_prints(capsys):
     assert capsys.readouterr().out == (REPOSITORY / "prompts" / "demo.txt").read_text(encoding="utf-8")
 
 
-def test_imagenet_has_two_pictures_of_each_class_under_seeds_of_their_own():
+def test_imagenet_has_two_images_of_each_class_with_unique_seeds():
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision, which lists the class names, is not installed")
     requests = requests_module.load_requests("imagenet1k", first_seed=5)  # the hash of the names is checked on the way
@@ -67,7 +67,7 @@ def test_changed_imagenet_names_are_refused(monkeypatch, tmp_path):
         requests_module.load_requests("imagenet1k")
 
 
-def test_a_text_file_is_a_prompt_a_line(tmp_path):
+def test_text_file_has_a_prompt_on_each_line(tmp_path):
     file = tmp_path / "own.txt"
     file.write_text("a fox\n\n  ein Käfer \n", encoding="utf-8")
     assert requests_module.load_requests(str(file), 7) == [
@@ -101,7 +101,7 @@ def test_a_jsonl_file_may_give_ids_and_seeds(tmp_path):
         ([], "empty"),
     ],
 )
-def test_a_bad_file_is_refused_by_line(tmp_path, rows, said):
+def test_invalid_prompt_file_is_refused_with_its_line(tmp_path, rows, said):
     file = tmp_path / "own.jsonl"
     file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
     with pytest.raises(EvalError, match=said):
@@ -109,7 +109,7 @@ def test_a_bad_file_is_refused_by_line(tmp_path, rows, said):
 
 
 @pytest.mark.parametrize("character", ["\\r", "\\u0000", "\\ud83d"])
-def test_characters_that_no_table_can_hold_are_refused_by_line(tmp_path, character):
+def test_characters_that_csv_cannot_hold_are_refused_with_their_line(tmp_path, character):
     """A lone return splits a row of per_image.csv, half of a pair cannot be written: both came to light after the
     drawing."""
     (tmp_path / "own.jsonl").write_text(f'{{"prompt": "fine"}}\n{{"prompt": "a fox{character}jumps"}}\n')
@@ -125,25 +125,25 @@ def test_a_file_of_another_encoding_is_refused(tmp_path):
         requests_module.load_requests(str(tmp_path / "own.txt"))
 
 
-def test_a_byte_order_mark_and_unicode_line_ends_are_no_part_of_the_list(tmp_path):
+def test_byte_order_mark_and_unicode_line_ends_are_ignored(tmp_path):
     (tmp_path / "own.txt").write_text("a fox\n", encoding="utf-8-sig")
     assert requests_module.load_requests(str(tmp_path / "own.txt"))[0].prompt == "a fox"
     (tmp_path / "own.jsonl").write_text('{"prompt": "a\u2028fox"}\n', encoding="utf-8")
     assert [r.prompt for r in requests_module.load_requests(str(tmp_path / "own.jsonl"))] == ["a\u2028fox"]
 
 
-def test_an_unknown_list_is_answered_with_the_nearest():
+def test_unknown_list_suggests_the_nearest_name():
     with pytest.raises(EvalError, match=r"'imagenet'.*did you mean 'imagenet1k'.*known: demo"):
         requests_module.load_requests("imagenet")
 
 
-def test_a_digest_tells_lists_apart():
+def test_requests_hash_distinguishes_lists():
     assert requests_module.requests_hash(requests_module.load_requests("demo", 0)) != requests_module.requests_hash(
         requests_module.load_requests("demo", 1)
     )
 
 
-def test_more_of_each_prompt_begin_with_one_of_each():
+def test_per_prompt_begins_with_one_image_of_each_prompt():
     one = requests_module.load_requests("demo", 7)
     three = requests_module.repeat(one, 3, len(one))
     assert three[: len(one)] == one == requests_module.repeat(one, 1, len(one))
@@ -153,7 +153,7 @@ def test_more_of_each_prompt_begin_with_one_of_each():
     assert set(few) < set(three)  # a limited list draws pictures of the whole one
 
 
-def test_more_of_each_prompt_need_names_of_their_own():
+def test_per_prompt_needs_unique_ids():
     with pytest.raises(EvalError, match="two prompts have the id 'a_1'"):
         requests_module.repeat([requests_module.Request("a", "x", 0), requests_module.Request("a_1", "y", 1)], 2, 2)
 
@@ -170,13 +170,13 @@ def test_some_classes_of_a_list_keep_their_ids_and_seeds():
 
 
 @pytest.mark.parametrize("asked", ["12", "9-12", "0003_2", "", "dog", "10-9-8", "9-3"])
-def test_what_a_list_does_not_hold_is_refused(asked):
+def test_unknown_ids_are_refused(asked):
     whole = [requests_module.Request(f"{i:04d}_{k}", f"a {i}", 2 * i + k) for i in range(12) for k in range(2)]
-    with pytest.raises(EvalError, match="the ids go from 0000_0 to 0011_1"):
+    with pytest.raises(EvalError, match="ids go from 0000_0 to 0011_1"):
         requests_module.only(whole, f"1,{asked}")
 
 
-def test_who_reads_the_list_may_stop():
+def test_closed_pipe_ends_the_command():
     """As `head` does."""
     pytest.importorskip("torchvision", reason="the class names of ImageNet are torchvision's")
     listing = f"{sys.executable} -m eval.prompts imagenet1k | head -1"
@@ -184,7 +184,7 @@ def test_who_reads_the_list_may_stop():
     assert (told.returncode, told.stdout.count("\n"), told.stderr) == (141, 1, "")
 
 
-def test_what_is_chosen_of_a_list_is_pictures_of_the_whole_of_it():
+def test_selected_requests_are_part_of_the_whole_list():
     """Ids, seeds and order of what is left do not depend on what is left out; a limit counts prompts, not pictures."""
     whole = [requests_module.Request(f"{i:04}", "a fox", 10 + i) for i in range(12)]
     assert requests_module.select(whole, 1, None, None) == whole

@@ -92,27 +92,27 @@ def rows(found):
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
 
-def test_every_method_has_a_row_and_the_full_model_is_the_first(finished):
+def test_every_method_has_a_row_and_the_baseline_is_first(finished):
     _, found = finished
     assert found["schema"] == results_module.SCHEMA
     names = [row["method"] for row in found["rows"]]
     assert names == ["baseline", "tofu", "kv:tome+p", "tomesd", "baseline, other seeds"]
 
 
-def test_the_full_model_against_itself_is_perfect(finished):
+def test_baseline_compared_with_itself_is_perfect(finished):
     full = rows(finished[1])["baseline"]["metrics"]
     assert full["PSNR"] == {"value": None, "low": None, "high": None, "n": 0, "infinite": len(PROMPTS)}
     assert full["PD-judge"]["value"] == 0
     assert full["FD-judge"]["value"] < 1e-12  # float64 rounding
 
 
-def test_other_seeds_are_further_away_than_any_method(finished):
+def test_seed_baseline_is_further_away_than_any_method(finished):
     found = rows(finished[1])
     scale = found.pop("baseline-other-seeds")["metrics"]["PD-judge"]["value"]
     assert all(row["metrics"]["PD-judge"]["value"] < scale for row in found.values())
 
 
-def test_figures_travel_with_their_circumstances(finished):
+def test_results_contain_settings_and_provenance(finished):
     _, found = finished
     assert {"model", "steps", "size", "guidance", "seed", "batch", "device", "dtype", "torch", "diffusers", "n", "of",
             "prompts_hash", "pipeline"} <= set(found["settings"])  # fmt: skip
@@ -133,7 +133,7 @@ def test_figures_travel_with_their_circumstances(finished):
     )
 
 
-def test_results_are_of_the_written_schema(finished):
+def test_results_match_the_json_schema(finished):
     jsonschema = pytest.importorskip("jsonschema")
     schema = files.read_json(Path(results_module.__file__).parent / "results.schema.json")
     assert schema["properties"]["schema"] == {"const": results_module.SCHEMA}
@@ -147,13 +147,13 @@ def test_results_are_of_the_written_schema(finished):
     assert not checks.is_valid({**finished[1], "more": 1})
 
 
-def test_what_cannot_be_measured_is_skipped_with_its_reason(finished):
+def test_unavailable_metric_is_skipped_with_its_reason(finished):
     skipped = {m["name"]: m["skipped"] for m in finished[1]["metrics"] if "skipped" in m}
     assert skipped.keys() == {"MS-SSIM", "class accuracy"}
     assert "161" in skipped["MS-SSIM"]
 
 
-def test_the_table_of_pictures_has_a_line_for_each(finished):
+def test_per_image_csv_has_a_line_for_each_image(finished):
     out, found = finished
     with (out / "per_image.csv").open(encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
@@ -164,7 +164,7 @@ def test_the_table_of_pictures_has_a_line_for_each(finished):
     assert mean == pytest.approx(rows(found)["tofu-r50"]["metrics"]["PSNR"]["value"], abs=1e-9)
 
 
-def test_the_report_is_whole_in_itself_and_prompts_are_text(finished):
+def test_html_report_is_self_contained_and_escapes_prompts(finished):
     page = (finished[0] / "report.html").read_text(encoding="utf-8")
     assert page.count("<script") == 1  # its own, that sorts the table
     assert "&lt;script&gt;" in page
@@ -175,7 +175,7 @@ def test_the_report_is_whole_in_itself_and_prompts_are_text(finished):
     )  # full, method, difference; of each pair; of each method
 
 
-def test_nothing_written_knows_this_machine(finished):
+def test_written_files_contain_no_absolute_paths(finished):
     out, _ = finished
     for name in ("results.json", "per_image.csv", "report.html", "settings.json"):
         text = (out / name).read_text(encoding="utf-8")
@@ -188,7 +188,7 @@ def test_the_grid_has_a_column_for_each_method(finished):
         assert grid.width == 8 + 5 * (64 + 8)
 
 
-def test_the_markdown_table_holds_the_figures_and_where_they_come_from(finished, capsys):
+def test_markdown_table_contains_figures_and_provenance(finished, capsys):
     out, found = finished
     assert report_module.main([str(out), "--markdown"]) == 0
     text = capsys.readouterr().out
@@ -199,7 +199,7 @@ def test_the_markdown_table_holds_the_figures_and_where_they_come_from(finished,
     assert "`python -m eval.run " in text
 
 
-def test_some_rows_and_columns_can_be_shown(finished, capsys, tmp_path):
+def test_rows_and_columns_of_the_table_can_be_selected(finished, capsys, tmp_path):
     out, _ = finished
     assert (
         report_module.main(
@@ -223,7 +223,7 @@ def test_some_rows_and_columns_can_be_shown(finished, capsys, tmp_path):
     assert "no column 'PNSR' (did you mean 'PSNR'?)" in capsys.readouterr().err
 
 
-def test_methods_are_compared_picture_by_picture(finished, capsys):
+def test_paired_differences_between_methods(finished, capsys):
     """PSNR of the picture i is 20 + 10 i with one method and half a dB more with the other: the spread cancels out."""
     out, found = finished
     assert report_module.main([str(out), "--against", "tofu-r50"]) == 0
@@ -246,12 +246,12 @@ def test_methods_are_compared_picture_by_picture(finished, capsys):
     assert "| tomesd 50% | +0.50, 4 of 5 pictures |" in text
 
 
-def test_a_comparison_needs_a_method_that_is_there(finished, capsys):
+def test_against_an_unknown_method_suggests_a_name(finished, capsys):
     assert report_module.main([str(finished[0]), "--against", "tofu 5%"]) == 2
     assert "did you mean 'tofu 50%'" in capsys.readouterr().err
 
 
-def test_the_report_can_be_drawn_anew_from_the_files(finished, capsys):
+def test_report_is_reproducible_from_the_files(finished, capsys):
     out, _ = finished
     before = (out / "report.html").read_text()
     (out / "report.html").unlink()
@@ -259,14 +259,14 @@ def test_the_report_can_be_drawn_anew_from_the_files(finished, capsys):
     assert (out / "report.html").read_text() == before
 
 
-def test_the_worst_pair_comes_first():
+def test_pairs_are_sorted_worst_first():
     lower, higher = {"name": "D", "lower_is_better": True}, {"name": "D", "lower_is_better": False}
     images = [{"id": "a", "D": "0.1"}, {"id": "b", "D": "0.3"}, {"id": "c", "D": "0.2"}]
     assert [i["id"] for i in html.worst_first(images, lower)] == ["b", "c", "a"]
     assert [i["id"] for i in html.worst_first(images, higher)] == ["a", "c", "b"]
 
 
-def test_a_second_method_joins_the_folder_and_is_timed_beside_the_full_model(tiny, capsys, monkeypatch):
+def test_later_method_is_added_to_the_folder_and_timed_against_the_baseline(tiny, capsys, monkeypatch):
     assert run_module.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
     assert run_module.main([*tiny, "--method", "tofu,prune", "--out", "out"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
@@ -280,7 +280,7 @@ def test_a_second_method_joins_the_folder_and_is_timed_beside_the_full_model(tin
     assert "mlerp 50%: no times, the full model's were not taken beside it" in capsys.readouterr().out
 
 
-def test_pictures_of_known_classes_are_classed(tiny, monkeypatch, pipe):
+def test_class_accuracy_is_measured_for_demo_prompts(tiny, monkeypatch, pipe):
     from tofu_sd.demo.classifier import Judge
 
     monkeypatch.setattr(prepare, "load_model", lambda *_: (pipe, Judge().eval()))
@@ -289,14 +289,14 @@ def test_pictures_of_known_classes_are_classed(tiny, monkeypatch, pipe):
         assert row["metrics"]["class accuracy"]["n"] == 2
 
 
-def test_a_limit_is_told(tiny):
+def test_limit_is_shown_with_the_results(tiny):
     assert run_module.main([*tiny, "--limit", "2", "--out", "out"]) == 0
     found = files.read_json(Path("out/results.json"))
     assert (found["settings"]["n"], found["settings"]["of"]) == (2, len(PROMPTS))
     assert "2 pictures of 5" in tables.circumstances(found)
 
 
-def test_json_leaves_stdout_to_the_results(tiny, capsys, monkeypatch):
+def test_json_keeps_stdout_for_the_results(tiny, capsys, monkeypatch):
     draw = results_module.draw
     monkeypatch.setattr(results_module, "draw", lambda out: (print("a library that talks"), draw(out)))
     assert run_module.main([*tiny, "--json"]) == 0
@@ -308,7 +308,7 @@ def test_json_leaves_stdout_to_the_results(tiny, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(not (demo.WEIGHTS / "model_index.json").exists(), reason="the embedded model has no weights here")
-def test_the_embedded_model_is_judged_by_its_own_classifier(tmp_path, monkeypatch):
+def test_embedded_model_is_measured_by_the_demo_classifier(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--limit", "2", "--steps", "3", "--metrics", "psnr,ms-ssim,judge", "--out", "out"]
     assert run_module.main([*arguments, "--method", "tofu"]) == 0
@@ -353,7 +353,7 @@ def test_the_embedded_model_is_judged_by_its_own_classifier(tmp_path, monkeypatc
         (["--sizes", "64"], "unrecognized arguments: --sizes 64"),
     ],
 )
-def test_bad_arguments_are_one_line_and_nothing_is_written(tiny, capsys, arguments, said):
+def test_invalid_arguments_print_one_line_and_write_nothing(tiny, capsys, arguments, said):
     assert run_module.main([*tiny, *arguments]) == 2
     printed = capsys.readouterr()
     assert said in printed.err
@@ -363,7 +363,7 @@ def test_bad_arguments_are_one_line_and_nothing_is_written(tiny, capsys, argumen
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_a_size_that_does_not_divide_into_tiles_is_refused_below_another_method(tiny, capsys):
+def test_hypertile_refuses_indivisible_sizes_also_when_stacked(tiny, capsys):
     pytest.importorskip("DeepCache")
     assert run_module.main([*tiny, "--method", "deepcache:hypertile", "--size", "72"]) == 2
     assert "this size gives one of 9 x 9 tokens" in capsys.readouterr().err
@@ -371,12 +371,12 @@ def test_a_size_that_does_not_divide_into_tiles_is_refused_below_another_method(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA is needed to lack it")
-def test_a_device_that_is_not_there_is_told(tiny, capsys):
+def test_unavailable_device_is_refused(tiny, capsys):
     assert run_module.main([*tiny, "--device", "cuda"]) == 2
     assert "'cuda' is not available here" in capsys.readouterr().err
 
 
-def test_a_folder_of_other_settings_is_refused(tiny, capsys):
+def test_output_dir_with_other_settings_is_refused(tiny, capsys):
     assert run_module.main([*tiny, "--out", "out", "--limit", "1"]) == 0
     before = sorted(Path("out").rglob("*"))
     capsys.readouterr()
@@ -394,7 +394,7 @@ def test_a_folder_of_other_settings_is_refused(tiny, capsys):
         ("unet/config.json", "[]", ""),
     ],
 )
-def test_a_damaged_model_is_one_line(tmp_path, monkeypatch, capsys, pipe, file, content, said):
+def test_damaged_model_prints_one_line(tmp_path, monkeypatch, capsys, pipe, file, content, said):
     monkeypatch.chdir(tmp_path)
     pipe.save_pretrained("mine")
     Path("mine", file).write_text(content)
@@ -404,7 +404,7 @@ def test_a_damaged_model_is_one_line(tmp_path, monkeypatch, capsys, pipe, file, 
     assert "there is no such folder" not in told
 
 
-def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, monkeypatch, capsys):
+def test_unloadable_model_prints_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     assert run_module.main(["--model", "empty"]) == 2
@@ -423,14 +423,14 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, monkeypatch, capsys
         ("./nowhere", "there is no such folder, and no model can have that id"),
     ],
 )
-def test_a_model_that_is_nowhere_is_told_from_one_that_is_damaged(tmp_path, monkeypatch, capsys, model, said):
+def test_missing_model_and_damaged_model_have_different_messages(tmp_path, monkeypatch, capsys, model, said):
     """The tests run without the network."""
     monkeypatch.chdir(tmp_path)
     assert run_module.main(["--model", model]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == f"error: cannot load the model {model!r}: {said}"
 
 
-def test_a_size_that_a_metric_cannot_measure_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
+def test_too_small_images_for_a_metric_are_reported_before_generating(tiny, monkeypatch, capsys):
     assert run_module.main([*tiny, "--dry-run"]) == 0
     assert capsys.readouterr().err == "MS-SSIM is skipped: needs images of at least 161 px, these have 64\n"
     monkeypatch.setattr(execute, "generate", lambda *_: pytest.fail(capsys.readouterr().err))
@@ -440,14 +440,14 @@ def test_a_size_that_a_metric_cannot_measure_is_told_before_anything_is_drawn(ti
     assert capsys.readouterr().err == ""
 
 
-def test_a_metric_that_lacks_its_weights_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
+def test_missing_weights_of_a_metric_are_reported_before_generating(tiny, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "inception", lambda *_: "no Inception weights")
     monkeypatch.setattr(execute, "generate", lambda *_: pytest.fail(capsys.readouterr().err))
     with pytest.raises(pytest.fail.Exception, match="FID will be skipped: no Inception weights"):
         run_module.main([*tiny, "--metrics", "psnr,fid"])
 
 
-def test_a_part_of_a_list_is_a_part_of_its_pictures(tiny, capsys):
+def test_only_selects_images_of_the_whole_list(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--only", "1-2", "--metrics", "psnr", "--out", "out"]) == 0
     assert {path.stem for path in Path("out/baseline").glob("*.png")} == {"0001", "0002"}
     told = files.read_json(Path("out/results.json"))
@@ -463,14 +463,14 @@ def test_a_part_of_a_list_is_a_part_of_its_pictures(tiny, capsys):
     assert (told["settings"]["n"], told["settings"]["of"]) == (3, 10)
 
 
-def test_a_model_that_a_method_does_not_fit_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys):
+def test_method_that_does_not_fit_the_model_is_reported_before_generating(tiny, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "load_model", lambda *_: (Namespace(transformer=torch.nn.Linear(2, 2)), None))
     arguments = [argument for argument in tiny if argument not in ("--size", "64")]
     assert run_module.main(arguments) == 2
     assert "method 'tofu' does not fit this model" in capsys.readouterr().err
 
 
-def test_a_torchvision_of_another_torch_is_explained(tiny, monkeypatch, capsys):
+def test_torchvision_for_another_torch_is_explained(tiny, monkeypatch, capsys):
     def broken():
         raise ImportError("torchvision 0.28.0 does not work with torch 2.13.0+cpu")
 
@@ -479,13 +479,13 @@ def test_a_torchvision_of_another_torch_is_explained(tiny, monkeypatch, capsys):
     assert "does not work with torch" in capsys.readouterr().err
 
 
-def test_a_method_that_is_not_installed_is_a_row_that_says_so(tiny, monkeypatch, capsys):
+def test_method_that_is_not_installed_is_a_skipped_row(tiny, monkeypatch, capsys):
     monkeypatch.setattr(methods, "version", lambda name: None)
     assert run_module.main([*tiny, "--method", "tofu,tomesd", "--limit", "2"]) == 0
     assert "tomesd 50%: skipped: pip install tomesd" in capsys.readouterr().out
 
 
-def test_an_interrupt_says_how_to_go_on(tiny, monkeypatch, capsys):
+def test_interrupt_message_says_how_to_resume(tiny, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -499,7 +499,7 @@ def test_a_folder_without_results_has_no_report(tmp_path, capsys):
     assert "no results.json" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_a_line_and_the_run_goes_on_later(tiny, monkeypatch, capsys):
+def test_full_disk_prints_one_line_and_the_run_resumes(tiny, monkeypatch, capsys):
     replace, room = os.replace, iter([True] * 6)
 
     def full_disk(source, target):
@@ -517,7 +517,7 @@ def test_a_full_disk_is_a_line_and_the_run_goes_on_later(tiny, monkeypatch, caps
     assert run_module.main([*tiny, "--out", "out"]) == 0
 
 
-def test_black_pictures_are_counted_and_told(tiny, monkeypatch, capsys, pipe):
+def test_black_images_are_counted_and_reported(tiny, monkeypatch, capsys, pipe):
     """As a model in half precision draws them when it has come to NaN."""
     original = generate.generate_batch
 
@@ -534,7 +534,7 @@ def test_black_pictures_are_counted_and_told(tiny, monkeypatch, capsys, pipe):
 
 
 @pytest.mark.parametrize(("part", "flat"), [(slice(None), 1), (slice(32), 0)])
-def test_pictures_with_nan_are_told_wherever_they_are_compared(tiny, monkeypatch, capsys, pipe, part, blank):
+def test_nan_images_are_reported_in_every_comparison(tiny, monkeypatch, capsys, pipe, part, flat):
     """Half of a picture is enough; where both models' are black they are equal, and the score rises."""
     decode = pipe.vae.decode
 
@@ -550,7 +550,7 @@ def test_pictures_with_nan_are_told_wherever_they_are_compared(tiny, monkeypatch
     told = "tofu 50%: 1 of 2 pictures hold NaN, drawn as black"
     assert told in capsys.readouterr().out
     found = rows(files.read_json(Path("out/results.json")))["tofu-r50"]
-    assert (found["nan"], found["flat"]) == (1, blank)
+    assert (found["nan"], found["flat"]) == (1, flat)
     for shown in (["--markdown"], ["--pareto"], ["--against", "prune 50%"]):
         assert report_module.main(["out", *shown]) == 0
         assert told in capsys.readouterr().out
@@ -564,13 +564,13 @@ def test_pictures_with_nan_are_told_wherever_they_are_compared(tiny, monkeypatch
     assert run_module.main([*command, "--strict"]) == 1
 
 
-def test_a_folder_below_a_file_is_refused(tiny, capsys):
+def test_output_dir_below_a_file_is_refused(tiny, capsys):
     Path("file").write_text("")
     assert run_module.main([*tiny, "--out", "file/out"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_no_checker_blackens_pictures_before_they_are_compared(monkeypatch):
+def test_safety_checker_is_not_loaded(monkeypatch):
     asked = {}
 
     def from_pretrained(name, **options):
@@ -584,7 +584,7 @@ def test_no_checker_blackens_pictures_before_they_are_compared(monkeypatch):
     assert asked["requires_safety_checker"] is False
 
 
-def test_a_pipeline_saved_in_a_folder_runs(tmp_path, monkeypatch, pipe):
+def test_saved_pipeline_runs(tmp_path, monkeypatch, pipe):
     """The way any model but the embedded one comes."""
     pipe.save_pretrained(tmp_path / "own model")
     monkeypatch.chdir(tmp_path)
@@ -600,7 +600,7 @@ def test_a_pipeline_saved_in_a_folder_runs(tmp_path, monkeypatch, pipe):
     ]
 
 
-def test_a_model_of_the_hub_is_told_with_its_revision(tmp_path, monkeypatch, pipe):
+def test_hub_revision_is_recorded(tmp_path, monkeypatch, pipe):
     """A name alone is whatever the hub holds under it today."""
     revision, repository = "0123456789abcdef" * 2 + "01234567", tmp_path / "hub" / "models--some--model"
     pipe.save_pretrained(repository / "snapshots" / revision)
@@ -616,7 +616,7 @@ def test_a_model_of_the_hub_is_told_with_its_revision(tmp_path, monkeypatch, pip
     assert f"<dd>{revision}</dd>" in Path("out/report.html").read_text()
 
 
-def test_the_report_of_another_machine_that_drew_is_told_beside_the_own(tiny, monkeypatch):
+def test_environments_of_generating_and_measuring_machines_are_recorded(tiny, monkeypatch):
     monkeypatch.setattr(provenance, "environment", lambda: "<machine one>")
     assert run_module.main([*tiny, "--limit", "2", "--generate-only", "--out", "out"]) == 0
     monkeypatch.setattr(provenance, "environment", lambda: "machine two")
@@ -631,7 +631,7 @@ def test_the_report_of_another_machine_that_drew_is_told_beside_the_own(tiny, mo
     assert f"machine {told['drawn'][0]['environment']}, " in page
 
 
-def test_seconds_of_pictures_under_two_drivers_are_told(tiny, monkeypatch):
+def test_seconds_measured_under_two_drivers_are_reported(tiny, monkeypatch):
     """A driver is no setting of theirs: the folder goes on."""
     for driver, limit in (("1", "2"), ("2", "4")):
         monkeypatch.setattr(provenance, "runtime", lambda _, driver=driver: {"driver": driver})
@@ -641,7 +641,7 @@ def test_seconds_of_pictures_under_two_drivers_are_told(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [AttributeError("no pip"), OSError("no such program"), RuntimeError("CUDA is busy")])
-def test_a_machine_is_reported_by_what_stays_or_not_at_all(monkeypatch, error):
+def test_environment_report_has_no_volatile_values(monkeypatch, error):
     """torch asks many programs; a machine without one of them must not end a run."""
     told = "cuDNN: /usr/lib/own/libcudnn.so.9\nCPU MHz: 2100.5\nCPU(s): 2\n"
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: told)
@@ -650,7 +650,7 @@ def test_a_machine_is_reported_by_what_stays_or_not_at_all(monkeypatch, error):
     assert provenance.environment.__wrapped__() is None
 
 
-def test_a_quick_try_does_not_replace_a_long_run(tiny):
+def test_limited_run_has_its_own_default_folder(tiny):
     assert run_module.main(tiny) == 0
     assert run_module.main([*tiny, "--limit", "1"]) == 0
     long, short = sorted(Path("runs").iterdir(), key=lambda folder: "first" in folder.name)
@@ -661,7 +661,7 @@ def test_a_quick_try_does_not_replace_a_long_run(tiny):
 # --- stages -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_dry_run_tells_and_writes_nothing(tiny, capsys):
+def test_dry_run_prints_the_plan_and_writes_nothing(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--dry-run", "--out", "out"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
         "  full: 5 pictures, 0 of them drawn before",
@@ -670,7 +670,7 @@ def test_a_dry_run_tells_and_writes_nothing(tiny, capsys):
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_a_dry_run_can_be_read_by_a_program(tiny, capsys):
+def test_dry_run_as_json(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--dry-run", "--json", "--out", "out"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["methods"][1] == {"key": "tofu-r50", "pictures": 5, "there": 0}
@@ -678,7 +678,7 @@ def test_a_dry_run_can_be_read_by_a_program(tiny, capsys):
 
 
 @pytest.mark.parametrize("stage", [["--dry-run"], ["--generate-only"], []])
-def test_a_method_that_is_not_installed_is_told_before_anything_is_drawn(tiny, monkeypatch, capsys, stage):
+def test_method_that_is_not_installed_is_reported_before_generating(tiny, monkeypatch, capsys, stage):
     monkeypatch.setattr(methods, "version", lambda name: None)
     arguments = [*tiny, "--method", "tofu,tomesd", "--limit", "1", "--metrics", "psnr", *stage, "--out", "out"]
     assert run_module.main(arguments) == 0
@@ -701,7 +701,7 @@ def test_a_method_that_is_not_installed_is_told_before_anything_is_drawn(tiny, m
         (["--map-block", "up"], "--map-block is up; it needs --maps"),
     ],
 )
-def test_measuring_alone_takes_no_other_settings(tiny, capsys, change, said):
+def test_metrics_only_refuses_other_settings(tiny, capsys, change, said):
     assert run_module.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
     capsys.readouterr()
     unsaid = [
@@ -714,7 +714,7 @@ def test_measuring_alone_takes_no_other_settings(tiny, capsys, change, said):
     assert error.count("\n") == 1
 
 
-def test_pictures_of_other_code_are_not_called_missing(tiny, monkeypatch, capsys):
+def test_images_of_other_code_are_not_reported_as_missing(tiny, monkeypatch, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
     monkeypatch.setattr(methods, "code", lambda: "newer")
     assert run_module.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 2
@@ -722,7 +722,7 @@ def test_pictures_of_other_code_are_not_called_missing(tiny, monkeypatch, capsys
     assert "were generated by other code" in error
 
 
-def test_the_runs_that_drew_are_told_not_the_one_that_measured(tiny):
+def test_provenance_names_the_generating_runs(tiny):
     assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--generate-only", "--out", "out"]) == 0
     assert run_module.main([*tiny, "--method", "tofu", "--repeats", "2", "--out", "out"]) == 0
     assert run_module.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
@@ -737,7 +737,7 @@ def test_the_runs_that_drew_are_told_not_the_one_that_measured(tiny):
     assert "--repeats 2" in page
 
 
-def test_drawing_and_measuring_can_be_parted(tiny, monkeypatch, capsys):
+def test_generate_only_then_metrics_only(tiny, monkeypatch, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
     assert not Path("out/results.json").exists()
     monkeypatch.setattr(prepare, "load_model", lambda *_: pytest.fail("measuring needs no model"))
@@ -763,7 +763,7 @@ def test_drawing_and_measuring_can_be_parted(tiny, monkeypatch, capsys):
         (["--reference", "nowhere"], "--reference nowhere: there is no folder 'baseline' in it"),
     ],
 )
-def test_stages_that_cannot_be_are_told(tiny, capsys, arguments, said):
+def test_incompatible_stage_options_are_refused(tiny, capsys, arguments, said):
     if "out" in arguments:
         assert run_module.main([*tiny, "--generate-only", "--limit", "1", "--out", "out"]) == 0
         capsys.readouterr()
@@ -771,7 +771,7 @@ def test_stages_that_cannot_be_are_told(tiny, capsys, arguments, said):
     assert said in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_full_models_pictures_can_be_another_runs(tiny, capsys):
+def test_reference_images_are_copied_from_another_run(tiny, capsys):
     """Told by what they are, not by where they lie. Under other settings there are none to take, which hours of drawing
     would not tell."""
     assert run_module.main([*tiny, "--method", "tofu", "--out", "first"]) == 0
@@ -794,7 +794,7 @@ def test_the_full_models_pictures_can_be_another_runs(tiny, capsys):
     assert not Path("third").exists()
 
 
-def test_damaged_pictures_are_named_and_drawn_again(tiny, capsys):
+def test_corrupt_images_are_named_and_generated_again(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
     (Path("out") / "tofu-r50" / "0003.png").write_bytes(b"")
     capsys.readouterr()
@@ -802,13 +802,13 @@ def test_damaged_pictures_are_named_and_drawn_again(tiny, capsys):
     assert "corrupt, generated again: tofu-r50/0003.png" in capsys.readouterr().err
 
 
-def test_strict_says_by_its_code_that_something_was_skipped(tiny):
+def test_strict_exits_with_1_if_something_was_skipped(tiny):
     assert run_module.main([*tiny, "--strict", "--metrics", "psnr"]) == 0
     assert run_module.main([*tiny, "--strict", "--metrics", "psnr,ms-ssim"]) == 1  # 64 px are too few
 
 
 @pytest.mark.parametrize("name", suites.NAMES)
-def test_suites_are_options_that_what_is_typed_overrides(name):
+def test_command_line_overrides_suite_options(name):
     options = options_module.parse(["--suite", name, "--steps", "3"])
     told = suites.load(name)
     assert options.steps == 3
@@ -821,7 +821,7 @@ def test_suites_are_options_that_what_is_typed_overrides(name):
 
 
 @pytest.mark.parametrize("name", ["depth", "modes"])
-def test_every_method_of_a_suite_draws_otherwise(tiny, deep, monkeypatch, name):
+def test_all_methods_of_a_suite_generate_different_images(tiny, deep, monkeypatch, name):
     """Of as many blocks as Stable Diffusion has: two rows that draw the same would be one too many. (The paper's suite
     runs on a stand-in, in test_eval_standin.py.)"""
     monkeypatch.setattr(prepare, "load_model", lambda *_: (deep, None))
@@ -833,8 +833,8 @@ def test_every_method_of_a_suite_draws_otherwise(tiny, deep, monkeypatch, name):
     assert len(set(figures)) == len(found)
 
 
-def test_each_batch_is_timed_by_its_fastest(tiny, monkeypatch):
-    seconds = iter([9.0, 9.0] + [3.0, 1.0, 2.0] * 12)
+def test_fastest_repeat_of_a_batch_counts(tiny, monkeypatch):
+    seconds = iter([9.0, 3.0, 1.0, 2.0] * 2)  # of each method: a warm-up and three repeats
     original = generate.generate_batch
 
     def timed(*args, **options):
@@ -847,12 +847,12 @@ def test_each_batch_is_timed_by_its_fastest(tiny, monkeypatch):
         assert row["seconds"]["median"] == 1.0
 
 
-def test_the_denoisers_share_of_the_time_is_told(finished):
+def test_denoiser_seconds_are_reported(finished):
     for row in finished[1]["rows"]:
         assert 0 < row["denoiser_seconds"]["median"] < row["seconds"]["median"]
 
 
-def test_operations_are_counted_by_hand(deep):
+def test_flops_agree_with_a_count_by_hand(deep):
     """What fusing saves: attention and its projections on half of the tokens of 5 blocks; what it costs: matching."""
     settings = generate.Settings("m", "p", "own", "h", 0, 128, 1, 1.0, 1, "cpu", "float32", "a", "t", "d", "tf")
     request = requests_module.Request("0000", "a fox", 0)
@@ -870,7 +870,7 @@ def test_operations_are_counted_by_hand(deep):
     assert full - condense == blocks * (attention + projections - 3 * shares)
 
 
-def test_operations_that_vary_are_the_mean_of_several_pictures(pipe, tmp_path, monkeypatch):
+def test_flops_under_a_threshold_are_the_mean_of_several_images(pipe, tmp_path, monkeypatch):
     """In the batches in which they are drawn, for a batch decides together; what does not vary is counted once."""
     turns = []
     monkeypatch.setattr(
@@ -884,7 +884,7 @@ def test_operations_that_vary_are_the_mean_of_several_pictures(pipe, tmp_path, m
     assert [flops.load_count(tmp_path, settings, method) for method in chosen] == [10, 10]
 
 
-def test_the_report_shows_who_stands_for_whom(tiny, capsys):
+def test_report_shows_merge_maps(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu,tomesd", "--maps", "--out", "out"]) == 0
     assert [path.name for path in Path("out/maps").glob("*.png")] == ["tofu-r50.png"]
     with Image.open("out/maps/tofu-r50.png") as picture:
@@ -892,7 +892,7 @@ def test_the_report_shows_who_stands_for_whom(tiny, capsys):
     assert Path("out/report.html").read_text().count('alt="Which token stands for which"') == 1
 
 
-def test_what_was_counted_and_drawn_for_the_report_stays(tiny):
+def test_flops_and_merge_maps_are_kept(tiny):
     """Drawing and measuring can be parted, and measured again."""
     assert run_module.main([*tiny, "--method", "tofu", "--flops", "--maps", "--generate-only", "--out", "out"]) == 0
     for again in (["--metrics-only"], []):
@@ -910,7 +910,7 @@ def test_what_was_counted_and_drawn_for_the_report_stays(tiny):
 @pytest.mark.parametrize(
     ("method", "step", "at"), [("tofu", 3, 3), ("tofu", None, 3), ("tofu@start=0.5", 1, 3), ("tofu@end=0.5", 4, 2)]
 )
-def test_maps_are_of_the_step_asked_for_or_the_nearest(tiny, monkeypatch, method, step, at):
+def test_merge_maps_of_the_requested_or_nearest_step(tiny, monkeypatch, method, step, at):
     captions = []
     monkeypatch.setattr(merge_maps, "fit", lambda text, *_: captions.append(text) or text)
     more = [] if step is None else ["--map-step", str(step)]
@@ -919,7 +919,7 @@ def test_maps_are_of_the_step_asked_for_or_the_nearest(tiny, monkeypatch, method
     assert [caption.partition(",")[0] for caption in captions if caption.startswith("step")] == [f"step {at}"] * 2
 
 
-def test_maps_are_of_the_block_asked_for(tiny, deep, monkeypatch, capsys):
+def test_merge_maps_of_the_requested_block(tiny, deep, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "load_model", lambda *_: (deep, None))
     captions = []
     monkeypatch.setattr(merge_maps, "fit", lambda text, *_: captions.append(text) or text)
@@ -936,14 +936,14 @@ def test_maps_are_of_the_block_asked_for(tiny, deep, monkeypatch, capsys):
     assert "--map-block is 'up_block.9'; fused are down_blocks.0.attentions.0" in capsys.readouterr().err
 
 
-def test_a_batch_of_which_a_picture_was_there_is_timed_all_the_same(tiny):
+def test_partially_complete_batch_is_timed(tiny):
     assert run_module.main([*tiny, "--method", "tofu", "--limit", "1", "--out", "out"]) == 0
     assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "out"]) == 0
     for row in files.read_json(Path("out/results.json"))["rows"]:
         assert row["seconds"]["n"] == row["speedup"]["n"] == 1
 
 
-def test_settings_that_another_process_has_just_written_are_no_strangers(tmp_path, monkeypatch):
+def test_settings_written_concurrently_are_accepted(tmp_path, monkeypatch):
     """Between looking for them and looking around, another may have written them."""
     settings = generate.Settings("m", "p", "own", "h", 0, 64, 1, None, 1, "cpu", "float32", "a", "t", "d", "tf")
     look = Path.iterdir
@@ -958,7 +958,7 @@ def test_settings_that_another_process_has_just_written_are_no_strangers(tmp_pat
     assert files.read_json(tmp_path / "out" / "settings.json") == vars(settings)
 
 
-def test_pictures_of_other_batches_are_told(tiny, capsys):
+def test_images_of_other_batches_are_reported(tiny, capsys):
     """A longer list puts a picture in another batch, where its last bits come out otherwise."""
     assert run_module.main([*tiny, "--method", "tofu", "--limit", "1", "--out", "out"]) == 0
     assert run_module.main([*tiny, "--method", "tofu,prune", "--limit", "2", "--out", "out"]) == 0
@@ -970,35 +970,37 @@ def test_pictures_of_other_batches_are_told(tiny, capsys):
 
 
 @pytest.mark.parametrize("option", ["min_tokens", "depth_split"])
-def test_what_is_measured_anew_each_time_is_not_compared(tiny, capsys, option):
+def test_auto_options_that_vary_between_runs_are_refused(tiny, capsys, option):
     """A clock decides the one, a measurement whose last bits are the machine's the other."""
     assert run_module.main([*tiny, "--method", f"deepcache:tofu@{option}=auto", "--out", "out"]) == 2
     assert f"deepcache:tofu@{option}=auto: what {option}=auto comes to" in capsys.readouterr().err
     assert not Path("out").exists()
 
 
-def test_more_steps_than_there_are_are_refused_before_anything_is_written(tiny, capsys):
+def test_too_many_steps_are_refused_before_writing(tiny, capsys):
     assert run_module.main([*tiny, "--steps", "1001", "--out", "out"]) == 2
     assert re.search(r"error: --steps is 1001: .*1000", capsys.readouterr().err)
     assert not Path("out").exists()
 
 
-def test_a_method_is_warmed_up_after_every_switch_to_it(tiny, monkeypatch):
-    """Also where a batch lacks the pictures of one method alone, after a batch that lacked another's."""
+def test_each_method_is_warmed_up_once_where_a_run_resumes(tiny, monkeypatch):
     assert run_module.main([*tiny, "--batch", "1", "--method", "tofu,prune", "--out", "out"]) == 0
-    for lacking in ("tofu-r50/0000.png", "prune-r50/0001.png", "tofu-r50/0002.png", "prune-r50/0003.png"):
-        (Path("out") / lacking).unlink()
-    drawn = []
-    draw = generate.generate_batch
+    for missing in ("tofu-r50/0000.png", "prune-r50/0001.png", "tofu-r50/0002.png", "prune-r50/0003.png"):
+        (Path("out") / missing).unlink()
+    calls = []
+    generate_batch = generate.generate_batch
 
-    def noting(pipe, requests, method, settings, **how):
-        drawn.append((method.slug, how.get("output", "np")))
-        return draw(pipe, requests, method, settings, **how)
+    def recording(pipe, requests, method, settings, **options):
+        calls.append((method.slug, requests[0].id))
+        return generate_batch(pipe, requests, method, settings, **options)
 
-    monkeypatch.setattr(generate, "generate_batch", noting)
+    monkeypatch.setattr(generate, "generate_batch", recording)
     assert run_module.main([*tiny, "--batch", "1", "--method", "tofu,prune", "--out", "out"]) == 0
-    expected = [(key, output) for key in ("tofu-r50", "prune-r50") for output in ("latent", "np")]
-    assert drawn[-4:] == expected
+    warm_up = generate.WARM_UP
+    assert calls == [
+        *[("tofu-r50", "0000")] * (warm_up + 1), ("tofu-r50", "0002"),
+        *[("prune-r50", "0001")] * (warm_up + 1), ("prune-r50", "0003"),
+    ]  # fmt: skip
 
 
 def test_a_folder_called_demo_is_not_the_embedded_model(tiny, monkeypatch):
@@ -1011,7 +1013,7 @@ def test_a_folder_called_demo_is_not_the_embedded_model(tiny, monkeypatch):
     assert prepare.model_name("..") == Path.cwd().parent.name
 
 
-def test_processes_that_cannot_find_each_other_are_refused(monkeypatch):
+def test_inconsistent_world_size_is_refused(monkeypatch):
     """Each of them would draw everything, into the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("accelerate.PartialState", lambda **_: Namespace(num_processes=1, process_index=0))
@@ -1019,7 +1021,7 @@ def test_processes_that_cannot_find_each_other_are_refused(monkeypatch):
         distributed.launched_processes(cpu=False)
 
 
-def test_processes_part_before_they_end(monkeypatch):
+def test_process_group_is_destroyed_at_exit(monkeypatch):
     """A process group that is still open at the end of a process now and then aborts it (exit code -6)."""
     state = Namespace(num_processes=2, process_index=1, device=None, destroy_process_group=lambda: None)
     registered = []
@@ -1030,7 +1032,7 @@ def test_processes_part_before_they_end(monkeypatch):
     assert registered == [state.destroy_process_group]
 
 
-def test_where_there_is_no_accelerator_a_team_is_one_of_cpus(tiny, monkeypatch):
+def test_processes_without_accelerator_use_cpus(tiny, monkeypatch):
     seen = []
     monkeypatch.setattr(plan, "pick_device", lambda name: torch.device("cpu" if name == "auto" else name))
     monkeypatch.setattr(plan, "launched_processes", lambda cpu: seen.append(cpu) or Processes())
@@ -1039,7 +1041,7 @@ def test_where_there_is_no_accelerator_a_team_is_one_of_cpus(tiny, monkeypatch):
     assert seen == [True, True, False]
 
 
-def test_a_metric_that_one_process_lacks_is_skipped_by_all():
+def test_metric_unavailable_in_one_process_is_skipped_in_all():
     """Their figures are put together in the end, when everything is drawn."""
     psnr, lacking = pairwise.psnr(), base.Skipped("LPIPS-alex", "no network on the other node")
     lpips = base.Pairwise("LPIPS-alex", "lpips", True, lambda a, b: a)
@@ -1052,7 +1054,7 @@ def test_a_metric_that_one_process_lacks_is_skipped_by_all():
     assert execute.available_everywhere([psnr, lacking], Processes()) == [psnr, lacking]
 
 
-def test_every_shard_shows_its_progress_and_one_process_of_a_launch(tiny, monkeypatch, capsys):
+def test_progress_is_shown_by_every_shard_and_one_process_of_a_launch(tiny, monkeypatch, capsys):
     assert run_module.main([*tiny, "--shard", "2/2", "--out", "out"]) == 0
     assert "tofu-r50 (2 of 2)" in capsys.readouterr().err
     monkeypatch.setattr(plan, "launched_processes", lambda cpu: Processes(1, 2))
@@ -1062,7 +1064,7 @@ def test_every_shard_shows_its_progress_and_one_process_of_a_launch(tiny, monkey
     assert "tofu-r50" not in capsys.readouterr().err
 
 
-def test_a_team_takes_no_shards_and_no_single_device(tiny, monkeypatch, capsys):
+def test_several_processes_refuse_shard_and_device_index(tiny, monkeypatch, capsys):
     monkeypatch.setattr(plan, "launched_processes", lambda cpu: execute.Processes(0, 2))
     assert run_module.main([*tiny, "--shard", "1/2"]) == 2
     assert "--shard is for processes that know nothing of each other" in capsys.readouterr().err
@@ -1072,7 +1074,7 @@ def test_a_team_takes_no_shards_and_no_single_device(tiny, monkeypatch, capsys):
     assert "each of 2 processes takes a device of its own" in capsys.readouterr().err
 
 
-def test_too_little_memory_on_the_device_says_what_takes_less(tiny, monkeypatch, capsys):
+def test_out_of_memory_while_generating_gives_advice(tiny, monkeypatch, capsys):
     def full(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nGPU 0 has 8 GiB.")
 
@@ -1084,7 +1086,7 @@ def test_too_little_memory_on_the_device_says_what_takes_less(tiny, monkeypatch,
     )
 
 
-def test_too_little_memory_for_a_metric_says_where_it_can_be_measured(tiny, monkeypatch, capsys):
+def test_out_of_memory_in_a_metric_gives_advice(tiny, monkeypatch, capsys):
     def full(*_):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
@@ -1097,7 +1099,7 @@ def test_too_little_memory_for_a_metric_says_where_it_can_be_measured(tiny, monk
     )
 
 
-def test_another_error_is_not_taken_for_too_little_memory(tiny, monkeypatch):
+def test_other_runtime_errors_are_not_reported_as_out_of_memory(tiny, monkeypatch):
     def broken(*_):
         raise RuntimeError("shapes do not match")
 
@@ -1106,7 +1108,7 @@ def test_another_error_is_not_taken_for_too_little_memory(tiny, monkeypatch):
         run_module.main([*tiny, "--out", "out"])
 
 
-def test_notes_say_what_few_pictures_and_a_device_leave_open(finished):
+def test_footnotes_on_few_images_and_memory(finished):
     found = json.loads(json.dumps(finished[1]))
     told = "\n".join(tables.notes(found))
     assert f"FD-judge: from n={len(PROMPTS)} pictures in 3 dimensions. It is biased upwards" in told
@@ -1125,7 +1127,7 @@ def test_notes_say_what_few_pictures_and_a_device_leave_open(finished):
 # --- two runs ---------------------------------------------------------------------------------------------------------
 
 
-def test_two_runs_side_by_side(tiny, capsys):
+def test_compare_two_runs(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu,prune", "--out", "a"]) == 0
     assert run_module.main([*tiny, "--method", "tofu", "--out", "b"]) == 0
     capsys.readouterr()
@@ -1139,14 +1141,14 @@ def test_two_runs_side_by_side(tiny, capsys):
     assert {row["method"] for row in told["rows"]} == {"tofu 50%"}
 
 
-def test_other_pictures_of_as_many_are_not_compared(tiny, capsys):
+def test_compare_refuses_other_images_of_the_same_number(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--per-prompt", "2", "--out", "a"]) == 0
     assert run_module.main([*tiny, "--method", "tofu", "--limit", "4", "--out", "b"]) == 0
     assert compare_module.main(["a", "b"]) == 2
     assert "a and b cannot be compared: b has no picture 0000_1, 0001_1" in capsys.readouterr().err
 
 
-def test_times_under_another_driver_are_not_compared(tiny, capsys):
+def test_compare_ignores_times_under_another_driver(tiny, capsys):
     for out in ("a", "b"):
         assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--out", out]) == 0
     found = files.read_json(Path("b/results.json"))
@@ -1166,7 +1168,7 @@ def test_times_under_another_driver_are_not_compared(tiny, capsys):
         assert row["b"] == "n/a (other circumstances)"
 
 
-def test_what_was_timed_beside_no_full_model_is_not_compared(tiny, capsys):
+def test_compare_ignores_times_without_the_baseline(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "a"]) == 0
     found = files.read_json(Path("a/results.json"))
 
@@ -1193,14 +1195,14 @@ def test_what_was_timed_beside_no_full_model_is_not_compared(tiny, capsys):
         (["--method", "prune"], "a and b have no method in common"),
     ],
 )
-def test_runs_that_were_not_drawn_alike_are_not_compared(tiny, capsys, change, said):
+def test_compare_refuses_other_settings(tiny, capsys, change, said):
     assert run_module.main([*tiny, "--method", "tofu", "--out", "a"]) == 0
     assert run_module.main([*tiny, "--method", "tofu", "--out", "b", *change]) == 0
     assert compare_module.main(["a", "b"]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_runs_of_another_type_are_told_by_it(tiny, capsys):
+def test_compare_names_another_dtype(tiny, capsys):
     """Other weights follow from it, and are not what to look for."""
     assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "a"]) == 0
     assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--out", "b"]) == 0
@@ -1211,7 +1213,7 @@ def test_runs_of_another_type_are_told_by_it(tiny, capsys):
     assert "cannot be compared: dtype is 'float32' in one, 'float16' in the other" in capsys.readouterr().err
 
 
-def test_what_two_runs_differ_in_is_told_and_costs_the_times_alone(tiny, capsys):
+def test_compare_names_other_versions_and_ignores_their_times(tiny, capsys):
     for out in ("a", "b"):
         assert run_module.main([*tiny, "--method", "tofu", "--out", out]) == 0
     found = files.read_json(Path("b/results.json"))
@@ -1237,7 +1239,7 @@ def test_what_two_runs_differ_in_is_told_and_costs_the_times_alone(tiny, capsys)
 # --- small laws -------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_that_are_gone_are_named(tiny):
+def test_missing_images_are_named(tiny):
     assert run_module.main([*tiny, "--out", "out"]) == 0
     settings = generate.Settings(**files.read_json(Path("out/settings.json")))
     requests = requests_module.load_requests(tiny[-1])
@@ -1247,7 +1249,7 @@ def test_pictures_that_are_gone_are_named(tiny):
             score.score(Path("out"), settings, requests, methods.parse("tofu", [0.5]), [])
 
 
-def test_a_run_measured_again_reads_no_picture_and_says_the_same(tiny, monkeypatch):
+def test_cached_metrics_need_no_images(tiny, monkeypatch):
     assert run_module.main([*tiny, "--out", "out"]) == 0
     found = Path("out/results.json").read_text()
     read = []
@@ -1259,7 +1261,7 @@ def test_a_run_measured_again_reads_no_picture_and_says_the_same(tiny, monkeypat
 
 
 @pytest.mark.parametrize("groups", ["abcde", "aabbccddee"])
-def test_all_of_five_is_not_certainty(groups):
+def test_wilson_interval_of_five_ones_is_not_a_point(groups):
     """A bootstrap of ones is 1 to 1; Wilson's interval knows how few they are, and that two of a class are not two."""
     figure = summary.proportion_ci(torch.ones(len(groups)), list(groups))
     assert (figure["value"], figure["n"]) == (1, len(groups))
@@ -1267,7 +1269,7 @@ def test_all_of_five_is_not_certainty(groups):
     assert figure["high"] == pytest.approx(1)
 
 
-def test_of_few_classes_there_is_no_interval():
+def test_few_classes_have_no_interval():
     """Seven right of ten pictures of one prompt say nothing of what other prompts would give."""
     values = torch.tensor([1.0] * 7 + [0.0] * 3)
     assert summary.proportion_ci(values, ["a"] * 10) == {
@@ -1278,13 +1280,13 @@ def test_of_few_classes_there_is_no_interval():
     }
 
 
-def test_what_is_not_a_number_is_not_called_equal():
+def test_nan_is_not_counted_as_equal():
     figure = summary.mean_ci(torch.tensor([30.0, math.inf, math.nan]).double(), ["a", "b", "c"])
     assert (figure["value"], figure["infinite"], figure["nan"]) == (30, 1, 1)
     assert tables.short(figure, 1) == "30.0 (1 equal, 1 NaN)"
 
 
-def test_a_prompt_may_have_any_name(tiny, tmp_path):
+def test_prompts_and_ids_may_have_any_characters(tiny, tmp_path):
     """Also those of files that stand in the folder for other things."""
     ids = ["flops", "settings", "results", "maps"]
     (tmp_path / "ids.jsonl").write_text("\n".join(json.dumps({"prompt": "a bee", "id": id}) for id in ids))
@@ -1307,7 +1309,7 @@ def test_a_prompt_may_have_any_name(tiny, tmp_path):
 # --- files that do not belong together --------------------------------------------------------------------------------
 
 
-def test_what_a_killed_writer_left_behind_is_removed_and_nothing_else(tmp_path):
+def test_only_abandoned_temp_files_are_removed(tmp_path):
     """The file of a writer that is at work in another process, and files of other people, stay."""
     (tmp_path / "baseline").mkdir()
     names = {"baseline/.00001-0.png.0a1b2c3d": True, "baseline/.00002-0.png.0a1b2c3e": False,
@@ -1322,7 +1324,7 @@ def test_what_a_killed_writer_left_behind_is_removed_and_nothing_else(tmp_path):
     assert {name: not (tmp_path / name).exists() for name in names} == names
 
 
-def test_killed_while_it_writes_the_figures_a_run_is_not_taken_for_whole(tiny, monkeypatch, capsys):
+def test_results_of_a_run_killed_while_writing_are_refused(tiny, monkeypatch, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--metrics", "psnr", "--out", "out"]) == 0
     write = results_module.write
 
@@ -1349,20 +1351,20 @@ def test_killed_while_it_writes_the_figures_a_run_is_not_taken_for_whole(tiny, m
         ('{"schema": 1}', "results.json is damaged: 'settings' is a required property"),
     ],
 )
-def test_results_that_are_none_are_a_line(tmp_path, capsys, content, said):
+def test_invalid_results_print_one_line(tmp_path, capsys, content, said):
     (tmp_path / "results.json").write_text(content)
     assert report_module.main([str(tmp_path)]) == 2
     assert said in capsys.readouterr().err
 
 
-def test_results_that_are_no_json_are_not_called_missing(tiny, capsys):
+def test_results_that_are_not_json_are_not_reported_as_missing(tiny, capsys):
     Path("out").mkdir()
     Path("out/results.json").write_text("{")
     assert report_module.main(["out"]) == 2
     assert "out/results.json is damaged: it holds no JSON: the same command" in capsys.readouterr().err
 
 
-def test_results_that_lack_a_figure_are_a_line(tiny, capsys):
+def test_results_without_a_figure_print_one_line(tiny, capsys):
     assert run_module.main([*tiny, "--metrics", "psnr", "--out", "out"]) == 0
     found = files.read_json(Path("out/results.json"))
     del found["rows"][1]["speedup"]
@@ -1373,7 +1375,7 @@ def test_results_that_lack_a_figure_are_a_line(tiny, capsys):
         assert capsys.readouterr().err.startswith("error: out/results.json is damaged: in ['rows'][1] ")
 
 
-def test_a_dry_run_refuses_what_a_run_would(tiny, capsys):
+def test_dry_run_refuses_the_same_as_a_run(tiny, capsys):
     assert run_module.main([*tiny, "--generate-only", "--out", "out"]) == 0
     before = Path("out/settings.json").read_text()
     capsys.readouterr()
@@ -1391,7 +1393,7 @@ def test_a_dry_run_refuses_what_a_run_would(tiny, capsys):
     assert told == {"baseline": (5, 5), "tofu-r50": (0, 5)}
 
 
-def test_a_damaged_record_is_not_called_other_code(tiny, capsys):
+def test_corrupt_record_is_not_reported_as_other_code(tiny, capsys):
     assert run_module.main([*tiny, "--generate-only", "--out", "out"]) == 0
     Path("out/baseline/0002.json").write_text('{"id": "00')
     capsys.readouterr()
@@ -1399,7 +1401,7 @@ def test_a_damaged_record_is_not_called_other_code(tiny, capsys):
     assert "baseline: 0002.png are corrupt, or their records; without --metrics-only" in capsys.readouterr().err
 
 
-def test_a_damaged_picture_of_a_report_is_named(tiny, capsys):
+def test_corrupt_image_of_a_report_is_named(tiny, capsys):
     assert run_module.main([*tiny, "--metrics", "psnr", "--out", "out"]) == 0
     Path("out/baseline/0000.png").write_bytes(b"no picture")
     capsys.readouterr()
@@ -1407,12 +1409,12 @@ def test_a_damaged_picture_of_a_report_is_named(tiny, capsys):
     assert "the picture full/0000.png is damaged: the same command of eval.run" in capsys.readouterr().err
 
 
-def test_a_stage_tells_a_program_what_it_drew(tiny, capsys, monkeypatch):
+def test_generate_only_as_json(tiny, capsys, monkeypatch):
     assert run_module.main([*tiny, "--method", "tofu", "--generate-only", "--json", "--out", "out"]) == 0
     assert json.loads(capsys.readouterr().out) == {"out": "out", "drawn": 10}
 
 
-def test_of_a_team_one_process_prints(tiny, capsys, monkeypatch):
+def test_only_the_main_process_prints(tiny, capsys, monkeypatch):
     for rank, lines in ((0, 1), (1, 0)):
         monkeypatch.setattr(plan, "launched_processes", lambda cpu, rank=rank: Processes(rank, 2))
         monkeypatch.setattr(Processes, "wait_for_everyone", lambda self: None)
@@ -1424,7 +1426,7 @@ def test_of_a_team_one_process_prints(tiny, capsys, monkeypatch):
     assert '"drawn"' not in printed
 
 
-def test_what_a_reference_has_measured_is_not_measured_again(tiny, monkeypatch):
+def test_metric_cache_of_the_reference_is_used(tiny, monkeypatch):
     assert run_module.main([*tiny, "--method", "baseline", "--metrics", "psnr", "--out", "first"]) == 0
     seen = []
     load = score.load
@@ -1443,12 +1445,12 @@ def test_settings_that_cannot_be_read_are_not_overwritten(tiny, capsys):
     assert Path("out/settings.json").read_text() == "{"
 
 
-def test_few_pictures_have_no_interval():
+def test_few_images_have_no_interval():
     figure = summary.mean_ci(torch.tensor([30.0, 40.0]).double(), ["a", "b"])
     assert (figure["value"], figure["low"], figure["high"]) == (35, None, None)
 
 
-def test_intervals_of_a_run_are_over_classes(tiny):
+def test_intervals_resample_classes(tiny):
     """Three pictures of a prompt are drawn together: by pictures, the interval would be another."""
     assert run_module.main([*tiny, "--method", "tofu", "--per-prompt", "3", "--metrics", "psnr", "--out", "out"]) == 0
     with Path("out/per_image.csv").open(encoding="utf-8") as file:
@@ -1459,7 +1461,7 @@ def test_intervals_of_a_run_are_over_classes(tiny):
     assert (figure["low"], figure["high"]) != statistics.bootstrap(values, [line["id"] for line in lines])
 
 
-def test_how_long_it_takes_is_told(tiny, capsys):
+def test_progress_is_shown(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
     told = capsys.readouterr().err
     assert re.search(r"10/10 \[\d+:\d+<00:00, .*(img/s|s/img)\]", told)  # done, of, time, what is left, rate
@@ -1481,7 +1483,7 @@ PROGRAMS = [
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_help_teaches_by_examples_that_are_understood(name, capsys):
+def test_examples_of_help_can_be_parsed(name, capsys):
     try:
         program = importlib.import_module(name)
     except ImportError as error:
@@ -1500,19 +1502,19 @@ def test_help_teaches_by_examples_that_are_understood(name, capsys):
         assert name == "eval.sweep" or not rest
 
 
-def test_every_program_teaches():
+def test_every_command_has_examples():
     root = Path(__file__).parents[1]
     files = [path for folder in ("eval", "research") for path in (root / folder).rglob("*.py")]
     programs = {path for path in files if "__main__" in path.read_text() and "common.cli import" in path.read_text()}
     assert {".".join(path.relative_to(root).with_suffix("").parts) for path in programs} == set(PROGRAMS)
 
 
-def test_infinite_values_are_counted_and_not_averaged():
+def test_infinite_values_are_counted_not_averaged():
     figure = summary.mean_ci(torch.tensor([30.0, float("inf"), 40.0]).double(), ["a", "b", "c"])
     assert (figure["value"], figure["n"], figure["infinite"]) == (35, 2, 1)
 
 
-def test_speed_is_a_ratio_of_neighbours():
+def test_speedup_is_a_ratio_of_interleaved_times():
     """A machine that slows down by half during the run changes the seconds, not the ratio."""
 
     def record(seconds, run="one", timed=True, batch=2):
@@ -1549,11 +1551,11 @@ def test_speed_is_a_ratio_of_neighbours():
         ("runs/out", "runs/out"),
     ],
 )
-def test_absolute_paths_are_cut_and_nothing_else(text, shown):
+def test_only_absolute_paths_are_cut(text, shown):
     assert files.without_paths(text) == shown
 
 
-def test_files_can_be_read_by_others(tmp_path):
+def test_written_files_have_default_permissions(tmp_path):
     """A report is for colleagues and web servers too."""
     files.write(tmp_path / "plain", "x")
     (tmp_path / "usual").write_text("x")
@@ -1575,11 +1577,11 @@ def test_a_terminal_shows_every_figure(capsys, width):
             assert {cell.value, *cell.interval.split("–")} <= {*shown.split(), ""}
 
 
-def test_a_caption_narrower_than_a_letter_ends():
+def test_caption_narrower_than_a_letter_terminates():
     assert merge_maps.fit("baseline", ImageFont.load_default(15), 2) == "…"
 
 
-def test_a_row_is_labelled_with_the_ratio_that_acts():
+def test_row_is_labelled_with_its_effective_ratio():
     (method,) = methods.parse("tofu@ratio=0.3", [0.5])
     assert (method.slug, method.ratio) == ("tofu-r30", 0.3)
 

@@ -73,7 +73,7 @@ class RunPlan:
 
     @property
     def sample_hint(self) -> str | None:
-        """How to get all images, where the run took a small sample without being told to."""
+        """How to get all images, where the run took a small sample by default."""
         if "limit" in self.options.explicit or len(self.requests) == self.num_listed or self.options.only:
             return None
         return (

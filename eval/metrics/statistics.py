@@ -27,10 +27,10 @@ def bootstrap(values: Tensor, groups: Sequence[str]) -> tuple[float, float] | No
     sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, index, values.double())
     counts = torch.bincount(index, minlength=len(names)).double()
     generator = torch.Generator().manual_seed(0)
-    means, most = [], max(1, AT_ONCE // len(names))
-    for start in range(0, RESAMPLES, most):
-        draw = torch.randint(len(names), (min(most, RESAMPLES - start), len(names)), generator=generator)
-        means.append(sums[draw].sum(1) / counts[draw].sum(1))
+    means, at_once = [], max(1, AT_ONCE // len(names))
+    for start in range(0, RESAMPLES, at_once):
+        sample = torch.randint(len(names), (min(at_once, RESAMPLES - start), len(names)), generator=generator)
+        means.append(sums[sample].sum(1) / counts[sample].sum(1))
     low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 

@@ -27,9 +27,9 @@ MAPS_WIDTH = 1600  # pixels at most, of an image with its maps
 MAGNIFY = 4  # of difference images
 
 
-def ranking(found: dict[str, Any]) -> dict[str, Any] | None:
+def ranking(results: dict[str, Any]) -> dict[str, Any] | None:
     """The metric that pairs are sorted by: the most perceptual one of the run."""
-    there = {m["name"]: m for m in found["metrics"] if m.get("per_image") and m["name"] != "class accuracy"}
+    there = {m["name"]: m for m in results["metrics"] if m.get("per_image") and m["name"] != "class accuracy"}
     names = [name for name in there if name.startswith("LPIPS")] + ["PD-judge", "MS-SSIM", "PSNR"]
     return next((there[name] for name in names if name in there), None)
 
@@ -42,44 +42,44 @@ def worst_first(images: Sequence[dict[str, str]], metric: dict[str, Any] | None)
     return sorted(images, key=lambda image: sign * float(image[metric["name"]]))
 
 
-def html(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> str:
+def html(out: Path, results: dict[str, Any], images: list[dict[str, str]]) -> str:
     """The page of a run.
 
     Args:
         out: the folder with its images.
-        found: results.json.
+        results: the content of results.json.
         images: the rows of per_image.csv.
     """
-    columns, rows = table(found)
+    columns, rows = table(results)
     try:
-        cost, by, front = pareto.best(found)
+        cost, by, front = pareto.best(results)
         front_of = f"{cost.title} and {by['name']}"
     except EvalError:  # too few methods
         front, front_of = [], ""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return page.get_template("report.html.j2").render(
-        plots=_plots(found, images),
-        found=found,
+        plots=_plots(results, images),
+        results=results,
         columns=columns,
         rows=rows,
-        sections=_sections(out, found, images),
-        ranked_by=ranking(found),
+        sections=_sections(out, results, images),
+        ranked_by=ranking(results),
         magnify=MAGNIFY,
         label=label,
-        circumstances=circumstances(found),
-        notes=notes(found),
+        circumstances=circumstances(results),
+        notes=notes(results),
         many=MANY,
         front={point.row["key"] for point in front},
         front_of=front_of,
     )
 
 
-def _sections(out: Path, found: dict[str, Any], images: list[dict[str, str]]) -> list[dict[str, Any]]:
+def _sections(out: Path, results: dict[str, Any], images: list[dict[str, str]]) -> list[dict[str, Any]]:
     """For each method its worst and best pairs and its merge maps."""
-    metric = ranking(found)
-    measured = [m for m in found["metrics"] if m.get("per_image")]
-    compared = [row for row in found["rows"] if "skipped" not in row and row["key"] != BASELINE.slug]
+    metric = ranking(results)
+    measured = [m for m in results["metrics"] if m.get("per_image")]
+    compared = [row for row in results["rows"] if "skipped" not in row and row["key"] != BASELINE.slug]
     side = THUMBNAIL if len(compared) <= MANY else SMALL
     sections = []
     for row in compared:
@@ -98,17 +98,17 @@ def _sections(out: Path, found: dict[str, Any], images: list[dict[str, str]]) ->
     return sections
 
 
-def _plots(found: dict[str, Any], images: list[dict[str, str]]) -> list[dict[str, Any]]:
+def _plots(results: dict[str, Any], images: list[dict[str, str]]) -> list[dict[str, Any]]:
     """Title, description and SVG of each plot that the run has enough figures for."""
     try:
-        costs: str | None = pareto_plot.svg(found)
+        costs: str | None = pareto_plot.svg(results)
     except EvalError:  # too few methods
         costs = None
     plotted = (
         ("Quality against cost", "Each point is a method with the 95 % interval of its metric; the line joins the "
          "Pareto-optimal ones.", costs),
         ("Image by image", "Distribution of the metrics over the images: the box is the middle half, its line the "
-         "median, the whiskers 90 %.", plots.distributions(found, images)),
+         "median, the whiskers 90 %.", plots.distributions(results, images)),
     )  # fmt: skip
     return [{"title": title, "about": about, "svg": markupsafe.Markup(svg)} for title, about, svg in plotted if svg]
 
@@ -120,18 +120,18 @@ def _pair(out: Path, image: dict[str, str], measured: list[dict[str, Any]], side
     return {
         **image,
         "figures": figures,
-        "images": [_embedded(picture, side) for picture in (baseline, own, difference)],
+        "images": [_embedded(image, side) for image in (baseline, own, difference)],
     }
 
 
-def grid(out: Path, found: dict[str, Any], images: list[dict[str, str]], first: int) -> Image.Image:
+def grid(out: Path, results: dict[str, Any], images: list[dict[str, str]], first: int) -> Image.Image:
     """The first prompts, a row each; the baseline and the methods, a column each."""
-    rows = [row for row in found["rows"] if "skipped" not in row]
+    rows = [row for row in results["rows"] if "skipped" not in row]
     shown = [image for image in images if image["key"] == BASELINE.slug][:first]
-    side, gap, head, caption = min(256, found["settings"]["size"]), 8, 28, 20
+    side, gap, head, caption = min(256, results["settings"]["size"]), 8, 28, 20
     width = gap + len(rows) * (side + gap)
-    picture = Image.new("RGB", (width, head + len(shown) * (caption + side + gap)), "white")
-    pen, bold, small = ImageDraw.Draw(picture), ImageFont.load_default(15), ImageFont.load_default(11)
+    canvas = Image.new("RGB", (width, head + len(shown) * (caption + side + gap)), "white")
+    pen, bold, small = ImageDraw.Draw(canvas), ImageFont.load_default(15), ImageFont.load_default(11)
     for i, row in enumerate(rows):
         pen.text((gap + i * (side + gap), 6), fit(label(row), bold, side), fill="black", font=bold)
     for j, image in enumerate(shown):
@@ -139,8 +139,8 @@ def grid(out: Path, found: dict[str, Any], images: list[dict[str, str]], first: 
         pen.text((gap, top + 2), fit(image["prompt"], small, width - 2 * gap), fill="dimgray", font=small)
         for i, row in enumerate(rows):
             tile = _open(image_path(out, row["key"], image["id"])).resize((side, side), Image.Resampling.LANCZOS)
-            picture.paste(tile, (gap + i * (side + gap), top + caption))
-    return picture
+            canvas.paste(tile, (gap + i * (side + gap), top + caption))
+    return canvas
 
 
 def _open(path: Path) -> Image.Image:

@@ -47,23 +47,23 @@ class Point:
     high: float
 
 
-def compared(found: dict[str, Any]) -> list[dict[str, Any]]:
+def compared(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that are compared with the baseline."""
     return [
-        row for row in found["rows"] if row["key"] not in (BASELINE.slug, OTHER_SEEDS.slug) and "skipped" not in row
+        row for row in results["rows"] if row["key"] not in (BASELINE.slug, OTHER_SEEDS.slug) and "skipped" not in row
     ]
 
 
-def without_cost(found: dict[str, Any], cost: Cost) -> list[str]:
+def without_cost(results: dict[str, Any], cost: Cost) -> list[str]:
     """The methods whose cost was not measured."""
-    return [label(row) for row in compared(found) if cost.of(row, full_row(found)) is None]
+    return [label(row) for row in compared(results) if cost.of(row, full_row(results)) is None]
 
 
-def points(found: dict[str, Any], cost: Cost, metric: dict[str, Any]) -> list[Point]:
+def points(results: dict[str, Any], cost: Cost, metric: dict[str, Any]) -> list[Point]:
     """The methods whose cost and metric were measured."""
-    baseline = full_row(found)
+    baseline = full_row(results)
     measured_points = []
-    for row in compared(found):
+    for row in compared(results):
         figure = row["metrics"].get(metric["name"])
         if not figure or figure["value"] is None:
             continue
@@ -86,12 +86,12 @@ def pareto(candidates: Sequence[Point], lower_is_better: bool) -> list[Point]:
     return kept
 
 
-def metrics_shown(found: dict[str, Any]) -> list[dict[str, Any]]:
+def metrics_shown(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The metrics of the plots: the perceptual one of the run, and MS-SSIM or PSNR."""
     available = {
         m["name"]: m
-        for m in found["metrics"]
-        if any((row["metrics"].get(m["name"]) or {}).get("value") is not None for row in compared(found))
+        for m in results["metrics"]
+        if any((row["metrics"].get(m["name"]) or {}).get("value") is not None for row in compared(results))
     }
     perceptual = next((name for name in available if name.startswith("LPIPS")), "PD-judge")
     return [available[name] for name in (perceptual, "MS-SSIM", "PSNR") if name in available][:2]
@@ -105,11 +105,11 @@ def fusion_of(row: dict[str, Any]) -> TokenFusionConfig | None:
         return None
 
 
-def best(found: dict[str, Any], by: str | None = None) -> tuple[Cost, dict[str, Any], list[Point]]:
+def best(results: dict[str, Any], by: str | None = None) -> tuple[Cost, dict[str, Any], list[Point]]:
     """The Pareto-optimal methods of a run.
 
     Args:
-        found: its results.
+        results: of the run.
         by: the name of a cost; None for the first one that was measured.
 
     Returns:
@@ -118,20 +118,20 @@ def best(found: dict[str, Any], by: str | None = None) -> tuple[Cost, dict[str, 
     Raises:
         EvalError: too few methods, costs or metrics were measured.
     """
-    if not metrics_shown(found):
+    if not metrics_shown(results):
         raise EvalError("--pareto needs LPIPS, MS-SSIM or PSNR, which this run has not measured")
-    metric = metrics_shown(found)[0]
+    metric = metrics_shown(results)[0]
     costs = [COSTS[by]] if by else list(COSTS.values())
-    cost = next((c for c in costs if len(points(found, c, metric)) > 1), None)
+    cost = next((c for c in costs if len(points(results, c, metric)) > 1), None)
     if cost is None:
         raise EvalError(f"--pareto needs two methods with their {by or 'times or FLOPs'}")
-    return cost, metric, pareto(points(found, cost, metric), metric["lower_is_better"])
+    return cost, metric, pareto(points(results, cost, metric), metric["lower_is_better"])
 
 
-def markdown(found: dict[str, Any], by: str | None = None) -> str:
+def markdown(results: dict[str, Any], by: str | None = None) -> str:
     """A table of the Pareto-optimal methods and the call for each; below it those that were not compared."""
-    cost, _, front = best(found, by)
-    shown = [m for m in found["metrics"] if "skipped" not in m and (m in metrics_shown(found) or m["name"] == "PSNR")]
+    cost, _, front = best(results, by)
+    shown = [m for m in results["metrics"] if "skipped" not in m and (m in metrics_shown(results) or m["name"] == "PSNR")]
     titles = [f"{m['name']} {'↓' if m['lower_is_better'] else '↑'}" for m in shown]
     lines = [f"| method | {cost.title} | speed-up | {' | '.join(titles)} | call |"]
     lines += ["|---|--:|--:|" + "--:|" * len(shown) + "---|"]
@@ -139,13 +139,13 @@ def markdown(found: dict[str, Any], by: str | None = None) -> str:
         cells = [f"{point.cost:.3f}", gained(point.row)]
         cells += [short(point.row["metrics"].get(m["name"]), m["digits"]) for m in shown]
         lines.append(f"| {label(point.row)} | {' | '.join(cells)} | {call(point.row)} |")
-    optimal = {**found, "rows": [point.row for point in front]}
-    footnotes = [circumstances(found) + ".", timing(optimal), *measured(shown), *flaws(found), *unlike(found)]
+    optimal = {**results, "rows": [point.row for point in front]}
+    footnotes = [circumstances(results) + ".", timing(optimal), *measured(shown), *flaws(results), *unlike(results)]
     if not front:
         footnotes.append("No method costs less than the baseline.")
-    if missing := without_cost(found, cost):
+    if missing := without_cost(results, cost):
         footnotes.append(f"Not compared, without measured {cost.name}: {', '.join(missing)}.")
-    return "\n".join([*lines, "", *footnotes, "", commands(found)]) + "\n"
+    return "\n".join([*lines, "", *footnotes, "", commands(results)]) + "\n"
 
 
 def call(row: dict[str, Any]) -> str:

@@ -98,13 +98,13 @@ class Panels:
     names: list[str]
 
     @classmethod
-    def of(cls, found: dict[str, Any]) -> Panels:
+    def of(cls, results: dict[str, Any]) -> Panels:
         """The panels of a run. EvalError for fewer than two methods."""
-        metrics = metrics_shown(found)
-        costs = [cost for cost in (TIME, FLOPS) if any(len(points(found, cost, m)) > 1 for m in metrics)]
+        metrics = metrics_shown(results)
+        costs = [cost for cost in (TIME, FLOPS) if any(len(points(results, cost, m)) > 1 for m in metrics)]
         if not costs:
             raise EvalError("a Pareto plot needs two methods with their times or FLOPs, and a metric")
-        shown = {(i, j): points(found, cost, m) for i, m in enumerate(metrics) for j, cost in enumerate(costs)}
+        shown = {(i, j): points(results, cost, m) for i, m in enumerate(metrics) for j, cost in enumerate(costs)}
         fronts = {at: pareto(own, metrics[at[0]]["lower_is_better"]) for at, own in shown.items()}
         unique = {p.row["key"]: p for front in fronts.values() for p in front}.values()
         optimal = sorted(unique, key=lambda p: p.cost)
@@ -114,12 +114,12 @@ class Panels:
         )
 
 
-def svg(found: dict[str, Any]) -> str:
+def svg(results: dict[str, Any]) -> str:
     """Plot of each cost and metric of a run. EvalError for fewer than two methods.
 
     A line joins the Pareto-optimal methods, and their numbers refer to the list below the panels.
     """
-    panels = Panels.of(found)
+    panels = Panels.of(results)
     rows = list({p.row["key"]: p.row for own in panels.points.values() for p in own}.values())
     looks = Looks.of(rows)
     num_rows, num_columns = len(panels.metrics), len(panels.costs)
@@ -132,7 +132,7 @@ def svg(found: dict[str, Any]) -> str:
         axes = figure.subplots(num_rows + 1, num_columns, squeeze=False, height_ratios=heights)
         for i, j in panels.points:
             cost = panels.costs[j]
-            missing = len(without_cost(found, cost))
+            missing = len(without_cost(results, cost))
             axes[i][j].set_xlabel(cost.title + (f"\n({missing} not shown: not measured)" if missing else ""))
             _panel(axes[i][j], panels, (i, j), looks)
         for ax in axes[-1]:

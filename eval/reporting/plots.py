@@ -35,14 +35,14 @@ def bare(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def distributions(found: dict[str, Any], images: Sequence[dict[str, str]]) -> str | None:
+def distributions(results: dict[str, Any], images: Sequence[dict[str, str]]) -> str | None:
     """Box plots of each metric over the images, a row for each method; None without any values.
 
     The box is the middle half, its line the median, the whiskers 90 %.
     """
-    metrics = [m for m in found["metrics"] if m.get("per_image") and m["name"] != "class accuracy"]
+    metrics = [m for m in results["metrics"] if m.get("per_image") and m["name"] != "class accuracy"]
     rows = [
-        row for row in found["rows"] if "skipped" not in row and row["key"] not in (BASELINE.slug, OTHER_SEEDS.slug)
+        row for row in results["rows"] if "skipped" not in row and row["key"] not in (BASELINE.slug, OTHER_SEEDS.slug)
     ]
     by_key = {row["key"]: [image for image in images if image["key"] == row["key"]] for row in rows}
     shown = [m for m in metrics if any(image.get(m["name"]) for own in by_key.values() for image in own)]

@@ -32,7 +32,7 @@ def beats(a: Point, b: Point, sign: int) -> bool:
 
 
 @given(st.lists(st.tuples(FIGURE, FIGURE), min_size=1, max_size=12), st.booleans())
-def test_a_point_is_left_out_exactly_if_another_beats_it(figures: list[tuple[float, float]], lower: bool) -> None:
+def test_pareto_front_is_exactly_the_undominated_points(figures: list[tuple[float, float]], lower: bool) -> None:
     drawn = [Point({"i": i}, cost, value, value, value) for i, (cost, value) in enumerate(figures)]
     sign = 1 if lower else -1
     kept = {p.row["i"] for p in pareto.pareto(drawn, lower)}
@@ -54,12 +54,12 @@ def test_a_point_is_left_out_exactly_if_another_beats_it(figures: list[tuple[flo
         ("tofu@kv_only=True", "tofu", "keys and values (kv:)"),
     ],
 )
-def test_a_point_looks_like_its_method(name: str, family: str, form: str) -> None:
+def test_plot_marker_depends_on_the_method(name: str, family: str, form: str) -> None:
     assert pareto_plot.form({"method": name, "ratio": 0.5}) == form
     assert pareto_plot.family({"method": name}) == family
 
 
-def test_how_to_ask_for_a_method() -> None:
+def test_call_of_a_method() -> None:
     row = {"method": "kv:tome+p@window=8", "ratio": 0.75}
     assert pareto.call(row) == (
         "`apply_patch(pipe, 0.75, proportional=True, early='mean', late='mean', kv_only=True, window=8)`"
@@ -71,7 +71,7 @@ def test_how_to_ask_for_a_method() -> None:
     assert pareto.call({"method": "tofu@since_gone=1", "ratio": 0.5}) == "–"
 
 
-def test_a_grid_is_every_combination() -> None:
+def test_sweep_grid_has_every_combination() -> None:
     assert sweep.grid("tofu,tome", "plain,kv+p", ["window=8"], "tomesd,todo").split(",") == [
         "tofu", "tofu@window=8", "kv:tofu+p", "kv:tofu+p@window=8",
         "tome", "tome@window=8", "kv:tome+p", "kv:tome+p@window=8", "tomesd", "todo",
@@ -92,7 +92,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_a_sweep_is_a_run_with_operations_and_a_plot(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sweep_is_a_run_with_flops_and_a_plot(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = files.read_json(swept / "results.json")["rows"]
     assert [row["method"] for row in rows[1:]] == [*["tofu"] * 2, *["tofu+p"] * 2, *["prune"] * 2, *["prune+p"] * 2,
                                                   "todo"]  # fmt: skip
@@ -107,7 +107,7 @@ def test_a_sweep_is_a_run_with_operations_and_a_plot(swept: Path, capsys: pytest
     assert all(cost < 1 for cost in costs)
 
 
-def test_a_frontier_can_be_of_time_though_operations_are_there(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pareto_by_time(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_module.main([str(swept), "--pareto", "--by", "time"]) == 0
     head, _, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
     assert head.startswith("| method | seconds / image, relative to the baseline | speed-up |")
@@ -119,7 +119,7 @@ def test_a_frontier_can_be_of_time_though_operations_are_there(swept: Path, caps
         assert cost * median == pytest.approx(1, rel=0.01)
 
 
-def test_what_has_no_place_on_a_frontier_is_told(swept: Path) -> None:
+def test_pareto_names_methods_without_measured_cost(swept: Path) -> None:
     """A method without times is not one that others beat."""
     found, _ = results_module.read(swept)
     assert "Not compared" not in pareto.markdown(found, "time")
@@ -127,10 +127,10 @@ def test_what_has_no_place_on_a_frontier_is_told(swept: Path) -> None:
     found["rows"][2]["speedup"] = None
     assert "Not compared, without measured time: tofu 50%." in pareto.markdown(found, "time").splitlines()
     assert "Not compared" not in pareto.markdown(found, "flops")
-    assert "(1 not shown for lack of it)" in pareto_plot.svg(found)
+    assert "(1 not shown: not measured)" in pareto_plot.svg(found)
 
 
-def test_where_every_method_is_slower_none_is_on_the_frontier_and_all_are_drawn(swept: Path) -> None:
+def test_pareto_front_is_empty_where_every_method_is_slower(swept: Path) -> None:
     found, _ = results_module.read(swept)
     for row in found["rows"]:
         row["flops"] = None
@@ -138,10 +138,10 @@ def test_where_every_method_is_slower_none_is_on_the_frontier_and_all_are_drawn(
     shown = pareto.markdown(found)
     assert "No method costs less than the baseline." in shown
     assert "apply_patch" not in shown
-    assert "no other is better in both" in pareto_plot.svg(found)
+    assert "Pareto-optimal" in pareto_plot.svg(found)
 
 
-def test_a_plot_can_be_of_some_rows(swept: Path, tmp_path: Path) -> None:
+def test_plot_of_selected_rows(swept: Path, tmp_path: Path) -> None:
     """The full model, of which costs are shares, need not be among them."""
     rows = ["--rows", "tofu 25%", "prune 25%"]
     assert report_module.main([str(swept), "--plot", str(tmp_path / "some.svg"), *rows]) == 0
@@ -150,13 +150,13 @@ def test_a_plot_can_be_of_some_rows(swept: Path, tmp_path: Path) -> None:
     assert "todo" not in drawn
 
 
-def test_every_part_of_a_report_names_what_measured_it(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_part_of_a_report_names_metric_implementations(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for asked in (["--markdown"], ["--pareto"], ["--against", "tofu 25%"]):
         assert report_module.main([str(swept), *asked]) == 0
         assert "PSNR: float64, peak 255, dB" in capsys.readouterr().out
 
 
-def test_a_report_of_many_methods_begins_with_the_frontier_and_marks_who_is_on_it(swept: Path) -> None:
+def test_report_of_many_methods_begins_with_the_pareto_plot(swept: Path) -> None:
     page = (swept / "report.html").read_text()
     assert page.index("Quality against cost") < page.index("<table")
     marked = re.findall(r'<a href="#([\w+-]+)">[^<]*</a> <span class="front">', page)
@@ -165,7 +165,7 @@ def test_a_report_of_many_methods_begins_with_the_frontier_and_marks_who_is_on_i
     assert set(marked) == {point.row["key"] for point in front}
 
 
-def test_every_peer_has_a_mark_of_its_own_and_every_family_a_colour() -> None:
+def test_plot_markers_and_colours_are_unique() -> None:
     methods = ["tofu", "kv:tofu+p", "tome", "tomesd", "todo", "deepcache", "deepcache:tofu", "deepcache:tome"]
     rows = [{"method": method, "ratio": 0.5} for method in methods]
     looks = pareto_plot.Looks.of(rows)
@@ -177,7 +177,7 @@ def test_every_peer_has_a_mark_of_its_own_and_every_family_a_colour() -> None:
     assert len(drawn) == len(rows)
 
 
-def test_a_plot_is_the_same_every_time_and_a_file_if_asked_for(swept: Path, tmp_path: Path) -> None:
+def test_plot_is_deterministic_and_can_be_written(swept: Path, tmp_path: Path) -> None:
     found, _ = results_module.read(swept)
     assert report_module.main([str(swept), "--plot", str(tmp_path / "plot.svg")]) == 0
     assert (tmp_path / "plot.svg").read_text() == pareto_plot.svg(found)
@@ -199,7 +199,7 @@ def part(swept: Path, out: Path, keep: Callable[[dict[str, Any]], bool], gain: f
     return out
 
 
-def test_two_runs_of_a_grid_read_as_the_whole(
+def test_two_runs_of_a_grid_merge_into_the_whole(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """So that a grid may grow: what is on the frontier is decided among all its rows, not within each run."""
@@ -228,7 +228,7 @@ def test_two_runs_of_a_grid_read_as_the_whole(
     assert "| todo |" in capsys.readouterr().out
 
 
-def test_a_method_that_one_run_had_to_skip_is_the_others(
+def test_merge_prefers_measured_rows_to_skipped_ones(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a package was not there yet; and one that both skipped is told once."""
@@ -247,7 +247,7 @@ def test_a_method_that_one_run_had_to_skip_is_the_others(
     assert any(image["key"] == "todo" for image in images)
 
 
-def test_times_can_be_those_of_one_run_in_which_all_took_turns(
+def test_times_can_be_taken_from_another_run(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rows of a grid that grew were not drawn beside the full model, and say nothing of speed themselves."""
@@ -288,7 +288,7 @@ def test_times_can_be_those_of_one_run_in_which_all_took_turns(
     assert "low and other cannot be compared: dtype is 'float32' in one, 'float16'" in capsys.readouterr().err
 
 
-def test_which_rows_were_timed_by_turns_is_told(swept: Path) -> None:
+def test_rows_without_interleaved_timing_are_named(swept: Path) -> None:
     """As older runs were: a shared machine is another one a turn later."""
     found, _ = results_module.read(swept)
     assert " batches, step by step; it and s/image" in tables.markdown(found)
@@ -304,7 +304,7 @@ def test_which_rows_were_timed_by_turns_is_told(swept: Path) -> None:
     assert f"{tables.label(found['rows'][2])}: seconds of another run than the full model's are not shown" in shown
 
 
-def test_of_how_many_batches_times_are_is_told(swept: Path) -> None:
+def test_number_of_timed_batches_is_reported(swept: Path) -> None:
     """A row of three batches has the narrowest spread, and looks like the best measured."""
     found, _ = results_module.read(swept)
     n = found["rows"][0]["speedup"]["n"]
@@ -319,7 +319,7 @@ def test_of_how_many_batches_times_are_is_told(swept: Path) -> None:
     assert f"(tofu 50% of {n + 1}; {names} of {n - 1}), step by step; it and s/image" in tables.markdown(found)
 
 
-def test_what_was_timed_beside_no_full_model_has_no_times(swept: Path) -> None:
+def test_rows_without_the_baseline_have_no_times(swept: Path) -> None:
     found, _ = results_module.read(swept)
     found["rows"][1]["speedup"] = None
     (line,) = (line for line in tables.markdown(found).splitlines() if line.startswith("| tofu 25% "))
@@ -327,7 +327,7 @@ def test_what_was_timed_beside_no_full_model_has_no_times(swept: Path) -> None:
     assert "tofu 25%: no times, the full model's were not taken beside it" in tables.markdown(found)
 
 
-def test_runs_of_other_pictures_are_not_joined(
+def test_merge_refuses_other_images(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(results_module, "draw", lambda out: None)
@@ -340,7 +340,7 @@ def test_runs_of_other_pictures_are_not_joined(
     assert "low and other are of other pictures: 0004, 0009" in capsys.readouterr().err
 
 
-def test_runs_of_other_settings_or_metrics_are_not_joined(
+def test_merge_refuses_other_settings_or_metrics(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(results_module, "draw", lambda out: None)
@@ -370,7 +370,7 @@ def test_runs_of_other_settings_or_metrics_are_not_joined(
         (["--markdwn"], "unrecognized arguments: --markdwn"),
     ],
 )
-def test_options_that_would_do_nothing_are_refused(
+def test_report_options_without_effect_are_refused(
     swept: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report_module.main([str(swept), *arguments]) == 2
@@ -379,7 +379,7 @@ def test_options_that_would_do_nothing_are_refused(
     assert (told.out, told.err.count("\n")) == ("", 1)
 
 
-def test_methods_that_draw_what_the_full_model_draws_have_no_frontier_and_a_report(tmp_path: Path) -> None:
+def test_methods_equal_to_the_baseline_have_a_report_without_pareto_plot(tmp_path: Path) -> None:
     """Their PSNR is infinite."""
     (tmp_path / "own.txt").write_text("a fox")
     pipe = sd15_pipe()
@@ -391,13 +391,13 @@ def test_methods_that_draw_what_the_full_model_draws_have_no_frontier_and_a_repo
     assert "Quality against cost" not in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_frontier_takes_a_metric(swept: Path) -> None:
+def test_pareto_needs_a_metric(swept: Path) -> None:
     found, _ = results_module.read(swept)
     with pytest.raises(EvalError, match="LPIPS, MS-SSIM or PSNR"):
         pareto.markdown({**found, "metrics": []})
 
 
-def test_one_method_has_no_frontier(swept: Path) -> None:
+def test_pareto_needs_two_methods(swept: Path) -> None:
     found, _ = results_module.read(swept)
     with pytest.raises(EvalError, match="two methods"):
         pareto_plot.svg({**found, "rows": found["rows"][:2]})
