@@ -152,8 +152,8 @@ def test_rounds_are_compared_pairwise(capsys: pytest.CaptureFixture[str], tmp_pa
     rows["tofu"]["samples"], rows["tomesd"]["samples"] = [1.0, 3.0, 1.0], [2.0, 2.0, 2.0]
     lines = [line.split(" | ") for line in tables.markdown(found, {}).splitlines() if line.startswith("| ")]
     at = lines[0].index("rounds ahead of tomesd |")
-    told = {line[0].strip("| "): line[at].strip("| ") for line in lines[1:]}
-    assert (told["tofu"], told["tomesd"]) == ("2 of 3", "–")
+    observed = {line[0].strip("| "): line[at].strip("| ") for line in lines[1:]}
+    assert (observed["tofu"], observed["tomesd"]) == ("2 of 3", "–")
 
 
 def test_every_model_is_compiled(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,9 +264,9 @@ def test_invalid_benchmark_options_print_one_line(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench_module.main(options) == 2
-    told = capsys.readouterr()
-    assert message in told.err
-    assert told.out == ""
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.out == ""
 
 
 def test_peak_memory_counts_short_allocations() -> None:

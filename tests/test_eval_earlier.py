@@ -78,11 +78,11 @@ def refusal(capsys, *arguments):
     before, images = written(), sorted(Path("out").rglob("*.png"))
     capsys.readouterr()
     assert run.main(list(arguments)) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: --out out: ")
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("error: --out out: ")
+    assert output.count("\n") == 1
     assert (written(), sorted(Path("out").rglob("*.png"))) == (before, images)
-    return told
+    return output
 
 
 def test_another_method_adds_a_row(command):
@@ -128,17 +128,17 @@ def test_methods_of_earlier_rows_are_parsed_again(command):
 @pytest.mark.parametrize("method", ["tofu", "prune"])
 @pytest.mark.parametrize("stage", [[], ["--metrics-only"], ["--dry-run"]])
 def test_results_of_more_images_are_not_replaced(finished, capsys, fewer, method, stage):
-    told = refusal(capsys, *finished, "--method", method, *fewer, *stage)
-    assert "its results are of 5 images, and this run has 2, without 000" in told
-    assert "give another --out" in told
-    assert "--limit" in told
+    output = refusal(capsys, *finished, "--method", method, *fewer, *stage)
+    assert "its results are of 5 images, and this run has 2, without 000" in output
+    assert "give another --out" in output
+    assert "--limit" in output
 
 
 def test_more_images_are_added_for_all_methods_or_for_none(command, capsys):
     assert run.main([*command, "--method", "tofu", "--limit", "2"]) == 0
-    told = refusal(capsys, *command, "--method", "prune")
-    assert "its results have tofu-r50, of which 2 of 5 images exist" in told
-    assert "add 'tofu' to --method to generate them, or give another --out" in told
+    output = refusal(capsys, *command, "--method", "prune")
+    assert "its results have tofu-r50, of which 2 of 5 images exist" in output
+    assert "add 'tofu' to --method to generate them, or give another --out" in output
     assert run.main([*command, "--method", "prune,tofu"]) == 0
     assert {key: row["n"] for key, row in rows().items()} == {"baseline": 5, "tofu-r50": 5, "prune-r50": 5}
 
@@ -156,8 +156,8 @@ def test_earlier_method_that_is_unavailable_is_not_dropped(command, capsys, monk
     assert run.main([*command, "--method", "tofu,tomesd"]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(registry, "version", lambda name: None)
-        told = refusal(capsys, *command, "--method", "prune")
-        assert "tomesd-r50, which needs: pip install tomesd; install it or give another --out" in told
+        output = refusal(capsys, *command, "--method", "prune")
+        assert "tomesd-r50, which needs: pip install tomesd; install it or give another --out" in output
     found = results()
     found["rows"][1] |= {"method": "tofuu"}
     files.write_json(Path("out/results.json"), found)
@@ -204,10 +204,10 @@ def test_obstacles_are_reported_before_generating(finished, monkeypatch, capsys,
     Path("out/results.json").unlink()  # as of a run that has not come to its figures
     monkeypatch.setattr(execute, "generate", lambda *_: pytest.fail("it went on"))
     assert run.main([*finished, "--method", "tofu", *stage]) == 2
-    told = capsys.readouterr().err
-    assert said in told
-    assert told.count("\n") == 1
-    assert "the same command resumes" not in told
+    output = capsys.readouterr().err
+    assert said in output
+    assert output.count("\n") == 1
+    assert "the same command resumes" not in output
 
 
 @pytest.mark.parametrize(
@@ -226,10 +226,10 @@ def test_invalid_out_is_refused_with_a_message(command, monkeypatch, capsys, out
     if out != ".":  # that folder can be looked into after the model alone
         monkeypatch.setattr(prepare, "load_model", lambda *_: pytest.fail("it went on"))
     assert run.main([*command, "--out", out]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {said}")
-    assert told.count("\n") == 1
-    assert "the same command resumes" not in told
+    output = capsys.readouterr().err
+    assert output.startswith(f"error: {said}")
+    assert output.count("\n") == 1
+    assert "the same command resumes" not in output
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["file", "link"]
 
 
@@ -249,10 +249,10 @@ def test_unwritable_disk_prints_one_line(command, monkeypatch, capsys, number, r
 
     monkeypatch.setattr(files.os, "replace", refuse)
     assert run.main([*command, "--method", "tofu"]) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith(f"error: [Errno {number}] ")
-    assert "out/baseline/0000.png" in told
-    assert ("the same command resumes" in told) == resumes
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert output.startswith(f"error: [Errno {number}] ")
+    assert "out/baseline/0000.png" in output
+    assert ("the same command resumes" in output) == resumes
     assert not list(Path("out").rglob(".*"))
 
 
@@ -269,5 +269,5 @@ def test_checking_thousands_of_files_is_fast(tmp_path, monkeypatch):
 def test_the_plan_of_a_dry_run_is_json(finished, capsys):
     capsys.readouterr()
     assert run.main([*finished, "--method", "prune", "--dry-run", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)["methods"]
-    assert [(method["key"], method["existing"]) for method in told] == [("baseline", 5), ("prune-r50", 0)]
+    content = json.loads(capsys.readouterr().out)["methods"]
+    assert [(method["key"], method["existing"]) for method in content] == [("baseline", 5), ("prune-r50", 0)]

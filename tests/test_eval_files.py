@@ -60,11 +60,11 @@ def refusal(capsys, program, *arguments):
     """The one line that a command ends with."""
     capsys.readouterr()
     assert program.main([str(argument) for argument in arguments]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("error: ")
-    assert told.err.count("\n") == 1
-    return told.err
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    return output.err
 
 
 # --- spreadsheets -----------------------------------------------------------------------------------------------------
@@ -172,9 +172,9 @@ def test_edited_per_image_csv_is_refused(out, capsys, change, said):
 )
 def test_per_image_csv_without_a_hash_is_validated(out, capsys, change, said):
     """Older results do not name it."""
-    told = files.read_json(out / "results.json")
-    del told["per_image_sha256"]
-    files.write_json(out / "results.json", told)
+    content = files.read_json(out / "results.json")
+    del content["per_image_sha256"]
+    files.write_json(out / "results.json", content)
     rows = list(csv.reader(io.StringIO((out / "per_image.csv").read_text(encoding="utf-8"), newline="")))
     with (out / "per_image.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(change(rows))
@@ -210,8 +210,8 @@ def test_results_with_any_value_changed_are_read_or_refused(out, capsys, to):
         (out / "results.json").write_text(json.dumps(changed(found, place, to)))
         capsys.readouterr()
         code = report_module.main(["out", "--markdown"])
-        told = capsys.readouterr().err
-        assert (code, told.count("\n")) in ((0, 0), (2, 1)), (place, told)
+        output = capsys.readouterr().err
+        assert (code, output.count("\n")) in ((0, 0), (2, 1)), (place, output)
         seen.add(code)
     assert 2 in seen
 
@@ -312,12 +312,12 @@ def test_corrupt_records_are_generated_again_with_equal_figures(out, made, monke
     for name, change in (("0000", {"seconds": 0.0}), ("0001", {"seconds": math.nan}), ("0002", {"batch": "2"})):
         path = out / "tofu-r50" / f"{name}.json"
         path.write_text(json.dumps({**files.read_json(path), **change}))
-    told = files.read_json(out / "results.json")["rows"][1]["metrics"]
+    content = files.read_json(out / "results.json")["rows"][1]["metrics"]
     assert run.main([*command, "--metrics-only"]) == 2
     assert "0000.png, 0001.png, 0002.png are corrupt, or their records" in capsys.readouterr().err
     assert run.main(command) == 0
     assert "corrupt, generated again: tofu-r50/0000.png, tofu-r50/0001.png" in capsys.readouterr().err
-    assert files.read_json(out / "results.json")["rows"][1]["metrics"] == told
+    assert files.read_json(out / "results.json")["rows"][1]["metrics"] == content
 
 
 @pytest.mark.parametrize(
@@ -338,8 +338,8 @@ def test_invalid_flops_are_counted_again(out):
 
     settings, method = output_dir.load_settings(out), methods.parse("tofu", [0.5])[0]
     assert settings is not None
-    for told, counted in ((7, 7), ("x", None), (True, None), (None, None)):
-        files.write_json(out / "flops" / "tofu-r50.json", {**flops._version(settings, method), "flops": told})
+    for observed, counted in ((7, 7), ("x", None), (True, None), (None, None)):
+        files.write_json(out / "flops" / "tofu-r50.json", {**flops._version(settings, method), "flops": observed})
         assert flops.load_count(out, settings, method) == counted
     files.write_json(out / "maps" / "tofu-r50.json", [])
     assert not merge_maps.saved(out, settings, method)

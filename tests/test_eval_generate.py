@@ -1,4 +1,4 @@
-"""Pictures depend on the request and the method alone, are made once, and are whole or not there."""
+"""Images depend on the request and the method alone, are made once, and are whole or not there."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_image_does_not_depend_on_its_batch(pipe, tmp_path):
         # matrix products of another height round differently; the smallest step of a pixel is 1
         assert abs(pixels(tmp_path / "1", key) - pixels(tmp_path / "3", key)).max() <= 1
     full = pixels(tmp_path / "3")
-    assert abs(full[0] - full[1]).mean() > 10  # other seeds are other pictures
+    assert abs(full[0] - full[1]).mean() > 10  # other seeds are other images
 
 
 def test_seed_baseline_has_other_seeds_and_the_same_prompts(pipe, tmp_path):
@@ -201,10 +201,10 @@ def test_interleaved_baseline_changes_no_image(pipe, tmp_path, monkeypatch, name
     run(pipe, tmp_path / "beside", (method,), settings)
     monkeypatch.setattr(generate, "TIMED", 0)
     run(pipe, tmp_path / "alone", (method,), settings)
-    told = [files.read_json(tmp_path / out / method.slug / "0000.json") for out in ("beside", "alone")]
-    assert told[0]["baseline_denoiser_seconds"] > 0
-    assert told[1]["baseline_denoiser_seconds"] is None
-    assert told[0]["sha256"] == told[1]["sha256"]
+    content = [files.read_json(tmp_path / out / method.slug / "0000.json") for out in ("beside", "alone")]
+    assert content[0]["baseline_denoiser_seconds"] > 0
+    assert content[1]["baseline_denoiser_seconds"] is None
+    assert content[0]["sha256"] == content[1]["sha256"]
 
 
 def test_shared_weights_copy_is_unpatched(pipe):
@@ -219,7 +219,7 @@ def test_shared_weights_copy_is_unpatched(pipe):
 
 
 def test_hooks_of_a_method_count_as_its_time(pipe, monkeypatch):
-    """As counting what is alike: the full model does nothing of it."""
+    """As counting similar tokens: the baseline does nothing of the kind."""
     clock = itertools.count()
 
     @contextmanager
@@ -239,7 +239,7 @@ def test_hooks_of_a_method_count_as_its_time(pipe, monkeypatch):
 
 
 def test_fastest_repeat_is_compared_with_the_fastest_baseline():
-    """One in which the full model was held up would be a speed-up of nothing."""
+    """One in which the baseline was held up would be a speed-up of nothing."""
     own = [
         {"seconds": s, "denoiser_seconds": s - 1, "baseline_denoiser_seconds": f} for s, f in ((5, 4), (4, 9), (6, 5))
     ]
@@ -260,8 +260,8 @@ def test_fastest_repeat_is_compared_with_the_fastest_baseline():
 def test_config_hash_of_older_settings_is_unchanged():
     older = replace(SETTINGS, tokenizers=None, variant=None)
     whole = {name: value for name, value in asdict(older).items() if name not in ("tokenizers", "variant")}
-    told = json.dumps([settings_module.IMAGE_VERSION, whole, TOFU.identity], sort_keys=True)
-    assert settings_module.config_hash(older, TOFU) == hashlib.sha256(told.encode()).hexdigest()[:16]
+    observed = json.dumps([settings_module.IMAGE_VERSION, whole, TOFU.identity], sort_keys=True)
+    assert settings_module.config_hash(older, TOFU) == hashlib.sha256(observed.encode()).hexdigest()[:16]
     for later in ({"tokenizers": "a"}, {"variant": "fp16"}):
         assert settings_module.config_hash(replace(older, **later), TOFU) != settings_module.config_hash(older, TOFU)
 
@@ -321,8 +321,8 @@ def test_pipeline_name_depends_on_weights_vocabulary_and_settings(change):
     else:
         pipe.scheduler.register_to_config(steps_offset=0)
     after = name(pipe)
-    told = change == "a word", change in ("how words are split", "the length of a text", "a word")
-    assert (after[0] != before[0], after[1] != before[1]) == (told[0] or not told[1], told[1])
+    observed = change == "a word", change in ("how words are split", "the length of a text", "a word")
+    assert (after[0] != before[0], after[1] != before[1]) == (observed[0] or not observed[1], observed[1])
 
 
 def test_slow_tokenizer_is_hashed_by_its_files(tmp_path):
@@ -402,8 +402,8 @@ def test_output_dir_refusal_names_the_differing_setting(tmp_path):
 def test_corrupt_run_metadata_is_ignored(tmp_path):
     for content in ("[1]", "{", '{"commit": "abc", "started": "1999"}'):
         files.write(tmp_path / generate.RUNS / f"{len(content)}.json", content)
-    told = records.generating_runs(tmp_path, [{"run": str(n)} for n in (3, 1, 36, 36)])
-    assert [(run["run"], run["images"], run.get("commit")) for run in told] == [
+    observed = records.generating_runs(tmp_path, [{"run": str(n)} for n in (3, 1, 36, 36)])
+    assert [(run["run"], run["images"], run.get("commit")) for run in observed] == [
         ("3", 1, None), ("1", 1, None), ("36", 2, "abc"),
     ]  # fmt: skip
 
@@ -453,7 +453,7 @@ def test_missing_package_of_a_method_says_what_to_install(monkeypatch):
 
 
 def test_folder_with_the_name_of_a_package_is_not_the_package(monkeypatch, tmp_path):
-    """Whoever has cloned it beside the pictures could import that folder, which is empty to Python."""
+    """Whoever has cloned it beside the images could import that folder, which is empty to Python."""
     (tmp_path / "ghost").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("ghost")

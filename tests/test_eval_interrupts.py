@@ -178,11 +178,11 @@ def test_only_temporary_errors_promise_to_resume(number, resumes, advice, capsys
         raise OSError(number, os.strerror(number), "some/file.png")
 
     assert program([]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "some/file.png" in told
-    assert advice in told
-    assert ("the same command resumes" in told) == resumes
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1
+    assert "some/file.png" in output
+    assert advice in output
+    assert ("the same command resumes" in output) == resumes
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])

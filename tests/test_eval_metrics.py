@@ -67,7 +67,7 @@ def test_ms_ssim_is_one_on_equal_images_and_near_zero_on_noise():
     measure = pairwise.ms_ssim(176)
     a, b = pictures(size=176), pictures(size=176, seed=1)
     assert measure.compute(a, a).tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
-    assert measure.compute(a, b).max() < 0.1  # with a wrong data range two noise pictures reach 0.9996
+    assert measure.compute(a, b).max() < 0.1  # with a wrong data range two noise images reach 0.9996
 
 
 def test_ms_ssim_agrees_with_torchmetrics():
@@ -89,7 +89,7 @@ def test_ssim_agrees_with_its_formula_on_flat_images():
     a, b = (torch.full((1, 3, 16, 16), level, dtype=torch.uint8) for level in (100, 150))
     c = (0.01 * 255) ** 2
     expected = (2 * 100 * 150 + c) / (100**2 + 150**2 + c)
-    # float32 leaves a variance of flat pictures that is not quite 0
+    # float32 leaves a variance of flat images that is not quite 0
     assert pairwise.ssim(16).compute(a, b).item() == pytest.approx(expected, rel=1e-4)
     assert pairwise.ssim(16).compute(a, a).item() == pytest.approx(1, abs=1e-6)
     assert "11" in pairwise.ssim(10).reason
@@ -134,7 +134,7 @@ def test_pairwise_metrics_increase_with_noise_and_are_symmetric(name):
 
 
 def knows_no_company(measure, *of):
-    """Whether a picture's figure is the same alone and among others, in any order. of: what `compute` takes."""
+    """Whether an image's figure is the same alone and among others, in any order. of: what `compute` takes."""
     alone = torch.cat([measure.compute(*(each[i : i + 1] for each in of)) for i in range(len(of[0]))])
     turned = [each.flip(0) if isinstance(each, torch.Tensor) else each[::-1] for each in of]
     return torch.allclose(alone, measure.compute(*turned).flip(0), rtol=1e-5, atol=1e-6)
@@ -153,7 +153,7 @@ def test_lpips_reproduces_the_documented_value():
     generator = torch.Generator().manual_seed(42)
     a, b = (torch.rand(2, 3, 100, 100, generator=generator) for _ in range(2))
     documented = torch.tensor([0.1024, 0.0938], dtype=torch.float64)
-    # rounding the pictures to 8 bits moves the value by about 1e-4; the random backbone gives 0.1497, 0.1504
+    # rounding the images to 8 bits moves the value by about 1e-4; the random backbone gives 0.1497, 0.1504
     found = measure.compute((a * 255).round().byte(), (b * 255).round().byte())
     assert torch.allclose(found, documented, atol=5e-4), found
 
@@ -290,8 +290,8 @@ def test_frechet_agrees_with_torchmetrics():
 def test_frechet_agrees_with_torch_fidelity():
     fidelity = have("torch_fidelity.metric_fid")
     x, y = features(200, 32), features(200, 32, 1) * 1.2 + 0.1
-    told = fidelity.fid_statistics_to_metric(*map(fidelity.fid_features_to_statistics, (x, y)), False)
-    assert statistics.frechet(x, y) == pytest.approx(told["frechet_inception_distance"], rel=1e-6)
+    observed = fidelity.fid_statistics_to_metric(*map(fidelity.fid_features_to_statistics, (x, y)), False)
+    assert statistics.frechet(x, y) == pytest.approx(observed["frechet_inception_distance"], rel=1e-6)
 
 
 def test_inception_features_have_a_row_for_each_image(monkeypatch, tmp_path):
@@ -453,7 +453,7 @@ def test_dino_distance_is_one_minus_the_cosine_of_class_tokens_and_rises_with_no
 
 
 def test_nan_features_have_no_distance_and_are_reported():
-    """Eigenvalues of NaN are an error, after everything was drawn."""
+    """Eigenvalues of NaN are an error, after everything was generated."""
     x = features(6, 3).double()
     broken = torch.where(torch.arange(6)[:, None] == 2, torch.nan, x)
     for metric in (demo_classifier.fd_judge(ToyJudge(), CPU), demo_classifier.kd_judge(ToyJudge(), CPU)):
@@ -504,7 +504,7 @@ def test_bootstrap_interval_contains_the_mean_and_is_deterministic():
 
 
 def test_bootstrap_resamples_whole_classes():
-    """Twice the same picture is no second observation: the interval must not shrink by the square root of two."""
+    """Twice the same image is no second observation: the interval must not shrink by the square root of two."""
     values = features(40, 1).flatten()
     once = statistics.bootstrap(values, [str(i) for i in range(40)])
     twice = statistics.bootstrap(values.repeat_interleave(2), [str(i // 2) for i in range(80)])
@@ -535,7 +535,7 @@ def test_jackknife_of_a_difference_of_means_is_the_textbook_interval():
 
 
 def test_jackknife_of_too_few_classes_is_none():
-    """Of pictures of four, however many: a normal interval from four blocks is half as wide as it should be."""
+    """Of images of four, however many: a normal interval from four blocks is half as wide as it should be."""
     pair = features(12, 3), features(12, 3)
     assert statistics.jackknife(statistics.frechet, *pair, list("abcd") * 3) is None
     assert statistics.jackknife(statistics.frechet, *pair, list("abcdef") * 2) is not None
@@ -565,7 +565,7 @@ def test_image_of_one_colour_is_flat():
 
 
 class ToyJudge(nn.Module):
-    """Sees in a picture the class whose index is the first pixel's red level."""
+    """Sees in an image the class whose index is the first pixel's red level."""
 
     def maps(self, pictures):
         return [pictures, pictures[:, :, ::2, ::2]]
@@ -667,7 +667,7 @@ def test_metric_cache_is_invalidated_by_its_dependencies(tmp_path, monkeypatch):
     assert recall(["a", "b"], psnr=1.0) == {"psnr": 1}
     assert recall(["a", "b"], psnr=9.0) == {"psnr": 1}
     assert recall(["a", "b"], psnr=9.0, lpips=2.0) == {"psnr": 1, "lpips": 2}
-    assert recall(["b", "a"], psnr=3.0) == {"psnr": 3}  # other pictures, or the same the other way round
+    assert recall(["b", "a"], psnr=3.0) == {"psnr": 3}  # other images, or the same the other way round
     assert computed == ["psnr", "lpips", "psnr"]
     monkeypatch.setattr(cache, "_versions", lambda: ["another torch"])
     assert recall(["a", "b"], psnr=4.0) == {"psnr": 4}
@@ -685,8 +685,8 @@ def test_metric_cache_depends_on_the_demo_classifier_and_its_code(monkeypatch):
 
 
 @pytest.mark.parametrize(("values", "size"), [
-    ([1, 0, 1, 0], 4),  # pictures of a class as different as those of two
-    ([1, 1, 0, 0], 2),  # all alike within a class
+    ([1, 0, 1, 0], 4),  # images of a class as different as those of two
+    ([1, 1, 0, 0], 2),  # equal within a class
     ([1, 1, 1, 1], 2),
 ])  # fmt: skip
 def test_effective_size_depends_on_the_variance_within_classes(values, size):

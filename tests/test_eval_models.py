@@ -86,10 +86,10 @@ def test_second_tokenizer_is_checked(tmp_path):
 
 def test_a_tokenizer_that_lacks_a_few_words_is_refused(mine):
     file = mine / "tokenizer" / "tokenizer.json"
-    told = json.loads(file.read_text(encoding="utf-8"))
-    for word in list(told["model"]["vocab"])[100:103]:
-        del told["model"]["vocab"][word]
-    file.write_text(json.dumps(told), encoding="utf-8")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for word in list(content["model"]["vocab"])[100:103]:
+        del content["model"]["vocab"][word]
+    file.write_text(json.dumps(content), encoding="utf-8")
     assert "its tokenizer has 511 tokens and its text_encoder 514" in refused()
 
 
@@ -107,10 +107,10 @@ def test_a_tokenizer_without_its_merges_is_refused(tmp_path):
     build_tokenizer(["a red fox", "a big owl"]).save_pretrained(tmp_path)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
     components._check_vocabulary("tokenizer", tokenizer, encoder(len(tokenizer)))
-    told = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    needed = len(told["model"]["merges"])
-    told["model"]["merges"] = told["model"]["merges"][:3]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(told), encoding="utf-8")
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    needed = len(content["model"]["merges"])
+    content["model"]["merges"] = content["model"]["merges"][:3]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     damaged = CLIPTokenizer.from_pretrained(tmp_path)
     with pytest.raises(EvalError, match=f"its tokenizer has 3 merges of letters and needs {needed}"):
         components._check_vocabulary("tokenizer", damaged, encoder(len(damaged)))
@@ -303,10 +303,10 @@ def test_single_file_checkpoint_explains_how_to_convert_it(tmp_path, monkeypatch
     key, said = ONE[name]
     save_file({key: torch.zeros(1)}, name)
     assert run.main(["--model", name, "--method", "tofu", "--out", "out"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: cannot load the model {name!r}: ")
-    assert said in told
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith(f"error: cannot load the model {name!r}: ")
+    assert said in output
+    assert output.count("\n") == 1
     Path("folder").mkdir()
     Path(name).rename(Path("folder", name))
     assert said in refused("folder")
@@ -341,9 +341,9 @@ def test_path_without_a_model_says_what_it_is(mine, path, said):
 
 
 def test_a_pipeline_that_needs_more_than_a_prompt_is_refused(mine):
-    told = json.loads((mine / "model_index.json").read_text())
-    told["_class_name"] = "StableDiffusionUpscalePipeline"
-    (mine / "model_index.json").write_text(json.dumps(told))
+    content = json.loads((mine / "model_index.json").read_text())
+    content["_class_name"] = "StableDiffusionUpscalePipeline"
+    (mine / "model_index.json").write_text(json.dumps(content))
     assert "it does not generate images from text alone" in refused()
 
 
@@ -358,9 +358,9 @@ def test_share_across_cfg_needs_guidance(tmp_path, monkeypatch, capsys, name, gu
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "load_model", lambda *_: pytest.fail("it went on"))
     assert run.main(["--method", f"full,{name}", "--guidance", guidance]) == 2
-    told = capsys.readouterr().err
-    assert f"method {name!r} has share_across_cfg, and the guidance scale is {guidance}" in told
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert f"method {name!r} has share_across_cfg, and the guidance scale is {guidance}" in output
+    assert output.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

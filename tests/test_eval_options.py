@@ -32,12 +32,12 @@ def ending(raised: BaseException | None, resumes: bool) -> int:
 def test_eval_error_is_one_line_and_exit_code_2(raised, code, said, resumes, capsys):
     """A refusal is never taken up by the same command, whatever was begun is; and no path of the machine is shown."""
     assert ending(raised, resumes) == code
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith(said)
-    assert told.err.strip().count("\n") == 0
-    assert "private" not in told.err
-    assert ("the same command resumes" in told.err) == (resumes and not isinstance(raised, EvalError))
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(said)
+    assert output.err.strip().count("\n") == 0
+    assert "private" not in output.err
+    assert ("the same command resumes" in output.err) == (resumes and not isinstance(raised, EvalError))
 
 
 def test_bugs_are_not_hidden():

@@ -36,7 +36,7 @@ def test_pareto_front_is_exactly_the_undominated_points(figures: list[tuple[floa
     drawn = [Point({"i": i}, cost, value, value, value) for i, (cost, value) in enumerate(figures)]
     sign = 1 if lower else -1
     kept = {p.row["i"] for p in pareto.pareto(drawn, lower)}
-    cheaper = [p for p in drawn if p.cost < 1]  # what costs as much as the full model is beaten by it
+    cheaper = [p for p in drawn if p.cost < 1]  # what costs as much as the baseline is beaten by it
     assert kept == {p.row["i"] for p in cheaper if not any(beats(other, p, sign) for other in cheaper)}
 
 
@@ -142,7 +142,7 @@ def test_pareto_front_is_empty_where_every_method_is_slower(swept: Path) -> None
 
 
 def test_plot_of_selected_rows(swept: Path, tmp_path: Path) -> None:
-    """The full model, of which costs are shares, need not be among them."""
+    """The baseline, of which costs are shares, need not be among them."""
     rows = ["--rows", "tofu 25%", "prune 25%"]
     assert report_module.main([str(swept), "--plot", str(tmp_path / "some.svg"), *rows]) == 0
     drawn = (tmp_path / "some.svg").read_text()
@@ -203,7 +203,7 @@ def test_two_runs_of_a_grid_merge_into_the_whole(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """So that a grid may grow: what is on the frontier is decided among all its rows, not within each run."""
-    monkeypatch.setattr(results_module, "draw", lambda out: None)  # the pictures are not what is asked for here
+    monkeypatch.setattr(results_module, "draw", lambda out: None)  # the images are not what is asked for here
     found, images = results_module.read(swept)
     low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25)
     high = part(swept, tmp_path / "high", lambda row: row["ratio"] != 0.25)
@@ -214,14 +214,14 @@ def test_two_runs_of_a_grid_merge_into_the_whole(
     assert {point.row["key"] for point in pareto.best(both)[2]} == front
     for asked in (["--pareto"], ["--markdown"]):
         assert report_module.main([str(low), str(high), *asked]) == 0
-        told = capsys.readouterr().out
-        assert told.endswith("\n\n`draw low`\n\n`draw high`\n")
-    # speed-ups are over the full model of each run; seconds of the second are not read beside the first's
-    columns = {line.split(" | ")[0]: line.split(" | ")[1:3] for line in told.splitlines() if line.startswith("| ")}
+        output = capsys.readouterr().out
+        assert output.endswith("\n\n`draw low`\n\n`draw high`\n")
+    # speed-ups are over the baseline of each run; seconds of the second are not read beside the first's
+    columns = {line.split(" | ")[0]: line.split(" | ")[1:3] for line in output.splitlines() if line.startswith("| ")}
     assert columns["| tofu 25%"][1] != "–"
     assert "×" in columns["| tofu 50%"][0]
     assert columns["| tofu 50%"][1] == "–"
-    assert "tofu 50%, tofu+p 50%, prune 50%, prune+p 50%, todo: seconds of another run than the full model's" in told
+    assert "tofu 50%, tofu+p 50%, prune 50%, prune+p 50%, todo: seconds of another run than the full model's" in output
     assert report_module.main([str(low), str(high), "--markdown", "--columns", "speed-up"]) == 0
     assert "seconds of another run" not in capsys.readouterr().out  # where none are to be shown
     assert report_module.main([str(low), str(high), "--against", "tofu 25%", "--rows", "tofu 25%", "todo"]) == 0
@@ -231,7 +231,7 @@ def test_two_runs_of_a_grid_merge_into_the_whole(
 def test_merge_prefers_measured_rows_to_skipped_ones(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a package was not there yet; and one that both skipped is told once."""
+    """As where a package was not there yet; and one that both skipped is content once."""
     monkeypatch.setattr(results_module, "draw", lambda out: None)
     found, _ = results_module.read(swept)
     low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25)
@@ -239,8 +239,8 @@ def test_merge_prefers_measured_rows_to_skipped_ones(
     lacking = [{"method": name, "key": name, "ratio": None, "skipped": "no"} for name in ("todo", "gone")]
     for out, some in ((low, lacking), (high, lacking[1:])):
         rows = [*results_module.read(out)[0]["rows"], *some]
-        told, images = results_module.read(out)
-        results_module.save(out, {**told, "rows": rows}, Scores(rows, images, []))
+        content, images = results_module.read(out)
+        results_module.save(out, {**content, "rows": rows}, Scores(rows, images, []))
     both, images = results_module.joined([low, high])
     assert sorted(row["key"] for row in both["rows"]) == sorted([*(row["key"] for row in found["rows"]), "gone"])
     assert [row["key"] for row in both["rows"] if "skipped" in row] == ["gone"]
@@ -250,7 +250,7 @@ def test_merge_prefers_measured_rows_to_skipped_ones(
 def test_times_can_be_taken_from_another_run(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rows of a grid that grew were not drawn beside the full model, and say nothing of speed themselves."""
+    """Rows of a grid that grew were not generated beside the baseline, and say nothing of speed themselves."""
     monkeypatch.setattr(results_module, "draw", lambda out: None)
     low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25, gain=2)
     high = part(swept, tmp_path / "high", lambda row: row["ratio"] != 0.25, gain=3)
@@ -374,9 +374,9 @@ def test_report_options_without_effect_are_refused(
     swept: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert report_module.main([str(swept), *arguments]) == 2
-    told = capsys.readouterr()
-    assert said in told.err
-    assert (told.out, told.err.count("\n")) == ("", 1)
+    output = capsys.readouterr()
+    assert said in output.err
+    assert (output.out, output.err.count("\n")) == ("", 1)
 
 
 def test_methods_equal_to_the_baseline_have_a_report_without_pareto_plot(tmp_path: Path) -> None:
@@ -416,6 +416,6 @@ def test_pareto_needs_two_methods(swept: Path) -> None:
 )
 def test_bad_input_is_a_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep.main(arguments) == 2
-    told: Any = capsys.readouterr()
-    assert said in told.err
-    assert told.out == ""
+    output: Any = capsys.readouterr()
+    assert said in output.err
+    assert output.out == ""

@@ -72,9 +72,9 @@ LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 
 
 
 def ran(process: subprocess.Popen[str]) -> tuple[str, str]:
-    printed, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told
-    return printed, told
+    printed, output = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return printed, output
 
 
 def content(folder: Path, out: str) -> dict[str, bytes]:
@@ -94,13 +94,13 @@ def alone(folder: Path) -> str:
 
 
 def drawn(folder: Path, out: str) -> dict[Path, int]:
-    """Finished pictures and when they were written."""
+    """Finished images and when they were written."""
     pictures = (path.with_suffix(".png") for path in (folder / out).glob("*/*.json"))  # a record says it is whole
     return {path: path.stat().st_mtime_ns for path in pictures if path.exists()}
 
 
 def kill_once(process: subprocess.Popen[str], folder: Path, out: str, pictures: int) -> dict[Path, int]:
-    """Kills the process and its children when so many pictures are finished; which those are."""
+    """Kills the process and its children when so many images are finished; which those are."""
     wait_for(process, folder, out, pictures)
     for each in (process.pid, *workers(process.pid)):  # a launch's workers are in sessions of their own
         os.kill(each, signal.SIGKILL)
@@ -129,7 +129,7 @@ def workers(launcher: int) -> list[int]:
 
 def test_killed_run_resumes_without_losing_or_repeating_images(folder: Path, alone: str) -> None:
     out, before = "killed", dict[Path, int]()
-    for pictures in (1, 8, 21):  # in the midst of a batch of two, and when all are drawn and none is measured
+    for pictures in (1, 8, 21):  # in the midst of a batch of two, and when all are generated and none is measured
         after = kill_once(command(folder, out), folder, out, pictures)
         assert {path: after[path] for path in before} == before
         assert not (folder / out / "results.json").exists()
@@ -142,17 +142,17 @@ def test_killed_run_resumes_without_losing_or_repeating_images(folder: Path, alo
 
 
 def test_two_processes_give_the_results_of_one(folder: Path) -> None:
-    """Each also reads features of its own share of the pictures, which must meet again in their order."""
+    """Each also reads features of its own share of the images, which must meet again in their order."""
     own = ("--model", "demo", "--prompts", "demo", "--limit", "7", "--steps", "1", "--metrics", "psnr,ms-ssim,judge")
     here(folder, "one", *own)
-    printed, told = ran(command(folder, "two", *own, "--json", "--device", "auto", launcher=LAUNCH))
+    printed, output = ran(command(folder, "two", *own, "--json", "--device", "auto", launcher=LAUNCH))
     assert content(folder, "two") == content(folder, "one")
     found = figures(folder, "two")
     assert found == figures(folder, "one")
     assert found[1]["metrics"]["FD-judge"]["value"] > 0  # type: ignore[index]
     assert json.loads(printed)["rows"][0]["method"] == "baseline"  # one of them prints
-    told_runs = json.loads(printed)["provenance"]["generated"]
-    assert [run["images"] for run in told_runs] in ([12, 9], [9, 12]), told
+    runs = json.loads(printed)["provenance"]["generated"]
+    assert [run["images"] for run in runs] in ([12, 9], [9, 12]), output
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="a process's children are found in /proc")

@@ -1,4 +1,4 @@
-"""Lists of prompts: fixed, complete, each picture with a seed of its own."""
+"""Lists of prompts: fixed, complete, each image with a seed of its own."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_per_prompt_begins_with_one_image_of_each_prompt():
     assert len({(r.id) for r in three}) == len({r.seed for r in three}) == 3 * len(one)
     assert [r.prompt for r in three[len(one) :]] == 2 * [r.prompt for r in one]
     few = requests_module.repeat(one[:4], 3, len(one))
-    assert set(few) < set(three)  # a limited list draws pictures of the whole one
+    assert set(few) < set(three)  # a limited list draws images of the whole one
 
 
 def test_per_prompt_needs_unique_ids():
@@ -159,7 +159,7 @@ def test_per_prompt_needs_unique_ids():
 
 
 def test_some_classes_of_a_list_keep_their_ids_and_seeds():
-    """So that a part of a run is a part of its files, and can be drawn first."""
+    """So that a part of a run is a part of its files, and can be generated first."""
     whole = [requests_module.Request(f"{i:04d}_{k}", f"a {i}", 2 * i + k) for i in range(12) for k in range(2)]
     chosen = requests_module.only(whole, "3, 0007_1,9-10")
     assert [r.id for r in chosen] == ["0003_0", "0003_1", "0007_1", "0009_0", "0009_1", "0010_0", "0010_1"]
@@ -180,12 +180,12 @@ def test_closed_pipe_ends_the_command():
     """As `head` does."""
     pytest.importorskip("torchvision", reason="the class names of ImageNet are torchvision's")
     listing = f"{sys.executable} -m eval.prompts imagenet1k | head -1"
-    told = subprocess.run(["bash", "-c", f"set -o pipefail; {listing}"], capture_output=True, text=True)
-    assert (told.returncode, told.stdout.count("\n"), told.stderr) == (141, 1, "")
+    output = subprocess.run(["bash", "-c", f"set -o pipefail; {listing}"], capture_output=True, text=True)
+    assert (output.returncode, output.stdout.count("\n"), output.stderr) == (141, 1, "")
 
 
 def test_selected_requests_are_part_of_the_whole_list():
-    """Ids, seeds and order of what is left do not depend on what is left out; a limit counts prompts, not pictures."""
+    """Ids, seeds and order of what is left do not depend on what is left out; a limit counts prompts, not images."""
     whole = [requests_module.Request(f"{i:04}", "a fox", 10 + i) for i in range(12)]
     assert requests_module.select(whole, 1, None, None) == whole
     assert requests_module.select(whole, 2, None, 3) == requests_module.repeat(whole[:3], 2, len(whole))

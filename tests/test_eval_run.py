@@ -116,16 +116,16 @@ def test_results_contain_settings_and_provenance(finished):
     _, found = finished
     assert {"model", "steps", "size", "guidance", "seed", "batch", "device", "dtype", "torch", "diffusers", "n", "of",
             "prompts_hash", "pipeline"} <= set(found["settings"])  # fmt: skip
-    told = found["provenance"]
-    assert {"command", "commit", "packages", "started", "ended", "runtime"} <= set(told)
-    ((machine, report_of_it),) = told["environments"].items()  # one machine: it is told once
-    assert [machine] == [told["environment"]] == [run["environment"] for run in told["generated"]]
+    metadata = found["provenance"]
+    assert {"command", "commit", "packages", "started", "ended", "runtime"} <= set(metadata)
+    ((machine, report_of_it),) = metadata["environments"].items()  # one machine: it is metadata once
+    assert [machine] == [metadata["environment"]] == [run["environment"] for run in metadata["generated"]]
     assert f"PyTorch version: {torch.__version__}" in report_of_it
     for metric in found["metrics"]:
         assert metric.get("implementation") or metric.get("skipped")
     tofu = rows(found)["tofu-r50"]
     assert tofu["n"] == len(PROMPTS)
-    assert tofu["seconds"]["n"] == 2  # batches; the third has one picture alone
+    assert tofu["seconds"]["n"] == 2  # batches; the third has one image alone
     assert (
         tofu["metrics"]["PD-judge"]["low"]
         <= tofu["metrics"]["PD-judge"]["value"]
@@ -224,7 +224,7 @@ def test_rows_and_columns_of_the_table_can_be_selected(finished, capsys, tmp_pat
 
 
 def test_paired_differences_between_methods(finished, capsys):
-    """PSNR of the picture i is 20 + 10 i with one method and half a dB more with the other: the spread cancels out."""
+    """PSNR of the image i is 20 + 10 i with one method and half a dB more with the other: the spread cancels out."""
     out, found = finished
     assert report_module.main([str(out), "--against", "tofu-r50"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -241,7 +241,7 @@ def test_paired_differences_between_methods(finished, capsys):
     rows_of_both = [row for row in found["rows"] if row["key"] in ("tofu-r50", "tomesd-r50")]
     text = tables.markdown_against({**found, "metrics": [metric], "rows": rows_of_both}, made, "tofu-r50")
     assert "| tomesd 50% | +0.50 (+0.50 to +0.50) |" in text
-    made[-1]["PSNR"] = "inf"  # a picture equal to the full model's has no PSNR to subtract from
+    made[-1]["PSNR"] = "inf"  # an image equal to the baseline's has no PSNR to subtract from
     text = tables.markdown_against({**found, "metrics": [metric], "rows": rows_of_both}, made, "tofu 50%")
     assert "| tomesd 50% | +0.50, 4 of 5 pictures |" in text
 
@@ -271,7 +271,7 @@ def test_later_method_is_added_to_the_folder_and_timed_against_the_baseline(tiny
     assert run_module.main([*tiny, "--method", "tofu,prune", "--out", "out"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
     assert found["tofu-r50"]["speedup"]["n"] == 2
-    assert found["prune-r50"]["speedup"]["n"] == 2  # the full model's denoiser ran beside it
+    assert found["prune-r50"]["speedup"]["n"] == 2  # the baseline's denoiser ran beside it
     monkeypatch.setattr(generate, "TIMED", 0)
     assert run_module.main([*tiny, "--method", "tofu,mlerp", "--out", "out"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
@@ -315,7 +315,7 @@ def test_embedded_model_is_measured_by_the_demo_classifier(tmp_path, monkeypatch
     found = rows(files.read_json(Path("out/results.json")))
     assert set(found["baseline"]["metrics"]) == {"class accuracy"}
     assert set(found["tofu-r50"]["metrics"]) == {"class accuracy", "PSNR", "MS-SSIM", "PD-judge", "FD-judge"}
-    assert found["tofu-r50"]["metrics"]["PSNR"]["value"] > 20  # the same picture, nearly; other seeds give about 10
+    assert found["tofu-r50"]["metrics"]["PSNR"]["value"] > 20  # the same image, nearly; other seeds give about 10
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -399,9 +399,9 @@ def test_damaged_model_prints_one_line(tmp_path, monkeypatch, capsys, pipe, file
     pipe.save_pretrained("mine")
     Path("mine", file).write_text(content)
     assert run_module.main(["--model", "mine"]) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith(f"error: cannot load the model 'mine': {said}")
-    assert "there is no such folder" not in told
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert output.startswith(f"error: cannot load the model 'mine': {said}")
+    assert "there is no such folder" not in output
 
 
 def test_unloadable_model_prints_one_line(tmp_path, monkeypatch, capsys):
@@ -450,8 +450,8 @@ def test_missing_weights_of_a_metric_are_reported_before_generating(tiny, monkey
 def test_only_selects_images_of_the_whole_list(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--only", "1-2", "--metrics", "psnr", "--out", "out"]) == 0
     assert {path.stem for path in Path("out/baseline").glob("*.png")} == {"0001", "0002"}
-    told = files.read_json(Path("out/results.json"))
-    assert (told["settings"]["n"], told["settings"]["of"]) == (2, 5)
+    content = files.read_json(Path("out/results.json"))
+    assert (content["settings"]["n"], content["settings"]["of"]) == (2, 5)
     capsys.readouterr()
     assert run_module.main([*tiny, "--method", "tofu", "--dry-run", "--json", "--out", "out"]) == 0
     assert [method["existing"] for method in json.loads(capsys.readouterr().out)["methods"]] == [2, 2]
@@ -459,8 +459,8 @@ def test_only_selects_images_of_the_whole_list(tiny, capsys):
     # those that were there, and one of the repeated ones
     assert run_module.main([*again, "--per-prompt", "2", "--only", "0001,0002,0002_1"]) == 0
     assert {path.stem for path in Path("out/baseline").glob("*.png")} == {"0001", "0002", "0002_1"}
-    told = files.read_json(Path("out/results.json"))
-    assert (told["settings"]["n"], told["settings"]["of"]) == (3, 10)
+    content = files.read_json(Path("out/results.json"))
+    assert (content["settings"]["n"], content["settings"]["of"]) == (3, 10)
 
 
 def test_method_that_does_not_fit_the_model_is_reported_before_generating(tiny, monkeypatch, capsys):
@@ -509,9 +509,9 @@ def test_full_disk_prints_one_line_and_the_run_resumes(tiny, monkeypatch, capsys
 
     monkeypatch.setattr(files.os, "replace", full_disk)
     assert run_module.main([*tiny, "--out", "out"]) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("error: [Errno 28] No space left on device")
-    assert told.endswith("the same command resumes")
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert output.startswith("error: [Errno 28] No space left on device")
+    assert output.endswith("the same command resumes")
     assert not list(Path("out").rglob(".*"))  # nothing half-written is left
     monkeypatch.setattr(files.os, "replace", replace)
     assert run_module.main([*tiny, "--out", "out"]) == 0
@@ -535,7 +535,7 @@ def test_black_images_are_counted_and_reported(tiny, monkeypatch, capsys, pipe):
 
 @pytest.mark.parametrize(("part", "flat"), [(slice(None), 1), (slice(32), 0)])
 def test_nan_images_are_reported_in_every_comparison(tiny, monkeypatch, capsys, pipe, part, flat):
-    """Half of a picture is enough; where both models' are black they are equal, and the score rises."""
+    """Half of an image is enough; where both models' are black they are equal, and the score rises."""
     decode = pipe.vae.decode
 
     def broken(*args, **options):
@@ -547,20 +547,20 @@ def test_nan_images_are_reported_in_every_comparison(tiny, monkeypatch, capsys, 
     monkeypatch.setattr(pipe.vae, "decode", broken)
     command = [*tiny, "--limit", "2", "--metrics", "psnr", "--method", "full,tofu,prune", "--flops", "--out", "out"]
     assert run_module.main(command) == 0
-    told = "tofu 50%: 1 of 2 pictures hold NaN, drawn as black"
-    assert told in capsys.readouterr().out
+    message = "tofu 50%: 1 of 2 pictures hold NaN, drawn as black"
+    assert message in capsys.readouterr().out
     found = rows(files.read_json(Path("out/results.json")))["tofu-r50"]
     assert (found["nan"], found["flat"]) == (1, flat)
     for shown in (["--markdown"], ["--pareto"], ["--against", "prune 50%"]):
         assert report_module.main(["out", *shown]) == 0
-        assert told in capsys.readouterr().out
+        assert message in capsys.readouterr().out
     assert report_module.main(["out", "--markdown", "--rows", "prune 50%"]) == 0
     shown = capsys.readouterr().out
     assert "baseline: 1 of 2 pictures hold NaN" in shown  # with which the row is compared
-    assert told not in shown
+    assert message not in shown
     assert "hold NaN" in Path("out/report.html").read_text()
     assert compare_module.main(["out", "out"]) == 0
-    assert f"out: {told}" in capsys.readouterr().out
+    assert f"out: {message}" in capsys.readouterr().out
     assert run_module.main([*command, "--strict"]) == 1
 
 
@@ -611,8 +611,8 @@ def test_hub_revision_is_recorded(tmp_path, monkeypatch, pipe):
     (tmp_path / "own.txt").write_text("a fox")
     asked = ["--model", "some/model", "--prompts", "own.txt", "--steps", "1", "--metrics", "psnr", "--out", "out"]
     assert run_module.main(asked) == 0
-    told = files.read_json(Path("out/results.json"))["provenance"]
-    assert told["revision"] == told["generated"][0]["revision"] == revision
+    metadata = files.read_json(Path("out/results.json"))["provenance"]
+    assert metadata["revision"] == metadata["generated"][0]["revision"] == revision
     assert f"<dd>{revision}</dd>" in Path("out/report.html").read_text()
 
 
@@ -621,14 +621,14 @@ def test_environments_of_generating_and_measuring_machines_are_recorded(tiny, mo
     assert run_module.main([*tiny, "--limit", "2", "--generate-only", "--out", "out"]) == 0
     monkeypatch.setattr(provenance, "environment", lambda: "machine two")
     assert run_module.main([*tiny, "--out", "out"]) == 0
-    told = files.read_json(Path("out/results.json"))["provenance"]
-    first, second = (told["environments"][run["environment"]] for run in told["generated"])
+    metadata = files.read_json(Path("out/results.json"))["provenance"]
+    first, second = (metadata["environments"][run["environment"]] for run in metadata["generated"])
     assert (first, second) == ("<machine one>", "machine two")
-    assert told["environment"] == told["generated"][1]["environment"]
+    assert metadata["environment"] == metadata["generated"][1]["environment"]
     page = Path("out/report.html").read_text()
     assert "<pre>machine two</pre>" in page
     assert "<pre>&lt;machine one&gt;</pre>" in page
-    assert f"machine {told['drawn'][0]['environment']}, " in page
+    assert f"machine {metadata['generated'][0]['environment']}, " in page
 
 
 def test_seconds_measured_under_two_drivers_are_reported(tiny, monkeypatch):
@@ -643,8 +643,8 @@ def test_seconds_measured_under_two_drivers_are_reported(tiny, monkeypatch):
 @pytest.mark.parametrize("error", [AttributeError("no pip"), OSError("no such program"), RuntimeError("CUDA is busy")])
 def test_environment_report_has_no_volatile_values(monkeypatch, error):
     """torch asks many programs; a machine without one of them must not end a run."""
-    told = "cuDNN: /usr/lib/own/libcudnn.so.9\nCPU MHz: 2100.5\nCPU(s): 2\n"
-    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: told)
+    message = "cuDNN: /usr/lib/own/libcudnn.so.9\nCPU MHz: 2100.5\nCPU(s): 2\n"
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: message)
     assert provenance.environment.__wrapped__() == "cuDNN: libcudnn.so.9\nCPU(s): 2"
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", Mock(side_effect=error))
     assert provenance.environment.__wrapped__() is None
@@ -672,9 +672,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny, capsys):
 
 def test_dry_run_as_json(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--dry-run", "--json", "--out", "out"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["methods"][1] == {"key": "tofu-r50", "pictures": 5, "there": 0}
-    assert told["settings"]["steps"] == 1
+    content = json.loads(capsys.readouterr().out)
+    assert content["methods"][1] == {"key": "tofu-r50", "images": 5, "existing": 0}
+    assert content["settings"]["steps"] == 1
 
 
 @pytest.mark.parametrize("stage", [["--dry-run"], ["--generate-only"], []])
@@ -726,12 +726,12 @@ def test_provenance_names_the_generating_runs(tiny):
     assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--generate-only", "--out", "out"]) == 0
     assert run_module.main([*tiny, "--method", "tofu", "--repeats", "2", "--out", "out"]) == 0
     assert run_module.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
-    told = files.read_json(Path("out/results.json"))["provenance"]
-    assert "--metrics-only" in told["command"]
-    assert [run["images"] for run in told["generated"]] == [4, 6]
-    assert "--generate-only" in told["generated"][0]["command"]
-    assert "--repeats 2" in told["generated"][1]["command"]
-    assert {"commit", "device", "runtime", "packages", "started"} <= told["generated"][0].keys()
+    metadata = files.read_json(Path("out/results.json"))["provenance"]
+    assert "--metrics-only" in metadata["command"]
+    assert [run["images"] for run in metadata["generated"]] == [4, 6]
+    assert "--generate-only" in metadata["generated"][0]["command"]
+    assert "--repeats 2" in metadata["generated"][1]["command"]
+    assert {"commit", "device", "runtime", "packages", "started"} <= metadata["generated"][0].keys()
     page = Path("out/report.html").read_text()
     assert page.index("--metrics-only") < page.index("4 pictures, from") < page.index("6 pictures, from")
     assert "--repeats 2" in page
@@ -772,7 +772,7 @@ def test_incompatible_stage_options_are_refused(tiny, capsys, arguments, said):
 
 
 def test_reference_images_are_copied_from_another_run(tiny, capsys):
-    """Told by what they are, not by where they lie. Under other settings there are none to take, which hours of drawing
+    """Identified by content, not by path. Under other settings there are none to take, which hours of drawing
     would not tell."""
     assert run_module.main([*tiny, "--method", "tofu", "--out", "first"]) == 0
     assert run_module.main([*tiny, "--method", "prune", "--reference", "first", "--out", "second"]) == 0
@@ -782,7 +782,7 @@ def test_reference_images_are_copied_from_another_run(tiny, capsys):
             a, b = (Path(out) / "baseline" / f"{id}.{end}" for out in ("first", "second"))
             assert a.read_bytes() == b.read_bytes()
     found = rows(files.read_json(Path("second/results.json")))
-    assert found["prune-r50"]["speedup"]["n"] == 2  # not by the time that is told of the full model's pictures
+    assert found["prune-r50"]["speedup"]["n"] == 2  # not by the time that is observed of the baseline's images
     assert run_module.main([*tiny, "--steps", "2", "--reference", "first", "--out", "third"]) == 2
     assert "--reference first: its images were generated with steps 1, this run has 2" in capsys.readouterr().err
     Path("first/settings.json").unlink()
@@ -810,11 +810,11 @@ def test_strict_exits_with_1_if_something_was_skipped(tiny):
 @pytest.mark.parametrize("name", suites.NAMES)
 def test_command_line_overrides_suite_options(name):
     options = options_module.parse(["--suite", name, "--steps", "3"])
-    told = suites.load(name)
+    content = suites.load(name)
     assert options.steps == 3
-    assert options.method == told["method"]
+    assert options.method == content["method"]
     methods.parse(options.method, [0.5])
-    unknown = told.keys() - vars(options_module.parse([])).keys() - {"about"}
+    unknown = content.keys() - vars(options_module.parse([])).keys() - {"about"}
     assert not unknown
     metrics.parse_metric_names(options.metrics, metrics.Nets())
     assert len({m.slug for m in methods.parse(options.method, [0.5])}) == options.method.count(",") + 1
@@ -871,7 +871,7 @@ def test_flops_agree_with_a_count_by_hand(deep):
 
 
 def test_flops_under_a_threshold_are_the_mean_of_several_images(pipe, tmp_path, monkeypatch):
-    """In the batches in which they are drawn, for a batch decides together; what does not vary is counted once."""
+    """In the batches in which they are generated, for a batch decides together; what does not vary is counted once."""
     turns = []
     monkeypatch.setattr(
         flops, "of_pictures", lambda pipe, method, settings, turn: turns.append(len(turn)) or 10 * len(turn)
@@ -901,8 +901,8 @@ def test_flops_and_merge_maps_are_kept(tiny):
         assert found["baseline"]["flops"] > found["tofu-r50"]["flops"] > 0
         assert found["tofu-r50"]["maps"]
         assert not found["baseline"]["maps"]
-    told = files.read_json(Path("out/flops/tofu-r50.json"))
-    files.write_json(Path("out/flops/tofu-r50.json"), {**told, "config_hash": "by other code"})
+    content = files.read_json(Path("out/flops/tofu-r50.json"))
+    files.write_json(Path("out/flops/tofu-r50.json"), {**content, "config_hash": "by other code"})
     assert run_module.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
     assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["flops"] is None
 
@@ -959,7 +959,7 @@ def test_settings_written_concurrently_are_accepted(tmp_path, monkeypatch):
 
 
 def test_images_of_other_batches_are_reported(tiny, capsys):
-    """A longer list puts a picture in another batch, where its last bits come out otherwise."""
+    """A longer list puts an image in another batch, where its last bits come out otherwise."""
     assert run_module.main([*tiny, "--method", "tofu", "--limit", "1", "--out", "out"]) == 0
     assert run_module.main([*tiny, "--method", "tofu,prune", "--limit", "2", "--out", "out"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
@@ -1004,7 +1004,7 @@ def test_each_method_is_warmed_up_once_where_a_run_resumes(tiny, monkeypatch):
 
 
 def test_a_folder_called_demo_is_not_the_embedded_model(tiny, monkeypatch):
-    """Measured later, its pictures would be judged by the embedded model's classifier."""
+    """Measured later, its images would be judged by the embedded model's classifier."""
     (Path("models") / "demo").mkdir(parents=True)
     monkeypatch.chdir("models")
     for model in ("demo/", "../models/demo", str(Path("demo").absolute())):
@@ -1042,7 +1042,7 @@ def test_processes_without_accelerator_use_cpus(tiny, monkeypatch):
 
 
 def test_metric_unavailable_in_one_process_is_skipped_in_all():
-    """Their figures are put together in the end, when everything is drawn."""
+    """Their figures are put together in the end, when everything is generated."""
     psnr, lacking = pairwise.psnr(), base.Skipped("LPIPS-alex", "no network on the other node")
     lpips = base.Pairwise("LPIPS-alex", "lpips", True, lambda a, b: a)
 
@@ -1110,16 +1110,16 @@ def test_other_runtime_errors_are_not_reported_as_out_of_memory(tiny, monkeypatc
 
 def test_footnotes_on_few_images_and_memory(finished):
     found = json.loads(json.dumps(finished[1]))
-    told = "\n".join(tables.notes(found))
-    assert f"FD-judge: from n={len(PROMPTS)} pictures in 3 dimensions. It is biased upwards" in told
-    assert "n/a off CUDA" in told
+    output = "\n".join(tables.notes(found))
+    assert f"FD-judge: from n={len(PROMPTS)} pictures in 3 dimensions. It is biased upwards" in output
+    assert "n/a off CUDA" in output
     row = found["rows"][1]
     row |= {"peak_bytes": 3 * 2**20, "held_bytes": 5 * 2**20}
     row["metrics"]["KID"] = {**row["metrics"]["FD-judge"], "n": 999}
     found["metrics"].append({**next(m for m in found["metrics"] if m["name"] == "FD-judge"), "name": "KID"})
-    told = "\n".join(tables.notes(found))
-    assert "KID: from n=999 pictures; under 1,000" in told
-    assert "beyond the 5 MiB that the model itself holds" in told
+    output = "\n".join(tables.notes(found))
+    assert "KID: from n=999 pictures; under 1,000" in output
+    assert "beyond the 5 MiB that the model itself holds" in output
     row["metrics"]["KID"]["n"] = 1000
     assert "KID: from" not in "\n".join(tables.notes(found))
 
@@ -1132,13 +1132,13 @@ def test_compare_two_runs(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--out", "b"]) == 0
     capsys.readouterr()
     assert compare_module.main(["a", "b", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["differ"] == {}
-    psnr = next(row for row in told["rows"] if row["figure"] == "PSNR")
+    content = json.loads(capsys.readouterr().out)
+    assert content["differences"] == {}
+    psnr = next(row for row in content["rows"] if row["figure"] == "PSNR")
     assert psnr["method"] == "tofu 50%"
     assert psnr["a"] == psnr["b"]
-    assert psnr["b - a"].startswith("+0.00 (")  # the same pictures
-    assert {row["method"] for row in told["rows"]} == {"tofu 50%"}
+    assert psnr["b - a"].startswith("+0.00 (")  # the same images
+    assert {row["method"] for row in content["rows"]} == {"tofu 50%"}
 
 
 def test_compare_refuses_other_images_of_the_same_number(tiny, capsys):
@@ -1158,12 +1158,12 @@ def test_compare_ignores_times_under_another_driver(tiny, capsys):
     files.write_json(Path("b/results.json"), found)
     capsys.readouterr()
     assert compare_module.main(["a", "b", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["differ"]["driver"] == [None, "999.1"]
-    assert told["differ"]["commit"][1] == "abc"
-    assert told["differ"]["tomesd"][1] == "9"
+    content = json.loads(capsys.readouterr().out)
+    assert content["differences"]["driver"] == [None, "999.1"]
+    assert content["differences"]["commit"][1] == "abc"
+    assert content["differences"]["tomesd"][1] == "9"
     for figure in ("speed-up", "s/image"):
-        row = next(row for row in told["rows"] if row["figure"] == figure)
+        row = next(row for row in content["rows"] if row["figure"] == figure)
         assert re.fullmatch(r"\d+\.\d+×? \(\d+\.\d+–\d+\.\d+\)", row["a"])
         assert row["b"] == "n/a (other circumstances)"
 
@@ -1176,8 +1176,8 @@ def test_compare_ignores_times_without_the_baseline(tiny, capsys):
         files.write_json(Path("a/results.json"), found)
         capsys.readouterr()
         assert compare_module.main(["a", "a", "--json"]) == 0
-        told = json.loads(capsys.readouterr().out)["rows"]
-        return {row["figure"]: (row["a"], row["b"], row["b - a"]) for row in told}
+        content = json.loads(capsys.readouterr().out)["rows"]
+        return {row["figure"]: (row["a"], row["b"], row["b - a"]) for row in content}
 
     rows(found)["tofu-r50"]["same_run"] = False
     assert shown()["s/image"] == ("–", "–", "–")
@@ -1270,7 +1270,7 @@ def test_wilson_interval_of_five_ones_is_not_a_point(groups):
 
 
 def test_few_classes_have_no_interval():
-    """Seven right of ten pictures of one prompt say nothing of what other prompts would give."""
+    """Seven right of ten images of one prompt say nothing of what other prompts would give."""
     values = torch.tensor([1.0] * 7 + [0.0] * 3)
     assert summary.proportion_ci(values, ["a"] * 10) == {
         "value": pytest.approx(0.7),
@@ -1388,9 +1388,9 @@ def test_dry_run_refuses_the_same_as_a_run(tiny, capsys):
     assert "--map-block is 'nothing'" in capsys.readouterr().err
     assert (
         run_module.main([*tiny, "--dry-run", "--reference", "out", "--json"]) == 0
-    )  # what would be taken is not drawn
-    told = {m["key"]: (m["existing"], m["images"]) for m in json.loads(capsys.readouterr().out)["methods"]}
-    assert told == {"baseline": (5, 5), "tofu-r50": (0, 5)}
+    )  # what would be taken is not generated
+    content = {m["key"]: (m["existing"], m["images"]) for m in json.loads(capsys.readouterr().out)["methods"]}
+    assert content == {"baseline": (5, 5), "tofu-r50": (0, 5)}
 
 
 def test_corrupt_record_is_not_reported_as_other_code(tiny, capsys):
@@ -1451,7 +1451,7 @@ def test_few_images_have_no_interval():
 
 
 def test_intervals_resample_classes(tiny):
-    """Three pictures of a prompt are drawn together: by pictures, the interval would be another."""
+    """Three images of a prompt are generated together: by images, the interval would be another."""
     assert run_module.main([*tiny, "--method", "tofu", "--per-prompt", "3", "--metrics", "psnr", "--out", "out"]) == 0
     with Path("out/per_image.csv").open(encoding="utf-8") as file:
         lines = [line for line in csv.DictReader(file) if line["key"] == "tofu-r50"]
@@ -1463,8 +1463,8 @@ def test_intervals_resample_classes(tiny):
 
 def test_progress_is_shown(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--out", "out"]) == 0
-    told = capsys.readouterr().err
-    assert re.search(r"10/10 \[\d+:\d+<00:00, .*(img/s|s/img)\]", told)  # done, of, time, what is left, rate
+    output = capsys.readouterr().err
+    assert re.search(r"10/10 \[\d+:\d+<00:00, .*(img/s|s/img)\]", output)  # done, of, time, what is left, rate
 
 
 PROGRAMS = [
@@ -1491,9 +1491,9 @@ def test_examples_of_help_can_be_parsed(name, capsys):
     with pytest.raises(SystemExit) as ended:
         program.main(["--help"])
     assert ended.value.code == 0
-    told = capsys.readouterr().out
-    assert "default: []" not in told
-    examples = re.findall(rf"^  (?:python|accelerate .*) -m {re.escape(name)}( .*)?$", told, re.MULTILINE)
+    output = capsys.readouterr().out
+    assert "default: []" not in output
+    examples = re.findall(rf"^  (?:python|accelerate .*) -m {re.escape(name)}( .*)?$", output, re.MULTILINE)
     assert examples
     parser = options_module.parser if name == "eval.run" else program.parser
     for example in examples:
@@ -1523,7 +1523,7 @@ def test_speedup_is_a_ratio_of_interleaved_times():
     full = {"a": record(2.0), "b": record(4.0), "c": record(9.0), "d": record(9.0, timed=False)}
     full["e"] = record(9.0, batch=1)
     own = {"a": record(1.0), "b": record(2.0), "c": record(1.0, run="two"), "d": record(1.0, timed=False)}
-    own["e"] = record(1.0, batch=1)  # a rest, which costs more a picture
+    own["e"] = record(1.0, batch=1)  # a rest, which costs more an image
     speed = summary.timing_summary(full, own)
     assert speed["speedup"] == {"median": 2.0, "mean": 2.0, "p5": 2.0, "p95": 2.0, "n": 2}
     assert (speed["seconds"]["mean"], speed["seconds"]["n"]) == (1.5, 2)  # of the same batches
