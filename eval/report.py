@@ -12,7 +12,7 @@ from .methods.method import BASELINE
 from .methods.registry import BASELINE_ALIAS
 from .reporting import pareto, pareto_plot
 from .reporting.html import GRID_ROWS, grid
-from .reporting.results import draw, joined, with_times
+from .reporting.results import merge_runs, with_times, write_report
 from .reporting.tables import markdown, markdown_against, with_rows
 
 EXAMPLES = """examples:
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
             check_place(place, f"--{name}")
     if len(options.out) > 1 and part in ("", "grid"):
         raise EvalError(f"{'--grid' if part else 'the whole report'} shows the images of one folder")
-    found, images = joined(options.out)
+    found, images = merge_runs(options.out)
     if options.times:
         found = with_times(found, out, options.times)
     found = with_rows(found, [BASELINE.name if row == BASELINE_ALIAS else row for row in options.rows])
@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
     elif options.grid:
         write(options.grid, png(grid(out, found, images, options.first or GRID_ROWS)))
     else:
-        draw(out)
+        write_report(out)
         print(f"wrote {out / 'report.html'} and {out / 'grid.png'}", file=sys.stderr)
     return 0
 

@@ -203,11 +203,11 @@ def test_two_runs_of_a_grid_merge_into_the_whole(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """So that a grid may grow: what is on the frontier is decided among all its rows, not within each run."""
-    monkeypatch.setattr(results_module, "draw", lambda out: None)  # the images are not what is asked for here
+    monkeypatch.setattr(results_module, "write_report", lambda out: None)  # the images are not what is asked for here
     found, images = results_module.read(swept)
     low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25)
     high = part(swept, tmp_path / "high", lambda row: row["ratio"] != 0.25)
-    both, their_images = results_module.joined([low, high])
+    both, their_images = results_module.merge_runs([low, high])
     assert sorted(row["key"] for row in both["rows"]) == sorted(row["key"] for row in found["rows"])
     assert sorted(i["key"] + i["id"] for i in their_images) == sorted(i["key"] + i["id"] for i in images)
     front = {point.row["key"] for point in pareto.best(found)[2]}
@@ -232,7 +232,7 @@ def test_merge_prefers_measured_rows_to_skipped_ones(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a package was not there yet; and one that both skipped is content once."""
-    monkeypatch.setattr(results_module, "draw", lambda out: None)
+    monkeypatch.setattr(results_module, "write_report", lambda out: None)
     found, _ = results_module.read(swept)
     low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25)
     high = part(swept, tmp_path / "high", lambda row: row["ratio"] != 0.25)
@@ -241,7 +241,7 @@ def test_merge_prefers_measured_rows_to_skipped_ones(
         rows = [*results_module.read(out)[0]["rows"], *some]
         content, images = results_module.read(out)
         results_module.save(out, {**content, "rows": rows}, Scores(rows, images, []))
-    both, images = results_module.joined([low, high])
+    both, images = results_module.merge_runs([low, high])
     assert sorted(row["key"] for row in both["rows"]) == sorted([*(row["key"] for row in found["rows"]), "gone"])
     assert [row["key"] for row in both["rows"] if "skipped" in row] == ["gone"]
     assert any(image["key"] == "todo" for image in images)
@@ -251,7 +251,7 @@ def test_times_can_be_taken_from_another_run(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Rows of a grid that grew were not generated beside the baseline, and say nothing of speed themselves."""
-    monkeypatch.setattr(results_module, "draw", lambda out: None)
+    monkeypatch.setattr(results_module, "write_report", lambda out: None)
     low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25, gain=2)
     high = part(swept, tmp_path / "high", lambda row: row["ratio"] != 0.25, gain=3)
     speed = part(swept, tmp_path / "speed", lambda row: row["method"] != "todo", gain=4, n=3, device="another machine")
@@ -330,7 +330,7 @@ def test_rows_without_the_baseline_have_no_times(swept: Path) -> None:
 def test_merge_refuses_other_images(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(results_module, "draw", lambda out: None)
+    monkeypatch.setattr(results_module, "write_report", lambda out: None)
     low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25)
     other = part(swept, tmp_path / "other", lambda row: row["ratio"] != 0.25)
     found, images = results_module.read(other)
@@ -343,7 +343,7 @@ def test_merge_refuses_other_images(
 def test_merge_refuses_other_settings_or_metrics(
     swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(results_module, "draw", lambda out: None)
+    monkeypatch.setattr(results_module, "write_report", lambda out: None)
     low = part(swept, tmp_path / "low", lambda row: row["ratio"] == 0.25)
     other = part(swept, tmp_path / "other", lambda row: row["ratio"] != 0.25, device="another")
     assert report_module.main([str(low), str(other), "--pareto"]) == 2

@@ -293,12 +293,12 @@ def test_limit_is_shown_with_the_results(tiny):
     assert run_module.main([*tiny, "--limit", "2", "--out", "out"]) == 0
     found = files.read_json(Path("out/results.json"))
     assert (found["settings"]["n"], found["settings"]["of"]) == (2, len(PROMPTS))
-    assert "2 pictures of 5" in tables.circumstances(found)
+    assert "2 pictures of 5" in tables.run_header(found)
 
 
 def test_json_keeps_stdout_for_the_results(tiny, capsys, monkeypatch):
-    draw = results_module.draw
-    monkeypatch.setattr(results_module, "draw", lambda out: (print("a library that talks"), draw(out)))
+    draw = results_module.write_report
+    monkeypatch.setattr(results_module, "write_report", lambda out: (print("a library that talks"), draw(out)))
     assert run_module.main([*tiny, "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["rows"][1]["method"] == "tofu"
@@ -636,8 +636,8 @@ def test_seconds_measured_under_two_drivers_are_reported(tiny, monkeypatch):
     for driver, limit in (("1", "2"), ("2", "4")):
         monkeypatch.setattr(provenance, "runtime", lambda _, driver=driver: {"driver": driver})
         assert run_module.main([*tiny, "--limit", limit, "--out", "out"]) == 0
-        notes = tables.notes(files.read_json(Path("out/results.json")))
-        assert ("Seconds are of pictures drawn under driver 1; and driver 2." in notes) == (driver == "2")
+        footnotes = tables.footnotes(files.read_json(Path("out/results.json")))
+        assert ("Seconds are of pictures drawn under driver 1; and driver 2." in footnotes) == (driver == "2")
 
 
 @pytest.mark.parametrize("error", [AttributeError("no pip"), OSError("no such program"), RuntimeError("CUDA is busy")])
@@ -1110,18 +1110,18 @@ def test_other_runtime_errors_are_not_reported_as_out_of_memory(tiny, monkeypatc
 
 def test_footnotes_on_few_images_and_memory(finished):
     found = json.loads(json.dumps(finished[1]))
-    output = "\n".join(tables.notes(found))
+    output = "\n".join(tables.footnotes(found))
     assert f"FD-judge: from n={len(PROMPTS)} pictures in 3 dimensions. It is biased upwards" in output
     assert "n/a off CUDA" in output
     row = found["rows"][1]
     row |= {"peak_bytes": 3 * 2**20, "held_bytes": 5 * 2**20}
     row["metrics"]["KID"] = {**row["metrics"]["FD-judge"], "n": 999}
     found["metrics"].append({**next(m for m in found["metrics"] if m["name"] == "FD-judge"), "name": "KID"})
-    output = "\n".join(tables.notes(found))
+    output = "\n".join(tables.footnotes(found))
     assert "KID: from n=999 pictures; under 1,000" in output
     assert "beyond the 5 MiB that the model itself holds" in output
     row["metrics"]["KID"]["n"] = 1000
-    assert "KID: from" not in "\n".join(tables.notes(found))
+    assert "KID: from" not in "\n".join(tables.footnotes(found))
 
 
 # --- two runs ---------------------------------------------------------------------------------------------------------

@@ -64,7 +64,9 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> RunResult:
     found = measure_and_save(images, metadata)
     if found is None:
         return RunResult(images.out)
-    incomplete = some_skipped or any("skipped" in metric for metric in found["metrics"]) or bool(tables.flaws(found))
+    incomplete = (
+        some_skipped or any("skipped" in metric for metric in found["metrics"]) or bool(tables.image_warnings(found))
+    )
     return RunResult(
         images.out,
         results=found,

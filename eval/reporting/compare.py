@@ -15,7 +15,7 @@ from ..common.files import listed
 from ..images.output_dir import DERIVED
 from ..methods.method import BASELINE
 from . import results
-from .tables import commits, flaws, gained, gap, label, measured, short, spent, unlike
+from .tables import batch_warnings, commits, gained, image_warnings, label, measured, paired_difference, short, spent
 
 SAME = (
     *("model", "variant", "prompts", "seed", "size", "steps", "guidance", "dtype", "batch", "attention", "n"),
@@ -53,7 +53,7 @@ def compare(a: Path, b: Path) -> Comparison:
         EvalError: the runs cannot be compared; the message names what differs.
     """
     (first, first_images), (second, second_images) = results.read(a), results.read(b)
-    results.alike(a, first, b, second, SAME)
+    results.check_comparable(a, first, b, second, SAME)
     differences = _differences(first, second)
     environment = {*ENVIRONMENT, *_of_generating_runs(first, "runtime"), *_of_generating_runs(second, "runtime")}
     same_environment = not differences.keys() & environment
@@ -72,7 +72,11 @@ def compare(a: Path, b: Path) -> Comparison:
         rows += [_metric_row(row, other, metric, own, list(theirs.values())) for metric in shared]
     if not rows:
         raise EvalError(f"{a.name} and {b.name} have no method in common")
-    warnings = [f"{out.name}: {line}" for out, run in ((a, first), (b, second)) for line in (*flaws(run), *unlike(run))]
+    warnings = [
+        f"{out.name}: {line}"
+        for out, run in ((a, first), (b, second))
+        for line in (*image_warnings(run), *batch_warnings(run))
+    ]
     return Comparison(differences, rows, measured(shared), warnings)
 
 
@@ -116,7 +120,7 @@ def _metric_row(
         "figure": metric["name"],
         "a": short(a["metrics"].get(metric["name"]), metric["digits"]),
         "b": short(b["metrics"].get(metric["name"]), metric["digits"]),
-        "b - a": gap(b_images, a_images, metric) if metric["per_image"] else "–",
+        "b - a": paired_difference(b_images, a_images, metric) if metric["per_image"] else "–",
     }
 
 

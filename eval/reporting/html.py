@@ -17,7 +17,7 @@ from ..images.merge_maps import FOLDER, fit
 from ..images.settings import image_path
 from ..methods.method import BASELINE
 from . import pareto, pareto_plot, plots
-from .tables import circumstances, label, notes, table
+from .tables import footnotes, label, run_header, table
 
 PAIRS = 10  # shown of each method: the worst and the best
 GRID_ROWS = 6
@@ -67,8 +67,8 @@ def html(out: Path, results: dict[str, Any], images: list[dict[str, str]]) -> st
         ranked_by=ranking(results),
         magnify=MAGNIFY,
         label=label,
-        circumstances=circumstances(results),
-        notes=notes(results),
+        run_header=run_header(results),
+        footnotes=footnotes(results),
         many=MANY,
         front={point.row["key"] for point in front},
         front_of=front_of,

@@ -14,7 +14,18 @@ from tofu_sd import TokenFusionConfig, recipes
 from .. import EvalError
 from ..methods.method import BASELINE, OTHER_SEEDS
 from ..methods.registry import fusion_fields
-from .tables import circumstances, commands, flaws, full_row, gained, label, measured, short, timing, unlike
+from .tables import (
+    baseline_row,
+    batch_warnings,
+    commands,
+    gained,
+    image_warnings,
+    label,
+    measured,
+    run_header,
+    short,
+    timing,
+)
 
 
 @dataclass(frozen=True)
@@ -56,12 +67,12 @@ def compared(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def without_cost(results: dict[str, Any], cost: Cost) -> list[str]:
     """The methods whose cost was not measured."""
-    return [label(row) for row in compared(results) if cost.of(row, full_row(results)) is None]
+    return [label(row) for row in compared(results) if cost.of(row, baseline_row(results)) is None]
 
 
 def points(results: dict[str, Any], cost: Cost, metric: dict[str, Any]) -> list[Point]:
     """The methods whose cost and metric were measured."""
-    baseline = full_row(results)
+    baseline = baseline_row(results)
     measured_points = []
     for row in compared(results):
         figure = row["metrics"].get(metric["name"])
@@ -131,7 +142,9 @@ def best(results: dict[str, Any], by: str | None = None) -> tuple[Cost, dict[str
 def markdown(results: dict[str, Any], by: str | None = None) -> str:
     """A table of the Pareto-optimal methods and the call for each; below it those that were not compared."""
     cost, _, front = best(results, by)
-    shown = [m for m in results["metrics"] if "skipped" not in m and (m in metrics_shown(results) or m["name"] == "PSNR")]
+    shown = [
+        m for m in results["metrics"] if "skipped" not in m and (m in metrics_shown(results) or m["name"] == "PSNR")
+    ]
     titles = [f"{m['name']} {'↓' if m['lower_is_better'] else '↑'}" for m in shown]
     lines = [f"| method | {cost.title} | speed-up | {' | '.join(titles)} | call |"]
     lines += ["|---|--:|--:|" + "--:|" * len(shown) + "---|"]
@@ -140,7 +153,13 @@ def markdown(results: dict[str, Any], by: str | None = None) -> str:
         cells += [short(point.row["metrics"].get(m["name"]), m["digits"]) for m in shown]
         lines.append(f"| {label(point.row)} | {' | '.join(cells)} | {call(point.row)} |")
     optimal = {**results, "rows": [point.row for point in front]}
-    footnotes = [circumstances(results) + ".", timing(optimal), *measured(shown), *flaws(results), *unlike(results)]
+    footnotes = [
+        run_header(results) + ".",
+        timing(optimal),
+        *measured(shown),
+        *image_warnings(results),
+        *batch_warnings(results),
+    ]
     if not front:
         footnotes.append("No method costs less than the baseline.")
     if missing := without_cost(results, cost):

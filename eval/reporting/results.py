@@ -55,11 +55,11 @@ def save(out: Path, found: dict[str, Any], scores: Scores) -> dict[str, Any]:
     found = {**found, "per_image_sha256": spreadsheet.digest(content)}
     write(out / PER_IMAGE, content)
     write(out / RESULTS, to_json(found))
-    draw(out)
+    write_report(out)
     return found
 
 
-def draw(out: Path) -> None:
+def write_report(out: Path) -> None:
     """report.html and grid.png from the files in `out`."""
     found, images = read(out)
     write(out / "grid.png", png(grid(out, found, images, GRID_ROWS)))
@@ -135,7 +135,7 @@ def _schema() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(read_json(Path(__file__).parent / "results.schema.json"))
 
 
-def alike(a: Path, first: dict[str, Any], b: Path, second: dict[str, Any], names: Sequence[str]) -> None:
+def check_comparable(a: Path, first: dict[str, Any], b: Path, second: dict[str, Any], names: Sequence[str]) -> None:
     """EvalError where the figures of two runs must not stand side by side: settings of these names, or how a metric is
     measured, differ."""
     cannot = f"{a.name} and {b.name} cannot be compared"
@@ -154,7 +154,7 @@ def alike(a: Path, first: dict[str, Any], b: Path, second: dict[str, Any], names
             )
 
 
-def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
+def merge_runs(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The rows of several runs of the same settings as those of one; of a method that two have, the first one's.
 
     A row keeps the speed-up over the full model of its own run, beside which its seconds are of another one. EvalError
@@ -163,7 +163,7 @@ def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
     found, images = read(outs[0])
     for out in outs[1:]:
         other, its_images = read(out)
-        alike(outs[0], found, out, other, list(found["settings"]))
+        check_comparable(outs[0], found, out, other, list(found["settings"]))
         ids, others = ({image["id"] for image in some} for some in (images, its_images))
         if ids != others:
             raise EvalError(f"{outs[0].name} and {out.name} are of other pictures: {listed(sorted(ids ^ others))}")
@@ -202,7 +202,9 @@ def with_times(found: dict[str, Any], out: Path, times: Path) -> dict[str, Any]:
     has not timed has no times. EvalError where settings differ.
     """
     other, _ = read(times)
-    alike(out, found, times, other, [name for name in found["settings"] if name not in ("n", "of", "device")])
+    check_comparable(
+        out, found, times, other, [name for name in found["settings"] if name not in ("n", "of", "device")]
+    )
     timed = {row["key"]: row for row in other["rows"]}
     rows = [
         row if "skipped" in row else {**row, **dict.fromkeys(TIMES), **_times(timed.get(row["key"], {}))}

@@ -108,18 +108,18 @@ def _figure(figure: dict[str, Any] | None, digits: int, extent: tuple[float, flo
     equal = figure.get("infinite", 0)
     if figure["value"] is None:
         return Cell("∞" if equal else "–", f"{figure['nan']} NaN" if figure.get("nan") else "")
-    value, notes, bar = f"{figure['value']:.{digits}f}", [], None
+    value, footnotes, bar = f"{figure['value']:.{digits}f}", [], None
     if figure["low"] is not None:
-        notes.append(f"{figure['low']:.{digits}f}–{figure['high']:.{digits}f}")
+        footnotes.append(f"{figure['low']:.{digits}f}–{figure['high']:.{digits}f}")
         if extent is not None:
             a, b = extent
             low, high, at = (min(1.0, max(0.0, (figure[k] - a) / (b - a))) for k in ("low", "high", "value"))
             bar = (low, high, at) if a <= figure["value"] <= b else None
     if equal:
-        notes.append(f"{equal} equal")
+        footnotes.append(f"{equal} equal")
     if figure.get("nan"):
-        notes.append(f"{figure['nan']} NaN")
-    return Cell(value, ", ".join(notes), bar)
+        footnotes.append(f"{figure['nan']} NaN")
+    return Cell(value, ", ".join(footnotes), bar)
 
 
 def _extent(rows: list[dict[str, Any]], metric: str) -> tuple[float, float] | None:
@@ -132,7 +132,7 @@ def _extent(rows: list[dict[str, Any]], metric: str) -> tuple[float, float] | No
     return (low, high) if high > low else None
 
 
-def circumstances(found: dict[str, Any]) -> str:
+def run_header(found: dict[str, Any]) -> str:
     """One line without which the figures mean nothing."""
     s = found["settings"]
     guidance = "default" if s["guidance"] is None else s["guidance"]
@@ -162,7 +162,7 @@ def commands(found: dict[str, Any]) -> str:
 SECONDS = frozenset({"s/image", "denoising"})
 
 
-def notes(found: dict[str, Any], shown: Collection[str] | None = None) -> list[str]:
+def footnotes(found: dict[str, Any], shown: Collection[str] | None = None) -> list[str]:
     """What has to be said below the table. shown: the titles of its columns, where it has not all of them."""
     seconds = shown is None or not SECONDS.isdisjoint(shown)
     timed = seconds or "speed-up" in (shown or ())
@@ -171,7 +171,7 @@ def notes(found: dict[str, Any], shown: Collection[str] | None = None) -> list[s
         lines[0] += f" {timing(found)}"
     lines += measured(found["metrics"])
     lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
-    lines += [*flaws(found), *unlike(found)]
+    lines += [*image_warnings(found), *batch_warnings(found)]
     lacking = (
         "it is not in the run that times are of"
         if "timing" in found["provenance"]
@@ -200,7 +200,7 @@ def measured(metrics: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def unlike(found: dict[str, Any]) -> list[str]:
+def batch_warnings(found: dict[str, Any]) -> list[str]:
     """Of pictures that differ from the full model's by more than their method."""
     return [
         f"{label(row)}: {row['other_batch']} of {row['n']} pictures were drawn in another batch than the full model's, "
@@ -210,7 +210,7 @@ def unlike(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def flaws(found: dict[str, Any]) -> list[str]:
+def image_warnings(found: dict[str, Any]) -> list[str]:
     """Of pictures that are none, whose metrics say nothing: two black ones are equal.
 
     The full model's are told wherever others are compared with them.
@@ -304,7 +304,7 @@ def terminal(found: dict[str, Any], console: Console) -> None:
         texts = [Text.assemble(c.value, "\n", (c.interval.replace("–", " – "), "dim")) for c in cells]
         drawn.add_row(label(row), *(texts or [Text("skipped", "dim")]))
     console.print(drawn)
-    for line in (circumstances(found), *notes(found)):
+    for line in (run_header(found), *footnotes(found)):
         console.print(line, style="dim", highlight=False, markup=False)
 
 
@@ -313,14 +313,14 @@ def method_column(drawn: RichTable, names: Sequence[str]) -> None:
     drawn.add_column("method", width=min(max(map(len, names)), LONG_NAME), overflow="fold")
 
 
-def markdown_rows(titles: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+def markdown_rows(titles: Sequence[str], lines: Sequence[Sequence[str]], footnotes: Sequence[str]) -> str:
     """A table for a page, of texts; the first column is left-aligned."""
     head = ["| " + " | ".join(titles) + " |", "|---|" + "--:|" * (len(titles) - 1)]
-    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines), "", *notes]) + "\n"
+    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines), "", *footnotes]) + "\n"
 
 
 def terminal_rows(
-    title: str, titles: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str], console: Console
+    title: str, titles: Sequence[str], lines: Sequence[Sequence[str]], footnotes: Sequence[str], console: Console
 ) -> None:
     """The same for the terminal."""
     drawn = RichTable(title=title or None, box=SIMPLE_HEAD)
@@ -329,7 +329,7 @@ def terminal_rows(
     for line in lines:
         drawn.add_row(*map(_below, line))
     console.print(drawn)
-    for note in notes:
+    for note in footnotes:
         console.print(note, style="dim", highlight=False, markup=False)
 
 
@@ -342,10 +342,10 @@ def _below(text: str) -> str:
 def with_rows(found: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """The results with these rows alone, in this order; all of them where none are named."""
     rows = {label(row): row for row in found["rows"]}
-    return {**found, "rows": [rows[name] for name in known("row", labels, list(rows))], "full": full_row(found)}
+    return {**found, "rows": [rows[name] for name in known("row", labels, list(rows))], "full": baseline_row(found)}
 
 
-def full_row(found: dict[str, Any]) -> dict[str, Any]:
+def baseline_row(found: dict[str, Any]) -> dict[str, Any]:
     """The full model's, whether or not it is among those that are shown."""
     row: dict[str, Any] = found.get("full") or next(row for row in found["rows"] if row["key"] == BASELINE.slug)
     return row
@@ -368,7 +368,7 @@ def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
         lines.append(f"| {label(row)} | {' | '.join(texts[i] if texts else 'skipped' for i in chosen)} |")
     shown = {titles[i] for i in chosen}
     metrics = [m for m in found["metrics"] if not columns or m["name"] in shown or "skipped" in m]
-    lines += ["", circumstances(found) + ".", *notes({**found, "metrics": metrics}, shown if columns else None)]
+    lines += ["", run_header(found) + ".", *footnotes({**found, "metrics": metrics}, shown if columns else None)]
     return "\n".join([*lines, "", commands(found)]) + "\n"
 
 
@@ -398,12 +398,19 @@ def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], ba
     reference = {image["id"]: image for image in images if image["key"] == base}
     for key in (key for key in methods if key != base):
         own = [image for image in images if image["key"] == key]
-        lines.append(f"| {names[key]} | {' | '.join(gap(own, reference, metric) for metric in metrics)} |")
+        lines.append(
+            f"| {names[key]} | {' | '.join(paired_difference(own, reference, metric) for metric in metrics)} |"
+        )
     lines += ["", f"Each method minus {names[base]} on the same picture: mean and its 95 % interval.", ""]
-    return "\n".join([*lines, circumstances(found) + ".", *measured(metrics), *flaws(found), *unlike(found)]) + "\n"
+    return (
+        "\n".join([*lines, run_header(found) + ".", *measured(metrics), *image_warnings(found), *batch_warnings(found)])
+        + "\n"
+    )
 
 
-def gap(own: Sequence[dict[str, str]], reference: dict[str, dict[str, str]], metric: dict[str, Any]) -> str:
+def paired_difference(
+    own: Sequence[dict[str, str]], reference: dict[str, dict[str, str]], metric: dict[str, Any]
+) -> str:
     """The mean of own minus reference on the same pictures, by their ids, with its 95 % interval."""
     name, digits = metric["name"], metric["digits"]
     gaps = {image["id"]: float(image[name]) - float(reference[image["id"]][name]) for image in own}

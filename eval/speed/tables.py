@@ -74,7 +74,7 @@ def markdown(found: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
                 cells = [cell(row) for cell in columns.values()] + costs
             lines.append(f"| {row['method']} | {' | '.join(cells)} |")
         lines.append("")
-    lines += [circumstances(found)]
+    lines += [run_header(found)]
     if metrics:
         n = " or ".join(sorted(set(shown), key=int))
         lines += [f"PSNR, LPIPS: of {n} of the embedded model's pictures, against the full ones (docs/results.md)."]
@@ -94,7 +94,7 @@ def terminal(found: dict[str, Any], console: Console) -> None:
             else:
                 drawn.add_row(row["method"], *(cell(row) for cell in columns.values()))
         console.print(drawn)
-    console.print(circumstances(found), style="dim", highlight=False, markup=False)
+    console.print(run_header(found), style="dim", highlight=False, markup=False)
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], str]]:
@@ -125,7 +125,7 @@ def _ahead(own: Sequence[float], peer: Sequence[float]) -> str:
     return f"{sum(a < b for a, b in zip(own, peer, strict=True))} of {len(own)}"
 
 
-def circumstances(found: dict[str, Any]) -> str:
+def run_header(found: dict[str, Any]) -> str:
     """One line without which the figures mean nothing."""
     s, p = found["settings"], found["provenance"]
     return (
