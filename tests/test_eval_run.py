@@ -720,7 +720,7 @@ def test_measuring_alone_takes_no_other_settings(tiny, capsys, change, said):
 
 def test_pictures_of_other_code_are_not_called_missing(tiny, monkeypatch, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
-    monkeypatch.setattr(methods, "code", lambda: "newer")
+    monkeypatch.setattr(methods, "source_hash", lambda: "newer")
     assert run_module.main([*tiny, "--method", "tofu", "--metrics-only", "--out", "out"]) == 2
     assert "tofu-r50: 0000.png, 0001.png, 0002.png" in (error := capsys.readouterr().err)
     assert "were drawn by other code" in error

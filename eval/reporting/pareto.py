@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -282,7 +282,7 @@ def how(row: dict[str, Any]) -> str:
     fusion = _fusion(row)
     if fusion is None or row["method"].startswith("deepcache"):
         return "–"
-    usual = {field.name: field.default for field in fields(TokenFusionConfig)} | {"ratio": fusion.ratio}
+    usual = {**vars(TokenFusionConfig()), "ratio": fusion.ratio}
     changed = {name: value for name, value in vars(fusion).items() if value != usual[name]}
     told = [f"{n}={getattr(v, '__name__', v)!r}" for n, v in changed.items()]
     return f"`apply_patch(pipe, {', '.join([f'{fusion.ratio:g}', *told])})`"
