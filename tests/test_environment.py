@@ -10,7 +10,6 @@ APPLY = "tofu_sd.apply_patch(None)"
 USES = [
     APPLY,
     "tofu_sd.demo.load()",
-    "tofu_sd.demo.judge()",
     "import research.demo_training.check",
     "import research.demo_training.train",
 ]
@@ -52,7 +51,7 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import tofu_sd
-from tofu_sd.hosts import ldm, options, patcher
+from tofu_sd.hosts import _model_patcher, _ui_options, ldm
 print("imported")
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -18,11 +18,13 @@ timm = pytest.importorskip("timm", reason="timm is not installed (it needs a tor
 from eval import EvalError  # noqa: E402
 from eval.reporting import pages  # noqa: E402
 from eval.reporting import tables as table  # noqa: E402
+from research.classifiers import classify as classify_module  # noqa: E402
 from research.classifiers import datasets as labelled  # noqa: E402
 from research.classifiers import evaluate as classify  # noqa: E402
+from research.classifiers import figures as figures_module  # noqa: E402
 from research.classifiers import methods as reductions  # noqa: E402
 from research.classifiers import models as classifiers  # noqa: E402
-from research.classifiers import train  # noqa: E402
+from research.classifiers import predictions, tables, train  # noqa: E402
 from research.demo_training.scenes import render  # noqa: E402
 from tofu_sd import demo  # noqa: E402
 from tofu_sd.core.reductions import mean, mlerp, prune  # noqa: E402
@@ -48,10 +50,17 @@ SMALL = [
 SHADES = 6  # classes of pictures that their brightness tells apart
 
 
+def everywhere(patch, name, value):
+    """Replaces a name in each module that uses it."""
+    for module in (classify, predictions, tables):
+        if hasattr(module, name):
+            patch.setattr(module, name, value)
+
+
 @pytest.fixture(autouse=True)
 def _set_by_few(monkeypatch):
     """Thresholds are searched for on as many pictures, again and again."""
-    monkeypatch.setattr(classify, "CALIBRATION", 16)
+    everywhere(monkeypatch, "CALIBRATION", 16)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +89,8 @@ def trained(pictures, tmp_path_factory):
 
 
 def run(trained, pictures, out, *more):
-    assert classify.main(["--model", trained, "--data", str(pictures / "val"), "--out", str(out), "--device", "cpu",
-                          "--rounds", "0", *more]) == 0  # fmt: skip
+    own = ["--model", trained, "--data", str(pictures / "val"), "--out", str(out), "--device", "cpu", "--rounds", "0"]
+    assert classify_module.main([*own, *more]) == 0
     return json.loads((out / "classify.json").read_text())
 
 
@@ -181,7 +190,7 @@ def test_a_classifier_that_cannot_be_patched_is_a_line(pictures, tmp_path, capsy
     assert train.main(["--out", str(tmp_path / "a"), *sizes]) == 0
     capsys.readouterr()
     asked = ["--model", str(tmp_path / "a"), "--data", str(pictures / "val"), "--device", "cpu"]
-    assert classify.main([*asked, "--out", str(tmp_path / "out")]) == 2
+    assert classify_module.main([*asked, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: --model ")
     assert "AdaptiVision has no blocks to fuse tokens in" in said
@@ -442,7 +451,7 @@ def test_a_method_that_loses_at_every_r_fuses_nothing(trained, pictures, tmp_pat
         fuses = method.told is not None and method.r != 0
         return replace(found, right=torch.zeros_like(found.right)) if fuses else found
 
-    monkeypatch.setattr(classify, "judge", losing)
+    everywhere(monkeypatch, "judge", losing)
     monkeypatch.setattr(classify, "CURVES", classify.CURVES[:1])
     asked = ["--limit", "6", "--stress", "--method", "atm@class_only=False,tome", "--r", "3,8"]
     full, *others = run(trained, pictures, tmp_path, *asked)["rows"]
@@ -456,7 +465,7 @@ def test_thresholds_are_set_by_pictures_that_are_not_judged(pictures):
 
     def held(n, calibration):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(classify, "CALIBRATION", calibration)
+            everywhere(patch, "CALIBRATION", calibration)
             batches = classify.Bench(data, n, 5, torch.device("cpu"), pictures).held()
             return torch.cat([labels for _, labels in batches]), torch.cat([shown for shown, _ in batches])
 
@@ -470,7 +479,7 @@ def test_thresholds_are_set_by_pictures_that_are_not_judged(pictures):
 
 
 def test_thresholds_are_set_to_the_operations_of_tome(trained, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(classify, "CALIBRATION", 64)  # what is met on 16 is missed by more on others
+    everywhere(monkeypatch, "CALIBRATION", 64)  # what is met on 16 is missed by more on others
     rows = by_label(run(trained, pictures, tmp_path, "--method", "tome,atm@class_only=False", "--r", "4,12"))
     for r in (4, 12):
         share = rows[f"atm@class_only=False, r = {r}"]["flops"] / rows[f"tome, r = {r}"]["flops"]
@@ -520,7 +529,7 @@ def test_thresholds_at_r_0_fuse_nothing_and_are_drawn_so(trained, pictures, tmp_
 
 def test_what_was_judged_is_not_judged_again(trained, pictures, tmp_path, monkeypatch):
     first = run(trained, pictures, tmp_path, "--method", "tome", "--r", "8")
-    monkeypatch.setattr(classify, "judge", None)  # is not called
+    everywhere(monkeypatch, "judge", None)  # is not called
     assert run(trained, pictures, tmp_path, "--method", "tome", "--r", "8")["rows"] == first["rows"]
 
 
@@ -538,9 +547,9 @@ def test_under_stress_each_method_fuses_the_most_that_loses_nothing(
         found = judge(model, method, *rest)
         return replace(found, right=torch.zeros_like(found.right)) if method.r in loses else found
 
-    monkeypatch.setattr(classify, "judge", losing)
+    everywhere(monkeypatch, "judge", losing)
     monkeypatch.setattr(classify, "CURVES", classify.CURVES[:1])
-    monkeypatch.setattr(classify, "_kept", lambda *_: None)  # thresholds can be the same at several r
+    monkeypatch.setattr(predictions, "_kept", lambda *_: None)  # thresholds can be the same at several r
     few = ["--method", "tome,tofu,atm", "--stress", "--limit", "24", *asked]
     found = run(trained, pictures, tmp_path, *few)
     full, *others = found["rows"]
@@ -582,8 +591,8 @@ def test_it_is_timed_in_turns_and_drawn(trained, pictures, tmp_path):
 
 def test_a_narrow_terminal_loses_no_figure(capsys):
     """Cells were cut to end in three dots."""
-    found = classify.read(Path(__file__).parents[1] / "benchmarks" / "results" / "classify-demo")
-    table.terminal_rows("", *classify.cells(found), [], Console(width=100))
+    found = tables.read(Path(__file__).parents[1] / "benchmarks" / "results" / "classify-demo")
+    table.terminal_rows("", *tables.cells(found), [], Console(width=100))
     shown = capsys.readouterr().out
     assert "…" not in shown
     assert "(0.00136" in shown
@@ -594,9 +603,9 @@ def test_a_group_is_shown_in_its_mean_colour():
     picture = torch.zeros(3, 8, 8)
     picture[:, :, 4:] = 1
     home = torch.tensor([[0, 0, 1, 1]] * 2 + [[0, 0, 2, 2]] * 2).flatten()  # patches of 2 pixels
-    drawn = classify.outlined(picture, home)
+    drawn = figures_module.outlined(picture, home)
     assert set(drawn.unique().tolist()) == {0, 1}
-    mixed = classify.outlined(picture, torch.zeros(16, dtype=torch.long))
+    mixed = figures_module.outlined(picture, torch.zeros(16, dtype=torch.long))
     assert torch.allclose(mixed, torch.full_like(mixed, 0.5))
 
 
@@ -615,13 +624,13 @@ def test_the_table_of_a_folder_is_a_page_s(trained, pictures, tmp_path, capsys):
         "| 0", "| 1", "| 2", "| 3",
     ]  # fmt: skip
     capsys.readouterr()
-    assert classify.main(["--table", str(tmp_path), "--rows", "tome, r = 8"]) == 0
+    assert classify_module.main(["--table", str(tmp_path), "--rows", "tome, r = 8"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines if line.startswith("| ")][1:] == ["| full", "| tome, r = 8"]
-    assert classify.main(["--table", str(tmp_path), "--rows", "tome, r = 9"]) == 2
+    assert classify_module.main(["--table", str(tmp_path), "--rows", "tome, r = 9"]) == 2
     assert "no row 'tome, r = 9' (did you mean 'tome, r = 8'?)" in capsys.readouterr().err
     for what, axis in (("--table", "features moved"), ("--linearity", "functional linearity")):
-        assert classify.main([what, str(tmp_path), "--plot", str(tmp_path / "drawn.svg")]) == 0
+        assert classify_module.main([what, str(tmp_path), "--plot", str(tmp_path / "drawn.svg")]) == 0
         assert axis in (tmp_path / "drawn.svg").read_text()
 
 
@@ -651,7 +660,7 @@ def test_what_cannot_be_is_told_in_a_line_before_anything_is_written(
 ):
     out = tmp_path / "out"
     before = ["--model", trained, "--data", str(pictures / "val"), "--out", str(out), "--device", "cpu"]
-    assert classify.main([*before, *options]) == 2
+    assert classify_module.main([*before, *options]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert not out.exists()
@@ -667,14 +676,14 @@ def test_what_cannot_be_is_told_in_a_line_before_anything_is_written(
     ],
 )
 def test_what_is_shown_of_a_folder_takes_no_more_than_it_needs(capsys, options, said):
-    assert classify.main(options) == 2
+    assert classify_module.main(options) == 2
     assert said in capsys.readouterr().err
 
 
 def test_a_classifier_of_other_classes_is_refused(trained, pictures, tmp_path, capsys):
     few = tmp_path / "few"
     shutil.copytree(pictures / "val" / "shade0", few / "shade0")
-    assert classify.main(["--model", trained, "--data", str(few), "--device", "cpu"]) == 2
+    assert classify_module.main(["--model", trained, "--data", str(few), "--device", "cpu"]) == 2
     assert "'few' has 1 classes, and '0' tells 6 apart" in capsys.readouterr().err
 
 
@@ -682,10 +691,10 @@ def test_a_broken_folder_of_weights_is_named(trained, tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(trained.split(",")[0], broken)
     (broken / classifiers.WEIGHTS).write_bytes(b"no weights")
-    assert classify.main(["--model", str(broken), "--device", "cpu"]) == 2
+    assert classify_module.main(["--model", str(broken), "--device", "cpu"]) == 2
     assert "cannot read the weights of 'broken'" in capsys.readouterr().err
     (broken / classifiers.ABOUT).unlink()
-    assert classify.main(["--model", str(broken), "--device", "cpu"]) == 2
+    assert classify_module.main(["--model", str(broken), "--device", "cpu"]) == 2
     assert "the folder 'broken' holds no classifier" in capsys.readouterr().err
 
 

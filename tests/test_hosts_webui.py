@@ -346,7 +346,7 @@ def test_an_axis_of_a_grid_sets_an_option_and_switches_it_on(program):
     program.host.add_axes()  # the screen is built again
     axes = {axis.label: axis for axis in grid.axis_options}
     assert len(axes) == len(grid.axis_options) == len(NAMES)
-    assert axes["[ToFu] Keys only"].choices() == ["False", "True"]
+    assert axes["[ToFu] Kv only"].choices() == ["False", "True"]
     assert axes["[ToFu] Early"].choices() == ["prune", "mean", "mlerp"]
     assert [a.label for a in grid.axis_options if type(a) is webui_host.AxisOptionTxt2Img] == ["[ToFu] Hires ratio"]
     axes["[ToFu] Ratio"].confirm(None, [0.0, 0.25, 0.75])
@@ -357,10 +357,10 @@ def test_an_axis_of_a_grid_sets_an_option_and_switches_it_on(program):
     whole = webui_host.Processing(program)
     p = webui_host.cell(whole)
     axes["[ToFu] Ratio"].apply(p, axes["[ToFu] Ratio"].type("0.25"), None)
-    axes["[ToFu] Keys only"].apply(p, "True", None)
+    axes["[ToFu] Kv only"].apply(p, "True", None)
     found, p = program.draw(off(program), p=p)
     assert torch.equal(found, program.draw(args(program, ratio=0.25, kv_only=True))[0])
-    assert webui_host.saved(p) == "ToFu ratio: 0.25, ToFu early: prune, ToFu late: mlerp, ToFu keys only: True"
+    assert webui_host.saved(p) == "ToFu ratio: 0.25, ToFu early: prune, ToFu late: mlerp, ToFu kv only: True"
     assert not hasattr(whole, program.host.AXES)
 
 

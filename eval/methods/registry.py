@@ -167,7 +167,9 @@ def _stacked(name: str, spec: MethodSpec, outer: str, inner: Method) -> Method:
     identity = {**inner.identity, **{f"{outer} {key}": value for key, value in spec.identity.items()}}
     apply = partial(spec.apply, inner=inner.apply)
     period = math.lcm(spec.period, inner.period)
-    return Method(name, slug, inner.ratio, identity, apply, inner.fusion, period=period, needs_full_unet=True)
+    return Method(
+        name, slug, inner.ratio, identity, apply, inner.fusion, period=period, needs_full_unet=True, check=inner.check
+    )
 
 
 def _from_file(name: str, ratio: float) -> Method:

@@ -37,7 +37,7 @@ from . import datasets as labelled
 from . import models as classifiers
 from .datasets import Labelled
 from .figures import maps, plot
-from .methods import FULL, Method, parse
+from .methods import BASELINE, Method, parse
 from .models import Classifier
 from .predictions import Bench, Judged, judge
 from .tables import CALIBRATION, CURVES, FRESH, RS, SCHEMA, spread
@@ -88,11 +88,11 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     out = options.out or Path("runs") / f"classify-{Path(options.model.partition(',')[0]).name}"
     bench = Bench(data, n, options.batch, device, out)
     if tried:
-        full = Entry.of(bench, models, FULL)
-        best = [most_saving(bench, models, method, full, tried) for method in chosen if method is not FULL]
+        full = Entry.of(bench, models, BASELINE)
+        best = [most_saving(bench, models, method, full, tried) for method in chosen if method is not BASELINE]
         entries = [full, *best]
     else:
-        entries = [Entry.of(bench, models, method) for method in dict.fromkeys([FULL, *chosen])]
+        entries = [Entry.of(bench, models, method) for method in dict.fromkeys([BASELINE, *chosen])]
     time_in_turns(bench, models[0], entries, options.rounds)
     rows = [entry.row(entries, bench.groups(), min(n, options.batch)) for entry in entries]
     told |= {"process_mib": None, "ended": provenance.now()}
@@ -211,7 +211,7 @@ def settle(bench: Bench, one: Classifier, method: Method) -> Method:
     if not method.adaptive or method.r is None:
         return method
     if method.r == 0:
-        return FULL
+        return BASELINE
     held = bench.held()
 
     def judged(asked: Method) -> Judged:
@@ -226,7 +226,7 @@ def settle(bench: Bench, one: Classifier, method: Method) -> Method:
         return method.falling(curve, math.exp(high))
 
     aim = judged(parse("tome", [method.r], len(host.find_blocks(one.model)))[0]).flops
-    full = judged(FULL).seen
+    full = judged(BASELINE).seen
     tried = [(m, judged(m)) for m in map(scaled, CURVES)]
     reached = [(m, found) for m, found in tried if found.flops <= aim]  # one that cannot fuse as much moves less
     if not reached:

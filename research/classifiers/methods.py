@@ -69,7 +69,7 @@ class Method:
             host.remove_patch(model)
 
 
-FULL = Method("full")
+BASELINE = Method("full")
 
 
 def parse(names: str, rs: Sequence[int], layers: int) -> list[Method]:
@@ -88,10 +88,10 @@ def parse(names: str, rs: Sequence[int], layers: int) -> list[Method]:
 
 
 def _one(name: str, r: int, layers: int) -> Method:
-    if name == FULL.name:
-        return FULL
+    if name == BASELINE.name:
+        return BASELINE
     recipe, *changes = name.split("@")
-    if recipe == FULL.name:
+    if recipe == BASELINE.name:
         raise EvalError(f"{recipe!r} takes no options, and {name!r} gives some")
     try:
         options = dict(recipes.option(change, name) for change in changes)
@@ -100,7 +100,7 @@ def _one(name: str, r: int, layers: int) -> Method:
             fixed = _of_pattern(recipe, pattern, layers, {"r": r, **options})
             return Method(name, fixed, fixed.r)
         if recipe not in RECIPES:
-            known = [FULL.name, *RECIPES]
+            known = [BASELINE.name, *RECIPES]
             raise EvalError(
                 f"unknown method {recipe!r}{did_you_mean(recipe, known)}; known: {', '.join(known)}, or a word of P, A "
                 "and M, a letter a layer; each with any @option=value behind it"

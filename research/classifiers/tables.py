@@ -14,7 +14,7 @@ from eval.common import formats
 from eval.reporting.tables import known
 from tofu_sd.patching.linearity import best_split
 
-from .methods import FULL
+from .methods import BASELINE
 
 SCHEMA = 1
 FRESH = 40  # scenes a class
@@ -40,8 +40,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def read(out: Path) -> dict[str, Any]:
     found = formats.read(out / "classify.json", formats.CLASSIFY, SCHEMA, "research.classifiers.classify", out.name)
-    if not any(row["method"] == FULL.name for row in found["rows"]):
-        raise EvalError(f"{out.name} holds no results of research.classifiers.classify: there is no row {FULL.name!r}")
+    if not any(row["method"] == BASELINE.name for row in found["rows"]):
+        raise EvalError(
+            f"{out.name} holds no results of research.classifiers.classify: there is no row {BASELINE.name!r}"
+        )
     if len({len(layers) for layers in found["linearity"]}) > 1:
         raise EvalError(f"{out.name} holds no results of classifiers: linearity is of classifiers of unequal depth")
     return found
@@ -50,12 +52,12 @@ def read(out: Path) -> dict[str, Any]:
 def named(rows: list[dict[str, Any]], labels: Sequence[str]) -> list[dict[str, Any]]:
     """The rows of these labels, in this order; all where none are named. The full model's always comes first."""
     by_label = {row["label"]: row for row in rows}
-    return [by_label[label] for label in dict.fromkeys([FULL.name, *known("row", labels, list(by_label))])]
+    return [by_label[label] for label in dict.fromkeys([BASELINE.name, *known("row", labels, list(by_label))])]
 
 
 def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(titles, the texts of each row)."""
-    full = next(row for row in found["rows"] if row["method"] == FULL.name)
+    full = next(row for row in found["rows"] if row["method"] == BASELINE.name)
     titles = ["method", "accuracy, %", "features moved, 10⁻³", "GFLOP / image", "of the full model's", "tokens left"]
     ahead = any(row["ahead_of_tome"] for row in found["rows"])
     timed = any(row["speedup"] for row in found["rows"])

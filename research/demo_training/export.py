@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from .networks import build_scheduler
-
-# isort: split
-# after .model, which says in words what is wrong with an installation that cannot import these
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-
 from .recipe import Recipe
 from .stages import Denoiser
 

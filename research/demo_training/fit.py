@@ -14,10 +14,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# isort: split
-# after .model, which says in words what is wrong with an installation that cannot import these
-
-
 CHECKPOINT_SECONDS = 120
 
 

@@ -15,10 +15,6 @@ from tofu_sd.demo.scene_classes import CLASSES, MATERIALS, SETTINGS, SHAPES
 from . import textures
 from .scenes import render
 
-# isort: split
-# after .model, which says in words what is wrong with an installation that cannot import these
-
-
 CROP = 96  # pixels a side of what the autoencoder is trained on, at full and at half size
 TEST_SEED = 10_000_000  # renders from here on are never trained on
 

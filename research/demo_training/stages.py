@@ -13,20 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tofu_sd.demo.classifier import Judge, perceptual_distance
 from tofu_sd.demo.tokenizer import build_tokenizer
 
-from .networks import build_scheduler, build_text_encoder, build_unet, build_vae
-
-# isort: split
-# after .model, which says in words what is wrong with an installation that cannot import these
-from diffusers import AutoencoderKL, DDIMScheduler
-from diffusers.training_utils import compute_snr
-
 from .fit import _autocast, _whole, fit
+from .networks import build_scheduler, build_text_encoder, build_unet, build_vae
 from .recipe import CONTENTS, CROP, TEST_SEED, Content, Recipe
 
 

@@ -24,14 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from tofu_sd.demo import WEIGHTS
 from tofu_sd.demo.classifier import Judge
-
-# isort: split
-# after .model, which says in words what is wrong with an installation that cannot import these
-from diffusers import AutoencoderKL
 
 from .export import export
 from .fit import _whole

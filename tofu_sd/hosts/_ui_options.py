@@ -47,7 +47,7 @@ class Option:
             if kind is int and read != float(value):
                 raise ValueError
         except (TypeError, ValueError, OverflowError):
-            what = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "a name")
+            what = {bool: "true or false", int: "an integer", float: "a number"}.get(kind, "a name")
             raise ValueError(f"{self.name} is {value!r}; it must be {what}") from None
         return read
 
