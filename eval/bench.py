@@ -32,6 +32,7 @@ EXAMPLES = """examples:
 
 
 def parser() -> Parser:
+    """The parser of eval.bench."""
     p = Parser(
         prog="python -m eval.bench",
         description="Time, memory and the share of the ideal saving, at the sizes of real models with random weights.",

@@ -22,6 +22,7 @@ EXAMPLES = """examples:
 
 
 def parser() -> Parser:
+    """The parser of eval.compare."""
     p = Parser(
         prog="python -m eval.compare",
         description="Two runs of eval.run side by side.",

@@ -17,6 +17,7 @@ EXAMPLES = """examples:
 
 
 def parser() -> Parser:
+    """The parser of eval.prompts."""
     p = Parser(
         prog="python -m eval.prompts",
         description="Print a list of prompts, one on each line.",

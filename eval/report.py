@@ -34,6 +34,7 @@ TAKES = {  # which of --rows, --columns, --by, --times and --first each part of 
 
 
 def parser() -> Parser:
+    """The parser of eval.report."""
     p = Parser(
         prog="python -m eval.report",
         description="Write the report of a run again, or print or plot a part of it.",

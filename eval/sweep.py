@@ -32,6 +32,7 @@ EXAMPLES = """examples:
 
 
 def parser() -> Parser:
+    """The parser of eval.sweep, without the options of eval.run."""
     p = Parser(
         prog="python -m eval.sweep",
         description="Quality against time over a grid of methods. Takes eval.run's options but --method, --suite.",

@@ -121,10 +121,12 @@ def remove_temp_files(folder: Path) -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, atomically."""
     write(path, to_json(value))
 
 
 def to_json(value: Any) -> str:
+    """A value as indented JSON. ValueError for NaN and infinity."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -199,6 +201,7 @@ def listed(names: Sequence[str], limit: int = 5) -> str:
 
 
 def png(image: Image.Image) -> bytes:
+    """An image as the content of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -23,10 +23,12 @@ def objects(**properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def or_null(shape: dict[str, Any]) -> dict[str, Any]:
+    """Schema of null or this shape."""
     return {"anyOf": [{"type": "null"}, shape]}
 
 
 def rows_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Schema of a list of at least one such row."""
     return {"type": "array", "items": row, "minItems": 1}
 
 

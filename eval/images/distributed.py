@@ -39,6 +39,7 @@ class Processes:
 
     @property
     def is_main_process(self) -> bool:
+        """Whether this process prints and writes results."""
         return self.process_index == 0
 
     def split_between_processes(self, work: Sequence[T]) -> Sequence[T]:

@@ -1,8 +1,9 @@
 """Requests and methods -> a PNG and a record each. A run that was interrupted resumes.
 
-    OUT/settings.json           the settings of every image in the folder
-    OUT/<method's slug>/<id>.png the image, and beside it <id>.json, its record
-    OUT/runs/<id>.json          command and environment of each run that generated some of them
+    OUT/settings.json             the settings of every image in the folder
+    OUT/<method's slug>/<id>.png  an image
+    OUT/<method's slug>/<id>.json its record
+    OUT/runs/<id>.json            command and environment of each run that generated some of them
 
 The list of requests fixes the batches. Methods are generated one after the other, the baseline first, so that each is
 complete as early as possible. A shared machine changes its speed within minutes, so in the first batches of each method

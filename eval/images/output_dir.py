@@ -14,7 +14,7 @@ from .records import load_record
 from .requests import Request
 from .settings import RUNS, Settings, image_path, record_path
 
-# what a run writes beside its images
+# what a run writes besides its images
 FILES = ("settings.json", "results.json", "per_image.csv", "report.html", "grid.png")
 FOLDERS = (RUNS, "measured", "flops", "maps")
 # settings that follow from others; where those differ too, they are named

@@ -114,9 +114,9 @@ KNOWN: dict[str, Callable[[int], list[Request]]] = {"demo": demo, "imagenet1k": 
 
 
 def repeat(requests: list[Request], per_prompt: int, of: int) -> list[Request]:
-    """Every request so many times; the first time as it was, so that a list asked for once begins a longer one.
+    """Every request `per_prompt` times; the list itself comes first, so that a longer list continues a shorter one.
 
-    Seeds count on by `of`, the length of the whole list, beyond those that `load_requests` gives it.
+    Each repetition adds `of`, the length of the whole list, to the seeds.
     """
     again = [
         Request(f"{request.id}_{k}", request.prompt, request.seed + k * of)

@@ -18,7 +18,7 @@ class Method:
 
     Args:
         name: as the user wrote it. slug: its folder. ratio: None for a method without one.
-        identity: all that decides its images beside the settings of the run.
+        identity: all that decides its images besides the settings of the run.
         apply: a context manager in which a pipeline generates by this method.
         fusion: the configuration of this package's own methods.
         seed_shift: added to every seed.

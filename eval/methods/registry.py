@@ -134,7 +134,7 @@ def _one(name: str, ratio: float) -> Method:
         stackable = " or ".join(f"{one}:" for one in known_methods(stackable=True))
         raise EvalError(
             f"unknown method {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}; this package's also with "
-            f"kv: before, +p behind and any @option=value at the end; {stackable} before another stacks the two; "
+            f"the prefix kv:, the suffix +p and any @option=value at the end; the prefix {stackable} stacks two methods; "
             "FILE.py:NAME loads one from a file"
         ) from error
     except (ValueError, TypeError) as error:
@@ -145,7 +145,7 @@ def _one(name: str, ratio: float) -> Method:
 def _of_config(name: str, fusion: TokenFusionConfig, source: dict[str, Any] | None = None) -> Method:
     """The method of a configuration of this package."""
     identity = {"fusion": repr(fusion_fields(fusion)), "code": source_hash(), **(source or {})}
-    name = "@".join(part for part in name.split("@") if not part.startswith("ratio="))  # shown beside it anyway
+    name = "@".join(part for part in name.split("@") if not part.startswith("ratio="))  # the ratio is shown anyway
     apply = partial(tofu_sd.patched, ratio=fusion)
     return Method(name, fusion.slug, fusion.ratio, identity, apply, fusion, period=fusion.match_interval)
 
@@ -215,7 +215,7 @@ def _load(path: Path) -> Any:
 
 @cache
 def _load_own_methods() -> None:
-    """Imports the files beside this one, each of which registers its method."""
+    """Imports the other files of this folder, each of which registers its method."""
     for file in sorted(Path(__file__).parent.glob("*.py")):
         if file.stem not in ("__init__", "registry", "method"):
             importlib.import_module(f"{__package__}.{file.stem}")

@@ -87,7 +87,7 @@ def measure(
 
     Args:
         setup: the model and its input.
-        chosen: the methods, beside the baseline and the ideal.
+        chosen: the methods, besides the baseline and the ideal.
         mode: of torch.compile; None for eager.
         rounds: samples of each method.
         device: where it runs.

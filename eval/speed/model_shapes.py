@@ -44,6 +44,7 @@ class Case:
 
     @property
     def latent(self) -> int:
+        """A side of the latent."""
         return self.pixels // 8
 
 

@@ -83,6 +83,7 @@ EXAMPLES = """examples:
 
 
 def parser() -> Parser:
+    """The parser of this command."""
     p = Parser(
         prog="python -m eval.speed.stand_in",
         description="Write a model of Stable Diffusion 1.5's sizes with random weights.",
