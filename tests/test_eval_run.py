@@ -25,6 +25,7 @@ from eval import compare as compare_module
 from eval import report as report_module
 from eval import run as run_module
 from eval.common import files, provenance
+from eval.common.schema_changes import convert
 from eval.evaluation import execute, plan, prepare
 from eval.evaluation import options as options_module
 from eval.images import distributed, flops, generate, merge_maps, output_dir
@@ -142,7 +143,7 @@ def test_results_match_the_json_schema(finished):
     committed = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*/results.json"))
     assert committed
     for path in committed:
-        checks.validate(files.read_json(path))
+        checks.validate(convert(files.read_json(path)))
     assert not checks.is_valid({**finished[1], "settings": {**finished[1]["settings"], "n": "5"}})
     assert not checks.is_valid({**finished[1], "more": 1})
 
@@ -324,7 +325,7 @@ def test_embedded_model_is_measured_by_the_demo_classifier(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--method", "tofuu"], "unknown method 'tofuu' (did you mean 'tofu'?); known: full, tofu, tofu-fast"),
+        (["--method", "tofuu"], "unknown method 'tofuu' (did you mean 'tofu'?); known: baseline, tofu, tofu-fast"),
         (["--method", "tofu,tomsd"], "'tomsd' (did you mean 'tomesd'?)"),
         (["--method", "tofu@level=2"], "'level' (did you mean 'levels'?)"),
         (["--method", ""], "unknown method ''"),
@@ -345,7 +346,10 @@ def test_embedded_model_is_measured_by_the_demo_classifier(tmp_path, monkeypatch
         (["--metrics", "psnr", "--lpips-net", "vgg"], "--lpips-net is for lpips, which --metrics does not include"),
         (["--metrics", "psnr", "--dino-model", "x"], "--dino-model is for dino, which --metrics does not include"),
         (["--maps", "--map-step", "2"], "--map-step is 2; there are 1 steps"),
-        (["--maps", "--method", "todo"], "--maps shows what this package's methods fuse, and --method asks for none"),
+        (
+            ["--maps", "--method", "todo"],
+            "--maps shows what this package's methods merge, and --method has none of them",
+        ),
         (
             ["--method", "hypertile", "--size", "72"],
             "hypertile cuts maps into 2 x 2 tiles, and this size gives one of 9 x 9",
@@ -418,9 +422,9 @@ def test_unloadable_model_prints_one_line(tmp_path, monkeypatch, capsys):
     [
         (
             "nobody/nothing",
-            "it is not on this machine, and huggingface.co, where it would come from, cannot be reached",
+            "it is not on this machine, and huggingface.co is unreachable",
         ),
-        ("./nowhere", "there is no such folder, and no model can have that id"),
+        ("./nowhere", "there is no such folder, and it is not a valid model id"),
     ],
 )
 def test_missing_model_and_damaged_model_have_different_messages(tmp_path, monkeypatch, capsys, model, said):
@@ -579,7 +583,7 @@ def test_safety_checker_is_not_loaded(monkeypatch):
 
     monkeypatch.setattr("diffusers.AutoPipelineForText2Image.from_pretrained", from_pretrained)
     with pytest.raises(EvalError, match="that is all"):
-        plan.load_model("someone/model", torch.device("cpu"), torch.float32)
+        prepare.load_model("someone/model", torch.device("cpu"), torch.float32)
     assert asked["safety_checker"] is None
     assert asked["requires_safety_checker"] is False
 
@@ -664,7 +668,7 @@ def test_limited_run_has_its_own_default_folder(tiny):
 def test_dry_run_prints_the_plan_and_writes_nothing(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--dry-run", "--out", "out"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "  full: 5 pictures, 0 of them drawn before",
+        "  baseline: 5 pictures, 0 of them drawn before",
         "  tofu-r50: 5 pictures, 0 of them drawn before",
     ]
     assert list(Path.cwd().iterdir()) == []
@@ -689,14 +693,14 @@ def test_method_that_is_not_installed_is_reported_before_generating(tiny, monkey
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (["--steps", "50"], "--steps is 50; out's were drawn with 1"),
-        (["--size", "512"], "--size is 512; out's were drawn with 64"),
-        (["--guidance", "9"], "--guidance is 9.0; out's were drawn with None"),
-        (["--dtype", "float16"], "--dtype is float16; out's were drawn with float32"),
-        (["--model", "other"], "--model is other; out's were drawn with tiny"),
+        (["--steps", "50"], "--steps is 50; the images of out were generated with 1"),
+        (["--size", "512"], "--size is 512; the images of out were generated with 64"),
+        (["--guidance", "9"], "--guidance is 9.0; the images of out were generated with None"),
+        (["--dtype", "float16"], "--dtype is float16; the images of out were generated with float32"),
+        (["--model", "other"], "--model is other; the images of out were generated with tiny"),
         (["--suite", "paper"], "--size is 512"),  # what a suite asks for is asked for
-        (["--flops"], "--metrics-only draws nothing, for which --flops is"),
-        (["--maps"], "--metrics-only draws nothing, for which --maps is"),
+        (["--flops"], "--metrics-only generates nothing, and --flops is"),
+        (["--maps"], "--metrics-only generates nothing, and --maps is"),
         (["--map-step", "1"], "--map-step is 1; it needs --maps"),
         (["--map-block", "up"], "--map-block is up; it needs --maps"),
     ],
@@ -733,7 +737,7 @@ def test_provenance_names_the_generating_runs(tiny):
     assert "--repeats 2" in metadata["generated"][1]["command"]
     assert {"commit", "device", "runtime", "packages", "started"} <= metadata["generated"][0].keys()
     page = Path("out/report.html").read_text()
-    assert page.index("--metrics-only") < page.index("4 pictures, from") < page.index("6 pictures, from")
+    assert page.index("--metrics-only") < page.index("4 images, from") < page.index("6 images, from")
     assert "--repeats 2" in page
 
 
@@ -753,10 +757,10 @@ def test_generate_only_then_metrics_only(tiny, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--metrics-only"], "give it by --out"),
+        (["--metrics-only"], "name it by --out"),
         (["--metrics-only", "--out", "nowhere"], "there is no settings.json"),
         (["--metrics-only", "--out", "out", "--seed", "1"], "are not those of --prompts and --seed"),
-        (["--metrics-only", "--out", "out", "--repeats", "2"], "--metrics-only draws nothing"),
+        (["--metrics-only", "--out", "out", "--repeats", "2"], "--metrics-only generates nothing"),
         (["--shard", "3/2"], "'3/2' is not a part such as 1/4"),
         (["--shard", "1/2", "--generate-only"], "not allowed with argument"),
         (["--suite", "papper"], "unknown suite 'papper' (did you mean 'paper'?); known: depth, modes, paper"),
@@ -776,7 +780,7 @@ def test_reference_images_are_copied_from_another_run(tiny, capsys):
     would not tell."""
     assert run_module.main([*tiny, "--method", "tofu", "--out", "first"]) == 0
     assert run_module.main([*tiny, "--method", "prune", "--reference", "first", "--out", "second"]) == 0
-    assert "5 of 5 pictures of the full model are first's" in capsys.readouterr().err
+    assert "5 of 5 images of the baseline are from first" in capsys.readouterr().err
     for id in ("0000", "0004"):
         for end in ("png", "json"):
             a, b = (Path(out) / "baseline" / f"{id}.{end}" for out in ("first", "second"))
@@ -874,7 +878,7 @@ def test_flops_under_a_threshold_are_the_mean_of_several_images(pipe, tmp_path, 
     """In the batches in which they are generated, for a batch decides together; what does not vary is counted once."""
     turns = []
     monkeypatch.setattr(
-        flops, "of_pictures", lambda pipe, method, settings, turn: turns.append(len(turn)) or 10 * len(turn)
+        flops, "count_batch", lambda pipe, method, settings, turn: turns.append(len(turn)) or 10 * len(turn)
     )
     settings = generate.Settings("m", "p", "own", "h", 0, 128, 1, 1.0, 2, "cpu", "float32", "a", "t", "d", "tf")
     requests = [requests_module.Request(f"{i:04}", "a fox", i) for i in range(11)]
@@ -889,7 +893,7 @@ def test_report_shows_merge_maps(tiny, capsys):
     assert [path.name for path in Path("out/maps").glob("*.png")] == ["tofu-r50.png"]
     with Image.open("out/maps/tofu-r50.png") as picture:
         assert picture.size == (3 * 64 + 2 * merge_maps.GAP, 64 + merge_maps.CAPTION)
-    assert Path("out/report.html").read_text().count('alt="Which token stands for which"') == 1
+    assert Path("out/report.html").read_text().count('alt="Merged tokens"') == 1
 
 
 def test_flops_and_merge_maps_are_kept(tiny):
@@ -933,7 +937,7 @@ def test_merge_maps_of_the_requested_block(tiny, deep, monkeypatch, capsys):
         shown = [caption.partition(", ")[2].removesuffix(".transformer_blocks.0") for caption in captions[1:]]
         assert shown == blocks
     assert run_module.main([*options, "--method", "tofu", "--map-block", "up_block.9"]) == 2
-    assert "--map-block is 'up_block.9'; fused are down_blocks.0.attentions.0" in capsys.readouterr().err
+    assert "--map-block is 'up_block.9'; merged blocks: down_blocks.0.attentions.0" in capsys.readouterr().err
 
 
 def test_partially_complete_batch_is_timed(tiny):
@@ -973,7 +977,7 @@ def test_images_of_other_batches_are_reported(tiny, capsys):
 def test_auto_options_that_vary_between_runs_are_refused(tiny, capsys, option):
     """A clock decides the one, a measurement whose last bits are the machine's the other."""
     assert run_module.main([*tiny, "--method", f"deepcache:tofu@{option}=auto", "--out", "out"]) == 2
-    assert f"deepcache:tofu@{option}=auto: what {option}=auto comes to" in capsys.readouterr().err
+    assert f"deepcache:tofu@{option}=auto: every process measures the value of {option}=auto" in capsys.readouterr().err
     assert not Path("out").exists()
 
 
@@ -1017,7 +1021,7 @@ def test_inconsistent_world_size_is_refused(monkeypatch):
     """Each of them would draw everything, into the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("accelerate.PartialState", lambda **_: Namespace(num_processes=1, process_index=0))
-    with pytest.raises(EvalError, match="one of 2 processes, and accelerate finds 1"):
+    with pytest.raises(EvalError, match="WORLD_SIZE is 2, and accelerate finds 1"):
         distributed.launched_processes(cpu=False)
 
 
@@ -1067,7 +1071,7 @@ def test_progress_is_shown_by_every_shard_and_one_process_of_a_launch(tiny, monk
 def test_several_processes_refuse_shard_and_device_index(tiny, monkeypatch, capsys):
     monkeypatch.setattr(plan, "launched_processes", lambda cpu: execute.Processes(0, 2))
     assert run_module.main([*tiny, "--shard", "1/2"]) == 2
-    assert "--shard is for processes that know nothing of each other" in capsys.readouterr().err
+    assert "--shard is for processes that are started independently" in capsys.readouterr().err
     assert run_module.main([*tiny, "--device", "cudo"]) == 2
     assert "did you mean 'cuda'" in capsys.readouterr().err
     assert run_module.main([*tiny, "--device", "cpu:0"]) == 2
@@ -1082,7 +1086,7 @@ def test_out_of_memory_while_generating_gives_advice(tiny, monkeypatch, capsys):
     assert run_module.main([*tiny, "--out", "out"]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: CUDA out of memory. Tried to allocate 20 GiB: a smaller --batch takes less; it changes the last bits, "
-        "so it begins a folder of its own"
+        "so it needs a new folder"
     )
 
 
@@ -1145,7 +1149,7 @@ def test_compare_refuses_other_images_of_the_same_number(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--limit", "2", "--per-prompt", "2", "--out", "a"]) == 0
     assert run_module.main([*tiny, "--method", "tofu", "--limit", "4", "--out", "b"]) == 0
     assert compare_module.main(["a", "b"]) == 2
-    assert "a and b cannot be compared: b has no picture 0000_1, 0001_1" in capsys.readouterr().err
+    assert "a and b cannot be compared: b has no image 0000_1, 0001_1" in capsys.readouterr().err
 
 
 def test_compare_ignores_times_under_another_driver(tiny, capsys):
@@ -1165,7 +1169,7 @@ def test_compare_ignores_times_under_another_driver(tiny, capsys):
     for figure in ("speed-up", "s/image"):
         row = next(row for row in content["rows"] if row["figure"] == figure)
         assert re.fullmatch(r"\d+\.\d+×? \(\d+\.\d+–\d+\.\d+\)", row["a"])
-        assert row["b"] == "n/a (other circumstances)"
+        assert row["b"] == "n/a (other environment)"
 
 
 def test_compare_ignores_times_without_the_baseline(tiny, capsys):
@@ -1224,7 +1228,7 @@ def test_compare_names_other_versions_and_ignores_their_times(tiny, capsys):
     printed = capsys.readouterr().out
     assert f"torch: {torch.__version__} in a, 9.9 in b" in printed
     assert "PSNR: float64, peak 255, dB" in printed
-    assert "n/a (other circumstances)" in printed
+    assert "n/a (other environment)" in printed
     for row in found["rows"]:
         row["seconds"] = None
     files.write_json(Path("b/results.json"), {**found, "settings": files.read_json(Path("a/results.json"))["settings"]})
@@ -1320,7 +1324,7 @@ def test_only_abandoned_temp_files_are_removed(tmp_path):
         age = 0 if "00002" in name else 2 * files.ABANDONED
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     (tmp_path / "baseline" / ".00003-0.png.0a1b2c3f").symlink_to("renamed meanwhile")  # found, and gone when looked at
-    assert files.tidy(tmp_path) == 1
+    assert files.remove_temp_files(tmp_path) == 1
     assert {name: not (tmp_path / name).exists() for name in names} == names
 
 
@@ -1348,7 +1352,7 @@ def test_results_of_a_run_killed_while_writing_are_refused(tiny, monkeypatch, ca
     [
         ("[1]", "has schema None"),
         ('{"schema": 9}', "has schema 9"),
-        ('{"schema": 1}', "results.json is damaged: 'settings' is a required property"),
+        ('{"schema": 2}', "results.json is damaged: 'settings' is a required property"),
     ],
 )
 def test_invalid_results_print_one_line(tmp_path, capsys, content, said):
@@ -1406,12 +1410,12 @@ def test_corrupt_image_of_a_report_is_named(tiny, capsys):
     Path("out/baseline/0000.png").write_bytes(b"no picture")
     capsys.readouterr()
     assert report_module.main(["out"]) == 2
-    assert "the picture full/0000.png is damaged: the same command of eval.run" in capsys.readouterr().err
+    assert "the image baseline/0000.png is damaged: the same command of eval.run" in capsys.readouterr().err
 
 
 def test_generate_only_as_json(tiny, capsys, monkeypatch):
     assert run_module.main([*tiny, "--method", "tofu", "--generate-only", "--json", "--out", "out"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"out": "out", "drawn": 10}
+    assert json.loads(capsys.readouterr().out) == {"out": "out", "generated": 10}
 
 
 def test_only_the_main_process_prints(tiny, capsys, monkeypatch):
@@ -1423,7 +1427,7 @@ def test_only_the_main_process_prints(tiny, capsys, monkeypatch):
             assert run_module.main([*tiny, stage, "--json", "--device", "cpu", "--out", "out"]) == 0
             printed = capsys.readouterr().out
             assert printed.count('"out": "out"') == lines
-    assert '"drawn"' not in printed
+    assert '"generated"' not in printed
 
 
 def test_metric_cache_of_the_reference_is_used(tiny, monkeypatch):

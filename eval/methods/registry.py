@@ -134,7 +134,7 @@ def _one(name: str, ratio: float) -> Method:
         stackable = " or ".join(f"{one}:" for one in known_methods(stackable=True))
         raise EvalError(
             f"unknown method {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}; this package's also with "
-            f"the prefix kv:, the suffix +p and any @option=value at the end; the prefix {stackable} stacks two methods; "
+            f"the prefix kv:, the suffix +p and @option=value at the end; the prefix {stackable} stacks two methods; "
             "FILE.py:NAME loads one from a file"
         ) from error
     except (ValueError, TypeError) as error:
