@@ -236,7 +236,7 @@ def test_fp16_is_used_where_it_is_the_only_variant(half, capsys):
     assert run.main([*asked, "--out", "out", "--variant", "fp16"]) == 0
     assert "these are used" not in capsys.readouterr().err
     assert run.main([*asked, "--out", "out", "--metrics-only", "--variant", "bf16"]) == 2
-    assert "--variant is bf16; out's were drawn with fp16" in capsys.readouterr().err
+    assert "--variant is bf16; the images of out were generated with fp16" in capsys.readouterr().err
 
 
 def test_images_of_two_variants_are_not_mixed(half, capsys):

@@ -1075,7 +1075,7 @@ def test_several_processes_refuse_shard_and_device_index(tiny, monkeypatch, caps
     assert run_module.main([*tiny, "--device", "cudo"]) == 2
     assert "did you mean 'cuda'" in capsys.readouterr().err
     assert run_module.main([*tiny, "--device", "cpu:0"]) == 2
-    assert "each of 2 processes takes a device of its own" in capsys.readouterr().err
+    assert "each of 2 processes uses its own device" in capsys.readouterr().err
 
 
 def test_out_of_memory_while_generating_gives_advice(tiny, monkeypatch, capsys):
