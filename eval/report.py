@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from . import EvalError
 from .common.cli import Help, Parser, as_path, command, integer_from
 from .common.files import check_place, png, write
+from .common.schema_changes import METRIC_NAMES
 from .methods.method import BASELINE
 from .methods.registry import BASELINE_ALIAS
 from .reporting import pareto, pareto_plot
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> int:
     if options.against is not None:
         print(markdown_against(found, images, options.against), end="")
     elif options.markdown:
-        print(markdown(found, options.columns), end="")
+        print(markdown(found, [METRIC_NAMES.get(title, title) for title in options.columns]), end="")
     elif options.pareto:
         print(pareto.markdown(found, options.by), end="")
     elif options.plot:

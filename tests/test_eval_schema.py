@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from eval import report
 from eval.common import schema_changes
 from eval.common.schema_changes import convert, convert_record
 from eval.reporting import results
@@ -126,3 +127,13 @@ def test_records_of_images_are_converted() -> None:
         "config_hash": "a", "denoiser_seconds": 1, "baseline_denoiser_seconds": 2, "batch_ids": ["0"], "seconds": 3,
     }  # fmt: skip
     assert convert_record(None) is None
+
+
+def test_report_accepts_rows_and_columns_by_their_earlier_names(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(RESULTS / "demo-r50"), "--markdown"]
+    assert report.main([*arguments, "--rows", "full", "--columns", "classed as asked"]) == 0
+    earlier = capsys.readouterr().out
+    assert report.main([*arguments, "--rows", "baseline", "--columns", "class accuracy"]) == 0
+    assert capsys.readouterr().out == earlier
+    assert "| baseline |" in earlier
+    assert "| class accuracy ↑ |" in earlier.replace("| method ", "")
