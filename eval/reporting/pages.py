@@ -49,7 +49,9 @@ def filled(page: str, to_root: str = "") -> str:
     """
 
     def table(match: re.Match[str]) -> str:
-        return match[1] + _printed(match[2], match[3] or "").replace(f"]({RESULTS}/", f"]({to_root}{RESULTS}/") + match[4]
+        return (
+            match[1] + _printed(match[2], match[3] or "").replace(f"]({RESULTS}/", f"]({to_root}{RESULTS}/") + match[4]
+        )
 
     return TABLE.sub(table, page)
 

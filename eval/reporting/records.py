@@ -17,9 +17,7 @@ from . import results
 from .tables import RECORD
 
 WIDTH = 118
-HEAD = (
-    "*Written by `python -m eval.reporting.pages`. Commands stand as they were recorded, with the names of that commit.*"
-)
+HEAD = "*Written by `python -m eval.reporting.pages`. Commands stand as they were recorded, with the names of that commit.*"
 
 
 def written(root: Path) -> Iterator[tuple[Path, str]]:
