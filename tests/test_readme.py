@@ -156,7 +156,7 @@ def test_the_option_table_is_what_the_module_prints():
 
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_a_page_is_plain(page):
-    """Lines that fit a screen; no text of an exception, no figure of an uncommitted tree, no word of the old dialect."""
+    """Lines that fit a screen; no text of an exception, no figure of an uncommitted tree, no old word."""
     text = (ROOT / page).read_text()
     long = [line for line in text.splitlines() if len(line) > 200 and not line.startswith(("|", "<!-- python"))]
     assert not long

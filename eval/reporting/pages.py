@@ -1,7 +1,7 @@
 """Prints the tables of pages again from the results they name: `python -m eval.reporting.pages`.
 
-A table stands between `<!-- python -m eval.report ARGUMENTS -->`, or one of the other `PROGRAMS`, and `<!-- end -->`; it
-is what that command prints.
+A table stands between `<!-- python -m eval.report ARGUMENTS -->`, or one of the other `PROGRAMS`, and `<!-- end -->`.
+It is what that command prints.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ def filled(page: str, to_root: str = "") -> str:
     """
 
     def table(match: re.Match[str]) -> str:
-        return (
-            match[1] + _printed(match[2], match[3] or "").replace(f"]({RESULTS}/", f"]({to_root}{RESULTS}/") + match[4]
-        )
+        printed = _printed(match[2], match[3] or "")
+        return match[1] + printed.replace(f"]({RESULTS}/", f"]({to_root}{RESULTS}/") + match[4]
 
     return TABLE.sub(table, page)
 

@@ -17,7 +17,7 @@ from . import results
 from .tables import RECORD
 
 WIDTH = 118
-HEAD = "*Written by `python -m eval.reporting.pages`. Commands stand as they were recorded, with the names of that commit.*"
+HEAD = "*Written by `python -m eval.reporting.pages`. Commands are as recorded, with the names of that commit.*"
 
 
 def written(root: Path) -> Iterator[tuple[Path, str]]:
@@ -73,7 +73,7 @@ def _evaluation(found: dict[str, Any]) -> list[str]:
     return lines + _commands(commands)
 
 
-def _single(found: dict[str, Any]) -> list[str]:
+def _single(found: Any) -> list[str]:
     """The record of one JSON file of another program."""
     settings, provenance = found.get("settings", {}), found.get("provenance", {})
     facts = {name: value for name, value in settings.items() if value is not None and name != "device"}
@@ -81,7 +81,7 @@ def _single(found: dict[str, Any]) -> list[str]:
         {
             "Settings": ", ".join(f"{name} {_plain(value)}" for name, value in facts.items()),
             "Device": settings.get("device") or found.get("device"),
-            "Versions": found.get("versions") or found.get("torch") and f"torch {found['torch']}",
+            "Versions": found.get("versions") or (found.get("torch") and f"torch {found['torch']}"),
             "Commit": _commits([provenance.get("commit")]),
         }
     )

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,7 @@ def committed_keys(found: dict[str, Any]) -> set[str] | None:
 def _keys_of(command: str) -> set[str]:
     """The rows that a command of eval.run asks for."""
     words = shlex.split(command)
-    given = dict(zip(words, words[1:], strict=False))
+    given = dict(pairwise(words))
     ratios = [float(ratio) for ratio in given.get("--ratio", "0.5").split(",")]
     keys = {BASELINE.slug, *(method.slug for method in parse(given["--method"], ratios))}
     return keys | ({OTHER_SEEDS.slug} if "--scale-row" in words else set())

@@ -162,7 +162,7 @@ def commits(found: dict[str, Any]) -> str:
 
 
 def commands(found: dict[str, Any]) -> str:
-    """How the figures were made, for a page: links to the records of published folders, else the commands themselves."""
+    """How the figures were made, for a page: links to the records of published folders, else the commands."""
     if links := records(found):
         return "\n".join(" · ".join(links[i : i + 2]) for i in range(0, len(links), 2))
     provenance = found["provenance"]
@@ -234,8 +234,8 @@ def measured(metrics: Sequence[dict[str, Any]]) -> list[str]:
 def unlike(found: dict[str, Any]) -> list[str]:
     """Of pictures that differ from the full model's by more than their method."""
     return [
-        f"{label(row)}: {row['other_batch']} of {row['n']} images were generated in another batch than the full model's, "
-        "which changes the last bits, and more where a method decides for a batch at once"
+        f"{label(row)}: {row['other_batch']} of {row['n']} images were generated in another batch than the full "
+        "model's, which changes the last bits, and more where a method decides for a batch at once"
         for row in found["rows"]
         if row.get("other_batch")
     ]
@@ -292,7 +292,7 @@ FEW_FOR_KID = 1000
 
 
 def _set_distances(found: dict[str, Any]) -> list[str]:
-    """A Fréchet distance is biased upwards, the more the fewer pictures; a kernel distance is not, but has a wide spread."""
+    """A Fréchet distance is biased upwards at small n; a kernel distance is not, but has a wide spread."""
     sizes = {
         name: (figure["n"], figure["features"])
         for row in found["rows"]

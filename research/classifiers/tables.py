@@ -119,8 +119,8 @@ def notes(found: dict[str, Any]) -> list[str]:
         f"{s.get('dtype', 'float32')} on {s['device']} · commit {p['commit'] or 'unknown'}.",
         "Accuracy: mean over the classifiers, 95 % interval over classes. Feature shift: 1 - cosine of the last linear "
         "layer's input",
-        "to that of the baseline, with its 95 % interval. FLOPs: by torch's counter, matching included; tokens: patches "
-        "before the last layer.",
+        "to that of the baseline, with its 95 % interval. FLOPs: by torch's counter, matching included; tokens: "
+        "patches before the last layer.",
     ]
     if any(row["speedup"] for row in found["rows"]):
         lines.append(f"Images / s, speed-up: medians of {s['rounds']} interleaved rounds, 5th to 95th percentile.")
