@@ -668,8 +668,8 @@ def test_a_quick_try_does_not_replace_a_long_run(tiny):
 def test_a_dry_run_tells_and_writes_nothing(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--dry-run", "--out", "out"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "  full: 5 pictures, 0 of them drawn before",
-        "  tofu-r50: 5 pictures, 0 of them drawn before",
+        "  full: 5 images, 0 of them generated before",
+        "  tofu-r50: 5 images, 0 of them generated before",
     ]
     assert list(Path.cwd().iterdir()) == []
 
