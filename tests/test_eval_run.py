@@ -297,7 +297,7 @@ def test_a_limit_is_told(tiny):
     assert run_module.main([*tiny, "--limit", "2", "--out", "out"]) == 0
     found = files.read_json(Path("out/results.json"))
     assert (found["settings"]["n"], found["settings"]["of"]) == (2, len(PROMPTS))
-    assert "2 pictures of 5" in table.circumstances(found)
+    assert "2 images of 5" in table.circumstances(found)
 
 
 def test_json_leaves_stdout_to_the_results(tiny, capsys, monkeypatch):
@@ -534,7 +534,7 @@ def test_black_pictures_are_counted_and_told(tiny, monkeypatch, capsys, pipe):
     monkeypatch.setattr(generate, "draw", blackened)
     assert run_module.main([*tiny, "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
     assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["blank"] == 1
-    assert "tofu 50%: 1 of 2 pictures are one flat colour" in capsys.readouterr().out
+    assert "tofu 50%: 1 of 2 images are one flat colour" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("part", "blank"), [(slice(None), 1), (slice(32), 0)])
@@ -551,7 +551,7 @@ def test_pictures_with_nan_are_told_wherever_they_are_compared(tiny, monkeypatch
     monkeypatch.setattr(pipe.vae, "decode", broken)
     command = [*tiny, "--limit", "2", "--metrics", "psnr", "--method", "full,tofu,prune", "--flops", "--out", "out"]
     assert run_module.main(command) == 0
-    told = "tofu 50%: 1 of 2 pictures hold NaN, drawn as black"
+    told = "tofu 50%: 1 of 2 images hold NaN, saved as black"
     assert told in capsys.readouterr().out
     found = rows(files.read_json(Path("out/results.json")))["tofu-r50"]
     assert (found["undefined"], found["blank"]) == (1, blank)
@@ -560,7 +560,7 @@ def test_pictures_with_nan_are_told_wherever_they_are_compared(tiny, monkeypatch
         assert told in capsys.readouterr().out
     assert report_module.main(["out", "--markdown", "--rows", "prune 50%"]) == 0
     shown = capsys.readouterr().out
-    assert "full: 1 of 2 pictures hold NaN" in shown  # with which the row is compared
+    assert "full: 1 of 2 images hold NaN" in shown  # with which the row is compared
     assert told not in shown
     assert "hold NaN" in Path("out/report.html").read_text()
     assert compare_module.main(["out", "out"]) == 0
@@ -641,7 +641,7 @@ def test_seconds_of_pictures_under_two_drivers_are_told(tiny, monkeypatch):
         monkeypatch.setattr(provenance, "runtime", lambda _, driver=driver: {"driver": driver})
         assert run_module.main([*tiny, "--limit", limit, "--out", "out"]) == 0
         notes = table.notes(files.read_json(Path("out/results.json")))
-        assert ("Seconds are of pictures drawn under driver 1; and driver 2." in notes) == (driver == "2")
+        assert ("Seconds are of images generated under driver 1; and driver 2." in notes) == (driver == "2")
 
 
 @pytest.mark.parametrize("error", [AttributeError("no pip"), OSError("no such program"), RuntimeError("CUDA is busy")])
@@ -668,8 +668,8 @@ def test_a_quick_try_does_not_replace_a_long_run(tiny):
 def test_a_dry_run_tells_and_writes_nothing(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--dry-run", "--out", "out"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "  full: 5 pictures, 0 of them drawn before",
-        "  tofu-r50: 5 pictures, 0 of them drawn before",
+        "  full: 5 images, 0 of them generated before",
+        "  tofu-r50: 5 images, 0 of them generated before",
     ]
     assert list(Path.cwd().iterdir()) == []
 
@@ -969,7 +969,7 @@ def test_pictures_of_other_batches_are_told(tiny, capsys):
     found = rows(files.read_json(Path("out/results.json")))
     assert (found["tofu-r50"]["other_batch"], found["prune-r50"]["other_batch"]) == (0, 1)
     shown = capsys.readouterr().out
-    assert "prune 50%: 1 of 2 pictures were drawn in another batch than the full model's" in shown
+    assert "prune 50%: 1 of 2 images were generated in another batch than the full model's" in shown
     assert "tofu 50%: 1 of 2" not in shown
 
 
@@ -1114,14 +1114,14 @@ def test_another_error_is_not_taken_for_too_little_memory(tiny, monkeypatch):
 def test_notes_say_what_few_pictures_and_a_device_leave_open(finished):
     found = json.loads(json.dumps(finished[1]))
     told = "\n".join(table.notes(found))
-    assert f"FD-judge: from n={len(PROMPTS)} pictures in 3 dimensions. It is biased upwards" in told
+    assert f"FD-judge: from n={len(PROMPTS)} images in 3 dimensions. It is biased upwards" in told
     assert "n/a off CUDA" in told
     row = found["rows"][1]
     row |= {"peak_bytes": 3 * 2**20, "held_bytes": 5 * 2**20}
     row["metrics"]["KID"] = {**row["metrics"]["FD-judge"], "n": 999}
     found["metrics"].append({**next(m for m in found["metrics"] if m["name"] == "FD-judge"), "name": "KID"})
     told = "\n".join(table.notes(found))
-    assert "KID: from n=999 pictures; under 1,000" in told
+    assert "KID: from n=999 images; under 1,000" in told
     assert "beyond the 5 MiB that the model itself holds" in told
     row["metrics"]["KID"]["n"] = 1000
     assert "KID: from" not in "\n".join(table.notes(found))
