@@ -1,6 +1,6 @@
 """All figures that wait for a GPU, in one command: `python -m benchmarks.gpu`, about six minutes on an H200.
 
-Writes benchmarks/results/bench-cuda*.json, for the tables of docs/performance.md, and proportional-cuda.md.
+Writes benchmarks/results/bench-cuda*.json, which docs/performance.md speaks of, and proportional-cuda.md.
 """
 
 import argparse

@@ -127,7 +127,7 @@ def test_the_table_holds_speed_and_quality(capsys: pytest.CaptureFixture[str], t
     rows = run(capsys, "--method", "tofu,tome+p", "--scope", "attention", "--out", str(tmp_path / "b.json"))
     figures = {"tofu-r50": {"PSNR ↑": "36.65 (35.60–37.61)", "n": "96"}, "not-here": {"PSNR ↑": "1", "n": "7"}}
     text = tables.markdown(tables.read(tmp_path / "b.json"), figures)
-    assert "PSNR, LPIPS: of 96 of the embedded model's pictures" in text  # a figure goes nowhere without its n
+    assert "PSNR, LPIPS: 96 images of the embedded model" in text  # a figure goes nowhere without its n
     line = next(line for line in text.splitlines() if line.startswith("| tofu "))
     assert f"{1000 * rows[2]['p50']:.1f} (" in line
     assert line.endswith("| 36.65 (35.60–37.61) |")

@@ -294,7 +294,7 @@ def test_limit_is_shown_with_the_results(tiny):
     assert run_module.main([*tiny, "--limit", "2", "--out", "out"]) == 0
     found = files.read_json(Path("out/results.json"))
     assert (found["settings"]["n"], found["settings"]["of"]) == (2, len(PROMPTS))
-    assert "2 pictures of 5" in tables.run_header(found)
+    assert "2 images of 5" in tables.run_header(found)
 
 
 def test_json_keeps_stdout_for_the_results(tiny, capsys, monkeypatch):
@@ -534,7 +534,7 @@ def test_black_images_are_counted_and_reported(tiny, monkeypatch, capsys, pipe):
     monkeypatch.setattr(generate, "generate_batch", blackened)
     assert run_module.main([*tiny, "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
     assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["flat"] == 1
-    assert "tofu 50%: 1 of 2 pictures are one flat colour" in capsys.readouterr().out
+    assert "tofu 50%: 1 of 2 images are one flat colour" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("part", "flat"), [(slice(None), 1), (slice(32), 0)])
@@ -551,7 +551,7 @@ def test_nan_images_are_reported_in_every_comparison(tiny, monkeypatch, capsys, 
     monkeypatch.setattr(pipe.vae, "decode", broken)
     command = [*tiny, "--limit", "2", "--metrics", "psnr", "--method", "full,tofu,prune", "--flops", "--out", "out"]
     assert run_module.main(command) == 0
-    message = "tofu 50%: 1 of 2 pictures hold NaN, drawn as black"
+    message = "tofu 50%: 1 of 2 images hold NaN, saved as black"
     assert message in capsys.readouterr().out
     found = rows(files.read_json(Path("out/results.json")))["tofu-r50"]
     assert (found["nan"], found["flat"]) == (1, flat)
@@ -560,7 +560,7 @@ def test_nan_images_are_reported_in_every_comparison(tiny, monkeypatch, capsys, 
         assert message in capsys.readouterr().out
     assert report_module.main(["out", "--markdown", "--rows", "prune 50%"]) == 0
     shown = capsys.readouterr().out
-    assert "baseline: 1 of 2 pictures hold NaN" in shown  # with which the row is compared
+    assert "baseline: 1 of 2 images hold NaN" in shown  # with which the row is compared
     assert message not in shown
     assert "hold NaN" in Path("out/report.html").read_text()
     assert compare_module.main(["out", "out"]) == 0
@@ -641,7 +641,7 @@ def test_seconds_measured_under_two_drivers_are_reported(tiny, monkeypatch):
         monkeypatch.setattr(provenance, "runtime", lambda _, driver=driver: {"driver": driver})
         assert run_module.main([*tiny, "--limit", limit, "--out", "out"]) == 0
         footnotes = tables.footnotes(files.read_json(Path("out/results.json")))
-        assert ("Seconds are of pictures drawn under driver 1; and driver 2." in footnotes) == (driver == "2")
+        assert ("Seconds are of images generated under driver 1; and driver 2." in footnotes) == (driver == "2")
 
 
 @pytest.mark.parametrize("error", [AttributeError("no pip"), OSError("no such program"), RuntimeError("CUDA is busy")])
@@ -668,8 +668,8 @@ def test_limited_run_has_its_own_default_folder(tiny):
 def test_dry_run_prints_the_plan_and_writes_nothing(tiny, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--dry-run", "--out", "out"]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
-        "  baseline: 5 pictures, 0 of them drawn before",
-        "  tofu-r50: 5 pictures, 0 of them drawn before",
+        "  baseline: 5 images, 0 of them generated before",
+        "  tofu-r50: 5 images, 0 of them generated before",
     ]
     assert list(Path.cwd().iterdir()) == []
 
@@ -969,7 +969,7 @@ def test_images_of_other_batches_are_reported(tiny, capsys):
     found = rows(files.read_json(Path("out/results.json")))
     assert (found["tofu-r50"]["other_batch"], found["prune-r50"]["other_batch"]) == (0, 1)
     shown = capsys.readouterr().out
-    assert "prune 50%: 1 of 2 pictures were drawn in another batch than the full model's" in shown
+    assert "prune 50%: 1 of 2 images were generated in another batch than the full model's" in shown
     assert "tofu 50%: 1 of 2" not in shown
 
 
@@ -1115,14 +1115,14 @@ def test_other_runtime_errors_are_not_reported_as_out_of_memory(tiny, monkeypatc
 def test_footnotes_on_few_images_and_memory(finished):
     found = json.loads(json.dumps(finished[1]))
     output = "\n".join(tables.footnotes(found))
-    assert f"FD-judge: from n={len(PROMPTS)} pictures in 3 dimensions. It is biased upwards" in output
+    assert f"FD-judge: from n={len(PROMPTS)} images in 3 dimensions. It is biased upwards" in output
     assert "n/a off CUDA" in output
     row = found["rows"][1]
     row |= {"peak_bytes": 3 * 2**20, "held_bytes": 5 * 2**20}
     row["metrics"]["KID"] = {**row["metrics"]["FD-judge"], "n": 999}
     found["metrics"].append({**next(m for m in found["metrics"] if m["name"] == "FD-judge"), "name": "KID"})
     output = "\n".join(tables.footnotes(found))
-    assert "KID: from n=999 pictures; under 1,000" in output
+    assert "KID: from n=999 images; under 1,000" in output
     assert "beyond the 5 MiB that the model itself holds" in output
     row["metrics"]["KID"]["n"] = 1000
     assert "KID: from" not in "\n".join(tables.footnotes(found))

@@ -1,8 +1,11 @@
-"""The README's code runs, its commands are those CI runs, its links lead somewhere, its options exist."""
+"""The pages' code runs, their commands exist, their tables and records are current, their links lead somewhere."""
 
 import importlib
+import json
 import re
 import runpy
+import subprocess
+import sys
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -15,10 +18,12 @@ import tofu_sd
 from eval import EvalError
 from eval import report as report_module
 from eval.evaluation import options
-from eval.reporting import pages
+from eval.reporting import pages, records
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [str(page) for page in pages.pages_of(ROOT)]
+GENERATED = re.compile(r"<!-- python.*?<!-- end -->", re.DOTALL)
 
 
 def blocks(language, page=README):
@@ -35,8 +40,9 @@ def names_of(code, folder, names=None):
 def test_its_python_runs_as_it_stands(number, tmp_path):
     pipe = tofu_sd.demo.load()
     pipe.set_progress_bar_config(disable=True)
-    names = {"pipe": pipe, "tofu_sd": tofu_sd}  # the first block imports it for all that follow
-    names = names_of(blocks("python")[number], tmp_path, names)
+    code = blocks("python")[number]
+    assert len(re.findall(r"^[^#]*apply_patch\(", code, flags=re.MULTILINE)) == 1  # one way at a time
+    names = names_of(code, tmp_path, {"pipe": pipe})
     assert tofu_sd.summary(names["pipe"]).fusion is not None  # each block ends with a patched pipeline
 
 
@@ -75,7 +81,7 @@ def test_the_classifiers_page_runs_as_it_stands(tmp_path):
     assert type(names["model"].blocks[0]).__name__ == "Block"  # the patch is gone at its end
 
 
-def test_the_diffusers_page_quotes_what_is_said():
+def test_the_diffusers_page_quotes_messages():
     """Messages change; whoever looks one up should find it."""
     told = re.findall(r"^\| (.*?) \|", DIFFUSERS.split("| message begins |")[1], flags=re.MULTILINE)
     source = "".join(path.read_text() for path in (ROOT / "tofu_sd").rglob("*.py"))
@@ -92,47 +98,117 @@ def test_ci_runs_its_test_command():
         assert command in ci, command
 
 
-@pytest.mark.parametrize(("page", "least"), [("README.md", 7), ("docs/evaluation.md", 16), ("docs/settings.md", 1)])
+@pytest.mark.parametrize(
+    ("page", "least"),
+    [
+        ("README.md", 5),
+        ("docs/add_a_method.md", 3),
+        ("docs/classifiers.md", 5),
+        ("docs/evaluation.md", 14),
+        ("docs/performance.md", 4),
+        ("docs/settings.md", 1),
+        ("CONTRIBUTING.md", 3),
+    ],
+)
 def test_evaluation_commands_are_understood(page, least):
-    text = (ROOT / page).read_text()
-    commands = re.findall(
-        r"-m ((?:eval|research)\.[\w.]+)(?: ([^#`\n]*))?", re.sub(r"<!--.*?<!-- end -->", "", text, flags=re.DOTALL)
-    )
+    text = GENERATED.sub("", (ROOT / page).read_text())
+    commands = re.findall(r"-m ((?:eval|research)\.[\w.]+)(?: ([^#`\n]*))?", text)
     assert len(commands) >= least
     for program, arguments in commands:
         if program == "research.classifiers.classify":
             pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
         parser = options.parser() if program == "eval.run" else importlib.import_module(program).parser()
-        _, others = parser.parse_known_args(arguments.replace("...", "").split())
+        words = arguments.replace("...", "").split()
+        needs_folder = program in ("eval.report", "eval.compare") and not words
+        _, others = parser.parse_known_args(["a", "b"] if needs_folder else words)
         assert not others or program == "eval.sweep"  # whose other options are a run's
         options.parser().parse_args(others)
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))])
+@pytest.mark.parametrize("page", PAGES)
 def test_tables_are_what_their_commands_print(page, monkeypatch):
     """No figure is written by hand, and none stays when results change (`python -m eval.reporting.pages`)."""
     monkeypatch.chdir(ROOT)
     text = (ROOT / page).read_text()
     if "<!-- python -m research.classifiers.classify" in text:
         pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
-    assert pages.filled(text) == text
+    assert pages.filled(text, pages.to_root(Path(page))) == text
+    assert len(pages.TABLE.findall(text)) == text.count("<!-- python")  # none is of a program that is not known
 
 
-def test_the_frontier_is_drawn_of_what_the_table_below_it_is_of(tmp_path, monkeypatch):
+def test_records_of_results_are_current(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    written = dict(records.written(pages.RESULTS))
+    assert set(written) >= {folder / "README.md" for folder in pages.RESULTS.iterdir() if folder.is_dir()}
+    for file, text in written.items():
+        assert file.read_text() == text, file
+
+
+def test_the_option_table_is_what_the_module_prints():
+    printed = subprocess.run(
+        [sys.executable, "-m", "tofu_sd.config"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    page = (ROOT / "docs" / "tables" / "options.md").read_text()
+    assert f"<!-- python -m tofu_sd.config -->\n{printed}<!-- end -->" in page
+    named = set(re.findall(r"^\| `(\w+)`", page, flags=re.MULTILINE))
+    assert named == {field.name for field in fields(tofu_sd.TokenFusionConfig)}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_a_page_is_plain(page):
+    """Lines that fit a screen; no text of an exception, no figure of an uncommitted tree, no old word."""
+    text = (ROOT / page).read_text()
+    long = [line for line in text.splitlines() if len(line) > 200 and not line.startswith(("|", "<!-- python"))]
+    assert not long
+    assert not re.search(r"\w\+changes|urlopen|Errno|Traceback", text)
+    assert not re.search(r"\b(told|alike|anew|take_stock|leave_alone|sighting)\b", text, flags=re.IGNORECASE)
+
+
+def test_sizes_of_the_pages():
+    """A README that is read, and pages that are read to their ends."""
+    assert len(README.encode()) <= 8192
+    assert README.count("\n") <= 120
+    assert sum(len(page.read_bytes()) for page in (ROOT / "docs").glob("*.md")) <= 61_440
+
+
+def test_the_figures_by_hardware_are_those_of_the_benchmarks():
+    """The table of the README is written by hand, as it is by hardware; its figures are of committed trees."""
+
+    def measured(name, scope, method):
+        found = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+        assert not found["provenance"]["commit"].endswith("+changes")
+        rows = [row for row in found["rows"] if (row["scope"], row["method"]) == (scope, method)]
+        return [f"{row['speedup']['value']:.2f}" for row in rows]
+
+    rows = [line.split(" | ") for line in README.splitlines() if line.startswith(("| CPU", "| same CPU"))]
+    step, attention = rows
+    expected = [measured("bench-cpu-unet-options", "unet", name)[0] for name in ("ideal", "tofu", "faithful")]
+    expected += measured("bench-cpu-unet", "unet", "deepcache")
+    assert [re.sub("[×*]", "", cell) for cell in step[1:5]] == expected
+    for cell, method in zip(attention[1:3], ("ideal", "tofu"), strict=True):
+        found = measured("bench-cpu-sizes", "attention", method)
+        assert cell == f"{min(found)}–{max(found)}×"
+    others = [line for line in README.splitlines() if line.startswith("| ") and "H200" in line]
+    assert len(others) == 2
+    assert not re.search(r"\d×", "".join(others))  # of an uncommitted tree
+
+
+def test_the_pareto_plot_is_drawn_of_what_the_table_is_of(tmp_path, monkeypatch):
     """Its texts and all figures that it shows. Where ink lies may change with matplotlib."""
     monkeypatch.chdir(ROOT)
-    folders = re.search(r"<!-- python -m eval\.report (.*) --pareto -->", README)[1].split()
+    page = (ROOT / "docs" / "tables" / "quality.md").read_text()
+    folders = re.search(r"<!-- python -m eval\.report (.*) --(?:frontier|pareto) -->", page)[1].split()
     assert report_module.main([*folders, "--plot", str(tmp_path / "plot.svg")]) == 0
     drawn, kept = (
         re.findall(r"<(?:text|dc:description)[^>]*>([^<]+)</", path.read_text())
-        for path in (tmp_path / "plot.svg", ROOT / "docs" / "frontier.svg")
+        for path in (tmp_path / "plot.svg", ROOT / "docs" / "pareto.svg")
     )
     assert len(kept) > 50
     assert any(re.fullmatch(r"[0-9a-f]{16}", text) for text in kept)
     assert drawn == kept
 
 
-def test_a_table_is_written_anew_and_the_page_around_it_stays(monkeypatch):
+def test_a_table_is_written_again_and_the_page_around_it_stays(monkeypatch):
     monkeypatch.setattr(report_module, "main", lambda argv: print("|", *argv, "|"))
     page = "# A\n<!-- python -m eval.report runs/x --rows 'tofu 50%' -->\nold\n<!-- end -->\nb <!-- end -->\n"
     new = page.replace("old", "| runs/x --rows tofu 50% |")
@@ -142,13 +218,21 @@ def test_a_table_is_written_anew_and_the_page_around_it_stays(monkeypatch):
         pages.filled(page)
 
 
-def test_its_links_lead_somewhere():
-    targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r'src="([^"]+)"', README)
-    for target in targets:
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+def test_links_of_a_table_are_relative_to_its_page(monkeypatch):
+    monkeypatch.setattr(report_module, "main", lambda argv: print("[x](benchmarks/results/x/README.md)"))
+    page = "<!-- python -m eval.report x -->\n<!-- end -->\n"
+    assert "](benchmarks/" in pages.filled(page, pages.to_root(Path("README.md")))
+    assert "](../../benchmarks/" in pages.filled(page, pages.to_root(Path("docs/tables/quality.md")))
 
 
-def test_its_table_lists_every_option():
-    section = README.split("| option |")[1].split("\n\n")[0]
-    named = set(re.findall(r"`(\w+)`", section.replace("`help(TokenFusion)`", "")))
-    assert named == {field.name for field in fields(tofu_sd.TokenFusionConfig)}
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text()
+    for target, anchor in re.findall(r"\]\(([^)#]*)(#[^)]*)?\)", text):
+        if target.startswith("https://"):
+            continue
+        file = ((ROOT / page).parent / target) if target else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), flags=re.MULTILINE)
+            assert anchor[1:] in [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings], anchor

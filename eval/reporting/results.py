@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ from .. import EvalError
 from ..common.files import listed, parse_json, png, read_json, read_text, to_json, write
 from ..common.schema_changes import convert
 from ..images.settings import Settings
-from ..methods.method import BASELINE
+from ..methods.method import BASELINE, OTHER_SEEDS
+from ..methods.registry import parse
 from ..metrics.score import Scores
 from . import spreadsheet
 from .html import GRID_ROWS, TIMES, grid, html
-from .tables import commits
+from .tables import RECORD, commits
 
 SCHEMA = 2
 RESULTS, PER_IMAGE = "results.json", "per_image.csv"
@@ -160,9 +163,9 @@ def merge_runs(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str
     A row keeps the speed-up over the full model of its own run, beside which its seconds are of another one. EvalError
     where settings differ.
     """
-    found, images = read(outs[0])
+    found, images = committed(outs[0], *read(outs[0]))
     for out in outs[1:]:
-        other, its_images = read(out)
+        other, its_images = committed(out, *read(out))
         check_comparable(outs[0], found, out, other, list(found["settings"]))
         ids, others = ({image["id"] for image in some} for some in (images, its_images))
         if ids != others:
@@ -191,7 +194,59 @@ def merge_runs(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str
             },
         }
         images += [image for image in its_images if image["key"] not in keys]
+    found["provenance"] = {**found["provenance"], "folders": [str(out) for out in outs]}
     return found, images
+
+
+CHANGED = "+changes"
+"""What a commit ends with where files differed from it (`provenance.git_commit`)."""
+
+
+def committed(
+    out: Path, found: dict[str, Any], images: list[dict[str, str]]
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Of a published folder, which has a README.md: only the rows whose images a committed tree generated.
+
+    Results of any other folder are unchanged.
+
+    Raises:
+        EvalError: no row of a published folder is of a committed tree.
+    """
+    keys = committed_keys(found)
+    if not (out / RECORD).exists() or keys is None:
+        return found, images
+    rows = [row for row in found["rows"] if row["key"] in keys]
+    if not any(row["key"] == BASELINE.slug for row in rows):
+        raise EvalError(f"{out.name} was generated with uncommitted changes: measure it again from a commit")
+    provenance = found["provenance"]
+    runs = [run for run in provenance["generated"] if not str(run.get("commit")).endswith(CHANGED)]
+    found = {**found, "rows": rows, "provenance": {**provenance, "generated": runs}}
+    return found, [image for image in images if image["key"] in keys]
+
+
+def committed_keys(found: dict[str, Any]) -> set[str] | None:
+    """The rows whose images a committed tree generated; None where that is all of them.
+
+    A run names its methods in its command. The rows of the committed runs count only if they are as many as these runs
+    have generated images.
+    """
+    provenance = found["provenance"]
+    runs = provenance.get("generated") or [provenance]
+    clean = [run for run in runs if not str(run.get("commit")).endswith(CHANGED)]
+    if len(clean) == len(runs):
+        return None
+    keys = set().union(*(_keys_of(run["command"]) for run in clean))
+    generated = sum(run.get("images", 0) for run in clean)
+    return keys if generated == len(keys) * found["settings"]["n"] else set()
+
+
+def _keys_of(command: str) -> set[str]:
+    """The rows that a command of eval.run asks for."""
+    words = shlex.split(command)
+    given = dict(pairwise(words))
+    ratios = [float(ratio) for ratio in given.get("--ratio", "0.5").split(",")]
+    keys = {BASELINE.slug, *(method.slug for method in parse(given["--method"], ratios))}
+    return keys | ({OTHER_SEEDS.slug} if "--seed-baseline" in words else set())
 
 
 def with_times(found: dict[str, Any], out: Path, times: Path) -> dict[str, Any]:
@@ -213,7 +268,8 @@ def with_times(found: dict[str, Any], out: Path, times: Path) -> dict[str, Any]:
     told = found["provenance"]
     joined = [*told.get("joined", []), other["provenance"]["command"]]
     timing = {"commit": commits(other), "device": other["settings"]["device"]}
-    return {**found, "rows": rows, "provenance": {**told, "joined": joined, "timing": timing}}
+    folders = [*told.get("folders", []), str(times)]
+    return {**found, "rows": rows, "provenance": {**told, "joined": joined, "timing": timing, "folders": folders}}
 
 
 def _times(row: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -132,31 +133,52 @@ def _extent(rows: list[dict[str, Any]], metric: str) -> tuple[float, float] | No
     return (low, high) if high > low else None
 
 
-def run_header(found: dict[str, Any]) -> str:
-    """One line without which the figures mean nothing."""
+def run_header(found: dict[str, Any], short: bool | None = None) -> str:
+    """One line of provenance: model, n, prompts, steps, size, guidance, dtype, device and commit.
+
+    short: leave out seeds, batch and versions, which the README.md of a published folder holds; by default where
+    there is one.
+    """
     s = found["settings"]
+    short = bool(records(found)) if short is None else short
     guidance = "default" if s["guidance"] is None else s["guidance"]
+    sampling = f"{s['steps']} steps, {s['size']} px, guidance {guidance}"
     parts = [
-        f"{s['model']}, {s['n']} pictures" + (f" of {s['of']}" if s["n"] < s["of"] else ""),
-        f"prompts {s['prompts']}, seeds from {s['seed']}",
-        f"{s['steps']} steps, {s['size']} px, guidance {guidance}, batch {s['batch']}",
+        f"{s['model']}, {s['n']} images" + (f" of {s['of']}" if s["n"] < s["of"] else ""),
+        f"prompts {s['prompts']}" + ("" if short else f", seeds from {s['seed']}"),
+        sampling if short else f"{sampling}, batch {s['batch']}",
         f"{s['dtype']} on {s['device']}",
-        f"torch {s['torch']}, diffusers {s['diffusers']}",
+        *([] if short else [f"torch {s['torch']}, diffusers {s['diffusers']}"]),
         f"commit {commits(found)}",
     ]
     return " · ".join(parts)
 
 
 def commits(found: dict[str, Any]) -> str:
-    """Those that drew the pictures."""
-    told = found["provenance"]
-    return ", ".join(dict.fromkeys(run.get("commit") or "unknown" for run in told.get("generated") or [told]))
+    """The commits whose code generated the images."""
+    provenance = found["provenance"]
+    runs = provenance.get("generated") or [provenance]
+    return ", ".join(dict.fromkeys(run.get("commit") or "unknown" for run in runs))
 
 
 def commands(found: dict[str, Any]) -> str:
-    """What made the figures, for a page: a command, or one for each of the runs that were joined."""
-    told = found["provenance"]
-    return "\n\n".join(f"`{command}`" for command in (told["command"], *told.get("joined", [])))
+    """How the figures were made, for a page: links to the records of published folders, else the commands."""
+    if links := records(found):
+        return "\n".join(" · ".join(links[i : i + 2]) for i in range(0, len(links), 2))
+    provenance = found["provenance"]
+    return "\n\n".join(f"`{command}`" for command in (provenance["command"], *provenance.get("joined", [])))
+
+
+RECORD = "README.md"
+"""The file of a published results folder that holds its commands and circumstances."""
+
+
+def records(found: dict[str, Any]) -> list[str]:
+    """A link to the record of each results folder; none unless all folders are published, with a record."""
+    files = [Path(folder) / RECORD for folder in found["provenance"].get("folders", [])]
+    if not all(file.exists() for file in files):
+        return []
+    return [f"[{file.parent.name}]({file.as_posix()})" for file in files]
 
 
 SECONDS = frozenset({"s/image", "denoising"})
@@ -166,21 +188,20 @@ def footnotes(found: dict[str, Any], shown: Collection[str] | None = None) -> li
     """What has to be said below the table. shown: the titles of its columns, where it has not all of them."""
     seconds = shown is None or not SECONDS.isdisjoint(shown)
     timed = seconds or "speed-up" in (shown or ())
-    lines = ["Against the full model's pictures under the same seeds; intervals of the metrics: 95 %."]
+    if records(found):
+        return [
+            *([timing(found)] if timed else []),
+            *image_warnings(found),
+            *batch_warnings(found),
+            *_untimed(found, seconds, timed),
+        ]
+    lines = ["Against the full model's images under the same seeds; intervals of the metrics: 95 %."]
     if timed:
         lines[0] += f" {timing(found)}"
     lines += measured(found["metrics"])
     lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
     lines += [*image_warnings(found), *batch_warnings(found)]
-    lacking = (
-        "it is not in the run that times are of"
-        if "timing" in found["provenance"]
-        else "the full model's were not taken beside it"
-    )
-    untimed = [label(row) for row in found["rows"] if timed and "skipped" not in row and row["speedup"] is None]
-    lines += [f"{', '.join(untimed)}: no times, {lacking}"] if untimed else []
-    others = [label(r) for r in found["rows"] if seconds and r.get("speedup") and r.get("same_run") is False]
-    lines += [f"{', '.join(others)}: seconds of another run than the full model's are not shown"] if others else []
+    lines += _untimed(found, seconds, timed)
     lines += _runtimes(found["provenance"]) if seconds else []
     lines += _set_distances(found)
     if shown is None and all(row.get("peak_bytes") is None for row in found["rows"]):
@@ -190,6 +211,21 @@ def footnotes(found: dict[str, Any], shown: Collection[str] | None = None) -> li
     elif (shown is None or "memory" in shown) and (held := max(row.get("held_bytes") or 0 for row in found["rows"])):
         lines.append(f"Memory: the most of any batch, beyond the {held / 2**20:,.0f} MiB that the model itself holds.")
     return lines
+
+
+def _untimed(found: dict[str, Any], seconds: bool, timed: bool) -> list[str]:
+    """Which rows have no times, and why."""
+    lacking = (
+        "it is not in the run that times are of"
+        if "timing" in found["provenance"]
+        else "the full model's were not taken beside it"
+    )
+    untimed = [label(row) for row in found["rows"] if timed and "skipped" not in row and row["speedup"] is None]
+    lines = [f"{', '.join(untimed)}: no times, {lacking}"] if untimed else []
+    others = [label(r) for r in found["rows"] if seconds and r.get("speedup") and r.get("same_run") is False]
+    return lines + (
+        [f"{', '.join(others)}: seconds of another run than the full model's are not shown"] if others else []
+    )
 
 
 def measured(metrics: Sequence[dict[str, Any]]) -> list[str]:
@@ -203,8 +239,8 @@ def measured(metrics: Sequence[dict[str, Any]]) -> list[str]:
 def batch_warnings(found: dict[str, Any]) -> list[str]:
     """Of pictures that differ from the full model's by more than their method."""
     return [
-        f"{label(row)}: {row['other_batch']} of {row['n']} pictures were drawn in another batch than the full model's, "
-        "which changes the last bits, and more where a method decides for a batch at once"
+        f"{label(row)}: {row['other_batch']} of {row['n']} images were generated in another batch than the full "
+        "model's, which changes the last bits, and more where a method decides for a batch at once"
         for row in found["rows"]
         if row.get("other_batch")
     ]
@@ -217,9 +253,9 @@ def image_warnings(found: dict[str, Any]) -> list[str]:
     """
     rows = found["rows"]
     return [
-        f"{label(row)}: {row[name]} of {row['n']} pictures {what}"
+        f"{label(row)}: {row[name]} of {row['n']} images {what}"
         for row in ([found["full"]] if "full" in found and found["full"] not in rows else []) + rows
-        for name, what in (("flat", "are one flat colour"), ("nan", "hold NaN, drawn as black"))
+        for name, what in (("flat", "are one flat colour"), ("nan", "hold NaN, saved as black"))
         if row.get(name)
     ]
 
@@ -243,6 +279,9 @@ def timing(found: dict[str, Any]) -> str:
         but += ", step by step"
     said = f"Speed-up: median of {usual} batches{but}; it and s/image with the 5th to 95th percentile"
     other = found["provenance"].get("timing")
+    if records(found):
+        of = f" on {other['device']}, commit {other['commit']}" if other else ""
+        return f"Speed-up: median of {usual} batches{but}{of}; 5th to 95th percentile."
     return said + (f"; all of another run, on {other['device']}, of commit {other['commit']}." if other else ".")
 
 
@@ -251,14 +290,14 @@ def _runtimes(told: dict[str, Any]) -> list[str]:
     drawn = [] if "joined" in told else told.get("generated") or []
     runtimes = [run["runtime"] for run in drawn if run.get("runtime")]
     several = dict.fromkeys(", ".join(f"{name} {value}" for name, value in one.items()) for one in runtimes)
-    return [f"Seconds are of pictures drawn under {'; and '.join(several)}."] if len(several) > 1 else []
+    return [f"Seconds are of images generated under {'; and '.join(several)}."] if len(several) > 1 else []
 
 
 FEW_FOR_KID = 1000
 
 
 def _set_distances(found: dict[str, Any]) -> list[str]:
-    """A Fréchet distance is biased upwards, the more the fewer pictures; a kernel distance is not, but scatters."""
+    """A Fréchet distance is biased upwards at small n; a kernel distance is not, but has a wide spread."""
     sizes = {
         name: (figure["n"], figure["features"])
         for row in found["rows"]
@@ -266,13 +305,13 @@ def _set_distances(found: dict[str, Any]) -> list[str]:
         if "features" in figure
     }
     lines = [
-        f"{name}: from n={n} pictures in {width} dimensions. It is biased upwards and comparable at this n only; its "
+        f"{name}: from n={n} images in {width} dimensions. It is biased upwards and comparable at this n only; its "
         "interval is its spread at this n, not where it would come to with more pictures."
         for name, (n, width) in sizes.items()
         if name.startswith(("FID", "FD"))
     ]
     lines += [
-        f"{name}: from n={n} pictures; under {FEW_FOR_KID:,} its interval is a rough one."
+        f"{name}: from n={n} images; under {FEW_FOR_KID:,} its interval is rough."
         for name, (n, _) in sizes.items()
         if name.startswith(("KID", "KD")) and n < FEW_FOR_KID
     ]
@@ -286,7 +325,7 @@ def planned(plan: dict[str, Any]) -> list[str]:
     head = f"{s['model']}, {s['size']} px, {s['steps']} steps, {s['dtype']} on {s['device']} -> {plan['out']}"
     return [
         head,
-        *(f"  {m['key']}: {m['images']} pictures, {m['existing']} of them drawn before" for m in plan["methods"]),
+        *(f"  {m['key']}: {m['images']} images, {m['existing']} of them generated before" for m in plan["methods"]),
     ]
 
 
@@ -369,7 +408,7 @@ def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
     shown = {titles[i] for i in chosen}
     metrics = [m for m in found["metrics"] if not columns or m["name"] in shown or "skipped" in m]
     lines += ["", run_header(found) + ".", *footnotes({**found, "metrics": metrics}, shown if columns else None)]
-    return "\n".join([*lines, "", commands(found)]) + "\n"
+    return "\n".join([*lines, *([] if records(found) else [""]), commands(found)]) + "\n"
 
 
 def known(what: str, asked: Sequence[str], there: Sequence[str]) -> Sequence[str]:
@@ -401,11 +440,9 @@ def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], ba
         lines.append(
             f"| {names[key]} | {' | '.join(paired_difference(own, reference, metric) for metric in metrics)} |"
         )
-    lines += ["", f"Each method minus {names[base]} on the same picture: mean and its 95 % interval.", ""]
-    return (
-        "\n".join([*lines, run_header(found) + ".", *measured(metrics), *image_warnings(found), *batch_warnings(found)])
-        + "\n"
-    )
+    lines += ["", f"Each method minus {names[base]} on the same image: mean and its 95 % interval.", ""]
+    lines += [run_header(found) + ".", *image_warnings(found), *batch_warnings(found)]
+    return "\n".join([*lines, *([commands(found)] if records(found) else measured(metrics))]) + "\n"
 
 
 def paired_difference(

@@ -17,7 +17,7 @@ from ..common.cli import choices
 from ..common.files import listed
 from ..methods.method import BASELINE
 from ..reporting import results as report
-from ..reporting.tables import method_column, short
+from ..reporting.tables import RECORD, method_column, short
 from .benchmark import SCHEMA
 from .contender import _setups
 
@@ -28,6 +28,9 @@ def read(path: Path) -> dict[str, Any]:
     rounds = {len(row["samples"]) for row in found["rows"] if "samples" in row}
     if len(rounds) > 1:
         raise EvalError(f"{path.name} is damaged: its rows have {listed(sorted(map(str, rounds)))} samples")
+    record = path.parent / RECORD
+    if record.exists():
+        found["provenance"]["record"] = f"[{path.stem}]({record.as_posix()}#{path.stem})"
     return found
 
 
@@ -74,11 +77,12 @@ def markdown(found: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
                 cells = [cell(row) for cell in columns.values()] + costs
             lines.append(f"| {row['method']} | {' | '.join(cells)} |")
         lines.append("")
+    record = found["provenance"].get("record")
     lines += [run_header(found)]
     if metrics:
         n = " or ".join(sorted(set(shown), key=int))
-        lines += [f"PSNR, LPIPS: of {n} of the embedded model's pictures, against the full ones (docs/results.md)."]
-    return "\n".join([*lines, "", f"`{found['provenance']['command']}`"]) + "\n"
+        lines += [f"PSNR, LPIPS: {n} images of the embedded model, against the baseline under the same seeds."]
+    return "\n".join([*lines, *([record] if record else ["", f"`{found['provenance']['command']}`"])]) + "\n"
 
 
 def terminal(found: dict[str, Any], console: Console) -> None:
@@ -126,11 +130,13 @@ def _ahead(own: Sequence[float], peer: Sequence[float]) -> str:
 
 
 def run_header(found: dict[str, Any]) -> str:
-    """One line without which the figures mean nothing."""
+    """One line of provenance, and how to read the columns."""
     s, p = found["settings"], found["provenance"]
+    head = f"ratio {s['ratio']:g}, {s['rounds']} interleaved rounds · {s['dtype']} on {s['device']}"
+    if p.get("record"):
+        return f"{head} · torch {s['torch']} · commit {p['commit'] or 'unknown'}."
     return (
-        f"ratio {s['ratio']:g}, {s['rounds']} rounds in turns · {s['dtype']} on {s['device']} · torch {s['torch']}, "
-        f"diffusers {p['packages'].get('diffusers', 'unknown')} · commit {p['commit'] or 'unknown'}. ms: median and "
-        "20th to 80th percentile; speed-up, share: of medians, with a 95 % interval; scratch: the most memory a call "
-        "holds, its result included."
+        f"{head} · torch {s['torch']}, diffusers {p['packages'].get('diffusers', 'unknown')} · commit "
+        f"{p['commit'] or 'unknown'}. ms: median and 20th to 80th percentile; speed-up, share: of medians, with a 95 % "
+        "interval; scratch: the most memory a call holds, its result included."
     )

@@ -27,7 +27,7 @@ from eval.common.devices import add_device, pick_device
 from eval.common.files import check_place, write_results
 from eval.images.flops import FORMULAS
 from eval.metrics.statistics import bootstrap
-from eval.reporting.tables import markdown_rows, terminal_rows
+from eval.reporting.tables import RECORD, markdown_rows, terminal_rows
 
 from ..classifiers import models as classifiers
 from ..classifiers import train
@@ -172,9 +172,12 @@ def cost(model: nn.Module, fresh: Labelled, device: torch.device) -> tuple[float
 
 
 def read(out: Path) -> dict[str, Any]:
-    return formats.read(
+    found: dict[str, Any] = formats.read(
         out / "condensation.json", formats.CONDENSATION, SCHEMA, "research.adaptivision.ablations", out.name
     )
+    if (out / RECORD).exists():
+        found["provenance"]["record"] = f"[{out.name}]({(out / RECORD).as_posix()})"
+    return found
 
 
 def cells(found: dict[str, Any], table: str) -> tuple[list[str], list[list[str]]]:
@@ -194,11 +197,10 @@ def notes(found: dict[str, Any]) -> list[str]:
     s, p = found["settings"], found["provenance"]
     return [
         f"Trainings of seeds {', '.join(map(str, s['seeds']))}, {s['samples']:,} pictures each · {s['n']} fresh scenes "
-        f"of {s['classes']} classes · {s['depth']} layers, clusters {s['clusters']} · float32 on {s['device']} · torch "
-        f"{s['torch']} · commit {p['commit'] or 'unknown'}.",
-        "Accuracy: mean over the trainings, 95 % interval over classes; tokens and operations: of a picture by itself.",
-        "",
-        f"`{p['command']}`",
+        f"of {s['classes']} classes · {s['depth']} layers, clusters {s['clusters']}.",
+        f"float32 on {s['device']} · torch {s['torch']} · commit {p['commit'] or 'unknown'}.",
+        "Accuracy: mean over the trainings, 95 % interval over classes; tokens and FLOPs: of one image.",
+        *(["", f"`{p['command']}`"] if "record" not in p else [p["record"]]),
     ]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from eval import EvalError
 from eval.common import formats
-from eval.reporting.tables import known
+from eval.reporting.tables import RECORD, known
 from tofu_sd.patching.linearity import best_split
 
 from .methods import BASELINE
@@ -26,8 +26,9 @@ CURVES = (
     (0.0, 1.0),
 )  # of thresholds: how far they begin below 1, how fast they fall
 THRESHOLDS = (
-    "atm: four curves of thresholds are brought to ToMe's operations at that r; of those that can be, the one that "
-    "moves features least, on pictures held apart where at least 64 are not judged."
+    "atm: four threshold schedules are scaled to ToMe's FLOPs at the same r; the one with the smallest feature shift "
+    "on calibration images",
+    "is used. Calibration images are not evaluated where at least 64 remain.",
 )
 RS = [8, 12, 16, 20]
 
@@ -46,6 +47,8 @@ def read(out: Path) -> dict[str, Any]:
         )
     if len({len(layers) for layers in found["linearity"]}) > 1:
         raise EvalError(f"{out.name} holds no results of classifiers: linearity is of classifiers of unequal depth")
+    if (out / RECORD).exists():
+        found["provenance"]["record"] = f"[{out.name}]({(out / RECORD).as_posix()})"
     return found
 
 
@@ -58,7 +61,7 @@ def named(rows: list[dict[str, Any]], labels: Sequence[str]) -> list[dict[str, A
 def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """(titles, the texts of each row)."""
     full = next(row for row in found["rows"] if row["method"] == BASELINE.name)
-    titles = ["method", "accuracy, %", "features moved, 10⁻³", "GFLOP / image", "of the full model's", "tokens left"]
+    titles = ["method", "accuracy, %", "feature shift, 10⁻³", "GFLOP / image", "of the baseline's", "tokens left"]
     ahead = any(row["ahead_of_tome"] for row in found["rows"])
     timed = any(row["speedup"] for row in found["rows"])
     titles += ["ahead of tome, %"] * ahead + ["images / s", "speed-up"] * timed
@@ -96,13 +99,15 @@ def straightness(found: dict[str, Any]) -> tuple[list[str], list[list[str]], lis
     ]
     d = best_split({layer: mean(values) for layer, values in enumerate(layers)})
     s = found["settings"]
-    note = (
-        f"Of each layer's {s.get('linearity_of', 'MLP')}, between the five patch tokens that would be fused first and "
-        f"what they would join; {min(CALIBRATION, s['n'])} pictures, {s['classifiers']} classifiers, torch "
-        f"{s['torch']}, commit {found['provenance']['commit'] or 'unknown'}. "
-        f"By the error model of `depth_split='auto'`: d = {d}" + (", average in all layers." if d == 0 else ".")
-    )
-    return ["layer", "functional linearity", "over the classifiers"], lines, [note]
+    note = [
+        f"Linearity of each layer's {s.get('linearity_of', 'MLP')}, between the five patch tokens that would be merged "
+        f"first and their destinations; {min(CALIBRATION, s['n'])} images.",
+        f"{s['classifiers']} classifiers, torch {s['torch']}, commit {found['provenance']['commit'] or 'unknown'}. "
+        f"By the error model of `depth_split='auto'`: d = {d}" + (", average in all layers." if d == 0 else "."),
+    ]
+    if record := found["provenance"].get("record"):
+        note.append(record)
+    return ["layer", "functional linearity", "over the classifiers"], lines, note
 
 
 def notes(found: dict[str, Any]) -> list[str]:
@@ -112,24 +117,24 @@ def notes(found: dict[str, Any]) -> list[str]:
     if s["seeds"][0] is not None:
         trained += f", {s['classifiers']} classifiers of seeds {', '.join(map(str, s['seeds']))}"
     lines = [
-        f"{trained} · {s['n']} pictures of {s['classes']} classes ({s['data']}), {s['side']} px, batches of "
-        f"{s['batch']} · {s.get('dtype', 'float32')} on {s['device']} · torch {s['torch']}, timm {s['timm']} · commit "
-        f"{p['commit'] or 'unknown'}.",
-        "Accuracy: mean over the classifiers, 95 % interval over classes. Features moved: 1 - cosine of what the last "
-        "linear layer is shown to what the full model shows it, mean and interval alike. Operations: by torch's "
-        "counter, matching included; tokens: of patches, before the last layer.",
+        f"{trained} · {s['n']} images of {s['classes']} classes ({s['data']}), {s['side']} px · "
+        f"{s.get('dtype', 'float32')} on {s['device']} · commit {p['commit'] or 'unknown'}.",
+        "Accuracy: mean over the classifiers, 95 % interval over classes. Feature shift: 1 - cosine of the last linear "
+        "layer's input",
+        "to that of the baseline, with its 95 % interval. FLOPs: by torch's counter, matching included; tokens: "
+        "patches before the last layer.",
     ]
     if any(row["speedup"] for row in found["rows"]):
-        lines.append(f"Images / s, speed-up: medians of {s['rounds']} rounds in turns, 5th to 95th percentile.")
+        lines.append(f"Images / s, speed-up: medians of {s['rounds']} interleaved rounds, 5th to 95th percentile.")
     if s["stress"]:
         tried = "those at which ToMe's patch tokens last to the last layer"  # as before they were told
         if s.get("tried"):
             tried = ", ".join(map(str, s["tried"]))
-        lines.append(
-            "Each method at the largest r at which its accuracy, to a tenth of a percent, is the full model's or "
-            f"higher, of {tried}. {THRESHOLDS}"
-        )
+        lines += [
+            "Each method at the largest r at which its accuracy, to a tenth of a percent, is at least the baseline's; "
+            f"r of {tried}.",
+            *THRESHOLDS,
+        ]
     elif any(row["method"].startswith("atm") and row["r"] is not None for row in found["rows"]):
-        lines.append(THRESHOLDS)
-    lines += ["", f"`{p['command']}`"]
-    return lines
+        lines += THRESHOLDS
+    return [*lines, *(["", f"`{p['command']}`"] if "record" not in p else [p["record"]])]
