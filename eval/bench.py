@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 from rich.console import Console
 
-from .common.cli import Help, Parser, as_path, at_least, command
+from .common.cli import Help, Parser, as_path, command, integer_from
 from .common.devices import add_device, add_dtype
 from .common.files import check_place, to_json, write_results
+from .methods.method import BASELINE
+from .methods.registry import BASELINE_ALIAS
 from .speed.benchmark import DEFAULT_METHODS, DEFAULT_SCOPES, bench
 from .speed.contender import BACKENDS, MODES, SCOPES
 from .speed.model_shapes import CASES
@@ -20,18 +23,19 @@ from .speed.tables import markdown, part, quality, read, terminal
 
 EXAMPLES = """examples:
   python -m eval.bench --quick
-      the attention of Stable Diffusion 1.5 at 512 px, with and without fusion
+      the attention of Stable Diffusion 1.5 at 512 px, with and without merging
   python -m eval.bench --case sd15-1024 --method tomesd,tofu,faithful --compile no,default --out bench.json
-      a UNet step of larger pictures too, compiled and not
+      also a UNet step of larger images, compiled and not
   python -m eval.bench --table bench.json --scope unet
-      a part of what was measured, for a page
+      a part of the results, for a page
 """
 
 
 def parser() -> Parser:
+    """The parser of eval.bench."""
     p = Parser(
         prog="python -m eval.bench",
-        description="Time, memory and the share of the ideal saving, at real sizes with random weights.",
+        description="Time, memory and the share of the ideal saving, at the sizes of real models with random weights.",
         epilog=EXAMPLES,
         formatter_class=Help,
         allow_abbrev=False,
@@ -39,37 +43,45 @@ def parser() -> Parser:
     p.add_argument("--case", default="sd15-512", metavar="A,B", help=", ".join(CASES))
     p.add_argument("--scope", metavar="A,B", help=f"{', '.join(SCOPES)} (default: {DEFAULT_SCOPES})")
     p.add_argument(
-        "--method", metavar="A,B", help=f"as in eval.run; full and ideal always run (default: {DEFAULT_METHODS})"
+        "--method", metavar="A,B", help=f"as in eval.run; baseline and ideal always run (default: {DEFAULT_METHODS})"
     )
-    p.add_argument("--ratio", type=float, default=0.5, help="share of tokens fused away")
-    p.add_argument("--batch", type=at_least(1), default=2, help="samples of a step: two for a picture with guidance")
+    p.add_argument("--ratio", type=float, default=0.5, help="proportion of tokens merged")
+    p.add_argument("--batch", type=integer_from(1), default=2, help="samples of a step: two for an image with guidance")
     p.add_argument("--compile", default="no", metavar="A,B", help=f"modes of torch.compile: {', '.join(MODES)}")
     p.add_argument("--backend", default="default", metavar="A,B", help=", ".join(BACKENDS))
-    p.add_argument("--rounds", type=at_least(2), default=20, help="timed samples of each row")
-    p.add_argument("--minutes", type=at_least(1), metavar="N", help="begin nothing new after N minutes")
+    p.add_argument("--rounds", type=integer_from(2), default=20, help="timed samples of each row")
+    p.add_argument("--minutes", type=integer_from(1), metavar="N", help="start no setup after N minutes")
     p.add_argument(
-        "--quick", action="store_true", help="attention of sd15-512 alone, within three minutes on two cores"
+        "--quick", action="store_true", help="only the attention of sd15-512, within three minutes on two cores"
     )
     add_device(p)
     add_dtype(p)
-    p.add_argument("--out", type=as_path, metavar="FILE", help="also write the results there, as JSON")
+    p.add_argument("--out", type=as_path, metavar="FILE", help="also write the results to this file, as JSON")
     p.add_argument("--json", action="store_true", help="print the rows as JSON and nothing else on stdout")
     p.add_argument(
         "--table",
         type=as_path,
         metavar="FILE",
-        help="measure nothing; print FILE's rows, of --scope and --method, for a page",
+        help="measure nothing; print the rows of FILE, of --scope and --method, for a page",
     )
-    p.add_argument("--quality", type=as_path, nargs="+", default=[], metavar="DIR", help="of eval.run, for --table")
+    p.add_argument(
+        "--quality",
+        type=as_path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="runs of eval.run whose quality is added to --table",
+    )
     return p
 
 
-@command(goes_on=False)
+@command(resumes=False)
 def main(argv: Sequence[str]) -> int:
-    """Measures; 0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
+    """Measures, or prints a table of earlier results. Exit codes: 0, 2 for wrong options, 130 after Ctrl-C."""
     options = parser().parse_args(argv)
     if options.table:
-        found = part(read(options.table), options.scope, options.method)
+        method = re.sub(rf"(?<![\w:]){BASELINE_ALIAS}(?![\w:@])", BASELINE.name, options.method or "")
+        found = part(read(options.table), options.scope, method)
         print(markdown(found, quality(options.quality)), end="")
         return 0
     if options.out:

@@ -15,13 +15,14 @@ from .reporting.compare import compare
 
 EXAMPLES = """examples:
   python -m eval.compare runs/yesterday runs/today
-      the methods of both, each metric in one and in the other, and the difference on the same pictures
+      the methods of both: each metric in either run, and the difference on the same images
   python -m eval.compare runs/a runs/b --json
-      the same for a program
+      the same as JSON
 """
 
 
 def parser() -> Parser:
+    """The parser of eval.compare."""
     p = Parser(
         prog="python -m eval.compare",
         description="Two runs of eval.run side by side.",
@@ -34,33 +35,41 @@ def parser() -> Parser:
     return p
 
 
-@command(goes_on=False)
+@command(resumes=False)
 def main(argv: Sequence[str]) -> int:
+    """Compares two runs."""
     options = parser().parse_args(argv)
     found = compare(options.a, options.b)
     if options.json:
         print(
-            to_json({"differ": found.told, "rows": found.rows, "measured": found.measured, "flaws": found.flaws}),
+            to_json(
+                {
+                    "differences": found.differences,
+                    "rows": found.rows,
+                    "metrics": found.metrics,
+                    "warnings": found.warnings,
+                }
+            ),
             end="",
         )
         return 0
-    drawn = Table(title=f"{options.a.name} and {options.b.name}", box=SIMPLE_HEAD)
+    table = Table(title=f"{options.a.name} and {options.b.name}", box=SIMPLE_HEAD)
     for title in ("method", "figure", "a", "b", "b - a"):
-        drawn.add_column(title, justify="left" if title in ("method", "figure") else "right")
+        table.add_column(title, justify="left" if title in ("method", "figure") else "right")
     last = ""
     for row in found.rows:
-        drawn.add_row(row["method"] if row["method"] != last else "", *(row[t] for t in ("figure", "a", "b", "b - a")))
+        table.add_row(row["method"] if row["method"] != last else "", *(row[t] for t in ("figure", "a", "b", "b - a")))
         last = row["method"]
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(drawn)
-    for name, (mine, its) in found.told.items():
+    console.print(table)
+    for name, (mine, its) in found.differences.items():
         console.print(f"{name}: {mine} in a, {its} in b", style="dim", highlight=False, markup=False)
-    for line in found.flaws:
+    for line in found.warnings:
         console.print(line, highlight=False, markup=False)
     for line in (
-        *found.measured,
-        "a, b: against the full model of the same run, with 95 % intervals, times with their 5th to 95th percentile; "
-        "b - a: on the same pictures, with a 95 % interval.",
+        *found.metrics,
+        "a, b: against the baseline of the same run, with 95 % intervals, times with their 5th to 95th percentile; "
+        "b - a: on the same images, with a 95 % interval.",
     ):
         console.print(line, style="dim", highlight=False, markup=False)
     return 0

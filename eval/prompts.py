@@ -6,20 +6,21 @@ import sys
 from collections.abc import Sequence
 
 from .common.cli import Help, Parser, command
-from .images.requests import KNOWN, load
+from .images.requests import KNOWN, load_requests
 
 EXAMPLES = """examples:
   python -m eval.prompts imagenet1k
-      a prompt for each class of ImageNet, two times, as the paper has them
+      a prompt for each class of ImageNet, twice, as in the paper
   python -m eval.prompts mine.jsonl
-      whether a list of one's own can be read
+      checks that your own list can be read
 """
 
 
 def parser() -> Parser:
+    """The parser of eval.prompts."""
     p = Parser(
         prog="python -m eval.prompts",
-        description="Print a list of prompts, one a line.",
+        description="Print a list of prompts, one on each line.",
         epilog=EXAMPLES,
         formatter_class=Help,
     )
@@ -27,9 +28,10 @@ def parser() -> Parser:
     return p
 
 
-@command(goes_on=False)
+@command(resumes=False)
 def main(argv: Sequence[str]) -> int:
-    for request in load(parser().parse_args(argv).name):
+    """Prints the prompts of a list."""
+    for request in load_requests(parser().parse_args(argv).name):
         print(request.prompt)
     return 0
 

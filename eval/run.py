@@ -10,7 +10,7 @@ from .common.cli import command
 from .evaluation.printed import run_and_print
 
 
-@command(goes_on=True)
+@command(resumes=True)
 def main(argv: Sequence[str]) -> int:
     """Runs an evaluation; the exit codes are those of `run_and_print`."""
     return run_and_print(argv)

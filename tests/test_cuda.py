@@ -101,8 +101,11 @@ def test_the_memory_of_what_runs_beside_a_method_is_not_the_methods() -> None:
             torch.empty(2**28, device="cuda")
 
     with method.apply(pipe):
-        draws = [generate.draw(pipe, requests, method, settings, steps=2, beside=b)[1] for b in (None, None, Large())]
+        draws = [
+            generate.generate_batch(pipe, requests, method, settings, steps=2, baseline_unet=b)[1]
+            for b in (None, None, Large())
+        ]
     assert draws[2]["peak_bytes"] == draws[1]["peak_bytes"] > 0
-    assert draws[2]["full_denoising"] > 0
+    assert draws[2]["baseline_denoiser_seconds"] > 0
     assert draws[1]["reserved_bytes"] >= 0
     assert draws[2]["reserved_bytes"] is None

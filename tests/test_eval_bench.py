@@ -34,11 +34,11 @@ def _small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", [case for name, case in CASES.items() if name != "small-128"], ids=lambda c: c.name)
-def test_the_top_level_is_the_real_models(case: Case) -> None:
+def test_top_level_matches_the_real_model(case: Case) -> None:
     """Same blocks at the same sizes, in the same order, of the same weights."""
     with torch.device("meta"):
         whole = UNet2DConditionModel(sample_size=case.latent, **case.shape)
-        part = shapes.TopLevel(case, attention_alone=False)
+        part = shapes.TopLevel(case, only_attention=False)
     real = tofu_sd.summary(tofu_sd.apply_patch(whole, 0.5)).rows
     ours = tofu_sd.summary(tofu_sd.apply_patch(part, 0.5), (case.latent // part.downsample,) * 2).rows
     assert [(r.before, r.after, r.reduction) for r in real] == [(r.before, r.after, r.reduction) for r in ours]
@@ -51,26 +51,26 @@ def test_the_top_level_is_the_real_models(case: Case) -> None:
         assert whole.get_submodule(a.name).attn1.heads == part.get_submodule(b.name).attn1.heads
 
 
-def test_alone_only_self_attention_is_left() -> None:
-    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, attention_alone=True)
+def test_only_attention_leaves_only_self_attention() -> None:
+    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, only_attention=True)
     names = {name.split(".")[-2] for name, _ in model.named_parameters()}
     assert names == {"norm1", "norm2", "to_q", "to_k", "to_v", "0"}  # to_out.0; norm2 is cross-attention's and unused
     before = call.sample
     assert model(call.sample, T, **call.more).shape == before.shape
 
 
-def test_a_twin_shares_weights_and_nothing_else() -> None:
-    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, attention_alone=False)
+def test_shared_weights_copy_shares_only_weights() -> None:
+    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, only_attention=False)
     plain = model(call.sample, T, **call.more)
-    twin = shapes.twin(model)
-    assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
-    tofu_sd.apply_patch(twin, 0.5)
-    assert not torch.equal(twin(call.sample, T, **call.more), plain)
+    shared_weights_copy = shapes.shared_weights_copy(model)
+    assert all(a is b for a, b in zip(model.parameters(), shared_weights_copy.parameters(), strict=True))
+    tofu_sd.apply_patch(shared_weights_copy, 0.5)
+    assert not torch.equal(shared_weights_copy(call.sample, T, **call.more), plain)
     assert torch.equal(model(call.sample, T, **call.more), plain)
 
 
-def test_the_ideal_attends_to_the_first_tokens_alone() -> None:
-    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, attention_alone=True)
+def test_ideal_attends_to_the_first_tokens_only() -> None:
+    model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, only_attention=True)
     seen = []
     with bench.ideal(model, 0.5, 16):
         for block in (
@@ -86,10 +86,10 @@ def run(capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, Any
     return json.loads(capsys.readouterr().out)
 
 
-def test_rows_say_what_was_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_benchmark_rows_describe_the_setup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rows = run(capsys, "--method", "tofu,tomesd", "--scope", "attention,unet", "--out", str(tmp_path / "b.json"))
     assert [(r["scope"], r["method"]) for r in rows] == [
-        (scope, method) for scope in ("attention", "unet") for method in ("full", "ideal", "tofu", "tomesd")
+        (scope, method) for scope in ("attention", "unet") for method in ("baseline", "ideal", "tofu", "tomesd")
     ]
     for row in rows:
         assert 0 < row["p20"] <= row["p50"] <= row["p80"]
@@ -104,9 +104,7 @@ def test_rows_say_what_was_measured(capsys: pytest.CaptureFixture[str], tmp_path
     assert saved["provenance"]["command"].startswith("python -m eval.bench --case small-128")
 
 
-def test_what_does_not_run_is_a_row_that_says_so(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_method_is_a_skipped_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **more: Any) -> Any:
         raise RuntimeError("no kernel for this")
 
@@ -115,7 +113,7 @@ def test_what_does_not_run_is_a_row_that_says_so(
     assert [row.get("skipped") for row in rows] == [None] * 3 + ["no kernel for this"] * 3
 
 
-def test_what_there_was_no_time_for_is_a_row_that_says_so(
+def test_setup_after_the_time_limit_is_a_skipped_row(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     minutes = iter(range(0, 600, 90))
@@ -138,7 +136,7 @@ def test_the_table_holds_speed_and_quality(capsys: pytest.CaptureFixture[str], t
     assert bench_module.main(["--table", str(tmp_path / "b.json"), "--method", "tofu", "--scope", "attention"]) == 0
     printed = capsys.readouterr().out
     assert [line.split(" |")[0] for line in printed.splitlines() if line.startswith("| ")] == [
-        "| method", "| full", "| ideal", "| tofu"
+        "| method",  "| baseline", "| ideal", "| tofu"
     ]  # fmt: skip
     assert bench_module.main(["--table", str(tmp_path / "b.json"), "--method", "tofoo"]) == 2
     assert "unknown method 'tofoo' (did you mean 'tofu'?)" in capsys.readouterr().err
@@ -146,7 +144,7 @@ def test_the_table_holds_speed_and_quality(capsys: pytest.CaptureFixture[str], t
     assert "none.json holds no results" in capsys.readouterr().err
 
 
-def test_rounds_are_compared_one_by_one(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_rounds_are_compared_pairwise(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Medians hide how often the order turns."""
     run(capsys, "--method", "tofu,tomesd", "--scope", "attention", "--out", str(tmp_path / "b.json"))
     found = tables.read(tmp_path / "b.json")
@@ -154,13 +152,11 @@ def test_rounds_are_compared_one_by_one(capsys: pytest.CaptureFixture[str], tmp_
     rows["tofu"]["samples"], rows["tomesd"]["samples"] = [1.0, 3.0, 1.0], [2.0, 2.0, 2.0]
     lines = [line.split(" | ") for line in tables.markdown(found, {}).splitlines() if line.startswith("| ")]
     at = lines[0].index("rounds ahead of tomesd |")
-    told = {line[0].strip("| "): line[at].strip("| ") for line in lines[1:]}
-    assert (told["tofu"], told["tomesd"]) == ("2 of 3", "–")
+    observed = {line[0].strip("| "): line[at].strip("| ") for line in lines[1:]}
+    assert (observed["tofu"], observed["tomesd"]) == ("2 of 3", "–")
 
 
-def test_every_model_is_compiled_however_many_there_are(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_model_is_compiled(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond its limit of graphs of one class, torch.compile runs eagerly with no more than a warning."""
     counted: list[Any] = []
     plain = torch.compile
@@ -179,7 +175,7 @@ def test_every_model_is_compiled_however_many_there_are(
     assert all(counter.frame_count >= 1 for counter in counted)
 
 
-def test_what_a_few_steps_cannot_show_is_not_measured(
+def test_methods_that_need_whole_images_are_skipped(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = "tofu@start=0.5,tofu@min_tokens=auto,tofu@merge_mlp=True,deepcache,tomesd"
@@ -187,12 +183,12 @@ def test_what_a_few_steps_cannot_show_is_not_measured(
     rows = run(capsys, "--method", names, "--scope", "attention")[2:]
     assert "depends on the step" in rows[0]["skipped"]
     assert "depends on the machine" in rows[1]["skipped"]
-    assert "self-attention alone" in rows[2]["skipped"]
-    assert "whole UNets" in rows[3]["skipped"]
+    assert "only self-attention" in rows[2]["skipped"]
+    assert "a whole UNet" in rows[3]["skipped"]
     assert rows[4]["skipped"] == "pip install tomesd"
 
 
-def test_what_saves_over_several_steps_is_measured_over_as_many(
+def test_periodic_methods_are_timed_over_a_period(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One step alone would show the step that costs all, or one that costs nothing."""
@@ -233,17 +229,17 @@ def test_deepcache_runs_one_step_of_three_whole() -> None:
     assert {name: {*vars(module)} for name, module in model.named_modules()} == before
 
 
-def test_a_share_of_no_saving_is_none() -> None:
+def test_share_is_none_without_an_ideal_saving() -> None:
     contender = bench.Contender("tofu", "tofu-r50", None, seconds=[1.0, 1.1, 0.9, 1.0])
-    base = {"full": [1.0, 1.2, 0.8, 1.0], "ideal": [1.0, 0.9, 1.1, 1.0]}
+    base = {"baseline": [1.0, 1.2, 0.8, 1.0], "ideal": [1.0, 0.9, 1.1, 1.0]}
     row = contender.row(base)
     assert row["share"] is None
     assert row["speedup"]["value"] == 1
-    assert contender.row({"full": [2.0] * 4, "ideal": [0.5] * 4})["share"]["value"] == pytest.approx(2 / 3)
+    assert contender.row({"baseline": [2.0] * 4, "ideal": [0.5] * 4})["share"]["value"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("backend", ["math", "slicing"])
-def test_backends_are_used(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_attention_backends_are_used(backend: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Both hold scores that the default never holds whole."""
     usual, other = (
         run(capsys, "--method", "tofu", "--scope", "attention", "--backend", b) for b in ("default", backend)
@@ -260,18 +256,20 @@ def test_backends_are_used(backend: str, capsys: pytest.CaptureFixture[str]) -> 
         (["--backend", "flush"], "unknown backend 'flush' (did you mean 'flash'?)"),
         (["--compile", "yes"], "unknown mode of torch.compile 'yes'"),
         (["--ratio", "0.8"], "ratio is 0.8; it must be a number from 0 to 0.75"),
-        (["--rounds", "1"], "'1' is not a whole number from 2"),
+        (["--rounds", "1"], "'1' is not an integer from 2"),
         (["--method", "tofoo"], "unknown method 'tofoo' (did you mean 'tofu'?)"),
     ],
 )
-def test_bad_input_is_told_in_a_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_benchmark_options_print_one_line(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert bench_module.main(options) == 2
-    told = capsys.readouterr()
-    assert message in told.err
-    assert told.out == ""
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.out == ""
 
 
-def test_memory_held_for_a_moment_counts() -> None:
+def test_peak_memory_counts_short_allocations() -> None:
     def run() -> None:
         for _ in range(3):
             torch.ones(2**20).add_(1)

@@ -13,13 +13,13 @@ from tiny import SHALLOW, sd15_pipe
 
 from eval import run
 from eval.common import files
-from eval.evaluation import execute as job
-from eval.evaluation import plan
+from eval.evaluation import execute, prepare
 from eval.images import output_dir
 from eval.images.requests import Request
 from eval.methods import registry
 from eval.methods.method import OTHER_SEEDS
 from eval.methods.registry import METHODS, parse
+from eval.metrics import base
 from eval.metrics import registry as metrics
 
 
@@ -35,10 +35,10 @@ PLAIN = [*COMMAND, "--metrics", "psnr", "--prompts"]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, pipe):
     """The folder of a finished run of tofu, to be copied."""
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("config_hash")
     (folder / "own.txt").write_text("\n".join(PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "load_model", lambda *_: (pipe, ToyJudge()))
+        patch.setattr(prepare, "load_model", lambda *_: (pipe, ToyJudge()))
         assert run.main([*PLAIN, str(folder / "own.txt"), "--method", "tofu", "--out", str(folder / "out")]) == 0
     return folder / "out"
 
@@ -53,7 +53,7 @@ def finished(command, made):
 @pytest.fixture
 def command(monkeypatch, tmp_path, pipe):
     """A run of five prompts into the folder out, of the tiny pipeline."""
-    monkeypatch.setattr(plan, "load_model", lambda *_: (pipe, ToyJudge()))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (pipe, ToyJudge()))
     (tmp_path / "own.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -78,19 +78,19 @@ def refusal(capsys, *arguments):
     before, images = written(), sorted(Path("out").rglob("*.png"))
     capsys.readouterr()
     assert run.main(list(arguments)) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: --out out: ")
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith("error: --out out: ")
+    assert output.count("\n") == 1
     assert (written(), sorted(Path("out").rglob("*.png"))) == (before, images)
-    return told
+    return output
 
 
-def test_another_method_is_a_further_row(command):
-    assert run.main([*command, "--method", "tofu", "--scale-row"]) == 0
+def test_another_method_adds_a_row(command):
+    assert run.main([*command, "--method", "tofu", "--seed-baseline"]) == 0
     before = rows()
     assert run.main([*command, "--method", "prune", "--ratio", "0.25"]) == 0
     after = rows()
-    assert list(after) == ["full", "tofu-r50", "prune-r25", OTHER_SEEDS.slug]
+    assert list(after) == ["baseline", "tofu-r50", "prune-r25", OTHER_SEEDS.slug]
     for key, row in before.items():
         assert after[key]["metrics"] == row["metrics"]
         assert after[key]["seconds"] == row["seconds"]
@@ -100,21 +100,21 @@ def test_another_method_is_a_further_row(command):
     assert table.count("tofu-r50") == table.count("prune-r25") == 5
 
 
-def test_the_baseline_against_itself_stays(command):
+def test_baseline_compared_with_itself_is_kept(command):
     assert run.main([*command, "--method", "full,tofu"]) == 0
     assert run.main([*command, "--method", "prune"]) == 0
-    assert rows()["full"]["metrics"]["PSNR"]["infinite"] == 5
-    assert list(rows()) == ["full", "tofu-r50", "prune-r50"]
+    assert rows()["baseline"]["metrics"]["PSNR"]["infinite"] == 5
+    assert list(rows()) == ["baseline", "tofu-r50", "prune-r50"]
 
 
-def test_measuring_alone_keeps_the_rows_too(finished):
+def test_metrics_only_keeps_the_rows(finished):
     assert run.main([*finished, "--method", "prune", "--generate-only"]) == 0
-    assert list(rows()) == ["full", "tofu-r50"]  # the stage that measures nothing changes no figures
+    assert list(rows()) == ["baseline", "tofu-r50"]  # the stage that measures nothing changes no figures
     assert run.main([*finished, "--method", "prune", "--metrics-only"]) == 0
-    assert list(rows()) == ["full", "tofu-r50", "prune-r50"]
+    assert list(rows()) == ["baseline", "tofu-r50", "prune-r50"]
 
 
-def test_options_and_stacked_methods_are_found_again_by_their_rows(command):
+def test_methods_of_earlier_rows_are_parsed_again(command):
     names = "kv:tome+p,tofu@window=8,todo"
     if METHODS["deepcache"].unavailable_reason is None:
         names += ",deepcache,deepcache:tofu"
@@ -127,44 +127,44 @@ def test_options_and_stacked_methods_are_found_again_by_their_rows(command):
 @pytest.mark.parametrize("fewer", [["--limit", "2"], ["--only", "0001,0003"]])
 @pytest.mark.parametrize("method", ["tofu", "prune"])
 @pytest.mark.parametrize("stage", [[], ["--metrics-only"], ["--dry-run"]])
-def test_figures_of_more_images_are_not_replaced(finished, capsys, fewer, method, stage):
-    told = refusal(capsys, *finished, "--method", method, *fewer, *stage)
-    assert "its results are of 5 images, and this run has 2, without 000" in told
-    assert "give another --out" in told
-    assert "--limit" in told
+def test_results_of_more_images_are_not_replaced(finished, capsys, fewer, method, stage):
+    output = refusal(capsys, *finished, "--method", method, *fewer, *stage)
+    assert "its results are of 5 images, and this run has 2, without 000" in output
+    assert "give another --out" in output
+    assert "--limit" in output
 
 
 def test_more_images_are_added_for_all_methods_or_for_none(command, capsys):
     assert run.main([*command, "--method", "tofu", "--limit", "2"]) == 0
-    told = refusal(capsys, *command, "--method", "prune")
-    assert "its results have tofu-r50, of which 2 of 5 images are there" in told
-    assert "add 'tofu' to --method to generate them, or give another --out" in told
+    output = refusal(capsys, *command, "--method", "prune")
+    assert "its results have tofu-r50, of which 2 of 5 images exist" in output
+    assert "add 'tofu' to --method to generate them, or give another --out" in output
     assert run.main([*command, "--method", "prune,tofu"]) == 0
-    assert {key: row["n"] for key, row in rows().items()} == {"full": 5, "tofu-r50": 5, "prune-r50": 5}
+    assert {key: row["n"] for key, row in rows().items()} == {"baseline": 5, "tofu-r50": 5, "prune-r50": 5}
 
 
-def test_an_image_of_a_further_method_that_is_damaged_is_named_by_its_method(command, capsys):
-    assert run.main([*command, "--method", "tofu", "--scale-row"]) == 0
+def test_corrupt_image_of_an_earlier_method_is_named(command, capsys):
+    assert run.main([*command, "--method", "tofu", "--seed-baseline"]) == 0
     Path("out/tofu-r50/0001.png").write_bytes(b"x")
-    assert "tofu-r50, of which 4 of 5 images are there" in refusal(capsys, *command, "--method", "prune")
+    assert "tofu-r50, of which 4 of 5 images exist" in refusal(capsys, *command, "--method", "prune")
     assert run.main([*command, "--method", "tofu,prune"]) == 0
     Path(f"out/{OTHER_SEEDS.slug}/0001.png").unlink()
-    assert "add --scale-row to generate them" in refusal(capsys, *command, "--method", "prune")
+    assert "add --seed-baseline to generate them" in refusal(capsys, *command, "--method", "prune")
 
 
-def test_a_method_that_cannot_be_found_again_is_not_dropped(command, capsys, monkeypatch):
+def test_earlier_method_that_is_unavailable_is_not_dropped(command, capsys, monkeypatch):
     assert run.main([*command, "--method", "tofu,tomesd"]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(registry, "version", lambda name: None)
-        told = refusal(capsys, *command, "--method", "prune")
-        assert "tomesd-r50, which needs: pip install tomesd; install it or give another --out" in told
+        output = refusal(capsys, *command, "--method", "prune")
+        assert "tomesd-r50, which needs: pip install tomesd; install it or give another --out" in output
     found = results()
     found["rows"][1] |= {"method": "tofuu"}
     files.write_json(Path("out/results.json"), found)
     assert "tofu-r50, which this version does not know" in refusal(capsys, *command, "--method", "prune")
 
 
-def test_metrics_are_added_too_and_one_that_is_lost_is_told(command, capsys, monkeypatch):
+def test_metrics_are_added_and_lost_ones_reported(command, capsys, monkeypatch):
     pytest.importorskip("pytorch_msssim")
     assert run.main([*command, "--method", "tofu", "--metrics", "psnr,ssim,judge"]) == 0
     before = rows()["tofu-r50"]["metrics"]
@@ -172,15 +172,15 @@ def test_metrics_are_added_too_and_one_that_is_lost_is_told(command, capsys, mon
     assert rows()["tofu-r50"]["metrics"] == before
     assert rows()["prune-r50"]["metrics"].keys() == before.keys()
     assert "was in the results" not in capsys.readouterr().err
-    monkeypatch.setattr(metrics, "ssim", lambda size: metrics.Skipped("SSIM", "pip install pytorch-msssim"))
+    monkeypatch.setattr(metrics, "ssim", lambda size: base.Skipped("SSIM", "pip install pytorch-msssim"))
     assert run.main([*command, "--method", "prune"]) == 0
     assert "SSIM was in the results and is left out: pip install pytorch-msssim\n" in capsys.readouterr().err
 
 
-def test_results_that_are_damaged_are_written_again(finished):
+def test_damaged_results_are_written_again(finished):
     Path("out/results.json").write_text("{")
     assert run.main([*finished, "--method", "tofu"]) == 0
-    assert list(rows()) == ["full", "tofu-r50"]
+    assert list(rows()) == ["baseline", "tofu-r50"]
 
 
 # --- what is in the way of a run --------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_results_that_are_damaged_are_written_again(finished):
 @pytest.mark.parametrize(
     ("name", "folder", "said"),
     [
-        ("full/0000.png", True, "full/0000.png is a folder; remove it, a file belongs there"),
+        ("baseline/0000.png", True, "baseline/0000.png is a folder; remove it, a file belongs there"),
         ("tofu-r50/0001.json", True, "tofu-r50/0001.json is a folder; remove it, a file belongs there"),
         ("report.html", True, "report.html: there is a folder of that name, and a file is written"),
         ("tofu-r50", False, "tofu-r50: there is a file of that name, and a folder is needed"),
@@ -197,19 +197,17 @@ def test_results_that_are_damaged_are_written_again(finished):
     ],
 )
 @pytest.mark.parametrize("stage", [[], ["--dry-run"]])
-def test_what_is_in_the_place_of_a_file_is_told_before_anything_is_generated(
-    finished, monkeypatch, capsys, name, folder, said, stage
-):
+def test_obstacles_are_reported_before_generating(finished, monkeypatch, capsys, name, folder, said, stage):
     path = Path("out", name)
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     path.mkdir() if folder else path.write_text("")
     Path("out/results.json").unlink()  # as of a run that has not come to its figures
-    monkeypatch.setattr(job, "generate", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(execute, "generate", lambda *_: pytest.fail("it went on"))
     assert run.main([*finished, "--method", "tofu", *stage]) == 2
-    told = capsys.readouterr().err
-    assert said in told
-    assert told.count("\n") == 1
-    assert "goes on from here" not in told
+    output = capsys.readouterr().err
+    assert said in output
+    assert output.count("\n") == 1
+    assert "the same command resumes" not in output
 
 
 @pytest.mark.parametrize(
@@ -222,26 +220,26 @@ def test_what_is_in_the_place_of_a_file_is_told_before_anything_is_generated(
         (".", "--out here: the folder is not empty and holds no settings.json; give another"),
     ],
 )
-def test_an_out_that_cannot_be_is_refused_in_its_own_words(command, monkeypatch, capsys, out, said):
+def test_invalid_out_is_refused_with_a_message(command, monkeypatch, capsys, out, said):
     Path("link").symlink_to("nowhere/y")
     Path("file").write_text("")
     if out != ".":  # that folder can be looked into after the model alone
-        monkeypatch.setattr(plan, "load_model", lambda *_: pytest.fail("it went on"))
+        monkeypatch.setattr(prepare, "load_model", lambda *_: pytest.fail("it went on"))
     assert run.main([*command, "--out", out]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {said}")
-    assert told.count("\n") == 1
-    assert "goes on from here" not in told
+    output = capsys.readouterr().err
+    assert output.startswith(f"error: {said}")
+    assert output.count("\n") == 1
+    assert "the same command resumes" not in output
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["file", "link"]
 
 
-def test_the_current_folder_can_be_the_one(command):
+def test_current_folder_can_be_out(command):
     assert run.main([*command, "--method", "tofu", "--limit", "1", "--out", "."]) == 0
     assert Path("results.json").exists()
 
 
 @pytest.mark.parametrize(("number", "resumes"), [(28, True), (30, False), (13, False)])
-def test_a_disk_that_takes_no_image_is_one_line(command, monkeypatch, capsys, number, resumes):
+def test_unwritable_disk_prints_one_line(command, monkeypatch, capsys, number, resumes):
     replace = os.replace
 
     def refuse(source, target):
@@ -251,25 +249,25 @@ def test_a_disk_that_takes_no_image_is_one_line(command, monkeypatch, capsys, nu
 
     monkeypatch.setattr(files.os, "replace", refuse)
     assert run.main([*command, "--method", "tofu"]) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith(f"error: [Errno {number}] ")
-    assert "out/full/0000.png" in told
-    assert ("the same command goes on from here" in told) == resumes
+    output = capsys.readouterr().err.splitlines()[-1]
+    assert output.startswith(f"error: [Errno {number}] ")
+    assert "out/baseline/0000.png" in output
+    assert ("the same command resumes" in output) == resumes
     assert not list(Path("out").rglob(".*"))
 
 
-def test_thousands_of_places_are_looked_at_in_no_time(tmp_path, monkeypatch):
+def test_checking_thousands_of_files_is_fast(tmp_path, monkeypatch):
     """A look costs one call of the system for each file, not one for each folder above."""
     calls = []
     exists = os.path.lexists
     monkeypatch.setattr(os.path, "lexists", lambda path: (calls.append(path), exists(path))[1])
     requests = [Request(f"{i:04}", "a fox", i) for i in range(500)]
-    output_dir.refuse_obstacles(tmp_path, parse("tofu", [0.5]), requests)
+    output_dir.check_no_obstacles(tmp_path, parse("tofu", [0.5]), requests)
     assert len(calls) < 100
 
 
 def test_the_plan_of_a_dry_run_is_json(finished, capsys):
     capsys.readouterr()
     assert run.main([*finished, "--method", "prune", "--dry-run", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)["methods"]
-    assert [(method["key"], method["there"]) for method in told] == [("full", 5), ("prune-r50", 0)]
+    content = json.loads(capsys.readouterr().out)["methods"]
+    assert [(method["key"], method["existing"]) for method in content] == [("baseline", 5), ("prune-r50", 0)]

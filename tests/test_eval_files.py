@@ -22,14 +22,12 @@ from eval import compare as compare_module
 from eval import report as report_module
 from eval.common import files, formats
 from eval.common.files import write_results
-from eval.evaluation import plan
-from eval.images import generate, output_dir
-from eval.images import merge_maps as maps
-from eval.images import requests as prompts
+from eval.evaluation import prepare
+from eval.images import merge_maps, output_dir, records
+from eval.images import requests as requests_module
 from eval.methods import registry as methods
-from eval.reporting import earlier_results as earlier
-from eval.reporting import results as report
-from eval.reporting import spreadsheet
+from eval.reporting import earlier_results, spreadsheet
+from eval.reporting import results as results_module
 
 ROOT = Path(__file__).parent.parent
 FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-cat", "@SUM(A1)", "\t=1", "'=1+1", "''=1"]
@@ -44,7 +42,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     (folder / "own.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+        patch.setattr(prepare, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
         out = folder / "out"
         assert run.main([*COMMAND, "--metrics", "psnr", "--prompts", str(folder / "own.jsonl"), "--out", str(out)]) == 0
     return out
@@ -62,18 +60,18 @@ def refusal(capsys, program, *arguments):
     """The one line that a command ends with."""
     capsys.readouterr()
     assert program.main([str(argument) for argument in arguments]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith("error: ")
-    assert told.err.count("\n") == 1
-    return told.err
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("error: ")
+    assert output.err.count("\n") == 1
+    return output.err
 
 
 # --- spreadsheets -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", [*FORMULAS, "\r=1", "a fox", "", "'tis", "'", "-0.5", "-1e-3", "-inf", "a\n=1", "–1"])
-def test_a_cell_is_read_as_it_was_given(text):
+def test_csv_cells_round_trip(text):
     table = spreadsheet.to_csv(["a", "b"], [{"a": text, "b": -0.5}])
     assert spreadsheet.from_csv(table) == [{"a": text, "b": "-0.5"}]
 
@@ -90,18 +88,18 @@ def test_a_cell_is_read_as_it_was_given(text):
         ("'tis", False),
     ],
 )
-def test_what_a_spreadsheet_would_run_begins_with_an_apostrophe(text, runs):  # fmt: skip
+def test_csv_formulas_are_escaped(text, runs):  # fmt: skip
     assert spreadsheet.safe(text) == ("'" if runs else "") + text
     assert spreadsheet.safe(-5) == -5
 
 
-def test_no_cell_that_is_written_is_a_formula(made):
+def test_written_csv_has_no_formulas(made):
     with (made / "per_image.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
     cells = [cell for row in rows for cell in row]
     assert not [cell for cell in cells if cell[:1] in ("=", "+", "@", "\t", "\r")]
     assert {cell for cell in cells if cell.startswith("-")} == {"-5"}
-    _, images = report.read(made)
+    _, images = results_module.read(made)
     assert [image["prompt"] for image in images[: len(PROMPTS)]] == PROMPTS
 
 
@@ -110,7 +108,7 @@ def saved_elsewhere(path: Path) -> None:
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
 
 
-def test_files_that_were_saved_elsewhere_are_read(out, capsys):
+def test_files_saved_by_other_programs_are_read(out, capsys):
     assert report_module.main(["out", "--markdown"]) == 0
     before = capsys.readouterr().out
     for name in ("results.json", "per_image.csv", "settings.json"):
@@ -120,25 +118,25 @@ def test_files_that_were_saved_elsewhere_are_read(out, capsys):
         csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)  # as LibreOffice quotes
     assert report_module.main(["out", "--markdown"]) == 0
     assert capsys.readouterr().out == before
-    assert output_dir.settings_of(out) is not None
+    assert output_dir.load_settings(out) is not None
 
 
-def test_prompts_that_were_saved_elsewhere_are_read(tmp_path):
+def test_prompts_saved_by_other_programs_are_read(tmp_path):
     for ending, text in (("txt", "a fox\na bee\n"), ("jsonl", '{"prompt": "a fox"}\n{"prompt": "a bee"}\n')):
         file = tmp_path / f"own.{ending}"
         file.write_text(text)
-        before = prompts.load(str(file))
+        before = requests_module.load_requests(str(file))
         saved_elsewhere(file)
-        assert prompts.load(str(file)) == before
+        assert requests_module.load_requests(str(file)) == before
         file.write_text(text, encoding="utf-16")
         with pytest.raises(
             EvalError, match=rf"cannot read the prompts 'own\.{ending}': it is UTF-16; save it as UTF-8"
         ):
-            prompts.load(str(file))
+            requests_module.load_requests(str(file))
 
 
 @pytest.mark.parametrize("name", ["results.json", "per_image.csv"])
-def test_another_encoding_is_refused_in_words(out, capsys, name):
+def test_other_encodings_are_refused_with_a_message(out, capsys, name):
     text = (out / name).read_text(encoding="utf-8")
     (out / name).write_text(text, encoding="utf-16")
     assert "it is UTF-16; save it as UTF-8" in refusal(capsys, report_module, "out", "--markdown")
@@ -156,7 +154,7 @@ def test_another_encoding_is_refused_in_words(out, capsys, name):
         (lambda text: "", "it is no table of comma-separated values"),
     ],
 )
-def test_a_table_that_was_edited_is_refused(out, capsys, change, said):
+def test_edited_per_image_csv_is_refused(out, capsys, change, said):
     table = out / "per_image.csv"
     table.write_text(change(table.read_text(encoding="utf-8")), encoding="utf-8")
     assert said in refusal(capsys, report_module, "out", "--markdown")
@@ -172,11 +170,11 @@ def test_a_table_that_was_edited_is_refused(out, capsys, change, said):
         (lambda rows: rows[:-1], "lacks images of tofu-r50"),
     ],
 )
-def test_a_table_without_a_hash_is_looked_at_cell_by_cell(out, capsys, change, said):
+def test_per_image_csv_without_a_hash_is_validated(out, capsys, change, said):
     """Older results do not name it."""
-    told = files.read_json(out / "results.json")
-    del told["per_image_sha256"]
-    files.write_json(out / "results.json", told)
+    content = files.read_json(out / "results.json")
+    del content["per_image_sha256"]
+    files.write_json(out / "results.json", content)
     rows = list(csv.reader(io.StringIO((out / "per_image.csv").read_text(encoding="utf-8"), newline="")))
     with (out / "per_image.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(change(rows))
@@ -205,21 +203,21 @@ def changed(value: Any, place: tuple[Any, ...], to: Any) -> Any:
 
 
 @pytest.mark.parametrize("to", [None, {}, "x", -1, 1e300])
-def test_results_with_any_part_changed_are_read_or_refused_in_a_line(out, capsys, to):
+def test_results_with_any_value_changed_are_read_or_refused(out, capsys, to):
     found = files.read_json(out / "results.json")
     seen = set()
     for place in places(found):
         (out / "results.json").write_text(json.dumps(changed(found, place, to)))
         capsys.readouterr()
         code = report_module.main(["out", "--markdown"])
-        told = capsys.readouterr().err
-        assert (code, told.count("\n")) in ((0, 0), (2, 1)), (place, told)
+        output = capsys.readouterr().err
+        assert (code, output.count("\n")) in ((0, 0), (2, 1)), (place, output)
         seen.add(code)
     assert 2 in seen
 
 
 @pytest.mark.parametrize("content", ODD)
-def test_files_that_hold_something_else_are_one_line(out, capsys, content):
+def test_files_with_other_content_print_one_line(out, capsys, content):
     Path("odd.json").write_text(content)
     assert "odd.json" in refusal(capsys, bench_module, "--table", "odd.json")
     (out / "results.json").write_text(content)
@@ -231,7 +229,7 @@ def test_files_that_hold_something_else_are_one_line(out, capsys, content):
 
 
 @pytest.mark.parametrize("to", [None, {}, "x", -1, True])
-def test_a_benchmark_with_any_part_changed_is_read_or_refused_in_a_line(tmp_path, monkeypatch, capsys, to):
+def test_benchmark_with_any_value_changed_is_read_or_refused(tmp_path, monkeypatch, capsys, to):
     monkeypatch.chdir(tmp_path)
     found = files.read_json(ROOT / "benchmarks" / "results" / "bench-cpu-unet-options.json")
     found["rows"] = [{**row, **({"samples": row["samples"][:3]} if "samples" in row else {})} for row in found["rows"]]
@@ -249,7 +247,7 @@ def test_a_benchmark_with_any_part_changed_is_read_or_refused_in_a_line(tmp_path
     ("folder", "name", "shape"),
     [("classify-demo", "classify.json", formats.CLASSIFY), ("condensation", "condensation.json", formats.CONDENSATION)],
 )
-def test_the_published_results_are_of_the_shapes_and_others_are_not(tmp_path, folder, name, shape):
+def test_committed_results_match_their_schemas(tmp_path, folder, name, shape):
     path = ROOT / "benchmarks" / "results" / folder / name
     found = formats.read(path, shape, 1, "a program", folder)
     for place in [(key,) for key in shape["properties"]] + [("rows", 0, key) for key in ("accuracy", "flops")]:
@@ -263,17 +261,17 @@ def test_the_published_results_are_of_the_shapes_and_others_are_not(tmp_path, fo
 
 
 @pytest.mark.parametrize("content", [*ODD[1:5], *ODD[6:9]])
-def test_settings_of_another_shape_are_refused(out, capsys, content):
+def test_settings_with_another_shape_are_refused(out, capsys, content):
     (out / "settings.json").write_text(content)
     with pytest.raises(EvalError, match=r"--out out: its settings\.json cannot be read"):
-        output_dir.settings_of(out)
+        output_dir.load_settings(out)
 
 
 @pytest.mark.parametrize(("name", "value"), [("size", "64"), ("size", True), ("guidance", "x"), ("model", 3)])
-def test_settings_of_another_type_are_named(out, name, value):
+def test_settings_with_a_wrong_type_are_named(out, name, value):
     files.write_json(out / "settings.json", {**files.read_json(out / "settings.json"), name: value})
     with pytest.raises(EvalError, match=f"--out out: {name} in its settings.json is {value!r}; it must be"):
-        output_dir.settings_of(out)
+        output_dir.load_settings(out)
 
 
 # --- records of images ------------------------------------------------------------------------------------------------
@@ -286,82 +284,83 @@ def test_settings_of_another_type_are_named(out, name, value):
         *({"batch": value} for value in (0, True, "2", 1.5, None)),
         *({"run": value} for value in ("../../x", "", None, 3)),
         *({"timed": value} for value in (1, None, "yes")),
-        *({"denoising": value} for value in (0, "x", -1)),
-        {"denoising": None, "full_denoising": 1.0},
-        {"full_denoising": "x"}, {"peak_bytes": -1}, {"peak_bytes": 1.5}, {"finite": 1}, {"drawn_with": "0000"},
+        *({"denoiser_seconds": value} for value in (0, "x", -1)),
+        {"denoiser_seconds": None, "baseline_denoiser_seconds": 1.0},
+        {"baseline_denoiser_seconds": "x"}, {"peak_bytes": -1}, {"peak_bytes": 1.5}, {"finite": 1},
+        {"batch_ids": "0000"},
     ],
 )  # fmt: skip
-def test_a_record_that_figures_cannot_come_from_is_damaged(out, change):
-    (request, *_), method = prompts.load("demo"), methods.parse("tofu", [0.5])[0]
+def test_record_with_an_invalid_value_is_corrupt(out, change):
+    (request, *_), method = requests_module.load_requests("demo"), methods.parse("tofu", [0.5])[0]
     path = out / method.slug / f"{request.id}.json"
     record = files.read_json(path)
-    assert not generate.damaged(out, method, request)
+    assert not records.is_corrupt(out, method, request)
     path.write_text(json.dumps({**record, **change}))
-    assert generate.damaged(out, method, request)
+    assert records.is_corrupt(out, method, request)
 
 
 @pytest.mark.parametrize("content", [*ODD[:8], '{"seconds": NaN}'])
-def test_a_record_that_is_none_is_damaged(out, content):
-    (request, *_), method = prompts.load("demo"), methods.parse("tofu", [0.5])[0]
+def test_record_with_other_content_is_corrupt(out, content):
+    (request, *_), method = requests_module.load_requests("demo"), methods.parse("tofu", [0.5])[0]
     (out / method.slug / f"{request.id}.json").write_text(content)
-    assert generate.damaged(out, method, request)
+    assert records.is_corrupt(out, method, request)
 
 
-def test_damaged_records_are_generated_again_and_the_figures_are_the_same(out, made, monkeypatch, capsys):
-    monkeypatch.setattr(plan, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+def test_corrupt_records_are_generated_again_with_equal_figures(out, made, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
     command = [*COMMAND, "--metrics", "psnr", "--prompts", str(made.parent / "own.jsonl"), "--out", "out"]
     for name, change in (("0000", {"seconds": 0.0}), ("0001", {"seconds": math.nan}), ("0002", {"batch": "2"})):
         path = out / "tofu-r50" / f"{name}.json"
         path.write_text(json.dumps({**files.read_json(path), **change}))
-    told = files.read_json(out / "results.json")["rows"][1]["metrics"]
+    content = files.read_json(out / "results.json")["rows"][1]["metrics"]
     assert run.main([*command, "--metrics-only"]) == 2
-    assert "0000.png, 0001.png, 0002.png are damaged, or their records" in capsys.readouterr().err
+    assert "0000.png, 0001.png, 0002.png are corrupt, or their records" in capsys.readouterr().err
     assert run.main(command) == 0
-    assert "damaged, drawn again: tofu-r50/0000.png, tofu-r50/0001.png" in capsys.readouterr().err
-    assert files.read_json(out / "results.json")["rows"][1]["metrics"] == told
+    assert "corrupt, generated again: tofu-r50/0000.png, tofu-r50/0001.png" in capsys.readouterr().err
+    assert files.read_json(out / "results.json")["rows"][1]["metrics"] == content
 
 
 @pytest.mark.parametrize(
     "content", ["[]", "3", '{"runtime": [], "packages": {"x": 1}, "commit": 5, "environment": {}}']
 )
-def test_what_is_told_of_a_run_in_another_shape_is_left_out(out, made, monkeypatch, content):
-    monkeypatch.setattr(plan, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+def test_invalid_run_metadata_is_left_out(out, made, monkeypatch, content):
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
     for path in (out / "runs").iterdir():
         path.write_text(content)
     command = [*COMMAND, "--metrics", "psnr", "--prompts", str(made.parent / "own.jsonl"), "--out", "out"]
     assert run.main([*command, "--metrics-only"]) == 0
-    (drawn,) = files.read_json(out / "results.json")["provenance"]["drawn"]
-    assert drawn.keys() == {"run", "pictures"}
+    (drawn,) = files.read_json(out / "results.json")["provenance"]["generated"]
+    assert drawn.keys() == {"run", "images"}
 
 
-def test_counted_operations_of_another_shape_are_counted_again(out):
+def test_invalid_flops_are_counted_again(out):
     from eval.images import flops
 
-    settings, method = output_dir.settings_of(out), methods.parse("tofu", [0.5])[0]
+    settings, method = output_dir.load_settings(out), methods.parse("tofu", [0.5])[0]
     assert settings is not None
-    for told, counted in ((7, 7), ("x", None), (True, None), (None, None)):
-        files.write_json(out / "flops" / "tofu-r50.json", {**flops._made(settings, method), "flops": told})
-        assert flops.counted(out, settings, method) == counted
+    for observed, counted in ((7, 7), ("x", None), (True, None), (None, None)):
+        files.write_json(out / "flops" / "tofu-r50.json", {**flops._version(settings, method), "flops": observed})
+        assert flops.load_count(out, settings, method) == counted
     files.write_json(out / "maps" / "tofu-r50.json", [])
-    assert not maps.saved(out, settings, method)
+    assert not merge_maps.saved(out, settings, method)
 
 
-def test_earlier_results_of_another_shape_are_none(tmp_path):
-    assert earlier.read(tmp_path) is None
+def test_invalid_earlier_results_are_ignored(tmp_path):
+    assert earlier_results.read(tmp_path) is None
     for content in ODD:
         (tmp_path / "results.json").write_text(content)
-        found = earlier.read(tmp_path)
+        found = earlier_results.read(tmp_path)
         assert found is None or (found.rows, found.metrics, found.ids) == ([], [], set())
 
 
-def test_the_hash_of_a_table_is_of_what_it_holds():
+def test_csv_digest_depends_on_content_only():
     table = spreadsheet.to_csv(["a"], [{"a": "x, y"}, {"a": "z"}])
     assert spreadsheet.digest(table) == hashlib.sha256(table.encode()).hexdigest()
     assert spreadsheet.digest('"a"\n"x, y"\n"z"\n') == spreadsheet.digest(table)
     assert spreadsheet.digest(table.replace("z", "w")) != spreadsheet.digest(table)
 
 
-def test_earlier_results_are_kept_under_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_different_earlier_results_are_kept_under_a_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A second run into one file, as of eval.bench, takes nothing away."""
     path = tmp_path / "bench.json"
     for value in (1, 2, 2, 3):

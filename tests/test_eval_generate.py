@@ -1,4 +1,4 @@
-"""Pictures depend on the request and the method alone, are made once, and are whole or not there."""
+"""Images depend on the request and the method alone, are made once, and are whole or not there."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(pipe, out, chosen=(BASELINE, TOFU), settings=SETTINGS, requests=REQUESTS
     return generate.generate(pipe, requests, list(chosen), settings, out)
 
 
-def pixels(out, key="full"):
+def pixels(out, key="baseline"):
     return np.stack([np.asarray(Image.open(out / key / f"{r.id}.png")).astype(int) for r in REQUESTS])
 
 
@@ -65,7 +65,7 @@ def lose(record, name):
     files.write_json(record, {key: value for key, value in files.read_json(record).items() if key != name})
 
 
-def test_what_is_there_is_not_made_again(pipe, tmp_path, calls):
+def test_existing_images_are_not_generated_again(pipe, tmp_path, calls):
     assert run(pipe, tmp_path) == 6
     before = pixels(tmp_path)
     calls.clear()
@@ -86,7 +86,7 @@ def test_what_is_there_is_not_made_again(pipe, tmp_path, calls):
     ],
     ids=["no picture", "no record", "half a picture", "half a record", "no run", "no time"],
 )
-def test_only_the_damaged_batch_is_made_again_and_alike(pipe, tmp_path, calls, damage):
+def test_only_the_corrupt_batch_is_generated_again_with_equal_images(pipe, tmp_path, calls, damage):
     run(pipe, tmp_path)
     before = pixels(tmp_path, TOFU.slug)
     damage(tmp_path / TOFU.slug)
@@ -96,7 +96,7 @@ def test_only_the_damaged_batch_is_made_again_and_alike(pipe, tmp_path, calls, d
     assert (pixels(tmp_path, TOFU.slug) == before).all()
 
 
-def test_an_interrupted_run_goes_on_and_ends_with_the_same_pictures(pipe, tmp_path, monkeypatch):
+def test_interrupted_run_resumes_with_the_same_images(pipe, tmp_path, monkeypatch):
     run(pipe, tmp_path / "whole")
     save, saved = generate._save, []
 
@@ -111,54 +111,56 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_pictures(pipe, tmp_pa
         run(pipe, tmp_path / "cut")
     monkeypatch.setattr(generate, "_save", save)
     assert run(pipe, tmp_path / "cut") == 1
-    for key in ("full", TOFU.slug):
+    for key in ("baseline", TOFU.slug):
         assert (pixels(tmp_path / "cut", key) == pixels(tmp_path / "whole", key)).all()
 
 
-def test_the_methods_take_turns_on_each_batch(pipe, tmp_path, monkeypatch):
+def test_methods_are_generated_one_after_the_other_with_a_warm_up_for_each_batch_size(pipe, tmp_path, monkeypatch):
     order = []
-    draw = generate.draw
+    generate_batch = generate.generate_batch
 
-    def noting(pipe, requests, method, settings, *, steps, output="np", beside=None):
-        order.append((method.slug, len(requests), steps, output))
-        return draw(pipe, requests, method, settings, steps=steps, output=output, beside=beside)
+    def recording(pipe, requests, method, settings, *, steps, baseline_unet=None):
+        order.append((method.slug, len(requests), steps))
+        return generate_batch(pipe, requests, method, settings, steps=steps, baseline_unet=baseline_unet)
 
-    monkeypatch.setattr(generate, "draw", noting)
-    drawn, step = (2, "np"), (1, "latent")
-    run(pipe, tmp_path / "pairs")  # two pictures, one: each size is warmed up by two whole pictures or more
-    both, single = (
-        [(key, size, *drawn) for key in ("full", TOFU.slug) for _ in range(times)] for size, times in ((2, 2), (1, 3))
-    )
-    assert order == both + single
-    order.clear()
-    run(pipe, tmp_path / "single", settings=replace(SETTINGS, batch=1))
-    again = [(key, 1, *how) for key in ("full", TOFU.slug) for how in (step, drawn)]  # after each switch
-    assert order == single + again + again
+    monkeypatch.setattr(generate, "generate_batch", recording)
+    monkeypatch.setattr(generate, "WARM_UP_STEPS", 1)
+    run(pipe, tmp_path)  # batches of two images and one: at least two images warm up each size
+    assert order == [
+        (key, *call) for key in ("baseline", TOFU.slug) for call in ((2, 1), (2, 2), (1, 1), (1, 1), (1, 2))
+    ]
+
+
+def test_progress_names_the_method_and_how_many_there_are(pipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate.sys.stderr, "isatty", lambda: True)
+    run(pipe, tmp_path)
+    printed = capsys.readouterr().err
+    assert printed.index("baseline (1 of 2)") < printed.index("tofu-r50 (2 of 2)")
 
 
 @pytest.mark.parametrize("name", ["tofu", "adaptive", "deepcache"])
-def test_a_method_in_turns_draws_what_it_draws_alone(pipe, tmp_path, name):
-    """Those too that keep something from one step to the next: what warms up after a switch leaves nothing behind."""
+def test_images_of_a_method_do_not_depend_on_the_methods_before_it(pipe, tmp_path, name):
+    """Also for methods with state between steps: a warm-up leaves nothing behind."""
     if name == "deepcache":
         pytest.importorskip("DeepCache")
     (method,) = methods.parse(name, [0.5])
     settings = replace(SETTINGS, steps=5)
-    run(pipe, tmp_path / "turns", (BASELINE, method), settings)
+    run(pipe, tmp_path / "both", (BASELINE, method), settings)
     run(pipe, tmp_path / "alone", (method,), settings)
-    assert (pixels(tmp_path / "turns", method.slug) == pixels(tmp_path / "alone", method.slug)).all()
+    assert (pixels(tmp_path / "both", method.slug) == pixels(tmp_path / "alone", method.slug)).all()
 
 
-def test_a_picture_does_not_depend_on_its_batch(pipe, tmp_path):
+def test_image_does_not_depend_on_its_batch(pipe, tmp_path):
     for batch in (1, 3):
         run(pipe, tmp_path / str(batch), settings=replace(SETTINGS, batch=batch))
-    for key in ("full", TOFU.slug):
+    for key in ("baseline", TOFU.slug):
         # matrix products of another height round differently; the smallest step of a pixel is 1
         assert abs(pixels(tmp_path / "1", key) - pixels(tmp_path / "3", key)).max() <= 1
     full = pixels(tmp_path / "3")
-    assert abs(full[0] - full[1]).mean() > 10  # other seeds are other pictures
+    assert abs(full[0] - full[1]).mean() > 10  # other seeds are other images
 
 
-def test_the_scale_row_has_other_seeds_and_the_same_prompts(pipe, tmp_path):
+def test_seed_baseline_has_other_seeds_and_the_same_prompts(pipe, tmp_path):
     run(pipe, tmp_path, (BASELINE, OTHER_SEEDS))
     record = files.read_json(tmp_path / OTHER_SEEDS.slug / "0001.json")
     assert record["prompt"] == "a bee"
@@ -166,31 +168,31 @@ def test_the_scale_row_has_other_seeds_and_the_same_prompts(pipe, tmp_path):
     assert abs(pixels(tmp_path) - pixels(tmp_path, OTHER_SEEDS.slug)).mean() > 10
 
 
-def test_a_method_that_has_changed_is_drawn_again(pipe, tmp_path, calls):
+def test_changed_method_is_generated_again(pipe, tmp_path, calls):
     run(pipe, tmp_path)
     calls.clear()
     changed = replace(TOFU, identity={**TOFU.identity, "code": "other"})
     assert run(pipe, tmp_path, (BASELINE, changed)) == 3
-    assert len(calls) == 1 + 2 + 2  # warm-ups of two and of one, two batches; the full model's pictures stay
+    assert len(calls) == 1 + 2 + 2  # warm-ups of two and of one, two batches; the baseline's images stay
 
 
-def test_a_method_that_comes_later_is_timed_beside_the_full_model(pipe, tmp_path, monkeypatch):
+def test_later_method_is_timed_against_the_baseline(pipe, tmp_path, monkeypatch):
     """In as many batches as are worth their double time."""
     run(pipe, tmp_path, (BASELINE,))
-    before = {path: path.read_bytes() for path in (tmp_path / "full").iterdir()}
+    before = {path: path.read_bytes() for path in (tmp_path / "baseline").iterdir()}
     monkeypatch.setattr(generate, "TIMED", 1)
     assert run(pipe, tmp_path) == 3
-    assert {path: path.read_bytes() for path in (tmp_path / "full").iterdir()} == before
+    assert {path: path.read_bytes() for path in (tmp_path / "baseline").iterdir()} == before
     full, own = (
-        {r.id: files.read_json(tmp_path / key / f"{r.id}.json") for r in REQUESTS} for key in ("full", TOFU.slug)
+        {r.id: files.read_json(tmp_path / key / f"{r.id}.json") for r in REQUESTS} for key in ("baseline", TOFU.slug)
     )
-    assert own["0000"]["full_denoising"] > 0
-    assert own["0002"]["full_denoising"] is None
-    assert all(record["full_denoising"] == record["denoising"] for record in full.values())
+    assert own["0000"]["baseline_denoiser_seconds"] > 0
+    assert own["0002"]["baseline_denoiser_seconds"] is None
+    assert all(record["baseline_denoiser_seconds"] == record["denoiser_seconds"] for record in full.values())
 
 
 @pytest.mark.parametrize("name", ["tofu", "adaptive", "tofu@match_interval=2", "tomesd", "deepcache:tofu"])
-def test_what_runs_beside_a_method_for_its_time_changes_no_picture(pipe, tmp_path, monkeypatch, name):
+def test_interleaved_baseline_changes_no_image(pipe, tmp_path, monkeypatch, name):
     for peer, package in (("tomesd", "tomesd"), ("deepcache", "DeepCache")):
         if name.startswith(peer):
             pytest.importorskip(package)
@@ -199,14 +201,14 @@ def test_what_runs_beside_a_method_for_its_time_changes_no_picture(pipe, tmp_pat
     run(pipe, tmp_path / "beside", (method,), settings)
     monkeypatch.setattr(generate, "TIMED", 0)
     run(pipe, tmp_path / "alone", (method,), settings)
-    told = [files.read_json(tmp_path / out / method.slug / "0000.json") for out in ("beside", "alone")]
-    assert told[0]["full_denoising"] > 0
-    assert told[1]["full_denoising"] is None
-    assert told[0]["sha256"] == told[1]["sha256"]
+    content = [files.read_json(tmp_path / out / method.slug / "0000.json") for out in ("beside", "alone")]
+    assert content[0]["baseline_denoiser_seconds"] > 0
+    assert content[1]["baseline_denoiser_seconds"] is None
+    assert content[0]["sha256"] == content[1]["sha256"]
 
 
-def test_a_twin_has_the_weights_and_not_the_patch(pipe):
-    beside = generate.twin(pipe.unet)
+def test_shared_weights_copy_is_unpatched(pipe):
+    beside = generate.shared_weights_copy(pipe.unet)
     assert [a.data_ptr() for a in pipe.unet.parameters()] == [b.data_ptr() for b in beside.parameters()]
     x, t, words = torch.randn(2, 4, 16, 16), 7, torch.randn(2, 5, pipe.unet.config.cross_attention_dim)
     with torch.no_grad():
@@ -216,8 +218,8 @@ def test_a_twin_has_the_weights_and_not_the_patch(pipe):
             assert torch.equal(beside(x, t, words).sample, plain)
 
 
-def test_what_a_method_does_between_steps_is_its_own_time(pipe, monkeypatch):
-    """As counting what is alike: the full model does nothing of it."""
+def test_hooks_of_a_method_count_as_its_time(pipe, monkeypatch):
+    """As counting similar tokens: the baseline does nothing of the kind."""
     clock = itertools.count()
 
     @contextmanager
@@ -230,62 +232,75 @@ def test_what_a_method_does_between_steps_is_its_own_time(pipe, monkeypatch):
     for module in (generate, timing):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.__next__))
     with method.apply(pipe):
-        cost = generate.draw(pipe, REQUESTS[:1], method, SETTINGS, steps=2, beside=generate.twin(sd15_pipe().unet))[1]
-    assert (cost["denoising"], cost["full_denoising"]) == (2 * 101, 2)
+        cost = generate.generate_batch(
+            pipe, REQUESTS[:1], method, SETTINGS, steps=2, baseline_unet=generate.shared_weights_copy(sd15_pipe().unet)
+        )[1]
+    assert (cost["denoiser_seconds"], cost["baseline_denoiser_seconds"]) == (2 * 101, 2)
 
 
-def test_of_several_drawings_the_fastest_is_compared_with_the_fastest():
-    """One in which the full model was held up would be a speed-up of nothing."""
-    own = [{"seconds": s, "denoising": s - 1, "full_denoising": f} for s, f in ((5, 4), (4, 9), (6, 5))]
+def test_fastest_repeat_is_compared_with_the_fastest_baseline():
+    """One in which the baseline was held up would be a speed-up of nothing."""
+    own = [
+        {"seconds": s, "denoiser_seconds": s - 1, "baseline_denoiser_seconds": f} for s, f in ((5, 4), (4, 9), (6, 5))
+    ]
     counted = functools.reduce(generate.fastest, own)
-    assert counted == {"seconds": 4, "denoising": 3, "full_denoising": 4}
-    full = [{"seconds": s, "denoising": d, "full_denoising": d} for s, d in ((5, 4), (4, 3.5), (6, 3))]
+    assert counted == {"seconds": 4, "denoiser_seconds": 3, "baseline_denoiser_seconds": 4}
+    full = [
+        {"seconds": s, "denoiser_seconds": d, "baseline_denoiser_seconds": d} for s, d in ((5, 4), (4, 3.5), (6, 3))
+    ]
     assert functools.reduce(generate.fastest, full) == full[1]
-    assert generate.fastest(*({**cost, "full_denoising": None} for cost in own[:2]))["full_denoising"] is None
+    assert (
+        generate.fastest(*({**cost, "baseline_denoiser_seconds": None} for cost in own[:2]))[
+            "baseline_denoiser_seconds"
+        ]
+        is None
+    )
 
 
-def test_a_folder_of_before_tokenizers_and_variants_were_told_is_still_what_it_was():
+def test_config_hash_of_older_settings_is_unchanged():
     older = replace(SETTINGS, tokenizers=None, variant=None)
     whole = {name: value for name, value in asdict(older).items() if name not in ("tokenizers", "variant")}
-    told = json.dumps([settings_module.DRAWING, whole, TOFU.identity], sort_keys=True)
-    assert settings_module.identity(older, TOFU) == hashlib.sha256(told.encode()).hexdigest()[:16]
+    observed = json.dumps([settings_module.IMAGE_VERSION, whole, TOFU.identity], sort_keys=True)
+    assert settings_module.config_hash(older, TOFU) == hashlib.sha256(observed.encode()).hexdigest()[:16]
     for later in ({"tokenizers": "a"}, {"variant": "fp16"}):
-        assert settings_module.identity(replace(older, **later), TOFU) != settings_module.identity(older, TOFU)
+        assert settings_module.config_hash(replace(older, **later), TOFU) != settings_module.config_hash(older, TOFU)
 
 
-def test_what_runs_beside_a_method_is_not_in_its_time(pipe, monkeypatch):
+def test_time_of_the_interleaved_baseline_is_excluded(pipe, monkeypatch):
     """By a clock that ticks when it is looked at: at the start, around the step of each, and at the end."""
     clock = itertools.count()
     for module in (generate, timing):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock.__next__))
-    _, cost = generate.draw(pipe, REQUESTS[:1], TOFU, SETTINGS, steps=2, beside=generate.twin(pipe.unet))
-    assert (cost["seconds"], cost["denoising"], cost["full_denoising"]) == (7 - 2, 2, 2)
-    _, cost = generate.draw(pipe, REQUESTS[:1], TOFU, SETTINGS, steps=2)
-    assert (cost["seconds"], cost["denoising"], cost["full_denoising"]) == (5, 2, None)
+    _, cost = generate.generate_batch(
+        pipe, REQUESTS[:1], TOFU, SETTINGS, steps=2, baseline_unet=generate.shared_weights_copy(pipe.unet)
+    )
+    assert (cost["seconds"], cost["denoiser_seconds"], cost["baseline_denoiser_seconds"]) == (7 - 2, 2, 2)
+    _, cost = generate.generate_batch(pipe, REQUESTS[:1], TOFU, SETTINGS, steps=2)
+    assert (cost["seconds"], cost["denoiser_seconds"], cost["baseline_denoiser_seconds"]) == (5, 2, None)
 
 
 @pytest.mark.parametrize("name", ["tofu", "deepcache:tofu", "todo", "hypertile"])
-def test_another_version_of_this_package_is_another_method(name, monkeypatch):
+def test_config_hash_depends_on_the_version_of_this_package(name, monkeypatch):
     """Of stacked methods too, and of those that find their blocks by it."""
     pytest.importorskip("DeepCache")
     (before,) = methods.parse(name, [0.5])
     monkeypatch.setattr(methods, "source_hash", lambda: "newer")
     (after,) = methods.parse(name, [0.5])
-    assert settings_module.identity(SETTINGS, before) != settings_module.identity(SETTINGS, after)
+    assert settings_module.config_hash(SETTINGS, before) != settings_module.config_hash(SETTINGS, after)
 
 
-def test_other_peers_are_another_stacked_method(monkeypatch):
+def test_config_hash_depends_on_the_stacked_package(monkeypatch):
     pytest.importorskip("DeepCache")
     (before,) = methods.parse("deepcache:tofu", [0.5])
     monkeypatch.setattr(methods, "digest", lambda *_: "newer")
     (after,) = methods.parse("deepcache:tofu", [0.5])
-    assert settings_module.identity(SETTINGS, before) != settings_module.identity(SETTINGS, after)
+    assert settings_module.config_hash(SETTINGS, before) != settings_module.config_hash(SETTINGS, after)
 
 
 @pytest.mark.parametrize(
     "change", ["the last weight", "a word", "how words are split", "the length of a text", "a setting"]
 )
-def test_another_model_has_another_name(change):
+def test_pipeline_name_depends_on_weights_vocabulary_and_settings(change):
 
     def name(pipe):
         return provenance.pipeline_name(pipe), provenance.tokenizers_hash(pipe)
@@ -306,11 +321,11 @@ def test_another_model_has_another_name(change):
     else:
         pipe.scheduler.register_to_config(steps_offset=0)
     after = name(pipe)
-    told = change == "a word", change in ("how words are split", "the length of a text", "a word")
-    assert (after[0] != before[0], after[1] != before[1]) == (told[0] or not told[1], told[1])
+    observed = change == "a word", change in ("how words are split", "the length of a text", "a word")
+    assert (after[0] != before[0], after[1] != before[1]) == (observed[0] or not observed[1], observed[1])
 
 
-def test_a_tokenizer_without_rules_of_its_own_is_known_by_its_files(tmp_path):
+def test_slow_tokenizer_is_hashed_by_its_files(tmp_path):
     """As sentencepiece's, whose file is no text."""
 
     class Slow:
@@ -325,37 +340,38 @@ def test_a_tokenizer_without_rules_of_its_own_is_known_by_its_files(tmp_path):
             return (str(file),)
 
     one, other = Slow(), Slow()
-    assert provenance.words_hash(one) == provenance.words_hash(other)
+    assert provenance.tokenizer_hash(one) == provenance.tokenizer_hash(other)
     other.content = b"\xff\x01"
-    assert provenance.words_hash(one) != provenance.words_hash(other)
+    assert provenance.tokenizer_hash(one) != provenance.tokenizer_hash(other)
 
 
-def test_a_call_does_not_rename_a_model(pipe):
+def test_calling_a_pipeline_does_not_change_its_name(pipe):
     """The rules of a tokenizer remember how the last text was padded."""
     before = provenance.pipeline_name(pipe), provenance.tokenizers_hash(pipe)
     pipe.tokenizer(["a", "a b c"], padding="longest", truncation=True, max_length=5)
     assert (provenance.pipeline_name(pipe), provenance.tokenizers_hash(pipe)) == before
 
 
-def test_the_device_is_waited_for_before_and_after_a_picture(pipe, monkeypatch):
+def test_device_is_synchronized_around_each_measurement(pipe, monkeypatch):
     """Otherwise a GPU's time is the time of asking for it."""
     order = []
     monkeypatch.setattr(generate, "synchronize", lambda device: order.append("wait"))
     clock = generate.time.perf_counter
     monkeypatch.setattr(generate.time, "perf_counter", lambda: order.append("look") or clock())
-    monkeypatch.setattr(generate, "denoising", lambda *_: nullcontext(lambda: (None, None)))
-    generate.draw(pipe, REQUESTS[:1], BASELINE, SETTINGS, steps=1)
+    timer = SimpleNamespace(seconds=lambda: (None, None))
+    monkeypatch.setattr(generate, "UNetTimer", lambda *_: nullcontext(timer))
+    generate.generate_batch(pipe, REQUESTS[:1], BASELINE, SETTINGS, steps=1)
     looks = [i for i, what in enumerate(order) if what == "look"]
     assert order[looks[0] - 1] == order[looks[-1] - 1] == "wait"
 
 
-def test_as_many_are_said_to_be_made_as_are_saved(pipe, tmp_path):
+def test_number_of_generated_images_is_that_of_saved_images(pipe, tmp_path):
     run(pipe, tmp_path)
-    (tmp_path / "full" / "0001.png").unlink()  # of a batch of two
+    (tmp_path / "baseline" / "0001.png").unlink()  # of a batch of two
     assert run(pipe, tmp_path) == 1
 
 
-def test_the_pipeline_and_the_global_generator_stay_as_they_were(pipe, tmp_path):
+def test_pipeline_and_global_rng_are_unchanged(pipe, tmp_path):
     classes = [type(module) for module in pipe.unet.modules()]
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -368,38 +384,38 @@ def test_the_pipeline_and_the_global_generator_stay_as_they_were(pipe, tmp_path)
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_of_other_settings_is_refused_by_the_field(tmp_path):
-    output_dir.claim(tmp_path, SETTINGS)
+def test_output_dir_refusal_names_the_differing_setting(tmp_path):
+    output_dir.init_output_dir(tmp_path, SETTINGS)
     before = (tmp_path / "settings.json").read_bytes()
-    output_dir.claim(tmp_path, SETTINGS)
+    output_dir.init_output_dir(tmp_path, SETTINGS)
     with pytest.raises(EvalError, match="steps 2, this run has 50"):
-        output_dir.claim(tmp_path, replace(SETTINGS, steps=50))
+        output_dir.init_output_dir(tmp_path, replace(SETTINGS, steps=50))
     with pytest.raises(EvalError, match="dtype 'float32', this run has 'float16'"):  # not the hash that follows from it
-        output_dir.claim(tmp_path, replace(SETTINGS, dtype="float16", pipeline="q"))
+        output_dir.init_output_dir(tmp_path, replace(SETTINGS, dtype="float16", pipeline="q"))
     with pytest.raises(EvalError, match="seed 0, this run has 5"):
-        output_dir.claim(tmp_path, replace(SETTINGS, seed=5, prompts_hash="i"))
+        output_dir.init_output_dir(tmp_path, replace(SETTINGS, seed=5, prompts_hash="i"))
     with pytest.raises(EvalError, match="pipeline 'p', this run has 'q'"):
-        output_dir.claim(tmp_path, replace(SETTINGS, pipeline="q"))
+        output_dir.init_output_dir(tmp_path, replace(SETTINGS, pipeline="q"))
     assert (tmp_path / "settings.json").read_bytes() == before
 
 
-def test_what_is_told_of_a_run_may_be_damaged(tmp_path):
+def test_corrupt_run_metadata_is_ignored(tmp_path):
     for content in ("[1]", "{", '{"commit": "abc", "started": "1999"}'):
         files.write(tmp_path / generate.RUNS / f"{len(content)}.json", content)
-    told = records.runs(tmp_path, [{"run": str(n)} for n in (3, 1, 36, 36)])
-    assert [(run["run"], run["pictures"], run.get("commit")) for run in told] == [
+    observed = records.generating_runs(tmp_path, [{"run": str(n)} for n in (3, 1, 36, 36)])
+    assert [(run["run"], run["images"], run.get("commit")) for run in observed] == [
         ("3", 1, None), ("1", 1, None), ("36", 2, "abc"),
     ]  # fmt: skip
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path):
+def test_output_dir_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(EvalError, match="not empty"):
-        output_dir.claim(tmp_path, SETTINGS)
+        output_dir.init_output_dir(tmp_path, SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     files.write(tmp_path / "a.json", "old")
 
     def fail(*args):
@@ -415,36 +431,36 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-def test_methods_are_rows_in_the_order_asked_for_each_once():
+def test_methods_are_parsed_in_order_without_duplicates():
     found = methods.parse("tofu, kv:tome+p,full,tofu", [0.25, 0.5])
     assert [(m.name, m.ratio) for m in found] == [
-        ("tofu", 0.25), ("tofu", 0.5), ("kv:tome+p", 0.25), ("kv:tome+p", 0.5), ("full", None),
+        ("tofu", 0.25), ("tofu", 0.5), ("kv:tome+p", 0.25), ("kv:tome+p", 0.5), ("baseline", None),
     ]  # fmt: skip
     assert len({m.slug for m in found}) == 5
 
 
-def test_a_ratio_of_a_methods_own_is_shown_as_a_ratio():
+def test_ratio_option_of_a_method_is_shown_as_its_ratio():
     (own,), (asked,) = (methods.parse(*args) for args in (("kv:tome+p@ratio=0.75", [0.5]), ("kv:tome+p", [0.75])))
     assert (own.name, own.ratio, own.slug) == (asked.name, asked.ratio, asked.slug)
     (windowed,) = methods.parse("tofu@window=4@ratio=0.25", [0.5])
     assert (windowed.name, windowed.ratio) == ("tofu@window=4", 0.25)
 
 
-def test_a_missing_peer_says_what_to_install(monkeypatch):
+def test_missing_package_of_a_method_says_what_to_install(monkeypatch):
     monkeypatch.setattr(methods, "version", lambda name: None)
     (method,) = methods.parse("tomesd", [0.5])
     assert method.unavailable_reason == "pip install tomesd"
 
 
-def test_a_folder_of_a_peers_name_is_not_the_peer(monkeypatch, tmp_path):
-    """Whoever has cloned it beside the pictures could import that folder, which is empty to Python."""
+def test_folder_with_the_name_of_a_package_is_not_the_package(monkeypatch, tmp_path):
+    """Whoever has cloned it beside the images could import that folder, which is empty to Python."""
     (tmp_path / "ghost").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("ghost")
     assert methods.MethodSpec(nullcontext, Path("a.py"), ("ghost", "ghost")).unavailable_reason == "pip install ghost"
 
 
-def test_the_peer_is_taken_off_again(pipe):
+def test_tomesd_patch_is_removed(pipe):
     pytest.importorskip("tomesd")
     (method,) = methods.parse("tomesd", [0.5])
     classes = [type(module) for module in pipe.unet.modules()]

@@ -65,7 +65,7 @@ def test_ctrl_c_during_imports_is_one_line(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["eval.run", "eval.prompts", "tofu_sd.linearity"])
-def test_a_package_that_is_missing_is_one_line(name, tmp_path):
+def test_missing_package_prints_one_line(name, tmp_path):
     done = start(name, tmp_path, 'raise ModuleNotFoundError("No module named \'numpy\'", name="numpy")')
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: the package ")
@@ -108,16 +108,16 @@ def guarded(monkeypatch):
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("goes_on", [True, False])
-def test_ctrl_c_during_the_work_can_be_caught_and_ends_the_process_again_afterwards(guarded, capsys, goes_on):
+@pytest.mark.parametrize("resumes", [True, False])
+def test_ctrl_c_during_the_work_can_be_caught_and_ends_the_process_again_afterwards(guarded, capsys, resumes):
     outside = signal.getsignal(signal.SIGINT)
 
-    @command(goes_on=goes_on)
+    @command(resumes=resumes)
     def inner(argv):
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         return 0
 
-    @command(goes_on=goes_on)
+    @command(resumes=resumes)
     def program(argv):
         assert inner([]) == 0
         os.kill(os.getpid(), signal.SIGINT)
@@ -126,10 +126,10 @@ def test_ctrl_c_during_the_work_can_be_caught_and_ends_the_process_again_afterwa
 
     assert program([]) == interrupts.STOPPED
     assert signal.getsignal(signal.SIGINT) is outside
-    assert capsys.readouterr().err == "\nstopped" + "; the same command goes on from here" * goes_on + "\n"
+    assert capsys.readouterr().err == "\nstopped" + "; the same command resumes" * resumes + "\n"
 
 
-def test_a_program_that_is_no_command_line_keeps_its_handler():
+def test_sigint_handler_is_kept_outside_of_commands():
     before = signal.getsignal(signal.SIGINT)
     assert not interrupts.is_command()
     with interrupts.interruptible():
@@ -143,8 +143,8 @@ def test_an_ignored_ctrl_c_stays_ignored(guarded):
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
-def test_an_error_that_a_library_raises_of_ctrl_c_is_no_error_of_the_user(capsys):
-    @command(goes_on=False)
+def test_library_error_caused_by_ctrl_c_is_an_interrupt(capsys):
+    @command(resumes=False)
     def program(argv):
         try:
             raise KeyboardInterrupt
@@ -172,21 +172,21 @@ def test_an_error_that_a_library_raises_of_ctrl_c_is_no_error_of_the_user(capsys
         (errno.ENAMETOOLONG, False, "a shorter path"),
     ],
 )
-def test_only_what_passes_is_said_to_resume(number, resumes, advice, capsys):
-    @command(goes_on=True)
+def test_only_temporary_errors_promise_to_resume(number, resumes, advice, capsys):
+    @command(resumes=True)
     def program(argv):
         raise OSError(number, os.strerror(number), "some/file.png")
 
     assert program([]) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "some/file.png" in told
-    assert advice in told
-    assert ("goes on from here" in told) == resumes
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1
+    assert "some/file.png" in output
+    assert advice in output
+    assert ("the same command resumes" in output) == resumes
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_what_cannot_be_written_is_named_by_its_own_name_and_leaves_nothing(tmp_path, monkeypatch, number):
+def test_failed_write_names_the_file_and_leaves_no_temp_file(tmp_path, monkeypatch, number):
     (tmp_path / "out.json").write_text("before")
 
     def refuse(path, content):
@@ -203,7 +203,7 @@ def test_what_cannot_be_written_is_named_by_its_own_name_and_leaves_nothing(tmp_
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 @pytest.mark.parametrize("arguments", [["demo"], ["--help"]])
-def test_a_full_disk_below_the_output_is_one_line(arguments):
+def test_full_disk_under_stdout_prints_one_line(arguments):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "eval.prompts", *arguments],
@@ -213,7 +213,7 @@ def test_a_full_disk_below_the_output_is_one_line(arguments):
     assert done.returncode == (0 if arguments == ["--help"] else 2)
 
 
-def test_scenes_that_a_full_disk_has_no_room_for_are_an_error_and_leave_nothing(tmp_path, monkeypatch):
+def test_full_disk_while_rendering_scenes_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -223,7 +223,7 @@ def test_scenes_that_a_full_disk_has_no_room_for_are_an_error_and_leave_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_scenes_that_are_damaged_are_refused(tmp_path):
+def test_damaged_scenes_are_refused(tmp_path):
     labelled.rendered(16, 1, 0, tmp_path)
     (file,) = tmp_path.iterdir()
     os.truncate(file, 200)
@@ -246,7 +246,7 @@ def test_scenes_that_are_damaged_are_refused(tmp_path):
         ("there", False, "there is a folder of that name, and a file is written"),
     ],
 )
-def test_a_place_that_cannot_be_written_to_is_known_before(tmp_path, monkeypatch, place, folder, said):
+def test_unwritable_path_is_known_before(tmp_path, monkeypatch, place, folder, said):
     monkeypatch.chdir(tmp_path)
     Path("link").symlink_to("nowhere/y")
     Path("file").write_text("")
@@ -255,13 +255,13 @@ def test_a_place_that_cannot_be_written_to_is_known_before(tmp_path, monkeypatch
         files.check_place(Path(place), "--out", folder=folder)
 
 
-def test_a_read_only_place_is_known_before(tmp_path, monkeypatch):
+def test_read_only_path_is_known_before(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(EvalError, match="cannot be written to; change the permissions"):
         files.check_place(tmp_path / "a" / "b", "--out", folder=True)
 
 
-def test_a_place_that_can_be_written_to_is_not_refused(tmp_path):
+def test_writable_path_is_accepted(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     (tmp_path / "file").write_text("")
@@ -270,7 +270,7 @@ def test_a_place_that_can_be_written_to_is_not_refused(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link", "real"]
 
 
-def test_a_path_has_a_name(tmp_path, monkeypatch):
+def test_as_path_gives_every_path_a_name(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path / "mine")
     assert as_path(".").name == "mine"
@@ -280,6 +280,6 @@ def test_a_path_has_a_name(tmp_path, monkeypatch):
             as_path(text)
 
 
-def test_an_argument_that_is_no_text_is_one_line(capsys):
+def test_argument_that_is_not_utf8_prints_one_line(capsys):
     assert prompts_module.main(["a\udcff.txt"]) == 2
     assert capsys.readouterr().err == "error: the argument 'a\\udcff.txt' is not UTF-8; give another name\n"

@@ -45,7 +45,7 @@ gentle = TokenFusionConfig(kv_only=True)
 @pytest.fixture(autouse=True)
 def _registries() -> Iterator[None]:
     """What a test registers is gone after it."""
-    parse("full", [0.5])
+    parse("baseline", [0.5])
     before = dict(METHODS), dict(MATCHERS)
     yield
     registry._load.cache_clear()
@@ -99,7 +99,7 @@ def test_a_changed_file_is_another_method(file: Path) -> None:
     ("my_method.py:gentle@ratoi=1", r"unknown option 'ratoi' \(did you mean 'ratio'"),
     ("my_method.py:gentle@ratio=2", "ratio is 2; it must be a number from 0 to 0.75"),
 ])  # fmt: skip
-def test_what_a_file_does_not_hold_is_refused_in_a_line(file: Path, name: str, message: str) -> None:
+def test_unknown_name_in_a_method_file_is_refused(file: Path, name: str, message: str) -> None:
     with pytest.raises(EvalError, match=message) as refused:
         parse(name, [0.5])
     assert "\n" not in str(refused.value)
@@ -118,8 +118,8 @@ def test_two_names_of_one_method_are_refused(names: str) -> None:
         parse(names, [0.5])
 
 
-@pytest.mark.parametrize("name", ["tofu", "full", "tomesd"])
-def test_a_name_that_is_taken_cannot_be_registered(name: str) -> None:
+@pytest.mark.parametrize("name", ["tofu", "baseline", "tomesd"])
+def test_duplicate_method_name_is_refused(name: str) -> None:
     @contextmanager
     def mine(pipe: Any) -> Iterator[Any]:
         yield pipe

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from eval import EvalError
-from eval.metrics import cache as measured
+from eval.common import provenance
+from eval.metrics import base, cache, clip, demo_classifier, dino, pairwise, statistics, summary
 from eval.metrics import registry as metrics
-from eval.metrics import score, statistics
-from eval.reporting import tables as table
+from eval.reporting import tables
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights" / "squeeze.backbone.pth"
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def pictures(n=2, size=64, seed=0):
 
 
 def fid(weights):
-    [metric] = metrics.choose("fid", metrics.Nets(inception=weights), size=64, prompts=[], device=CPU)
+    [metric] = metrics.build_metrics("fid", metrics.Nets(inception=weights), size=64, prompts=[], device=CPU)
     return metric
 
 
@@ -54,20 +54,20 @@ def test_psnr_by_hand():
     a = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
     b = torch.full((1, 3, 8, 8), 120, dtype=torch.uint8)
     expected = 10 * math.log10(255**2 / 400)  # as uint8, 100 - 120 would wrap to 236
-    assert metrics.psnr().compute(a, b).item() == pytest.approx(expected, abs=1e-12)
-    assert metrics.psnr().compute(b, a).item() == pytest.approx(expected, abs=1e-12)
+    assert pairwise.psnr().compute(a, b).item() == pytest.approx(expected, abs=1e-12)
+    assert pairwise.psnr().compute(b, a).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_psnr_of_equal_pictures_is_infinite():
-    assert metrics.psnr().compute(pictures(), pictures()).tolist() == [math.inf, math.inf]
+def test_psnr_of_equal_images_is_infinite():
+    assert pairwise.psnr().compute(pictures(), pictures()).tolist() == [math.inf, math.inf]
 
 
-def test_ms_ssim_is_one_on_equal_pictures_and_near_zero_on_noise():
+def test_ms_ssim_is_one_on_equal_images_and_near_zero_on_noise():
     pytest.importorskip("pytorch_msssim")
-    measure = metrics.ms_ssim(176)
+    measure = pairwise.ms_ssim(176)
     a, b = pictures(size=176), pictures(size=176, seed=1)
     assert measure.compute(a, a).tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
-    assert measure.compute(a, b).max() < 0.1  # with a wrong data range two noise pictures reach 0.9996
+    assert measure.compute(a, b).max() < 0.1  # with a wrong data range two noise images reach 0.9996
 
 
 def test_ms_ssim_agrees_with_torchmetrics():
@@ -80,48 +80,48 @@ def test_ms_ssim_agrees_with_torchmetrics():
         [other(x[None].float(), y[None].float(), data_range=255.0) for x, y in zip(a, b, strict=True)]
     )
     # the two pad odd sizes and combine channels differently: 9e-4 was the largest difference on photographs
-    assert torch.allclose(metrics.ms_ssim(192).compute(a, b), expected.double(), atol=2e-3)
+    assert torch.allclose(pairwise.ms_ssim(192).compute(a, b), expected.double(), atol=2e-3)
 
 
-def test_ssim_agrees_with_its_formula_on_flat_pictures():
+def test_ssim_agrees_with_its_formula_on_flat_images():
     """Without structure, only the luminance term is left: (2ab + c) / (a² + b² + c), c = (0.01 · 255)²."""
     pytest.importorskip("pytorch_msssim")
     a, b = (torch.full((1, 3, 16, 16), level, dtype=torch.uint8) for level in (100, 150))
     c = (0.01 * 255) ** 2
     expected = (2 * 100 * 150 + c) / (100**2 + 150**2 + c)
-    # float32 leaves a variance of flat pictures that is not quite 0
-    assert metrics.ssim(16).compute(a, b).item() == pytest.approx(expected, rel=1e-4)
-    assert metrics.ssim(16).compute(a, a).item() == pytest.approx(1, abs=1e-6)
-    assert "11" in metrics.ssim(10).reason
+    # float32 leaves a variance of flat images that is not quite 0
+    assert pairwise.ssim(16).compute(a, b).item() == pytest.approx(expected, rel=1e-4)
+    assert pairwise.ssim(16).compute(a, a).item() == pytest.approx(1, abs=1e-6)
+    assert "11" in pairwise.ssim(10).reason
 
 
-def test_ms_ssim_agrees_with_its_formula_on_flat_pictures():
+def test_ms_ssim_agrees_with_its_formula_on_flat_images():
     """Contrast and structure are 1 at every scale, so that the luminance of the last is left, to its weight (Wang et
     al. 2003: 0.1333)."""
     pytest.importorskip("pytorch_msssim")
     a, b = (torch.full((1, 3, 176, 176), level, dtype=torch.uint8) for level in (60, 180))
     c = (0.01 * 255) ** 2
     expected = ((2 * 60 * 180 + c) / (60**2 + 180**2 + c)) ** 0.1333
-    assert metrics.ms_ssim(176).compute(a, b).item() == pytest.approx(expected, rel=1e-3)
+    assert pairwise.ms_ssim(176).compute(a, b).item() == pytest.approx(expected, rel=1e-3)
 
 
 def lpips():
     have("lpips")
     if not WEIGHTS.exists():
         pytest.skip("no SqueezeNet weights beside the repository")
-    measure = metrics.lpips("squeeze", WEIGHTS, CPU)
-    assert isinstance(measure, metrics.Pairwise), measure
+    measure = pairwise.lpips("squeeze", WEIGHTS, CPU)
+    assert isinstance(measure, base.Pairwise), measure
     return measure
 
 
 PAIRWISE = {
-    "PSNR": metrics.psnr, "SSIM": lambda: metrics.ssim(176), "MS-SSIM": lambda: metrics.ms_ssim(176),
-    "PD-judge": lambda: metrics.pd_judge(ToyJudge(), CPU), "LPIPS": lpips,
+    "PSNR": pairwise.psnr, "SSIM": lambda: pairwise.ssim(176), "MS-SSIM": lambda: pairwise.ms_ssim(176),
+    "PD-judge": lambda: demo_classifier.pd_judge(ToyJudge(), CPU), "LPIPS": lpips,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PAIRWISE)
-def test_every_pairwise_metric_rises_with_noise_and_knows_no_order(name):
+def test_pairwise_metrics_increase_with_noise_and_are_symmetric(name):
     pytest.importorskip("pytorch_msssim")
     a = nn.functional.avg_pool2d(pictures(3, size=176).float(), 9, 1, 4).byte()
     noise = features(a.numel(), 1).view(a.shape)
@@ -134,15 +134,15 @@ def test_every_pairwise_metric_rises_with_noise_and_knows_no_order(name):
 
 
 def knows_no_company(measure, *of):
-    """Whether a picture's figure is the same alone and among others, in any order. of: what `compute` takes."""
+    """Whether an image's figure is the same alone and among others, in any order. of: what `compute` takes."""
     alone = torch.cat([measure.compute(*(each[i : i + 1] for each in of)) for i in range(len(of[0]))])
     turned = [each.flip(0) if isinstance(each, torch.Tensor) else each[::-1] for each in of]
     return torch.allclose(alone, measure.compute(*turned).flip(0), rtol=1e-5, atol=1e-6)
 
 
-def test_ms_ssim_skips_pictures_that_are_too_small_and_says_so():
-    skipped = metrics.ms_ssim(160)
-    assert isinstance(skipped, metrics.Skipped)
+def test_ms_ssim_skips_too_small_images_with_a_reason():
+    skipped = pairwise.ms_ssim(160)
+    assert isinstance(skipped, base.Skipped)
     assert "161" in skipped.reason
     assert "160" in skipped.reason
 
@@ -153,25 +153,25 @@ def test_lpips_reproduces_the_documented_value():
     generator = torch.Generator().manual_seed(42)
     a, b = (torch.rand(2, 3, 100, 100, generator=generator) for _ in range(2))
     documented = torch.tensor([0.1024, 0.0938], dtype=torch.float64)
-    # rounding the pictures to 8 bits moves the value by about 1e-4; the random backbone gives 0.1497, 0.1504
+    # rounding the images to 8 bits moves the value by about 1e-4; the random backbone gives 0.1497, 0.1504
     found = measure.compute((a * 255).round().byte(), (b * 255).round().byte())
     assert torch.allclose(found, documented, atol=5e-4), found
 
 
-def test_a_backbone_lands_in_the_layers_of_its_own_numbers():
+def test_lpips_backbone_weights_are_loaded_into_matching_layers():
     net = nn.Module()
     net.slice1, net.slice2 = nn.Sequential(), nn.Sequential()
     net.slice1.add_module("0", nn.Linear(2, 2))
     net.slice2.add_module("3", nn.Linear(2, 2))
     weights = {f"features.{i}.{part}": torch.randn(2, 2) if part == "weight" else torch.randn(2)
                for i in (0, 3) for part in ("weight", "bias")}  # fmt: skip
-    metrics.load_backbone(net, weights)
+    pairwise.load_backbone(net, weights)
     assert torch.equal(net.slice1[0].weight, weights["features.0.weight"])
     assert torch.equal(net.slice2.get_submodule("3").bias, weights["features.3.bias"])
 
 
-@pytest.mark.parametrize("net", metrics.LPIPS_NETS)
-def test_lpips_measures_with_the_file_it_is_given(net, tmp_path):
+@pytest.mark.parametrize("net", pairwise.LPIPS_NETS)
+def test_lpips_uses_the_given_backbone_file(net, tmp_path):
     """torchvision's nets with random weights: into lpips's own by their names, and one after the other."""
     package, models = have("lpips"), have("torchvision.models")
     layers = {
@@ -180,8 +180,8 @@ def test_lpips_measures_with_the_file_it_is_given(net, tmp_path):
         "squeeze": lambda: models.squeezenet1_1().features,
     }[net]()
     torch.save({f"features.{name}": weight for name, weight in layers.state_dict().items()}, tmp_path / "w.pth")
-    measure = metrics.lpips(net, tmp_path / "w.pth", CPU)
-    assert isinstance(measure, metrics.Pairwise), measure
+    measure = pairwise.lpips(net, tmp_path / "w.pth", CPU)
+    assert isinstance(measure, base.Pairwise), measure
     theirs = package.LPIPS(net=net, pnet_rand=True, verbose=False)
     for own, weight in zip(theirs.net.parameters(), layers.parameters(), strict=True):
         own.data = weight.data
@@ -195,8 +195,8 @@ def test_lpips_measures_with_the_file_it_is_given(net, tmp_path):
 
 def test_a_metric_whose_weights_are_missing_is_skipped_with_the_reason(monkeypatch, tmp_path):
     have("lpips")
-    skipped = metrics.lpips("squeeze", tmp_path / "nowhere.pth", CPU)
-    assert isinstance(skipped, metrics.Skipped)
+    skipped = pairwise.lpips("squeeze", tmp_path / "nowhere.pth", CPU)
+    assert isinstance(skipped, base.Skipped)
     assert "nowhere.pth" in skipped.reason
     assert str(tmp_path) not in skipped.reason  # results carry no path of a machine
 
@@ -208,44 +208,44 @@ def saved(content):
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", b"PK", saved([]), saved(torch.ones(2))])
-def test_a_broken_file_of_weights_costs_its_metric_alone(tmp_path, content):
+def test_broken_weights_skip_only_their_metric(tmp_path, content):
     have("lpips")
     have("torchmetrics")
     (tmp_path / "w.pth").write_bytes(content)
-    for metric in (metrics.lpips("squeeze", tmp_path / "w.pth", CPU), fid(tmp_path / "w.pth")):
-        assert isinstance(metric, metrics.Skipped), metric
+    for metric in (pairwise.lpips("squeeze", tmp_path / "w.pth", CPU), fid(tmp_path / "w.pth")):
+        assert isinstance(metric, base.Skipped), metric
         assert "weights" in metric.reason
 
 
-def test_a_metric_that_cannot_measure_these_pictures_is_skipped_and_the_others_go_on():
+def test_metric_that_fails_on_these_images_is_skipped_alone():
     def fails(*_):
         raise RuntimeError("Kernel size can't be greater than actual input size\nmore")
 
-    broken = metrics.Pairwise("LPIPS-squeeze", "lpips", True, fails)
-    skipped, kept = metrics.usable([broken, metrics.psnr()], pictures(size=8), ["a", "b"])
-    assert skipped == metrics.Skipped("LPIPS-squeeze", "Kernel size can't be greater than actual input size")
+    broken = base.Pairwise("LPIPS-squeeze", "lpips", True, fails)
+    skipped, kept = metrics.probe_metrics([broken, pairwise.psnr()], pictures(size=8), ["a", "b"])
+    assert skipped == base.Skipped("LPIPS-squeeze", "Kernel size can't be greater than actual input size")
     assert kept.name == "PSNR"
 
 
-def test_a_metric_for_which_the_device_is_too_full_is_no_metric_that_is_missing():
+def test_out_of_memory_does_not_skip_a_metric():
     def fails(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        metrics.usable([metrics.Pairwise("LPIPS-squeeze", "lpips", True, fails)], pictures(size=8), ["a", "b"])
+        metrics.probe_metrics([base.Pairwise("LPIPS-squeeze", "lpips", True, fails)], pictures(size=8), ["a", "b"])
 
 
-def test_unknown_names_are_answered_with_the_nearest():
+def test_unknown_metric_suggests_the_nearest_name():
     with pytest.raises(EvalError, match=r"'lpip'.*did you mean 'lpips'"):
-        metrics.check("psnr,lpip", metrics.Nets())
+        metrics.parse_metric_names("psnr,lpip", metrics.Nets())
     with pytest.raises(EvalError, match=r"'alexnet'.*did you mean 'alex'"):
-        metrics.check("all", metrics.Nets(lpips="alexnet"))
+        metrics.parse_metric_names("all", metrics.Nets(lpips="alexnet"))
 
 
 # --- sets -----------------------------------------------------------------------------------------------------------
 
 
-def test_frechet_is_zero_on_equal_sets_even_of_fewer_pictures_than_features():
+def test_frechet_is_zero_on_equal_sets_with_fewer_images_than_features():
     x = features(20, 64)
     assert statistics.frechet(x, x) < 1e-9  # exact but for float64 rounding; a matrix square root leaves 1e-6
 
@@ -290,11 +290,11 @@ def test_frechet_agrees_with_torchmetrics():
 def test_frechet_agrees_with_torch_fidelity():
     fidelity = have("torch_fidelity.metric_fid")
     x, y = features(200, 32), features(200, 32, 1) * 1.2 + 0.1
-    told = fidelity.fid_statistics_to_metric(*map(fidelity.fid_features_to_statistics, (x, y)), False)
-    assert statistics.frechet(x, y) == pytest.approx(told["frechet_inception_distance"], rel=1e-6)
+    observed = fidelity.fid_statistics_to_metric(*map(fidelity.fid_features_to_statistics, (x, y)), False)
+    assert statistics.frechet(x, y) == pytest.approx(observed["frechet_inception_distance"], rel=1e-6)
 
 
-def test_inceptions_features_have_a_row_for_each_picture(monkeypatch, tmp_path):
+def test_inception_features_have_a_row_for_each_image(monkeypatch, tmp_path):
     """With random weights, as the real ones cannot be had everywhere; what is tested is how the net is called."""
     have("torchmetrics.image.fid")
     net = have("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
@@ -302,7 +302,7 @@ def test_inceptions_features_have_a_row_for_each_picture(monkeypatch, tmp_path):
     torch.save({}, tmp_path / "w.pth")
     torch.manual_seed(0)
     metric = fid(tmp_path / "w.pth")
-    assert isinstance(metric, metrics.SetMetric), metric
+    assert isinstance(metric, base.DistributionMetric), metric
     found = metric.features.compute(pictures(2))
     assert (metric.name, found.shape) == ("FID", (2, 2048))
     torch.manual_seed(0)  # the same random weights
@@ -310,7 +310,7 @@ def test_inceptions_features_have_a_row_for_each_picture(monkeypatch, tmp_path):
     assert torch.allclose(found, theirs.inception(pictures(2)), rtol=1e-4, atol=1e-6)  # antialiased, from 0 to 255
 
 
-def test_every_distance_of_sets_rises_with_noise_and_knows_no_order_and_no_batch():
+def test_distribution_metrics_increase_with_noise_and_ignore_order_and_batch():
     a = nn.functional.avg_pool2d(pictures(40, size=32).float(), 9, 1, 4).byte()
     noise = features(a.numel(), 1).view(a.shape)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
@@ -322,7 +322,7 @@ def test_every_distance_of_sets_rises_with_noise_and_knows_no_order_and_no_batch
             return pictures[:, :, ::8, ::8].flatten(1)
 
     judge = Looking()
-    for metric in (metrics.fd_judge(judge, CPU), metrics.kd_judge(judge, CPU)):
+    for metric in (demo_classifier.fd_judge(judge, CPU), demo_classifier.kd_judge(judge, CPU)):
         x = metric.features.compute(a)
         far = [metric.features.compute((a + sigma * noise).clamp(0, 255).byte()) for sigma in (20, 60, 180)]
         distances = [metric.distance(x, y) for y in far]
@@ -332,7 +332,7 @@ def test_every_distance_of_sets_rises_with_noise_and_knows_no_order_and_no_batch
         assert torch.allclose(alone, x, rtol=1e-6), metric.name
 
 
-def test_the_kernel_distance_by_its_formula():
+def test_kernel_distance_agrees_with_its_formula():
     """KID's U-statistic, term by term."""
     x, y = features(5, 3).double(), features(5, 3, 1).double()
 
@@ -345,7 +345,7 @@ def test_the_kernel_distance_by_its_formula():
     assert statistics.kernel_distance(x, y) == pytest.approx(sum(terms) / 20, rel=1e-12)
 
 
-def test_the_kernel_distance_of_equal_sets_is_zero_and_grows():
+def test_kernel_distance_is_zero_on_equal_sets_and_increases():
     """The estimator for independent sets gives -0.0003 for equal ones: it takes pairs for luck."""
     x = features(600, 8)  # more than one block of rows
     assert statistics.kernel_distance(x, x) == 0
@@ -355,15 +355,15 @@ def test_the_kernel_distance_of_equal_sets_is_zero_and_grows():
     assert statistics.kernel_distance(x[order], x[order] + 0.3) == pytest.approx(far[1], rel=1e-9)
 
 
-def test_two_distances_in_one_net_read_the_pictures_once(monkeypatch):
+def test_metrics_with_the_same_features_compute_them_once(monkeypatch):
     loaded = []
-    monkeypatch.setattr(metrics, "_inception", lambda *_: loaded.append(1) or metrics.Features("net", lambda p: p))
-    fid, kid = metrics.choose("fid,kid", metrics.Nets(), size=64, prompts=[], device=CPU)
+    monkeypatch.setattr(metrics, "inception", lambda *_: loaded.append(1) or base.Features("net", lambda p: p))
+    fid, kid = metrics.build_metrics("fid,kid", metrics.Nets(), size=64, prompts=[], device=CPU)
     assert loaded == [1]
     assert fid.features is kid.features
     assert fid.distance is not kid.distance
     judge = ToyJudge()
-    assert metrics.fd_judge(judge, CPU).features is metrics.kd_judge(judge, CPU).features
+    assert demo_classifier.fd_judge(judge, CPU).features is demo_classifier.kd_judge(judge, CPU).features
 
 
 # --- nets of transformers ---------------------------------------------------------------------------------------------
@@ -394,11 +394,11 @@ def save_processor(name, settings, folder):
         pytest.skip(f"transformers' image processors want torchvision: {error}")
 
 
-def test_the_clip_score_is_what_clip_says_of_a_picture_and_its_prompt(clip_folder):
+def test_clip_score_agrees_with_clip_logits(clip_folder):
     """Its logits are the cosines by a learnt scale. (torchmetrics 1.9's CLIPScore does not run on transformers 5.)"""
     transformers = pytest.importorskip("transformers")
-    metric = metrics.clip(str(clip_folder), CPU)
-    assert isinstance(metric, metrics.Single), metric
+    metric = clip.clip(str(clip_folder), CPU)
+    assert isinstance(metric, base.PerImageMetric), metric
     shown, asked = pictures(3), ["a red fox", "a blue house", "a very long prompt " * 40]
     model = transformers.CLIPModel.from_pretrained(clip_folder)
     prepare = transformers.CLIPProcessor.from_pretrained(clip_folder)
@@ -413,10 +413,10 @@ def test_the_clip_score_is_what_clip_says_of_a_picture_and_its_prompt(clip_folde
 def test_a_net_saved_in_half_precision_measures_in_float32(clip_folder):
     """Newer versions of transformers would take the type it was saved in."""
     transformers = pytest.importorskip("transformers")
-    saved = metrics.clip(str(clip_folder), CPU)
+    saved = clip.clip(str(clip_folder), CPU)
     transformers.CLIPModel.from_pretrained(clip_folder).half().save_pretrained(clip_folder)
-    half = metrics.clip(str(clip_folder), CPU)
-    assert isinstance(half, metrics.Single), half
+    half = clip.clip(str(clip_folder), CPU)
+    assert isinstance(half, base.PerImageMetric), half
     seen = []
     torch.nn.modules.module.register_module_forward_hook(lambda module, _, out: seen.append(out))
     try:
@@ -434,8 +434,8 @@ def test_dino_distance_is_one_minus_the_cosine_of_class_tokens_and_rises_with_no
     transformers.Dinov2Model(config).save_pretrained(tmp_path)
     crop = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     save_processor("BitImageProcessor", crop, tmp_path)
-    metric = metrics.dino(str(tmp_path), CPU)
-    assert isinstance(metric, metrics.Pairwise), metric
+    metric = dino.dino(str(tmp_path), CPU)
+    assert isinstance(metric, base.Pairwise), metric
     assert metric.compute(pictures(), pictures()).abs().max() < 1e-6
     prepare = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     model = transformers.Dinov2Model.from_pretrained(tmp_path).eval()
@@ -452,47 +452,47 @@ def test_dino_distance_is_one_minus_the_cosine_of_class_tokens_and_rises_with_no
     assert knows_no_company(metric, a, a.flip(0))
 
 
-def test_features_that_are_none_have_no_distance_and_are_told():
-    """Eigenvalues of NaN are an error, after everything was drawn."""
+def test_nan_features_have_no_distance_and_are_reported():
+    """Eigenvalues of NaN are an error, after everything was generated."""
     x = features(6, 3).double()
     broken = torch.where(torch.arange(6)[:, None] == 2, torch.nan, x)
-    for metric in (metrics.fd_judge(ToyJudge(), CPU), metrics.kd_judge(ToyJudge(), CPU)):
+    for metric in (demo_classifier.fd_judge(ToyJudge(), CPU), demo_classifier.kd_judge(ToyJudge(), CPU)):
         for pair in ((x, broken), (broken, x)):
-            figure = score.distance(metric, *pair, ["a", "b", "c"] * 2)
-            assert (figure["value"], figure["low"], figure["undefined"]) == (None, None, 1)
-            assert table.short(figure, 3) == "– (1 NaN)"
+            figure = summary.distance_ci(metric, *pair, ["a", "b", "c"] * 2)
+            assert (figure["value"], figure["low"], figure["nan"]) == (None, None, 1)
+            assert tables.short(figure, 3) == "– (1 NaN)"
 
 
-def test_a_net_of_another_kind_is_skipped(tmp_path):
+def test_network_of_another_kind_is_skipped(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
     transformers.Dinov2Model(config).save_pretrained(tmp_path)
     save_processor("BitImageProcessor", {"size": {"shortest_edge": 28}}, tmp_path)
-    found = metrics.usable([metrics.clip(str(tmp_path), CPU), metrics.psnr()], pictures(), ["a", "b"])
-    assert isinstance(found[0], metrics.Skipped)
+    found = metrics.probe_metrics([clip.clip(str(tmp_path), CPU), pairwise.psnr()], pictures(), ["a", "b"])
+    assert isinstance(found[0], base.Skipped)
     assert found[1].name == "PSNR"
     (tmp_path / "model.safetensors").write_bytes(b"cut")
-    assert isinstance(metrics.dino(str(tmp_path), CPU), metrics.Skipped)
+    assert isinstance(dino.dino(str(tmp_path), CPU), base.Skipped)
 
 
-@pytest.mark.parametrize("make", [metrics.clip, metrics.dino])
-def test_a_net_that_cannot_be_had_is_skipped(make, tmp_path):
+@pytest.mark.parametrize("make", [clip.clip, dino.dino])
+def test_unavailable_network_is_skipped(make, tmp_path):
     skipped = make(str(tmp_path / "nowhere"), CPU)
-    assert isinstance(skipped, metrics.Skipped)
+    assert isinstance(skipped, base.Skipped)
     assert skipped.reason.startswith("no weights")
 
 
-def test_a_nets_hash_is_its_weights():
+def test_weights_hash_depends_on_the_weights():
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-    assert metrics.weights_hash(a) != metrics.weights_hash(b)
+    assert provenance.weights_hash(a) != provenance.weights_hash(b)
     b.load_state_dict(a.state_dict())
-    assert metrics.weights_hash(a) == metrics.weights_hash(b)
+    assert provenance.weights_hash(a) == provenance.weights_hash(b)
 
 
 # --- intervals --------------------------------------------------------------------------------------------------------
 
 
-def test_a_bootstrap_interval_holds_the_mean_and_is_the_same_every_time():
+def test_bootstrap_interval_contains_the_mean_and_is_deterministic():
     values = features(60, 1).flatten()
     groups = [str(i) for i in range(60)]
     low, high = statistics.bootstrap(values, groups)
@@ -503,22 +503,22 @@ def test_a_bootstrap_interval_holds_the_mean_and_is_the_same_every_time():
     assert high - low == pytest.approx(2 * half, rel=0.1)
 
 
-def test_pictures_of_one_class_are_drawn_together():
-    """Twice the same picture is no second observation: the interval must not shrink by the square root of two."""
+def test_bootstrap_resamples_whole_classes():
+    """Twice the same image is no second observation: the interval must not shrink by the square root of two."""
     values = features(40, 1).flatten()
     once = statistics.bootstrap(values, [str(i) for i in range(40)])
     twice = statistics.bootstrap(values.repeat_interleave(2), [str(i // 2) for i in range(80)])
     assert twice == pytest.approx(once, abs=1e-12)
 
 
-def test_an_interval_does_not_depend_on_how_much_is_drawn_at_once(monkeypatch):
+def test_bootstrap_does_not_depend_on_the_chunk_size(monkeypatch):
     values, groups = features(40, 1).flatten(), [str(i // 2) for i in range(40)]
     together = statistics.bootstrap(values, groups)
     monkeypatch.setattr(statistics, "AT_ONCE", 1)
     assert statistics.bootstrap(values, groups) == pytest.approx(together, abs=1e-12)
 
 
-def test_bootstrap_leaves_the_global_generator_alone():
+def test_bootstrap_does_not_touch_the_global_rng():
     torch.manual_seed(7)
     expected = torch.rand(1)
     torch.manual_seed(7)
@@ -535,37 +535,37 @@ def test_jackknife_of_a_difference_of_means_is_the_textbook_interval():
 
 
 def test_jackknife_of_too_few_classes_is_none():
-    """Of pictures of four, however many: a normal interval from four blocks is half as wide as it should be."""
+    """Of images of four, however many: a normal interval from four blocks is half as wide as it should be."""
     pair = features(12, 3), features(12, 3)
     assert statistics.jackknife(statistics.frechet, *pair, list("abcd") * 3) is None
     assert statistics.jackknife(statistics.frechet, *pair, list("abcdef") * 2) is not None
 
 
-def test_the_interval_of_a_distance_ends_where_distances_do():
+def test_interval_of_a_distance_is_clipped_to_its_minimum():
     """A kernel distance has no bias, and where there is none between the sets it is below 0 every other time; a Fréchet
     distance never is."""
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(40, 3, generator=generator).double() for _ in range(2))
     groups = [str(i) for i in range(40)]
-    kernel = score.distance(metrics.kd_judge(ToyJudge(), CPU), x, y, groups)
+    kernel = summary.distance_ci(demo_classifier.kd_judge(ToyJudge(), CPU), x, y, groups)
     assert kernel["low"] < 0 < kernel["high"]
     assert kernel["value"] - kernel["low"] == pytest.approx(kernel["high"] - kernel["value"])
-    near = score.distance(metrics.fd_judge(ToyJudge(), CPU), x, x + 1e-3 * y, groups)
+    near = summary.distance_ci(demo_classifier.fd_judge(ToyJudge(), CPU), x, x + 1e-3 * y, groups)
     assert near["low"] == 0 < near["value"] < near["high"]
 
 
-def test_a_picture_of_any_one_colour_is_flat():
+def test_image_of_one_colour_is_flat():
     shown = pictures(3)
     shown[1] = torch.tensor([200, 60, 20], dtype=torch.uint8).view(3, 1, 1)
     shown[2] = 7
-    assert metrics.flat(shown).tolist() == [False, True, True]
+    assert base.is_flat(shown).tolist() == [False, True, True]
 
 
 # --- the embedded model's classifier ----------------------------------------------------------------------------------
 
 
 class ToyJudge(nn.Module):
-    """Sees in a picture the class whose index is the first pixel's red level."""
+    """Sees in an image the class whose index is the first pixel's red level."""
 
     def maps(self, pictures):
         return [pictures, pictures[:, :, ::2, ::2]]
@@ -579,12 +579,12 @@ class ToyJudge(nn.Module):
         return torch.tensor([CLASSES[int(level)].labels for level in (pictures[:, 0, 0, 0] * 255).round()])
 
 
-def test_judge_metrics_are_zero_on_equal_pictures_and_named_for_what_they_are():
-    pair, of_sets = metrics.pd_judge(ToyJudge(), CPU), metrics.fd_judge(ToyJudge(), CPU)
+def test_demo_classifier_metrics_are_zero_on_equal_images():
+    pair, of_sets = demo_classifier.pd_judge(ToyJudge(), CPU), demo_classifier.fd_judge(ToyJudge(), CPU)
     assert pair.compute(pictures(), pictures()).tolist() == [0, 0]
     assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
     assert of_sets.features.compute(pictures(3)).shape == (3, 3)
-    kernel = metrics.kd_judge(ToyJudge(), CPU)
+    kernel = demo_classifier.kd_judge(ToyJudge(), CPU)
     assert kernel.distance(*[kernel.features.compute(pictures(3))] * 2) == 0
     for metric in (pair, of_sets, kernel):
         assert "judge" in metric.name
@@ -592,38 +592,38 @@ def test_judge_metrics_are_zero_on_equal_pictures_and_named_for_what_they_are():
         assert "FID" not in metric.name + metric.implementation
 
 
-def test_perceptual_distance_does_not_see_the_length_of_a_feature():
+def test_perceptual_distance_ignores_feature_norms():
     a = pictures().clamp(0, 100)
     twice = 2 * a
-    assert metrics.pd_judge(ToyJudge(), CPU).compute(a, twice).max() < 1e-10
+    assert demo_classifier.pd_judge(ToyJudge(), CPU).compute(a, twice).max() < 1e-10
 
 
-def test_accuracy_counts_pictures_that_show_all_that_was_asked():
+def test_class_accuracy_counts_images_with_all_labels_right():
     from tofu_sd.demo.scene_classes import CLASSES
 
     shown = pictures(3)
     shown[:, 0, 0, 0] = torch.tensor([5, 6, 7], dtype=torch.uint8)
     asked = [CLASSES[5].prompt, CLASSES[6].prompt, CLASSES[9].prompt]
-    metric = metrics.accuracy(ToyJudge(), asked, CPU)
+    metric = demo_classifier.class_accuracy(ToyJudge(), asked, CPU)
     assert metric.compute(shown, asked).tolist() == [1, 1, 0]
 
 
-def test_the_embedded_classifier_fits_its_metrics():
+def test_demo_classifier_works_with_its_metrics():
     from tofu_sd.demo.classifier import Judge
     from tofu_sd.demo.scene_classes import CLASSES
 
     asked = [kind.prompt for kind in CLASSES[:2]]
-    pair, of_sets, share = metrics.judged(Judge().eval(), asked, CPU)
+    pair, of_sets, share = demo_classifier.demo_classifier_metrics(Judge().eval(), asked, CPU)
     assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
     assert of_sets.features.compute(pictures()).shape == (2, 144)
     assert share.compute(pictures(), asked).shape == (2,)
 
 
-def test_accuracy_of_prompts_the_classifier_does_not_know_is_skipped():
-    assert isinstance(metrics.accuracy(ToyJudge(), ["a red fox"], CPU), metrics.Skipped)
+def test_class_accuracy_of_unknown_prompts_is_skipped():
+    assert isinstance(demo_classifier.class_accuracy(ToyJudge(), ["a red fox"], CPU), base.Skipped)
 
 
-def test_numbers_are_computed_without_tf32_which_is_as_before_afterwards():
+def test_metrics_disable_tf32_and_restore_it():
     switches = torch.backends.cudnn, torch.backends.cuda.matmul
     before, seen = [switch.allow_tf32 for switch in switches], []
 
@@ -635,7 +635,7 @@ def test_numbers_are_computed_without_tf32_which_is_as_before_afterwards():
     try:
         for switch in switches:
             switch.allow_tf32 = True
-        metrics.fd_judge(Looking(), CPU).features.compute(pictures())
+        demo_classifier.fd_judge(Looking(), CPU).features.compute(pictures())
         assert seen == [False, False]
         assert [switch.allow_tf32 for switch in switches] == [True, True]
     finally:
@@ -643,58 +643,58 @@ def test_numbers_are_computed_without_tf32_which_is_as_before_afterwards():
             switch.allow_tf32 = was
 
 
-def test_numbers_are_computed_in_full_precision_under_autocast():
+def test_metrics_ignore_autocast():
     a, b = pictures(size=176), pictures(size=176, seed=1)
     pytest.importorskip("pytorch_msssim")
-    plain = metrics.ms_ssim(176).compute(a, b)
+    plain = pairwise.ms_ssim(176).compute(a, b)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(metrics.ms_ssim(176).compute(a, b), plain)
+        assert torch.equal(pairwise.ms_ssim(176).compute(a, b), plain)
 
 
 # --- measured once ----------------------------------------------------------------------------------------------------
 
 
-def test_what_was_measured_is_not_measured_again_until_something_it_depends_on_changes(tmp_path, monkeypatch):
+def test_metric_cache_is_invalidated_by_its_dependencies(tmp_path, monkeypatch):
     computed = []
 
     def figure(name, value):
         return lambda: computed.append(name) or torch.tensor([value])
 
     def recall(content, **values):
-        return {k: v.item() for k, v in measured.recall(
+        return {k: v.item() for k, v in cache.cached_metrics(
             tmp_path, content, {name: figure(name, value) for name, value in values.items()}).items()}  # fmt: skip
 
     assert recall(["a", "b"], psnr=1.0) == {"psnr": 1}
     assert recall(["a", "b"], psnr=9.0) == {"psnr": 1}
     assert recall(["a", "b"], psnr=9.0, lpips=2.0) == {"psnr": 1, "lpips": 2}
-    assert recall(["b", "a"], psnr=3.0) == {"psnr": 3}  # other pictures, or the same the other way round
+    assert recall(["b", "a"], psnr=3.0) == {"psnr": 3}  # other images, or the same the other way round
     assert computed == ["psnr", "lpips", "psnr"]
-    monkeypatch.setattr(measured, "_circumstances", lambda: ["another torch"])
+    monkeypatch.setattr(cache, "_versions", lambda: ["another torch"])
     assert recall(["a", "b"], psnr=4.0) == {"psnr": 4}
 
 
-def test_figures_change_with_what_the_embedded_classifier_is_and_how_it_is_used(monkeypatch):
-    measured._circumstances.cache_clear()
-    before = measured._circumstances()
+def test_metric_cache_depends_on_the_demo_classifier_and_its_code(monkeypatch):
+    cache._versions.cache_clear()
+    before = cache._versions()
     for module in ("eval.metrics.cache", "tofu_sd.demo.classifier"):
-        measured._circumstances.cache_clear()
+        cache._versions.cache_clear()
         with monkeypatch.context() as patch:
             patch.setattr(importlib.import_module(module), "__file__", __file__)
-            assert measured._circumstances() != before
-    measured._circumstances.cache_clear()
+            assert cache._versions() != before
+    cache._versions.cache_clear()
 
 
 @pytest.mark.parametrize(("values", "size"), [
-    ([1, 0, 1, 0], 4),  # pictures of a class as different as those of two
-    ([1, 1, 0, 0], 2),  # all alike within a class
+    ([1, 0, 1, 0], 4),  # images of a class as different as those of two
+    ([1, 1, 0, 0], 2),  # equal within a class
     ([1, 1, 1, 1], 2),
 ])  # fmt: skip
-def test_pictures_of_a_class_count_as_many_as_they_differ(values, size):
+def test_effective_size_depends_on_the_variance_within_classes(values, size):
     assert statistics.effective_size(torch.tensor(values), list("aabb")) == pytest.approx(size)
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=12), st.integers(1, 4))
-def test_the_effective_size_is_between_that_of_classes_and_of_pictures(values, each):
+def test_effective_size_is_between_numbers_of_classes_and_images(values, each):
     groups = [str(i // each) for i in range(len(values))]
     size = statistics.effective_size(torch.tensor(values).double(), groups)
     assert len(set(groups)) <= size <= len(values)
@@ -702,9 +702,9 @@ def test_the_effective_size_is_between_that_of_classes_and_of_pictures(values, e
         assert size == len(values)
 
 
-def test_figures_that_were_damaged_are_measured_again(tmp_path):
-    measured.recall(tmp_path, ["a"], {"psnr": lambda: torch.tensor([1.0])})
-    [file] = (tmp_path / measured.FOLDER).iterdir()
+def test_corrupt_metric_cache_is_recomputed(tmp_path):
+    cache.cached_metrics(tmp_path, ["a"], {"psnr": lambda: torch.tensor([1.0])})
+    [file] = (tmp_path / cache.FOLDER).iterdir()
     file.write_bytes(file.read_bytes()[:-3])
-    assert measured.recall(tmp_path, ["a"], {"psnr": lambda: torch.tensor([2.0])})["psnr"].item() == 2
-    assert measured.recall(tmp_path, ["a"], {"psnr": lambda: torch.tensor([3.0])})["psnr"].item() == 2
+    assert cache.cached_metrics(tmp_path, ["a"], {"psnr": lambda: torch.tensor([2.0])})["psnr"].item() == 2
+    assert cache.cached_metrics(tmp_path, ["a"], {"psnr": lambda: torch.tensor([3.0])})["psnr"].item() == 2

@@ -15,10 +15,9 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 
 from eval import EvalError, run
 from eval.common import files
-from eval.evaluation import plan
+from eval.evaluation import prepare
 from eval.images import checkpoint, components
-from eval.images.guidance import check_guidance, guidance_scale
-from eval.images.model import load_model, variant_of
+from eval.images.model import check_guidance, guidance_scale, load_model, variant_of
 from eval.methods.registry import parse
 from tofu_sd.demo.tokenizer import build_tokenizer
 
@@ -62,7 +61,7 @@ def refused(model="mine", **options):
 # --- not whole --------------------------------------------------------------------------------------------------------
 
 
-def test_a_whole_model_is_loaded(mine):
+def test_complete_model_is_loaded(mine):
     pipe, judge = load_model("mine", CPU, torch.float32)
     assert len(pipe.tokenizer) == pipe.text_encoder.config.vocab_size
     assert (judge, variant_of(pipe)) == (None, None)
@@ -78,7 +77,7 @@ def test_a_tokenizer_without_its_vocabulary_is_refused_with_both_counts(mine, ca
     assert not Path("out").exists()
 
 
-def test_the_second_tokenizer_is_looked_at_too(tmp_path):
+def test_second_tokenizer_is_checked(tmp_path):
     tiny.sdxl_pipe().save_pretrained(tmp_path / "xl")
     load_model(str(tmp_path / "xl"), CPU, torch.float32)
     (tmp_path / "xl" / "tokenizer_2" / "tokenizer.json").unlink()
@@ -87,10 +86,10 @@ def test_the_second_tokenizer_is_looked_at_too(tmp_path):
 
 def test_a_tokenizer_that_lacks_a_few_words_is_refused(mine):
     file = mine / "tokenizer" / "tokenizer.json"
-    told = json.loads(file.read_text(encoding="utf-8"))
-    for word in list(told["model"]["vocab"])[100:103]:
-        del told["model"]["vocab"][word]
-    file.write_text(json.dumps(told), encoding="utf-8")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for word in list(content["model"]["vocab"])[100:103]:
+        del content["model"]["vocab"][word]
+    file.write_text(json.dumps(content), encoding="utf-8")
     assert "its tokenizer has 511 tokens and its text_encoder 514" in refused()
 
 
@@ -108,10 +107,10 @@ def test_a_tokenizer_without_its_merges_is_refused(tmp_path):
     build_tokenizer(["a red fox", "a big owl"]).save_pretrained(tmp_path)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)
     components._check_vocabulary("tokenizer", tokenizer, encoder(len(tokenizer)))
-    told = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    needed = len(told["model"]["merges"])
-    told["model"]["merges"] = told["model"]["merges"][:3]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(told), encoding="utf-8")
+    content = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    needed = len(content["model"]["merges"])
+    content["model"]["merges"] = content["model"]["merges"][:3]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     damaged = CLIPTokenizer.from_pretrained(tmp_path)
     with pytest.raises(EvalError, match=f"its tokenizer has 3 merges of letters and needs {needed}"):
         components._check_vocabulary("tokenizer", damaged, encoder(len(damaged)))
@@ -169,7 +168,7 @@ def test_weights_that_cannot_be_unpickled_are_one_line_and_no_code_runs(mine, co
     ],
 )
 @pytest.mark.parametrize("content", [b"", b"[1", b"\x00\xff" * 9, b"null", b'"x"', b"[" * 100_000])  # fmt: skip
-def test_files_of_a_model_that_hold_something_else_are_one_line(mine, file, content):
+def test_model_files_with_other_content_print_one_line(mine, file, content):
     (mine / file).write_bytes(content)
     assert refused().startswith("cannot load the model 'mine': ")
 
@@ -198,7 +197,7 @@ def test_prompts_of_unknown_words_are_refused():
         components.check_prompts(reading(tokenizer), ["a red fox", "a big owl"])
 
 
-def test_two_prompts_that_are_read_as_one_are_refused():
+def test_prompts_with_equal_tokens_are_refused():
     def tokenizer(texts, **_):
         return SimpleNamespace(input_ids=[[5, 6, 7] for _ in texts])
 
@@ -207,7 +206,7 @@ def test_two_prompts_that_are_read_as_one_are_refused():
         components.check_prompts(reading(tokenizer), ["a red fox", "a big owl"])
 
 
-def test_prompts_that_differ_in_what_no_model_tells_apart_are_not_refused():
+def test_prompts_that_differ_in_case_or_spaces_are_accepted():
     """ImageNet has both Cardigan and cardigan; beyond 77 tokens all prompts are cut."""
     long = "a " * 200
     prompts = ["a Cardigan", "a  cardigan", "", f"{long} fox", f"{long} owl", "a fox", "a fox"]
@@ -227,17 +226,17 @@ def half(tmp_path, monkeypatch):
     return Path("half")
 
 
-def test_fp16_is_taken_where_it_is_alone_and_told(half, capsys):
+def test_fp16_is_used_where_it_is_the_only_variant(half, capsys):
     Path("own.txt").write_text("a fox\na bee")
     asked = ["--model", "half", "--prompts", "own.txt", "--steps", "1", "--metrics", "psnr", "--method", "tofu"]
     assert run.main([*asked, "--out", "out"]) == 0
-    assert "the model has weights of the variant fp16 alone: these are used\n" in capsys.readouterr().err
+    assert "the model has only weights of the variant fp16: these are used\n" in capsys.readouterr().err
     assert files.read_json(Path("out/settings.json"))["variant"] == "fp16"
     assert files.read_json(Path("out/results.json"))["settings"]["variant"] == "fp16"
     assert run.main([*asked, "--out", "out", "--variant", "fp16"]) == 0
     assert "these are used" not in capsys.readouterr().err
     assert run.main([*asked, "--out", "out", "--metrics-only", "--variant", "bf16"]) == 2
-    assert "--variant is bf16; out's were drawn with fp16" in capsys.readouterr().err
+    assert "--variant is bf16; the images of out were generated with fp16" in capsys.readouterr().err
 
 
 def test_images_of_two_variants_are_not_mixed(half, capsys):
@@ -250,7 +249,7 @@ def test_images_of_two_variants_are_not_mixed(half, capsys):
     assert "variant None, this run has 'fp16'" in capsys.readouterr().err
 
 
-def test_a_variant_that_is_not_there_is_refused(half, mine):
+def test_missing_variant_is_refused(half, mine):
     assert "--variant is 'bf16'; the weights of half are fp16" in refused("half", variant="bf16")
     assert "--variant is 'fp16'; the weights of mine are plain" in refused("mine", variant="fp16")
     assert "--variant is 'fp16'; the embedded model has none" in refused("demo", variant="fp16")
@@ -271,7 +270,7 @@ def test_a_variant_that_is_not_there_is_refused(half, mine):
         ([], None),
     ],
 )
-def test_the_variant_is_told_by_the_names_of_files(tmp_path, names, taken):
+def test_variant_is_read_from_file_names(tmp_path, names, taken):
     (tmp_path / "model_index.json").write_text(json.dumps({"unet": [], "vae": [], "safety_checker": []}))
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -279,7 +278,7 @@ def test_the_variant_is_told_by_the_names_of_files(tmp_path, names, taken):
     assert checkpoint.pick_variant(tmp_path, None) == taken
 
 
-def test_another_variant_alone_has_to_be_asked_for(tmp_path):
+def test_other_single_variant_must_be_requested(tmp_path):
     (tmp_path / "model_index.json").write_text('{"unet": []}')
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "diffusion_pytorch_model.bf16.safetensors").touch()
@@ -294,20 +293,20 @@ ONE = {
     "one.safetensors": ("model.diffusion_model.x", "diffusers' StableDiffusionPipeline.from_single_file('one.safetens"),
     "xl.safetensors": ("conditioner.embedders.0.x", "StableDiffusionXLPipeline.from_single_file('xl.safetensors')"),
     "lora.safetensors": ("lora_unet_down.lora_up.weight", "it is a LoRA, which changes a model"),
-    "unet.safetensors": ("conv_in.weight", "it is a file of weights (conv_in.weight), but of no whole model"),
+    "unet.safetensors": ("conv_in.weight", "it is a file of weights (conv_in.weight), but not of a whole model"),
 }
 
 
 @pytest.mark.parametrize("name", ONE)
-def test_a_single_file_says_how_to_make_a_folder_of_it(tmp_path, monkeypatch, capsys, name):
+def test_single_file_checkpoint_explains_how_to_convert_it(tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     key, said = ONE[name]
     save_file({key: torch.zeros(1)}, name)
     assert run.main(["--model", name, "--method", "tofu", "--out", "out"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: cannot load the model {name!r}: ")
-    assert said in told
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert output.startswith(f"error: cannot load the model {name!r}: ")
+    assert said in output
+    assert output.count("\n") == 1
     Path("folder").mkdir()
     Path(name).rename(Path("folder", name))
     assert said in refused("folder")
@@ -318,7 +317,7 @@ def test_a_single_file_says_how_to_make_a_folder_of_it(tmp_path, monkeypatch, ca
     [
         ("m.ckpt", "it is a single-file checkpoint; write a folder once"),
         ("m.bin", "it is a single-file checkpoint; write a folder once"),
-        ("m.safetensors", "it is not a whole safetensors file"),
+        ("m.safetensors", "it is not a complete safetensors file"),
         ("notes.txt", "it is a file; --model takes a folder with model_index.json"),
         ("gone.safetensors", "there is no such file; --model takes a folder"),
         ("gone/model.ckpt", "there is no such file; --model takes a folder"),
@@ -331,7 +330,7 @@ def test_a_single_file_says_how_to_make_a_folder_of_it(tmp_path, monkeypatch, ca
         ("", "--model is ''; --model takes a folder"),
     ],
 )
-def test_a_path_that_holds_no_model_says_what_it_holds(mine, path, said):
+def test_path_without_a_model_says_what_it_is(mine, path, said):
     for name in ("m.ckpt", "m.bin", "m.safetensors", "notes.txt"):
         Path(name).write_text("x")
     for name in ("empty", "some", "adapter"):
@@ -342,10 +341,10 @@ def test_a_path_that_holds_no_model_says_what_it_holds(mine, path, said):
 
 
 def test_a_pipeline_that_needs_more_than_a_prompt_is_refused(mine):
-    told = json.loads((mine / "model_index.json").read_text())
-    told["_class_name"] = "StableDiffusionUpscalePipeline"
-    (mine / "model_index.json").write_text(json.dumps(told))
-    assert "it makes no images from text alone" in refused()
+    content = json.loads((mine / "model_index.json").read_text())
+    content["_class_name"] = "StableDiffusionUpscalePipeline"
+    (mine / "model_index.json").write_text(json.dumps(content))
+    assert "it does not generate images from text alone" in refused()
 
 
 # --- guidance ---------------------------------------------------------------------------------------------------------
@@ -353,19 +352,19 @@ def test_a_pipeline_that_needs_more_than_a_prompt_is_refused(mine):
 
 @pytest.mark.parametrize("name", ["tofu@share_across_cfg=True", "deepcache:tofu@share_across_cfg=True"])
 @pytest.mark.parametrize("guidance", ["1", "0.5", "0", "-1"])
-def test_one_map_for_both_halves_of_guidance_takes_guidance(tmp_path, monkeypatch, capsys, name, guidance):
+def test_share_across_cfg_needs_guidance(tmp_path, monkeypatch, capsys, name, guidance):
     if name.startswith("deepcache"):
         pytest.importorskip("DeepCache")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(plan, "load_model", lambda *_: pytest.fail("it went on"))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: pytest.fail("it went on"))
     assert run.main(["--method", f"full,{name}", "--guidance", guidance]) == 2
-    told = capsys.readouterr().err
-    assert f"method {name!r} has share_across_cfg, and the guidance scale is {guidance}" in told
-    assert told.count("\n") == 1
+    output = capsys.readouterr().err
+    assert f"method {name!r} has share_across_cfg, and the guidance scale is {guidance}" in output
+    assert output.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_guidance_is_the_pipelines_own_where_none_is_asked_for():
+def test_default_guidance_is_the_pipelines():
     pipe = tiny.sd15_pipe(with_unet=tiny.SHALLOW)
     assert guidance_scale(pipe, None) == 7.5
     assert guidance_scale(pipe, 3.0) == 3.0

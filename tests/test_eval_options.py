@@ -10,8 +10,8 @@ from eval.common.cli import command
 from eval.common.devices import pick_device
 
 
-def ending(raised: BaseException | None, goes_on: bool) -> int:
-    @command(goes_on=goes_on)
+def ending(raised: BaseException | None, resumes: bool) -> int:
+    @command(resumes=resumes)
     def program(argv):
         if raised is not None:
             raise raised
@@ -20,7 +20,7 @@ def ending(raised: BaseException | None, goes_on: bool) -> int:
     return program(["a", "b", "c"])
 
 
-@pytest.mark.parametrize("goes_on", [True, False])
+@pytest.mark.parametrize("resumes", [True, False])
 @pytest.mark.parametrize(
     ("raised", "code", "said"),
     [
@@ -29,27 +29,27 @@ def ending(raised: BaseException | None, goes_on: bool) -> int:
         (KeyboardInterrupt(), 130, "\nstopped"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_a_code(raised, code, said, goes_on, capsys):
+def test_eval_error_is_one_line_and_exit_code_2(raised, code, said, resumes, capsys):
     """A refusal is never taken up by the same command, whatever was begun is; and no path of the machine is shown."""
-    assert ending(raised, goes_on) == code
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert told.err.startswith(said)
-    assert told.err.strip().count("\n") == 0
-    assert "private" not in told.err
-    assert ("the same command goes on from here" in told.err) == (goes_on and not isinstance(raised, EvalError))
+    assert ending(raised, resumes) == code
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith(said)
+    assert output.err.strip().count("\n") == 0
+    assert "private" not in output.err
+    assert ("the same command resumes" in output.err) == (resumes and not isinstance(raised, EvalError))
 
 
-def test_what_is_wrong_with_a_program_itself_is_not_hidden():
+def test_bugs_are_not_hidden():
     with pytest.raises(ValueError, match="a bug"):
         ending(ValueError("a bug"), True)
 
 
-def test_arguments_are_those_typed_where_none_are_given(monkeypatch):
+def test_arguments_default_to_sys_argv(monkeypatch):
     assert ending(None, False) == 3
     monkeypatch.setattr(sys, "argv", ["program", "one"])
 
-    @command(goes_on=False)
+    @command(resumes=False)
     def program(argv):
         """What it does."""
         return len(argv)
@@ -58,9 +58,9 @@ def test_arguments_are_those_typed_where_none_are_given(monkeypatch):
     assert (program.__name__, program.__doc__) == ("program", "What it does.")
 
 
-def test_a_device_that_is_not_there_is_told(monkeypatch):
+def test_unavailable_device_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("cuda:1") == torch.device("cuda:1")
-    with pytest.raises(EvalError, match="there is no device 'cuda:2' here: those of cuda end with 1"):
+    with pytest.raises(EvalError, match="there is no device 'cuda:2': the last one of cuda is 1"):
         pick_device("cuda:2")

@@ -17,7 +17,7 @@ NAMES = [*methods.known_methods(), "deepcache:tofu"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_peer_changes_the_output_and_is_gone_afterwards(name: str) -> None:
+def test_method_changes_the_output_and_is_removed(name: str) -> None:
     unet = tiny.sd15_unet()
     before = [(type(module), {*vars(module)}) for module in unet.modules()]
     call = {**tiny.inputs(unet, t=500)}
@@ -31,7 +31,7 @@ def test_a_peer_changes_the_output_and_is_gone_afterwards(name: str) -> None:
         assert [(type(module), {*vars(module)}) for module in unet.modules()] == before
 
 
-def test_deepcache_keeps_step_with_what_it_is_stacked_on() -> None:
+def test_deepcache_keeps_step_with_the_method_below() -> None:
     unet = tiny.sd15_unet()
     [method] = methods.parse("deepcache:tofu@match_interval=2", [0.5])
     assert method.period == 6
@@ -41,7 +41,7 @@ def test_deepcache_keeps_step_with_what_it_is_stacked_on() -> None:
             unet(call["sample"], t, call["encoder_hidden_states"])
 
 
-def test_a_peer_that_fails_on_its_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_method_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     from DeepCache import DeepCacheSDHelper
 
     unet = tiny.sd15_unet()
@@ -76,7 +76,7 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, torch.Si
 
 
 @pytest.mark.parametrize(("name", "batch", "queries", "keys"), [("todo", 2, 256, 64), ("hypertile", 8, 64, 64)])
-def test_what_the_highest_resolution_attends_to(
+def test_keys_of_the_highest_resolution(
     name: str, batch: int, queries: int, keys: int, attended: list[tuple[torch.Size, torch.Size]]
 ) -> None:
     unet = tiny.sd15_unet()
@@ -88,7 +88,7 @@ def test_what_the_highest_resolution_attends_to(
     assert (2, 256, 256) not in shapes
 
 
-def test_tiles_hold_neighbours() -> None:
+def test_hypertile_tiles_contain_neighbours() -> None:
     """With values that are a token's own tile, attention inside a tile gives that tile everywhere."""
     tiled = hypertile.TiledAttention(4, heads=1, dim_head=4, bias=False, out_bias=False)
     for layer in (tiled.to_v, tiled.to_out[0]):
@@ -98,7 +98,7 @@ def test_tiles_hold_neighbours() -> None:
     assert torch.allclose(tiled(tile), tile, atol=1e-6)
 
 
-def test_every_other_token_of_every_other_row_is_a_key() -> None:
+def test_todo_keeps_every_other_token_of_every_other_row() -> None:
     tokens = torch.arange(16.0).view(1, 16, 1)
     assert attention.as_square_map(tokens)[:, ::2, ::2].flatten().tolist() == [0, 2, 8, 10]
     with pytest.raises(RuntimeError, match="invalid for input"):

@@ -17,7 +17,7 @@ from eval import run as run_module
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red fox", "a bee", "an old oak", "a kite", "a pond", "a boat", "a hill"]
-METHODS = ["full-other-seeds", "full", "tofu-r50"]
+METHODS = ["baseline-other-seeds", "baseline", "tofu-r50"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(folder: Path, out: str, more: tuple[str, ...]) -> list[str]:
     asked = ["--model", str(folder / "model"), "--prompts", str(folder / "own.txt"), "--steps", "2", "--size", "176"]
-    asked += ["--batch", "2", "--metrics", "psnr,ms-ssim", "--scale-row", "--method", "tofu,full", "--device", "cpu"]
+    asked += [
+        "--batch",
+        "2",
+        "--metrics",
+        "psnr,ms-ssim",
+        "--seed-baseline",
+        "--method",
+        "tofu,full",
+        "--device",
+        "cpu",
+    ]
     return [*asked, "--out", str(folder / out), *more]
 
 
@@ -62,9 +72,9 @@ LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 
 
 
 def ran(process: subprocess.Popen[str]) -> tuple[str, str]:
-    printed, told = process.communicate(timeout=300)
-    assert process.returncode == 0, told
-    return printed, told
+    printed, output = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return printed, output
 
 
 def content(folder: Path, out: str) -> dict[str, bytes]:
@@ -73,7 +83,7 @@ def content(folder: Path, out: str) -> dict[str, bytes]:
 
 def figures(folder: Path, out: str) -> list[dict[str, object]]:
     rows = json.loads((folder / out / "results.json").read_text())["rows"]
-    return [{name: row[name] for name in ("method", "key", "n", "blank", "metrics")} for row in rows]
+    return [{name: row[name] for name in ("method", "key", "n", "flat", "metrics")} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +94,13 @@ def alone(folder: Path) -> str:
 
 
 def drawn(folder: Path, out: str) -> dict[Path, int]:
-    """Finished pictures and when they were written."""
+    """Finished images and when they were written."""
     pictures = (path.with_suffix(".png") for path in (folder / out).glob("*/*.json"))  # a record says it is whole
     return {path: path.stat().st_mtime_ns for path in pictures if path.exists()}
 
 
 def kill_once(process: subprocess.Popen[str], folder: Path, out: str, pictures: int) -> dict[Path, int]:
-    """Kills the process and its children when so many pictures are finished; which those are."""
+    """Kills the process and its children when so many images are finished; which those are."""
     wait_for(process, folder, out, pictures)
     for each in (process.pid, *workers(process.pid)):  # a launch's workers are in sessions of their own
         os.kill(each, signal.SIGKILL)
@@ -117,9 +127,9 @@ def workers(launcher: int) -> list[int]:
     return found
 
 
-def test_killed_and_started_again_nothing_is_lost_or_drawn_twice(folder: Path, alone: str) -> None:
+def test_killed_run_resumes_without_losing_or_repeating_images(folder: Path, alone: str) -> None:
     out, before = "killed", dict[Path, int]()
-    for pictures in (1, 8, 21):  # in the midst of a batch of two, and when all are drawn and none is measured
+    for pictures in (1, 8, 21):  # in the midst of a batch of two, and when all are generated and none is measured
         after = kill_once(command(folder, out), folder, out, pictures)
         assert {path: after[path] for path in before} == before
         assert not (folder / out / "results.json").exists()
@@ -131,22 +141,22 @@ def test_killed_and_started_again_nothing_is_lost_or_drawn_twice(folder: Path, a
     assert figures(folder, out) == figures(folder, alone)
 
 
-def test_two_processes_are_one(folder: Path) -> None:
-    """Each also reads features of its own share of the pictures, which must meet again in their order."""
+def test_two_processes_give_the_results_of_one(folder: Path) -> None:
+    """Each also reads features of its own share of the images, which must meet again in their order."""
     own = ("--model", "demo", "--prompts", "demo", "--limit", "7", "--steps", "1", "--metrics", "psnr,ms-ssim,judge")
     here(folder, "one", *own)
-    printed, told = ran(command(folder, "two", *own, "--json", "--device", "auto", launcher=LAUNCH))
+    printed, output = ran(command(folder, "two", *own, "--json", "--device", "auto", launcher=LAUNCH))
     assert content(folder, "two") == content(folder, "one")
     found = figures(folder, "two")
     assert found == figures(folder, "one")
     assert found[1]["metrics"]["FD-judge"]["value"] > 0  # type: ignore[index]
-    assert json.loads(printed)["rows"][0]["method"] == "full"  # one of them prints
-    told_runs = json.loads(printed)["provenance"]["drawn"]
-    assert [run["pictures"] for run in told_runs] in ([12, 9], [9, 12]), told
+    assert json.loads(printed)["rows"][0]["method"] == "baseline"  # one of them prints
+    runs = json.loads(printed)["provenance"]["generated"]
+    assert [run["images"] for run in runs] in ([12, 9], [9, 12]), output
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="a process's children are found in /proc")
-def test_two_processes_killed_both_and_then_one_of_them_go_on(folder: Path, alone: str) -> None:
+def test_killed_processes_resume(folder: Path, alone: str) -> None:
     """Where one is killed, the other ends: it does not wait for the dead one."""
     before = kill_once(command(folder, "half", launcher=LAUNCH), folder, "half", 5)
     assert len(before) < 12  # of 21: there is work left to be killed in
@@ -165,7 +175,7 @@ def test_two_processes_killed_both_and_then_one_of_them_go_on(folder: Path, alon
     assert figures(folder, "half") == figures(folder, alone)
 
 
-def test_shards_make_a_run(folder: Path, alone: str) -> None:
+def test_shards_give_the_results_of_one_run(folder: Path, alone: str) -> None:
     shards = [command(folder, "shards", "--shard", f"{i}/2") for i in (1, 2)]  # at once, as a scheduler would
     for shard in shards:
         ran(shard)

@@ -23,7 +23,7 @@ needs_names = pytest.mark.skipif(
 )
 
 
-def test_every_part_has_as_many_weights_as_the_published_one():
+def test_stand_in_has_the_parameter_counts_of_sd15():
     """The counts of runwayml/stable-diffusion-v1-5's own files."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, **shapes.SD15)
@@ -43,23 +43,23 @@ def small(monkeypatch):
 
 
 @needs_names
-def test_the_papers_suite_runs_on_the_folder_it_writes(small, tmp_path, monkeypatch):
+def test_paper_suite_runs_on_the_stand_in(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert standin.main(["model"]) == 0
     typed = ["--model", "model", "--limit", "2", "--steps", "2", "--size", "168", "--device", "cpu", "--out", "out"]
     assert run_module.main(["--suite", "paper", *typed]) == 0
     found = files.read_json(tmp_path / "out" / "results.json")
-    assert [row["method"] for row in found["rows"]] == ["full", "tome", "tofu", "full, other seeds"]
+    assert [row["method"] for row in found["rows"]] == ["baseline", "tome", "tofu", "baseline, other seeds"]
     assert found["settings"]["prompts"] == "imagenet1k"
     assert (found["settings"]["n"], found["settings"]["of"]) == (2, 2000)
     full, _, tofu, _ = (row["metrics"]["MS-SSIM"]["value"] for row in found["rows"])
     assert full == 1
     assert tofu < 1
-    assert not any(row["blank"] for row in found["rows"])
+    assert not any(row["flat"] for row in found["rows"])
 
 
 @needs_names
-def test_the_same_command_writes_the_same_model(small, tmp_path):
+def test_stand_in_is_deterministic(small, tmp_path):
     drawn = [
         torch.cat([p.flatten() for part in ("unet", "vae", "text_encoder") for p in getattr(pipe, part).parameters()])
         for pipe in (standin.build(["a fox"]), standin.build(["a fox"]))
@@ -68,7 +68,7 @@ def test_the_same_command_writes_the_same_model(small, tmp_path):
 
 
 @needs_names
-def test_a_full_disk_leaves_no_half_of_it(small, tmp_path, monkeypatch, capsys):
+def test_full_disk_leaves_no_partial_stand_in(small, tmp_path, monkeypatch, capsys):
     def full(pipe, folder):
         Path(folder).mkdir()
         (Path(folder) / "half").write_text("")
@@ -80,8 +80,8 @@ def test_a_full_disk_leaves_no_half_of_it(small, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_there_is_left_alone(tmp_path, capsys):
+def test_existing_folder_is_not_overwritten(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     assert standin.main([str(tmp_path / "mine")]) == 2
-    assert capsys.readouterr().err == "error: mine is there already; give a new folder\n"
+    assert capsys.readouterr().err == "error: mine exists already; give a new folder\n"
     assert list((tmp_path / "mine").iterdir()) == []

@@ -197,7 +197,7 @@ def test_the_pareto_plot_is_drawn_of_what_the_table_is_of(tmp_path, monkeypatch)
     """Its texts and all figures that it shows. Where ink lies may change with matplotlib."""
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs" / "tables" / "quality.md").read_text()
-    folders = re.search(r"<!-- python -m eval\.report (.*) --(?:frontier|pareto) -->", page)[1].split()
+    folders = re.search(r"<!-- python -m eval\.report (.*) --pareto -->", page)[1].split()
     assert report_module.main([*folders, "--plot", str(tmp_path / "plot.svg")]) == 0
     drawn, kept = (
         re.findall(r"<(?:text|dc:description)[^>]*>([^<]+)</", path.read_text())

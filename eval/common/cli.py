@@ -1,4 +1,4 @@
-"""What the command lines of eval share."""
+"""Command lines: options, progress, exit codes."""
 
 from __future__ import annotations
 
@@ -20,57 +20,59 @@ from tofu_sd.interrupts import STOPPED, interrupted, interruptible
 from tofu_sd.utils import did_you_mean
 
 from .. import EvalError
-from .files import PASSING, explain
+from .files import TEMPORARY, explain
 
 T = TypeVar("T")
 
 
 class Main(Protocol):
-    """A program: its arguments, sys.argv's where none are given, and its exit code."""
+    """A program: takes arguments, by default sys.argv's, and returns its exit code."""
 
     def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
-def command(goes_on: bool) -> Callable[[Callable[[Sequence[str]], int]], Main]:
-    """Makes a program of what takes its arguments: it ends with 2, after one line, where what was asked for cannot be,
-    and with 130 where it was interrupted.
+def command(resumes: bool) -> Callable[[Callable[[Sequence[str]], int]], Main]:
+    """Decorator that makes a program of a function of its arguments.
 
-    goes_on: whether the same command, given again, takes up what was begun; what stops it then says so, unless the same
-    command would fail again.
-    """  # fmt: skip
-    again = "; the same command goes on from here" if goes_on else ""
+    It exits with 2, after one line, for options that cannot be fulfilled, and with 130 after Ctrl-C.
 
-    def made(work: Callable[[Sequence[str]], int]) -> Main:
+    Args:
+        resumes: whether the same command resumes an interrupted run. The message of what stopped it then says so,
+            unless the same command would fail again.
+    """
+    hint = "; the same command resumes" if resumes else ""
+
+    def decorate(work: Callable[[Sequence[str]], int]) -> Main:
         @wraps(work)
         def main(argv: Sequence[str] | None = None) -> int:
             try:
                 with interruptible():
                     return _run(work, sys.argv[1:] if argv is None else list(argv))
-            except BrokenPipeError:  # who reads has had enough, as `head` does
+            except BrokenPipeError:  # the reader closed the pipe, as `head` does
                 _drop_output()
-                return 141  # as a shell says of what SIGPIPE ended
+                return 141  # the exit code of a shell for SIGPIPE
             except (EvalError, OSError, KeyboardInterrupt) as error:
                 if interrupted(error):
-                    print(f"\nstopped{again}", file=sys.stderr)  # below the ^C of a terminal
+                    print(f"\nstopped{hint}", file=sys.stderr)  # below the ^C of a terminal
                     return STOPPED
-                resumes = again if isinstance(error, OSError) and error.errno in PASSING else ""
-                told = explain(error) if isinstance(error, OSError) else str(error)
-                print(f"error: {told}{resumes}", file=sys.stderr)
+                is_temporary = isinstance(error, OSError) and error.errno in TEMPORARY
+                message = explain(error) if isinstance(error, OSError) else str(error)
+                print(f"error: {message}{hint if is_temporary else ''}", file=sys.stderr)
             return 2
 
         return main
 
-    return made
+    return decorate
 
 
 def _run(work: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """The exit code of a program, once all that it printed has left."""
+    """Runs a program and flushes stdout; returns its exit code."""
     for argument in argv:
         if not argument.isprintable() and re.search("[\ud800-\udfff]", argument):
             raise EvalError(f"the argument {argument!a} is not UTF-8; give another name")
     try:
         return work(argv)
-    finally:  # also after --help, which ends by SystemExit
+    finally:  # also after --help, which raises SystemExit
         if sys.stdout is not None:  # None where the shell closed it
             try:
                 sys.stdout.flush()
@@ -80,65 +82,65 @@ def _run(work: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 
 def _drop_output() -> None:
-    """Sends whatever is still printed nowhere: its reader is gone, or its disk is full."""
+    """Discards further output: its reader closed the pipe, or its disk is full."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class Parser(argparse.ArgumentParser):
-    """One line of what is wrong, without the usage in front of it."""
+    """Raises an EvalError for wrong arguments, without printing the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise EvalError(f"{message} (see --help)")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Adds the defaults that are values; the others are said in words. Examples keep their lines."""
+    """Adds defaults that are values; the help of the other options describes theirs. Examples keep their lines."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
-def said(parser: Parser, argv: Sequence[str]) -> set[str]:
-    """The names of the options that are typed, whatever their values."""
-    unsaid = object()  # argparse leaves an attribute alone that is there and not typed
+def explicit_options(parser: Parser, argv: Sequence[str]) -> set[str]:
+    """The names of the options on the command line, whatever their values."""
+    absent = object()  # argparse keeps an existing attribute whose option is not on the command line
     names = vars(parser.parse_args(argv))
-    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unsaid))))
-    return {name for name, value in typed.items() if value is not unsaid}
+    typed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, absent))))
+    return {name for name, value in typed.items() if value is not absent}
 
 
-def written(name: str) -> str:
-    """An option as it is typed."""
+def flag(name: str) -> str:
+    """An option as it is typed: '--map-step' for 'map_step'."""
     return f"--{name.replace('_', '-')}"
 
 
-def at_least(least: int, most: int = 2**31) -> Any:
-    """A whole number from `least` to `most`, as an argument's type."""
+def integer_from(minimum: int, maximum: int = 2**31) -> Any:
+    """Type of an argument: an integer from `minimum` to `maximum`."""
 
-    def whole_number(text: str) -> int:
-        if not re.fullmatch(r"-?\d+", text) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to {most}")
+    def parse_integer(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or not minimum <= int(text) <= maximum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer from {minimum} to {maximum}")
         return int(text)
 
-    return whole_number
+    return parse_integer
 
 
 def as_path(text: str) -> Path:
-    """The path of a file or folder, as an argument's type. One without a name, as '.', gets it from its folder."""
+    """Type of an argument: the path of a file or folder. One without a name, such as '.', is made absolute."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is not a path; give the name of a file or folder")
     path = Path(text)
     return path if path.name else path.absolute()
 
 
-def whole_numbers(text: str) -> list[int]:
-    """'8,12' as [8, 12], as an argument's type."""
+def integers(text: str) -> list[int]:
+    """Type of an argument: '8,12' becomes [8, 12]."""
     if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, nor several with commas between")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer, nor several with commas between")
     return [int(part) for part in text.split(",")]
 
 
 def finite(text: str) -> float:
-    """A finite number, as an argument's type."""
+    """Type of an argument: a finite number."""
     try:
         value = float(text)
     except ValueError:
@@ -149,7 +151,7 @@ def finite(text: str) -> float:
 
 
 def choices(text: str, known: Any, what: str) -> list[str]:
-    """The names of a list such as "a,b", each of them known; EvalError naming the first that is not."""
+    """The names in a list such as "a,b". EvalError for an unknown one. what: the kind of name, for the message."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in known:
@@ -157,16 +159,16 @@ def choices(text: str, known: Any, what: str) -> list[str]:
     return names
 
 
-def working(work: Sequence[T], what: str, quiet: bool = False) -> Iterable[T]:
-    """Each of `work`, with a bar on stderr; in a file, a line of it every while."""
-    often = 0.1 if sys.stderr.isatty() else 15
-    bar: Iterable[T] = tqdm(work, what, disable=quiet or not work, file=sys.stderr, mininterval=often)
+def progress(work: Sequence[T], what: str, quiet: bool = False) -> Iterable[T]:
+    """Iterates over `work` with a progress bar on stderr; in a file, a line of it every 15 seconds."""
+    interval = 0.1 if sys.stderr.isatty() else 15
+    bar: Iterable[T] = tqdm(work, what, disable=quiet or not work, file=sys.stderr, mininterval=interval)
     return bar
 
 
 @contextmanager
 def quiet_patches() -> Iterator[None]:
-    """tofu_sd reports each patch it applies; here that is once a batch."""
+    """Inside, tofu_sd does not log the patches that it applies, here one for each batch."""
     logger = logging.getLogger("tofu_sd")
     level = logger.level
     logger.setLevel(logging.WARNING)

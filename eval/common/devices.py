@@ -19,16 +19,17 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def add_device(parser: Parser) -> None:
-    """--device, for pick_device."""
+    """Adds --device, for pick_device."""
     parser.add_argument("--device", default="auto", help=f"auto, {', '.join(DEVICES)}")
 
 
-def add_dtype(parser: Parser, usual: str = "auto") -> None:
-    """--dtype, for pick_dtype."""
-    parser.add_argument("--dtype", default=usual, help=f"auto (float16 on cuda, else float32), {', '.join(DTYPES)}")
+def add_dtype(parser: Parser, default: str = "auto") -> None:
+    """Adds --dtype, for pick_dtype."""
+    parser.add_argument("--dtype", default=default, help=f"auto (float16 on cuda, else float32), {', '.join(DTYPES)}")
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of this name; `auto` is the accelerator, if there is one. EvalError where it is unavailable."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -36,13 +37,14 @@ def pick_device(name: str) -> torch.device:
         raise EvalError(f"unknown device {name!r}{did_you_mean(name, DEVICES)}; known: auto, {', '.join(DEVICES)}")
     device = torch.device(name)
     if device.type != "cpu" and not getattr(torch, device.type).is_available():
-        raise EvalError(f"device {name!r} is not available here; --device cpu always is")
-    if device.type != "cpu" and (device.index or 0) >= (there := getattr(torch, device.type).device_count()):
-        raise EvalError(f"there is no device {name!r} here: those of {device.type} end with {there - 1}")
+        raise EvalError(f"device {name!r} is not available here; --device cpu always works")
+    if device.type != "cpu" and (device.index or 0) >= (count := getattr(torch, device.type).device_count()):
+        raise EvalError(f"there is no device {name!r}: the last one of {device.type} is {count - 1}")
     return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of this name; `auto` is float16 on CUDA, else float32. EvalError for an unknown one."""
     if name == "auto":
         return torch.float16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
@@ -51,14 +53,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error says so: on CUDA one of its own kind, elsewhere told by its words alone."""
-    signs = ("out of memory", "allocate memory", "not enough memory")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    """Whether an error means too little memory; devices other than CUDA have no error class for it."""
+    phrases = ("out of memory", "allocate memory", "not enough memory")
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
 
 
 @contextmanager
 def enough_memory(advice: str) -> Iterator[None]:
-    """EvalError with the advice where what runs inside finds no memory, on any device."""
+    """Inside, too little memory on any device raises an EvalError with this advice."""
     try:
         yield
     except RuntimeError as error:

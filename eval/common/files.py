@@ -1,4 +1,4 @@
-"""Files that are whole or not there, no paths of this machine in what is written, and files that others saved."""
+"""Atomic writes, messages for errors of the file system, and files that other programs saved."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ ADVICE = {  # what to do about an error of the system
     errno.ELOOP: "its links lead in a circle; give another path",
     errno.ENAMETOOLONG: "give a shorter path",
 }
-PASSING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}  # a later try can succeed
+TEMPORARY = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}  # a later try can succeed
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """Writes a file at once: whoever looks, or whatever stops us, finds the old file or the new one."""
+    """Writes a file atomically: readers, and a run that was killed, have the old file or the new one."""
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,12 +49,14 @@ def write(path: Path, content: bytes | str) -> None:
         with suppress(OSError):  # the first error is the one to report
             temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno and error.filename != str(path.parent):
-            raise OSError(error.errno, error.strerror, str(path)) from error  # nobody knows the temporary file
+            raise OSError(
+                error.errno, error.strerror, str(path)
+            ) from error  # the user does not know the temporary file
         raise
 
 
 def write_results(path: Path, value: Any) -> None:
-    """Writes results as JSON. Earlier results of other content stay, under the next free number (`name.1.json`).
+    """Writes results as JSON. Different earlier results are kept under the next free number (`name.1.json`).
 
     A line on stderr names the file that holds them.
     """
@@ -67,21 +69,27 @@ def write_results(path: Path, value: Any) -> None:
 
 
 def explain(error: OSError) -> str:
-    """An error of the system in one line: what, where and, if that is known, what to do."""
+    """An error of the system in one line: what, where and, if known, what to do."""
     text = " ".join(without_paths(str(error)).split())
     advice = ADVICE.get(error.errno or 0)
     return f"{text}: {advice}" if advice else text
 
 
 def shown(path: Path) -> str:
-    """The name of a path in a message: its last part, or the whole where it has none, as '.' and '/'."""
+    """The name of a path in a message: its last part, or all of it for paths such as '.' and '/'."""
     return path.name or str(path)
 
 
 def check_place(path: Path, option: str, folder: bool = False) -> None:
-    """EvalError where a file, or a folder, cannot be written because of what is in its place or above it.
+    """Checks that a file or folder can be written, without writing: a full disk is not noticed.
 
-    It writes nothing, so that it can come before hours of work. What only the attempt shows, as a full disk, it misses.
+    Args:
+        path: the file or folder.
+        option: that names it, for the message.
+        folder: whether it is a folder.
+
+    Raises:
+        EvalError: something is in its place or above it.
     """
     what = f"{option} {shown(path)}"
     if path.is_dir() and not folder:
@@ -98,30 +106,32 @@ def check_place(path: Path, option: str, folder: bool = False) -> None:
         raise EvalError(f"{what}: {shown(there.absolute())!r} cannot be written to; {ADVICE[errno.EACCES]}")
 
 
-ABANDONED = 3600.0  # seconds after which no one is still writing a file
+ABANDONED = 3600.0  # seconds after which no process is still writing a file
 
 
-def tidy(folder: Path) -> int:
-    """Removes what writers that were killed have left behind in a folder of pictures; how many files it were."""
-    left = 0
+def remove_temp_files(folder: Path) -> int:
+    """Removes the temporary files of killed processes from a folder of images; returns how many."""
+    removed = 0
     for path in list(folder.rglob(".*")):
-        with suppress(FileNotFoundError):  # another process is done with it
+        with suppress(FileNotFoundError):  # another process has finished with it
             if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name) and time.time() - path.stat().st_mtime > ABANDONED:
                 path.unlink()
-                left += 1
-    return left
+                removed += 1
+    return removed
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, atomically."""
     write(path, to_json(value))
 
 
 def to_json(value: Any) -> str:
+    """A value as indented JSON. ValueError for NaN and infinity."""
     return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_json(path: Path) -> Any | None:
-    """The content of a JSON file; None where there is none or it is broken."""
+    """The content of a JSON file; None where it is missing or broken."""
     try:
         return parse_json(read_text(path))
     except (OSError, ValueError):
@@ -172,25 +182,26 @@ ABSOLUTE = re.compile(r"(?<![\w.:/<])(?:/|~/|[A-Za-z]:\\)(?:[^\s'\"<>:,;/\\]+[/\
 
 
 def without_paths(text: str) -> str:
-    """The text with absolute paths cut down to their last part: results travel, machines do not."""
+    """The text with absolute paths cut to their last part, as results are read on other machines."""
     return ABSOLUTE.sub(r"\1", text)
 
 
 def digest(*paths: Path) -> str:
-    """Changes with any of these files."""
+    """Hash of the names and contents of files."""
     sha = hashlib.sha256()
     for path in paths:
         sha.update(path.name.encode() + path.read_bytes())
     return sha.hexdigest()[:16]
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """A few names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def listed(names: Sequence[str], limit: int = 5) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def png(image: Image.Image) -> bytes:
+    """An image as the content of a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The shapes of the JSON files that programs write and read again, as JSON Schemas. That of results.json is a file."""
+"""JSON Schemas of the result files of commands, except results.json, whose schema is a file."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ NUMBERS = {"type": "array", "items": NUMBER, "minItems": 1}
 
 
 def objects(**properties: dict[str, Any]) -> dict[str, Any]:
-    """An object that has all of these properties, and perhaps others."""
+    """Schema of an object with all of these properties, and possibly others."""
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 def or_null(shape: dict[str, Any]) -> dict[str, Any]:
+    """Schema of null or this shape."""
     return {"anyOf": [{"type": "null"}, shape]}
 
 
 def rows_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Schema of a list of at least one such row."""
     return {"type": "array", "items": row, "minItems": 1}
 
 
 INTERVAL = objects(value=NUMBER, low=NUMBER, high=NUMBER)
-OPEN_INTERVAL = objects(value=NUMBER, low=MAYBE_NUMBER, high=MAYBE_NUMBER)
+MAYBE_INTERVAL = objects(value=NUMBER, low=MAYBE_NUMBER, high=MAYBE_NUMBER)
 SPREAD = objects(median=NUMBER, p5=NUMBER, p95=NUMBER)
 
 BENCH = objects(
@@ -55,8 +57,8 @@ CLASSIFY = objects(
     provenance=objects(command=TEXT, commit=MAYBE_TEXT),
     linearity={"type": "array", "items": NUMBERS, "minItems": 1},
     rows=rows_of(
-        objects(method=TEXT, label=TEXT, r=MAYBE_NUMBER, flops=NUMBER, tokens=NUMBER, accuracy=OPEN_INTERVAL,
-                moved=or_null(OPEN_INTERVAL), ahead_of_tome=or_null(OPEN_INTERVAL),
+        objects(method=TEXT, label=TEXT, r=MAYBE_NUMBER, flops=NUMBER, tokens=NUMBER, accuracy=MAYBE_INTERVAL,
+                moved=or_null(MAYBE_INTERVAL), ahead_of_tome=or_null(MAYBE_INTERVAL),
                 images_per_second=or_null(SPREAD), speedup=or_null(SPREAD))
     ),
 )  # fmt: skip
@@ -67,7 +69,7 @@ CONDENSATION = objects(
     provenance=objects(command=TEXT, commit=MAYBE_TEXT),
     rows=rows_of(
         objects(variant=TEXT, tables={"type": "array", "items": TEXT}, flops=NUMBER, tokens=NUMBER,
-                accuracy={**OPEN_INTERVAL, **objects(value=NUMBER, low=MAYBE_NUMBER, high=MAYBE_NUMBER,
+                accuracy={**MAYBE_INTERVAL, **objects(value=NUMBER, low=MAYBE_NUMBER, high=MAYBE_NUMBER,
                                                      by_seed=NUMBERS)})
     ),
 )  # fmt: skip
@@ -78,9 +80,17 @@ CLASSIFIER = objects(
 
 
 def read(path: Path, shape: dict[str, Any], version: int, writer: str, name: str) -> dict[str, Any]:
-    """The results in a file. EvalError for what is none, or is of another shape or version, naming `name`.
+    """Reads a result file, converted to the names of this version.
 
-    writer: the command that writes such a file.
+    Args:
+        path: the file.
+        shape: its schema.
+        version: its value of `schema`, once converted.
+        writer: the command that writes such a file, for messages.
+        name: of the file, for messages.
+
+    Raises:
+        EvalError: it is missing, or of another shape or version.
     """
     try:
         found = convert(parse_json(read_text(path)))
@@ -88,9 +98,9 @@ def read(path: Path, shape: dict[str, Any], version: int, writer: str, name: str
         raise EvalError(f"{name} holds no results of {writer}: {error.strerror}") from error
     except ValueError as error:
         raise EvalError(f"{name} holds no results of {writer}: {error}") from error
-    told = found.get("schema") if isinstance(found, dict) else None
-    if told != version:
-        raise EvalError(f"{name} holds no results of {writer}: its schema is {told!r}, this program reads {version}")
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != version:
+        raise EvalError(f"{name} holds no results of {writer}: its schema is {schema!r}, this program reads {version}")
     check_shape(found, shape, name, writer)
-    whole: dict[str, Any] = found
-    return whole
+    results: dict[str, Any] = found
+    return results

@@ -1,4 +1,4 @@
-"""The circumstances a number travels with."""
+"""Where a figure comes from: command, commit, device, packages, hashes of weights."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ PACKAGES = ("tofu-sd", "torch", "diffusers", "transformers", "accelerate", "tome
 
 
 def version(package: str) -> str | None:
+    """The installed version of a package; None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -33,7 +34,7 @@ def version(package: str) -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """What the pictures are made on: 'cuda: NVIDIA H200', 'cpu: Intel Xeon, 2 threads'."""
+    """The device in words: 'cuda: NVIDIA H200', 'cpu: Intel Xeon, 2 threads'."""
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     if device.type == "cpu":
@@ -53,16 +54,16 @@ def _cpu_name() -> str:
 
 
 def pipeline_name(pipe: Any) -> str:
-    """The pipeline's and its scheduler's class and a hash that changes with any setting, weight or word of theirs.
+    """Classes of the pipeline and its scheduler, and a hash of all settings, weights and vocabularies.
 
-    How words are found is told by `tokenizers_hash`.
+    `tokenizers_hash` covers how prompts are split into tokens.
     """
     sha = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         config = getattr(part, "config", None)
         settings = config.to_dict() if config is not None and hasattr(config, "to_dict") else dict(config or {})
-        told = sorted((key, str(value)) for key, value in settings.items() if key[0] != "_")
-        sha.update(f"{name} {type(part).__name__} {told}".encode())
+        public = sorted((key, str(value)) for key, value in settings.items() if key[0] != "_")
+        sha.update(f"{name} {type(part).__name__} {public}".encode())
         if isinstance(part, nn.Module):
             sha.update(weights_hash(part).encode())
         elif hasattr(part, "get_vocab"):
@@ -71,30 +72,31 @@ def pipeline_name(pipe: Any) -> str:
 
 
 def tokenizers_hash(pipe: Any) -> str:
-    """Changes with how a pipeline reads prompts."""
-    parts = [(name, words_hash(part)) for name, part in sorted(pipe.components.items()) if hasattr(part, "get_vocab")]
+    """Hash of how a pipeline tokenizes prompts."""
+    parts = [
+        (name, tokenizer_hash(part)) for name, part in sorted(pipe.components.items()) if hasattr(part, "get_vocab")
+    ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
 
-def words_hash(tokenizer: Any) -> str:
-    """Changes with how a tokenizer reads texts: its words, how it splits and joins, how long a text may be."""
-    told: dict[str, Any] = {"length": tokenizer.model_max_length, "special": sorted(tokenizer.all_special_ids)}
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of a tokenizer: vocabulary, rules, maximal length."""
+    content: dict[str, Any] = {"length": tokenizer.model_max_length, "special": sorted(tokenizer.all_special_ids)}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         whole = json.loads(backend.to_str())
-        told["rules"] = {
-            name: rule for name, rule in whole.items() if name not in ("padding", "truncation")
-        }  # a call's
+        # padding and truncation are those of the last call
+        content["rules"] = {name: rule for name, rule in whole.items() if name not in ("padding", "truncation")}
     else:
-        told["words"] = sorted(tokenizer.get_vocab().items())
+        content["words"] = sorted(tokenizer.get_vocab().items())
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(file).read_bytes() for file in tokenizer.save_vocabulary(folder)]
-            told["files"] = [hashlib.sha256(content).hexdigest() for content in files]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+            content["files"] = [hashlib.sha256(file).hexdigest() for file in files]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def weights_hash(model: nn.Module) -> str:
-    """The beginning of the SHA-256 of a net's weights: the same number, the same net."""
+    """The first digits of the SHA-256 of a model's weights."""
     sha = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -103,16 +105,18 @@ def weights_hash(model: nn.Module) -> str:
 
 
 def attention_name(pipe: Any) -> str:
-    """The classes of the denoiser's attention processors: they decide the last bits of a picture, and the time."""
+    """Classes of the denoiser's attention processors: they decide the last bits of an image, and its time."""
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     processors = getattr(denoiser, "attn_processors", {})
     return ", ".join(sorted({type(processor).__name__ for processor in processors.values()}))
 
 
 def git_commit() -> str | None:
-    """The commit of this checkout, '+changes' behind it where files differ from it; None outside a checkout."""
+    """The commit of this checkout, with '+changes' where files differ from it; None outside a checkout."""
     here = Path(__file__).parent
-    if _git(here, "ls-files", "--error-unmatch", "__init__.py") is None:  # installed: any repository around is another
+    if (
+        _git(here, "ls-files", "--error-unmatch", "__init__.py") is None
+    ):  # installed: a repository around it is another one
         return None
     commit = _git(here, "rev-parse", "--short=12", "HEAD")
     return commit and commit + "+changes" * bool(_git(here, "status", "--porcelain", "--untracked-files=no"))
@@ -127,12 +131,12 @@ def _git(where: Path, *command: str) -> str | None:
 
 
 def _portable(argument: str) -> str:
-    """An argument without the folders of this machine: an absolute path is its last part, spaces and all."""
+    """An argument without the folders of this machine: of an absolute path its last part, which may have spaces."""
     return PurePath(argument).name if PurePath(argument).is_absolute() else without_paths(argument)
 
 
 def process_mib() -> int | None:
-    """The most memory this process has held; of everything in it, not of one method."""
+    """Peak memory of this process in MiB, whatever it did; None where it is unknown."""
     try:
         import resource
     except ImportError:  # Windows
@@ -142,7 +146,7 @@ def process_mib() -> int | None:
 
 
 def runtime(device: torch.device) -> dict[str, str]:
-    """What a device's kernels depend on beside torch."""
+    """What a device's kernels depend on besides torch: driver and CUDA versions, or CPU instructions."""
     if device.type == "cpu":
         return {"instructions": torch.backends.cpu.get_cpu_capability()}
     if device.type != "cuda":
@@ -153,28 +157,28 @@ def runtime(device: torch.device) -> dict[str, str]:
         driver = collect_env.get_nvidia_driver_version(collect_env.run)  # type: ignore[no-untyped-call]
     except OSError:
         driver = None
-    told = {"driver": driver, "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
-    return {name: str(value) for name, value in told.items() if value}
+    versions = {"driver": driver, "CUDA": torch.version.cuda, "cuDNN": torch.backends.cudnn.version()}  # type: ignore[no-untyped-call]
+    return {name: str(value) for name, value in versions.items() if value}
 
 
 @cache
 def environment() -> str | None:
-    """torch's own report of the machine, its drivers and packages; None where there is none.
+    """torch's own report of the machine, its drivers and packages; None where it fails.
 
-    Without folders, and without what a processor's clock was at that moment: another run there reports the same.
+    Without folders and clock frequencies, so that all runs on a machine report the same.
     """
     from torch.utils import collect_env
 
     try:
         report: str = collect_env.get_pretty_env_info()  # type: ignore[no-untyped-call]
-    except Exception:  # it asks many programs, which may not answer as it expects: no reason to draw nothing
+    except Exception:  # it calls many programs; the run does not need them
         return None
     lines = without_paths(report).strip().splitlines()
     return "\n".join(line for line in lines if "MHz" not in line and "ClockSpeed" not in line)
 
 
-def told_once(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The reports of their machines by their hashes, which stand in the reports' places afterwards."""
+def deduplicate_environments(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The environment reports of runs by their hashes. Replaces the reports in `runs` by the hashes."""
     reports = {}
     for run in runs:
         if report := run.get("environment"):
@@ -189,7 +193,7 @@ def now() -> str:
 
 
 def begin(program: str, argv: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """What is to be told of a run that begins now. program: the module run with `argv`."""
+    """Metadata of a run that begins now. program: the module that runs with `argv`."""
     return {
         "command": shlex.join(["python", "-m", program, *map(_portable, argv)]),
         "commit": git_commit(),

@@ -1,15 +1,11 @@
-"""Options -> a plan of the run, checked before anything is generated."""
+"""Options -> a plan of the run, checked before anything is loaded or generated."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import os
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,265 +16,216 @@ from tofu_sd import demo
 from tofu_sd.environment import check_torchvision
 
 from .. import EvalError
-from ..common import provenance
-from ..common.cli import written
-from ..common.devices import pick_device, pick_dtype
-from ..common.files import check_place
-from ..images import merge_maps as maps
-from ..images import requests as prompts
-from ..images.components import check_prompts
-from ..images.distributed import Team, assemble
-from ..images.guidance import check_guidance, guidance_scale
-from ..images.model import check_steps, load_model, own_size, try_out, variant_of
-from ..images.output_dir import differing, refuse_obstacles, refuse_others, settings_of
-from ..images.requests import Request
-from ..images.settings import Settings
-from ..methods import registry as methods
+from ..common.cli import flag
+from ..common.devices import pick_device
+from ..images.distributed import Processes, launched_processes
+from ..images.model import check_guidance
+from ..images.requests import Request, load_requests, select
+from ..images.settings import Settings, image_path
 from ..methods.method import BASELINE, OTHER_SEEDS, Method
-from ..metrics import registry as metrics
-from ..metrics.score import records
-from ..reporting import earlier_results as earlier
+from ..methods.registry import parse as parse_methods
+from ..metrics.registry import METRICS_OF_OPTIONS, Nets, parse_metric_names
+from ..reporting import earlier_results
+
+SAMPLE = 8  # images of each method with the embedded model, where no number is given: a table within minutes
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is asked for, as far as it can be told without the model.
+class RunPlan:
+    """What a run does, as far as it is known without the model.
 
-    chosen: the methods. requests: the whole list of prompts; asked: what of it is drawn, as often as it is. metrics: as
-    --metrics names them.
+    Args:
+        options: of the command.
+        methods: the rows, with skipped ones.
+        all_requests: the whole list of prompts.
+        requests: the images of each method.
+        limit: how many prompts of the list these are of; None without a limit.
+        nets: where the networks of metrics come from.
+        processes: of this launch.
+        device: of this process.
+        metric_names: as --metrics names them.
     """
 
     options: argparse.Namespace
-    chosen: list[Method]
+    methods: list[Method]
+    all_requests: list[Request]
     requests: list[Request]
-    asked: list[Request]
-    nets: metrics.Nets
-    team: Team
+    limit: int | None
+    nets: Nets
+    processes: Processes
     device: torch.device
-    metrics: str
+    metric_names: str
 
     @property
-    def drawn(self) -> list[Method]:
-        """Those that take pictures: the full model always."""
-        return [BASELINE, *(m for m in self.chosen if m is not BASELINE and not m.unavailable_reason)]
+    def generated_methods(self) -> list[Method]:
+        """The methods that need images: the baseline always, and first."""
+        return [BASELINE, *(m for m in self.methods if m is not BASELINE and not m.unavailable_reason)]
+
+    @property
+    def writes_results(self) -> bool:
+        """Whether the run measures its images and writes results."""
+        return not (self.options.generate_only or self.options.shard)
+
+    @property
+    def num_listed(self) -> int:
+        """How many images of each method the whole list has."""
+        return len(self.all_requests) * int(self.options.per_prompt)
+
+    @property
+    def sample_hint(self) -> str | None:
+        """How to get all images, where the run took a small sample by default."""
+        if "limit" in self.options.explicit or len(self.requests) == self.num_listed or self.options.only:
+            return None
+        return (
+            f"A quick sample: {len(self.requests)} of {self.num_listed} images of each method. "
+            "All of them: the same command with --limit all"
+        )
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Pictures of a job, to be measured. judge: the classifier that goes with the model. made: how many of them by this
-    process, memory: MiB that it took.
-    """  # fmt: skip
+class GeneratedImages:
+    """The images of a plan, to be measured.
 
-    job: Job
+    Args:
+        plan: with the methods and metrics that the folder's earlier results have too.
+        settings: of the images.
+        out: their folder.
+        classifier: of the embedded model; None for other models.
+        num_new: how many of the images this process generated.
+        process_mib: the memory that this process took for it.
+        interrupted: whether Ctrl-C ended the generation; `plan` then has the complete methods only.
+    """
+
+    plan: RunPlan
     settings: Settings
     out: Path
-    judge: nn.Module | None
-    made: int = 0
-    memory: int | None = None
+    classifier: nn.Module | None
+    num_new: int = 0
+    process_mib: int | None = None
+    interrupted: bool = False
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """found: the results. planned: what would be drawn, under --dry-run. drawn: how many pictures were, by a stage that
-    measures none. Of a team, the first process alone has these. lacking: whether a method or a metric was skipped, or a
-    picture is none.
-    """  # fmt: skip
+class RunResult:
+    """What a run returns. Of several processes, the main one alone has results, planned and num_generated.
+
+    Args:
+        out: the folder.
+        num_generated: how many images a stage that measures nothing generated.
+        results: what results.json holds.
+        planned: what would be generated, under --dry-run.
+        incomplete: whether a method or metric was skipped, or an image is flat or NaN.
+        interrupted: whether Ctrl-C ended the generation, and the results are of the complete methods.
+        sample_hint: how to get all images, where these are a small sample.
+    """
 
     out: Path
-    drawn: int | None = None
-    found: dict[str, Any] | None = None
+    num_generated: int | None = None
+    results: dict[str, Any] | None = None
     planned: dict[str, Any] | None = None
-    lacking: bool = False
+    incomplete: bool = False
+    interrupted: bool = False
+    sample_hint: str | None = None
 
 
-def plan(options: argparse.Namespace) -> Job:
-    """EvalError for what cannot be, whatever the model is. What will be skipped is told before hours of drawing."""
-    chosen = methods.parse(options.method, _ratios(options.ratio)) + [OTHER_SEEDS] * bool(options.scale_row)
-    requests = prompts.load(options.prompts, options.seed)
-    asked = prompts.chosen(requests, options.per_prompt, options.only, options.limit)
-    nets = metrics.Nets(
+def plan(options: argparse.Namespace) -> RunPlan:
+    """Checks the options and plans the run. Skipped methods are named on stderr, before hours of generating.
+
+    Raises:
+        EvalError: options that no model can fulfil.
+    """
+    methods = parse_methods(options.method, _ratios(options.ratio)) + [OTHER_SEEDS] * bool(options.seed_baseline)
+    all_requests = load_requests(options.prompts, options.seed)
+    limit, requests = _select_requests(options, all_requests)
+    nets = Nets(
         options.lpips_net, options.lpips_backbone, options.inception_weights, options.clip_model, options.dino_model
     )
-    measured = metrics.check(options.metrics, nets)
-    for name, takers in metrics.TAKERS.items():
-        if name in options.typed and not set(takers) & set(measured):
-            raise EvalError(f"{written(name)} is for {' and '.join(takers)}, which --metrics does not ask for")
-    for method in chosen:
-        for name, number in (("min_tokens", "of tokens"), ("depth_split", "of blocks")):
-            if method.fusion and getattr(method.fusion, name) == "auto":
-                raise EvalError(
-                    f"{method.name}: what {name}=auto comes to is measured anew by every process, so that pictures of "
-                    f"two runs need not agree; give a number {number}"
-                )
-    guidance = demo.GUIDANCE if options.guidance is None and options.model == "demo" else options.guidance
-    check_guidance(chosen, guidance)
-    if options.maps and not any(method.fusion for method in chosen):
-        raise EvalError("--maps shows what this package's methods fuse, and --method asks for none of them")
+    _check_net_options(options, parse_metric_names(options.metrics, nets))
+    _check_reproducible(methods)
+    check_guidance(methods, default_guidance(options))
+    _check_map_options(options, methods)
     device = pick_device(options.device)
-    team = assemble(cpu=device.type == "cpu")
-    if team.size > 1 and options.shard:
-        raise EvalError("--shard is for processes that know nothing of each other; these share the work as it is")
-    if team.size > 1 and ":" in options.device:
-        raise EvalError(f"--device is {options.device!r}; each of {team.size} processes takes a device of its own")
-    for name in ("map_step", "map_block"):
-        if getattr(options, name) is not None and not options.maps:
-            raise EvalError(f"{written(name)} is {getattr(options, name)}; it takes --maps")
-    if options.map_step is not None and options.map_step > options.steps:
-        raise EvalError(f"--map-step is {options.map_step}; there are {options.steps} steps")
-    for method in chosen if team.leads else ():
+    processes = launched_processes(cpu=device.type == "cpu")
+    _check_processes(options, processes)
+    for method in methods if processes.is_main_process else ():
         if method.unavailable_reason:
             print(f"{method.slug} is skipped: {method.unavailable_reason}", file=sys.stderr)
     try:
         check_torchvision()
     except ImportError as error:
         raise EvalError(str(error)) from error
-    return Job(options, chosen, requests, asked, nets, team, team.device or device, options.metrics)
-
-
-def dry(job: Job) -> dict[str, Any]:
-    """What there would be to draw, and what of it is there."""
-    _, _, settings, out = ready(job)
-    refuse_others(out, settings)
-    refuse_obstacles(out, job.drawn, job.asked)
-    if writes_results(job):
-        with_earlier(job, out, settings)
-    tell_too_small(job, settings)
-    there = {m.slug: set(records(out, settings, m, job.asked)) for m in job.drawn}
-    if job.options.reference:
-        there[BASELINE.slug] |= set(records(job.options.reference, settings, BASELINE, job.asked))
-    pictures = {key: len(ids) for key, ids in there.items()}
-    return {
-        "out": str(out),
-        "settings": asdict(settings),
-        "methods": [{"key": key, "pictures": len(job.asked), "there": there} for key, there in pictures.items()],
-    }
-
-
-def ready(job: Job) -> tuple[Any, nn.Module | None, Settings, Path]:
-    """(pipeline, its judge, settings, folder) of pictures to be drawn. EvalError for what no model would do."""
-    reference = job.options.reference
-    theirs = settings_of_reference(reference) if reference else None
-    if job.options.out is not None:
-        check_place(job.options.out, "--out", folder=True)  # before minutes of loading
-    dtype = pick_dtype(job.options.dtype, job.device)
-    pipe, judge = load_model(job.options.model, job.device, dtype, job.options.variant)
-    if job.team.leads and job.options.variant is None and (variant := variant_of(pipe)):
-        print(f"the model has weights of the variant {variant} alone: these are used", file=sys.stderr)
-    try_out(pipe, job.chosen)
-    check_prompts(pipe, [request.prompt for request in job.asked])
-    check_steps(pipe, job.options.steps)
-    if job.options.map_block is not None:
-        maps.check(pipe, job.drawn, job.options.map_block)
-    settings = _settings(job.options, pipe, job.requests, job.device, dtype)
-    check_guidance(job.chosen, guidance_scale(pipe, settings.guidance))
-    for method in job.chosen:
-        if method.check is not None:
-            method.check(pipe, settings.size // pipe.vae_scale_factor)
-    if theirs and (name := differing(asdict(settings), asdict(theirs))):  # there is none to take, and hours to draw
-        raise EvalError(
-            f"--reference {reference.name}: its pictures were made with {name} {getattr(theirs, name)!r}, this run has "
-            f"{getattr(settings, name)!r}"
-        )
-    return pipe, judge, settings, job.options.out or default_out(settings, job.options.limit, job.options.only)
-
-
-def writes_results(job: Job) -> bool:
-    """Whether the run measures, and so writes the figures of its folder."""
-    return not (job.options.generate_only or job.options.shard)
-
-
-def with_earlier(job: Job, out: Path, settings: Settings) -> Job:
-    """The job with the methods and metrics that the folder's results have, so that no figure is lost.
-
-    EvalError where that cannot be: for fewer images, or for methods whose images are not all there.
-    """
-    before = earlier.read(out)
-    if before is None:
-        return job
-    earlier.check_images(before, out, job.asked)
-    chosen = earlier.joined_methods(before, job.chosen, out, settings, job.asked)
-    names = earlier.joined_metrics(before, job.metrics, metrics.check(job.metrics, job.nets))
-    return replace(job, chosen=chosen, metrics=names)
-
-
-def tell_lost(drawn: Drawn, described: list[dict[str, Any]]) -> None:
-    """Which metrics of the folder's results cannot be measured any more."""
-    before = earlier.read(drawn.out)
-    for line in earlier.lost_metrics(before, described) if before else ():
-        print(line, file=sys.stderr)
-
-
-def settings_of_reference(folder: Path) -> Settings:
-    """Under which its pictures were made. EvalError for a folder that holds none of the full model's."""
-    if not (folder / BASELINE.slug).is_dir():
-        raise EvalError(f"--reference {folder.name}: there is no folder {BASELINE.slug!r} in it")
-    settings = settings_of(folder, "--reference")
-    if settings is None:
-        raise EvalError(f"--reference {folder.name}: there is no settings.json of this version of eval.run in it")
-    return settings
-
-
-def tell_too_small(job: Job, settings: Settings) -> None:
-    """Which metrics these pictures will be too small for, before hours of drawing."""
-    for metric in metrics.too_small(job.metrics, settings.size) if job.team.leads else ():
-        print(f"{metric.name} is skipped: {metric.reason}", file=sys.stderr)
-
-
-def tell_missing(job: Job, settings: Settings) -> None:
-    """Which metrics lack weights or packages, before hours of drawing: their nets are loaded once for it."""
-    names = ",".join(name for name in metrics.check(job.metrics, job.nets) if name != "judge")
-    told = {metric.name for metric in metrics.too_small(job.metrics, settings.size)}
-    cpu = torch.device("cpu")
-    for metric in metrics.choose(names, job.nets, size=settings.size, prompts=(), device=cpu) if names else ():
-        if isinstance(metric, metrics.Skipped) and metric.name not in told:
-            print(f"{metric.name} will be skipped: {metric.reason}", file=sys.stderr)
-
-
-def _settings(
-    options: argparse.Namespace, pipe: Any, requests: Sequence[Request], device: torch.device, dtype: torch.dtype
-) -> Settings:
-    size = options.size or own_size(pipe)
-    if size % 8:
-        raise EvalError(f"--size is {size}; it must be a multiple of 8")
-    return Settings(
-        model=_model_name(options.model),
-        pipeline=provenance.pipeline_name(pipe),
-        prompts=Path(options.prompts).name,
-        prompts_hash=prompts.digest(requests),
-        seed=options.seed,
-        size=size,
-        steps=options.steps,
-        guidance=demo.GUIDANCE if options.guidance is None and options.model == "demo" else options.guidance,
-        batch=options.batch,
-        device=provenance.device_name(device),
-        dtype=str(dtype).removeprefix("torch."),
-        attention=provenance.attention_name(pipe),
-        torch=str(torch.__version__),
-        diffusers=provenance.version("diffusers") or "unknown",
-        transformers=provenance.version("transformers") or "unknown",
-        tokenizers=provenance.tokenizers_hash(pipe),
-        variant=variant_of(pipe),
+    return RunPlan(
+        options, methods, all_requests, requests, limit, nets, processes, processes.device or device, options.metrics
     )
 
 
-def _model_name(model: str) -> str:
-    """A folder without those above it. One that is called demo is not the embedded model."""
-    if model == "demo" or not Path(model).is_dir():
-        return model
-    name = Path(os.path.abspath(model)).name
-    return "demo, a folder" if name == "demo" else name
+def default_guidance(options: argparse.Namespace) -> float | None:
+    """The guidance scale of --guidance; None for the pipeline's default."""
+    is_default = options.guidance is None and options.model == "demo"
+    scale: float | None = demo.GUIDANCE if is_default else options.guidance
+    return scale
 
 
-def default_out(settings: Settings, limit: int | None, only: str | None) -> Path:
-    """Other settings, another folder; the same command again goes on in the same one.
+def with_earlier_results(run_plan: RunPlan, out: Path, settings: Settings) -> RunPlan:
+    """The plan with the methods and metrics that the folder's results have, so that no figure is lost.
 
-    A limited run has a folder of its own, so that a quick try does not replace the figures of a long run.
+    Raises:
+        EvalError: that is impossible: for fewer images, or for methods whose images are incomplete.
     """
-    digest = hashlib.sha256(json.dumps(asdict(settings)).encode()).hexdigest()[:6]
-    model = re.sub(r"[^\w.-]+", "-", settings.model)
-    part = "" if only is None else f"-only{hashlib.sha256(only.encode()).hexdigest()[:6]}"
-    part += "" if limit is None else f"-first{limit}"
-    return Path("runs") / f"{model}-{settings.size}px-{settings.steps}steps{part}-{digest}"
+    before = earlier_results.read(out)
+    if before is None:
+        return run_plan
+    earlier_results.check_images(before, out, run_plan.requests)
+    methods = earlier_results.merge_methods(before, run_plan.methods, out, settings, run_plan.requests)
+    known = parse_metric_names(run_plan.metric_names, run_plan.nets)
+    names = earlier_results.merge_metrics(before, run_plan.metric_names, known)
+    return replace(run_plan, methods=methods, metric_names=names)
+
+
+def _select_requests(options: argparse.Namespace, requests: list[Request]) -> tuple[int | None, list[Request]]:
+    """(limit, the requests of the run): a small sample of the embedded model where nothing else is given."""
+    if options.limit is not None or options.only is not None or (options.model, options.prompts) != ("demo", "demo"):
+        limit = None if options.limit == "all" else options.limit
+        return limit, select(requests, options.per_prompt, options.only, limit)
+    whole = select(requests, options.per_prompt, None, None)
+    existing = [r for r in whole if options.out and image_path(options.out, BASELINE.slug, r.id).exists()]
+    if existing and (options.metrics_only or len(existing) > SAMPLE * options.per_prompt):
+        return None, existing
+    return SAMPLE, select(requests, options.per_prompt, None, SAMPLE)
+
+
+def _check_net_options(options: argparse.Namespace, metric_names: Sequence[str]) -> None:
+    for name, metrics in METRICS_OF_OPTIONS.items():
+        if name in options.typed and not set(metrics) & set(metric_names):
+            raise EvalError(f"{flag(name)} is for {' and '.join(metrics)}, which --metrics does not include")
+
+
+def _check_reproducible(methods: Sequence[Method]) -> None:
+    for method in methods:
+        for name, unit in (("min_tokens", "of tokens"), ("depth_split", "of blocks")):
+            if method.fusion and getattr(method.fusion, name) == "auto":
+                raise EvalError(
+                    f"{method.name}: every process measures the value of {name}=auto again, so images of two runs may "
+                    f"differ; give a number {unit}"
+                )
+
+
+def _check_map_options(options: argparse.Namespace, methods: Sequence[Method]) -> None:
+    if options.maps and not any(method.fusion for method in methods):
+        raise EvalError("--maps shows what this package's methods merge, and --method has none of them")
+    for name in ("map_step", "map_block"):
+        if getattr(options, name) is not None and not options.maps:
+            raise EvalError(f"{flag(name)} is {getattr(options, name)}; it needs --maps")
+    if options.map_step is not None and options.map_step > options.steps:
+        raise EvalError(f"--map-step is {options.map_step}; there are {options.steps} steps")
+
+
+def _check_processes(options: argparse.Namespace, processes: Processes) -> None:
+    size = processes.num_processes
+    if size > 1 and options.shard:
+        raise EvalError("--shard is for processes that are started independently; these split the work anyway")
+    if size > 1 and ":" in options.device:
+        raise EvalError(f"--device is {options.device!r}; each of {size} processes uses its own device")
 
 
 def _ratios(text: str) -> list[float]:

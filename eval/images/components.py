@@ -1,4 +1,4 @@
-"""What a loaded pipeline must have to generate images of its prompts. Libraries load much less without an error."""
+"""Checks that a loaded pipeline is complete and reads its prompts. Libraries load incomplete ones without an error."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from typing import Any
 from .. import EvalError
 from ..common.files import listed
 
-PADDING = 0.01  # share of a vocabulary that encoders other than CLIP's may add to round it up
-UNKNOWN = 0.5  # share of unknown tokens from which prompts say nothing
+PADDING = 0.01  # proportion of a vocabulary that encoders other than CLIP's may add to round it up
+UNKNOWN = 0.5  # proportion of unknown tokens above which prompts mean nothing
 
 
 @contextmanager
 def missing_weights() -> Iterator[dict[str, list[str]]]:
-    """Inside, models that are loaded note which of their weights no file has, by the component's name.
+    """Inside, loading a model records the weights that are in no file, by the component's name.
 
-    diffusers and transformers draw those at random and log it; neither tells it to who loads a pipeline.
+    diffusers and transformers initialize those at random and log it; neither reports it to the caller.
     """
     from diffusers import ModelMixin
     from transformers import PreTrainedModel
 
     found: dict[str, list[str]] = {}
 
-    def noting(own: Callable[..., Any]) -> Any:
+    def recording(own: Callable[..., Any]) -> Any:
         def from_pretrained(cls: Any, name: Any, *args: Any, **options: Any) -> Any:
-            wanted = options.pop("output_loading_info", False)
+            is_requested = options.pop("output_loading_info", False)
             model, info = own(cls, name, *args, output_loading_info=True, **options)
-            lacking = sorted(info["missing_keys"])
-            if lacking:
-                found[str(options.get("subfolder") or Path(name).name)] = lacking
-            return (model, info) if wanted else model
+            missing = sorted(info["missing_keys"])
+            if missing:
+                found[str(options.get("subfolder") or Path(name).name)] = missing
+            return (model, info) if is_requested else model
 
         return classmethod(from_pretrained)
 
@@ -42,7 +42,7 @@ def missing_weights() -> Iterator[dict[str, list[str]]]:
     before = [vars(owner)["from_pretrained"] for owner in owners]
     try:
         for owner, method in zip(owners, before, strict=True):
-            owner.from_pretrained = noting(method.__func__)
+            owner.from_pretrained = recording(method.__func__)
         yield found
     finally:
         for owner, method in zip(owners, before, strict=True):
@@ -50,7 +50,7 @@ def missing_weights() -> Iterator[dict[str, list[str]]]:
 
 
 def check_weights(missing: dict[str, list[str]]) -> None:
-    """EvalError where a component was loaded with weights that no file has."""
+    """EvalError where weights of a component are in no file."""
     for name, keys in missing.items():
         raise EvalError(
             f"{len(keys)} weights of {name} are in no file ({listed(keys, 2)}) and would be random; download it again"
@@ -58,7 +58,7 @@ def check_weights(missing: dict[str, list[str]]) -> None:
 
 
 def check_components(pipe: Any) -> None:
-    """EvalError for a pipeline that lacks a component, whose tokenizer is not whole, or that takes an image too."""
+    """EvalError for a pipeline that lacks a component, has a damaged tokenizer, or needs an image as input."""
     optional = getattr(pipe, "_optional_components", ())
     for name, part in pipe.components.items():
         if part is None and name not in optional:
@@ -71,7 +71,7 @@ def check_components(pipe: Any) -> None:
             "give a text-to-image model"
         )
     if getattr(pipe, "config", {}).get("requires_aesthetics_score"):
-        raise EvalError("it is a refiner, which takes an image; give a text-to-image model")
+        raise EvalError("it is a refiner, which needs an image; give a text-to-image model")
     for name, tokenizer in tokenizers(pipe):
         _check_vocabulary(name, tokenizer, getattr(pipe, name.replace("tokenizer", "text_encoder"), None))
 
@@ -83,15 +83,15 @@ def tokenizers(pipe: Any) -> list[tuple[str, Any]]:
 
 
 def _check_vocabulary(name: str, tokenizer: Any, encoder: Any) -> None:
-    """EvalError where a tokenizer has other tokens than its text encoder, or cannot join letters to words."""
+    """EvalError where a tokenizer does not match its text encoder, or lacks merges."""
     config = getattr(encoder, "config", None)
-    wanted, there = getattr(config, "vocab_size", None), len(tokenizer)
+    expected, size = getattr(config, "vocab_size", None), len(tokenizer)
     clip = str(getattr(config, "model_type", "")).startswith("clip")
     again = f"files of its {name} are missing or of another model; download the folder {name!r} again"
-    spare = 0 if clip else PADDING * there
-    if isinstance(wanted, int) and not there <= wanted <= there + spare:
+    spare = 0 if clip else PADDING * size
+    if isinstance(expected, int) and not size <= expected <= size + spare:
         encoder_name = name.replace("tokenizer", "text_encoder")
-        raise EvalError(f"its {name} has {there} tokens and its {encoder_name} {wanted}: {again}")
+        raise EvalError(f"its {name} has {size} tokens and its {encoder_name} {expected}: {again}")
     most, limit = getattr(config, "max_position_embeddings", None), tokenizer.model_max_length
     if clip and isinstance(most, int) and limit > most:
         raise EvalError(f"its {name} reads up to {limit:.3g} tokens and its text encoder {most}: {again}")
@@ -139,7 +139,7 @@ def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
 
 
 def _letters(text: str) -> str:
-    """What tokenizers tell apart: neither case nor spaces nor how a letter is composed."""
+    """The text as tokenizers see it: without case, spaces and differences in Unicode composition."""
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 

@@ -1,6 +1,6 @@
-"""One process, or several that share the work: `accelerate launch --num_processes 2 -m eval.run ...`.
+"""One process, or several that split the batches: `accelerate launch --num_processes 2 -m eval.run ...`.
 
-What each of them does is fixed by its rank alone, so that they share nothing but the folder.
+The rank of a process fixes its share, so that processes have only the folder in common.
 """
 
 from __future__ import annotations
@@ -18,61 +18,76 @@ import torch
 from .. import EvalError
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # one process may draw for long after another is done
+TIMEOUT = timedelta(days=7)  # one process may generate for long after another has finished
 
 
 @dataclass(frozen=True)
-class Team:
-    """The processes of a launch. rank: this one's place among `size`."""
+class Processes:
+    """The processes of a launch and this one's place among them, in accelerate's words.
 
-    rank: int = 0
-    size: int = 1
-    device: torch.device | None = None  # of its own, where there is one for each
+    Args:
+        process_index: from 0.
+        num_processes: how many there are.
+        device: this process's own, where each has one.
+        is_shard: whether the others are started independently, by --shard.
+    """
+
+    process_index: int = 0
+    num_processes: int = 1
+    device: torch.device | None = None
+    is_shard: bool = False
 
     @property
-    def leads(self) -> bool:
-        return self.rank == 0
+    def is_main_process(self) -> bool:
+        """Whether this process prints and writes results."""
+        return self.process_index == 0
 
-    def share(self, work: Sequence[T]) -> Sequence[T]:
-        """What of the work is this process's."""
-        return work[self.rank :: self.size]
+    def split_between_processes(self, work: Sequence[T]) -> Sequence[T]:
+        """This process's share of the work."""
+        return work[self.process_index :: self.num_processes]
 
-    def wait(self) -> None:
-        """Until all have come this far."""
-        if self.size > 1:
+    def wait_for_everyone(self) -> None:
+        """Blocks until all processes have arrived here."""
+        if self.num_processes > 1:
             torch.distributed.barrier()
 
-    def gather(self, value: T) -> list[T]:
-        """What each process has, by rank, in every process."""
-        if self.size == 1:
+    def gather_object(self, value: T) -> list[T]:
+        """The values of all processes, by index, in every process."""
+        if self.num_processes == 1:
             return [value]
-        found: list[Any] = [None] * self.size
+        found: list[Any] = [None] * self.num_processes
         torch.distributed.all_gather_object(found, value)
         return found
 
 
-ALONE = Team()
+SINGLE_PROCESS = Processes()
 
 
-def assemble(cpu: bool) -> Team:
-    """The team that this process was launched in; one of its own without a launcher. cpu: leave the GPUs alone.
+def launched_processes(cpu: bool) -> Processes:
+    """The processes of this launch; a single one without a launcher.
 
-    EvalError where it cannot find the others: each of them alone would do all the work, in the same folder.
+    Args:
+        cpu: do not use GPUs.
+
+    Raises:
+        EvalError: the processes cannot find each other. Each would do all the work, in the same folder.
     """
-    told = os.environ.get("WORLD_SIZE", "1")
-    if not re.fullmatch(r"[1-9]\d*", told):
-        raise EvalError(f"WORLD_SIZE is {told!r}; it must be an integer >= 1: unset it, or start by accelerate launch")
-    size = int(told)
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if not re.fullmatch(r"[1-9]\d*", world_size):
+        raise EvalError(
+            f"WORLD_SIZE is {world_size!r}; it must be an integer >= 1: unset it, or start by accelerate launch"
+        )
+    size = int(world_size)
     if size == 1:
-        return ALONE
+        return SINGLE_PROCESS
     from accelerate import PartialState
 
-    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    state = PartialState(cpu=cpu, timeout=TIMEOUT)
     if state.num_processes != size:
         raise EvalError(
-            f"WORLD_SIZE says that this is one of {size} processes, and accelerate finds {state.num_processes}: "
-            "start them by accelerate launch or torchrun, or each by itself with --shard"
+            f"WORLD_SIZE is {size}, and accelerate finds {state.num_processes} processes: start them by accelerate "
+            "launch or torchrun, or each of them independently with --shard"
         )
-    # PyTorch's threads that still wait for messages at the end of a process now and then abort it ("terminate called")
+    # PyTorch's threads that still wait for messages when a process ends sometimes abort it ("terminate called")
     atexit.register(state.destroy_process_group)
-    return Team(state.process_index, state.num_processes, None if cpu else state.device)
+    return Processes(state.process_index, state.num_processes, None if cpu else state.device)

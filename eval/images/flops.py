@@ -1,4 +1,4 @@
-"""Floating-point operations of a picture by torch's own counter: what a method saves on any machine, time aside."""
+"""FLOPs of an image by torch's own counter: what a method saves, whatever the machine."""
 
 from __future__ import annotations
 
@@ -10,51 +10,50 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ..common.cli import quiet_patches, working
+from ..common.cli import progress, quiet_patches
 from ..common.files import digest, read_json, write_json
 from ..methods.method import Method
-from .generate import batches, draw
+from .generate import batches, generate_batch
 from .requests import Request
-from .settings import Settings, identity
+from .settings import Settings, config_hash
 
 FOLDER = "flops"
-
-
-SEVERAL = 8  # pictures that are counted where each costs what is in it
+IMAGES = 8  # that are counted where they differ in cost
 
 
 def count(out: Path, pipe: Any, methods: Sequence[Method], settings: Settings, requests: Sequence[Request]) -> None:
-    """Counts for each method that has not been counted: OUT/flops/<method's key>.json.
+    """Counts the FLOPs of each method that has not been counted: OUT/flops/<method's slug>.json.
 
-    The first picture, for one is like another; under a threshold the mean of the first ones, in batches as they are
-    drawn, since a batch decides together.
+    The first image is counted, as all images cost the same. Under a threshold they do not: then it is the mean of the
+    first images, in the batches of the run, since a threshold applies to a batch as a whole.
     """
-    due = [method for method in methods if counted(out, settings, method) is None]
-    for method in working(due, "operations"):
+    for method in progress([m for m in methods if load_count(out, settings, m) is None], "FLOPs"):
         varies = method.fusion is not None and method.fusion.threshold is not None
-        turns = batches(requests[:SEVERAL], settings) if varies else [requests[:1]]
-        pictures = sum(map(len, turns))
-        flops = sum(of_pictures(pipe, method, settings, turn) for turn in turns) // pictures
-        told = {**_made(settings, method), "flops": flops, "pictures": pictures}
-        write_json(out / FOLDER / f"{method.slug}.json", told)
+        counted = batches(requests[:IMAGES], settings) if varies else [requests[:1]]
+        images = sum(map(len, counted))
+        flops = sum(count_batch(pipe, method, settings, batch) for batch in counted) // images
+        write_json(
+            out / FOLDER / f"{method.slug}.json", {**_version(settings, method), "flops": flops, "images": images}
+        )
 
 
-def counted(out: Path, settings: Settings, method: Method) -> int | None:
-    """What `count` found for this very method."""
-    told = read_json(out / FOLDER / f"{method.slug}.json")
-    made = _made(settings, method)
-    flops = told["flops"] if isinstance(told, dict) and made.items() <= told.items() and "flops" in told else None
+def load_count(out: Path, settings: Settings, method: Method) -> int | None:
+    """The FLOPs that `count` found for this configuration."""
+    found = read_json(out / FOLDER / f"{method.slug}.json")
+    if not isinstance(found, dict) or not _version(settings, method).items() <= found.items():
+        return None
+    flops = found.get("flops")
     return flops if isinstance(flops, int) and not isinstance(flops, bool) else None
 
 
-def _made(settings: Settings, method: Method) -> dict[str, str]:
-    return {"made": identity(settings, method), "counted": digest(Path(__file__))}
+def _version(settings: Settings, method: Method) -> dict[str, str]:
+    return {"config_hash": config_hash(settings, method), "code_hash": digest(Path(__file__))}
 
 
-def of_pictures(pipe: Any, method: Method, settings: Settings, requests: Sequence[Request]) -> int:
-    """Multiplications and additions, each counted as one, of matrices and convolutions in drawing a batch."""
+def count_batch(pipe: Any, method: Method, settings: Settings, requests: Sequence[Request]) -> int:
+    """FLOPs of matrix products and convolutions in a batch: multiplications and additions, each counted as one."""
     with quiet_patches(), method.apply(pipe), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        draw(pipe, requests, method, settings, steps=settings.steps)
+        generate_batch(pipe, requests, method, settings, steps=settings.steps)
     return int(counter.get_total_flops())
 
 
@@ -63,7 +62,7 @@ def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
 
 
 def _nearest(metric: Any, src: Any, dst: Any, *_: Any, **__: Any) -> int:
-    """Scores of all sources and destinations of each of T windows; metric [B, N, C], src [T, S], dst [T, D]."""
+    """Similarities of all sources and destinations in each of T windows; metric [B, N, C], src [T, S], dst [T, D]."""
     (B, _, C), (T, S), D = metric, src, dst[1]
     return int(2 * B * T * S * D * C)
 

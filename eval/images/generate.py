@@ -1,24 +1,25 @@
-"""Request × method -> a PNG and its record. Stopped and started again, it goes on where it was.
+"""Requests and methods -> a PNG and a record each. A run that was interrupted resumes.
 
-    OUT/settings.json           what holds for every picture in the folder
-    OUT/<method's key>/<id>.png the picture, and beside it <id>.json, its record
-    OUT/runs/<id>.json          the command and circumstances of each run that drew some of them
+    OUT/settings.json             the settings of every image in the folder
+    OUT/<method's slug>/<id>.png  an image
+    OUT/<method's slug>/<id>.json its record
+    OUT/runs/<id>.json            command and environment of each run that generated some of them
 
-The batches are fixed by the list of requests, and the methods take turns on each: what one method's pictures met on
-the machine, the others' met too. For speed that is too coarse, as a shared machine is another one a minute later: in a
-few batches of each method the full model's denoiser runs beside it, step by step.
+The list of requests fixes the batches. Methods are generated one after the other, the baseline first, so that each is
+complete as early as possible. A shared machine changes its speed within minutes, so in the first batches of each method
+the baseline's denoiser runs on the same input after every step: the speed-up compares times that are close together.
 """
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import math
 import sys
 import time
 import uuid
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,51 @@ from tofu_sd.patching.autotune import synchronize
 from ..common.cli import quiet_patches
 from ..common.files import listed, png, write, write_json
 from ..methods.method import BASELINE, Method
-from .distributed import ALONE, Team
-from .records import damaged, record_of
+from .distributed import SINGLE_PROCESS, Processes
+from .records import is_corrupt, load_record
 from .requests import Request
-from .settings import RUNS, Settings, _asked
-from .timing import TIMED, WARM_UP, denoiser_of, denoising, fastest, twin
+from .settings import RUNS, Settings, expected_record, image_path, record_path
+from .timing import (
+    TIMED,
+    WARM_UP,
+    WARM_UP_STEPS,
+    MemoryTracker,
+    UNetTimer,
+    denoiser_of,
+    fastest,
+    shared_weights_copy,
+)
+
+
+@dataclass(frozen=True)
+class PendingBatch:
+    """A batch of a method of which at least one image is missing."""
+
+    method: Method
+    requests: Sequence[Request]
+    missing: Sequence[Request]
 
 
 def batches(requests: Sequence[Request], settings: Settings) -> list[Sequence[Request]]:
-    """What is drawn at once: the same for every method, and for any number of processes."""
+    """The requests in batches: the same for every method, and for any number of processes."""
     return [requests[i : i + settings.batch] for i in range(0, len(requests), settings.batch)]
+
+
+def pending_batches(
+    requests: Sequence[Request], methods: Sequence[Method], settings: Settings, out: Path, processes: Processes
+) -> list[PendingBatch]:
+    """This process's batches with missing images, method by method. Names corrupt images on stderr."""
+    own = processes.split_between_processes(batches(requests, settings))
+    found = [
+        PendingBatch(method, batch, [r for r in batch if load_record(out, settings, method, r) is None])
+        for method in methods
+        for batch in own
+    ]
+    pending = [batch for batch in found if batch.missing]
+    corrupt = [f"{b.method.slug}/{r.id}.png" for b in pending for r in b.missing if is_corrupt(out, b.method, r)]
+    if corrupt:
+        print(f"corrupt, generated again: {listed(corrupt)}", file=sys.stderr)
+    return pending
 
 
 def generate(
@@ -52,139 +88,185 @@ def generate(
     methods: Sequence[Method],
     settings: Settings,
     out: Path,
-    team: Team = ALONE,
+    processes: Processes = SINGLE_PROCESS,
     repeats: int = 1,
-    told: dict[str, Any] | None = None,
-    quiet: bool = False,
+    metadata: dict[str, Any] | None = None,
 ) -> int:
-    """Makes every picture of this process's share that is not there yet. Returns how many it made.
+    """Generates every image of this process's share that is missing.
 
-    repeats: a batch is drawn so many times, of which the fastest counts; the pictures are the same. told: of this run
-    and its circumstances, to be kept beside its pictures. quiet: show no progress.
+    Args:
+        pipe: the pipeline, unpatched.
+        requests: one image each, for every method.
+        methods: in this order; each is complete before the next one begins.
+        settings: of all images in the folder.
+        out: the folder.
+        processes: which share of the batches is this process's.
+        repeats: how often each batch is generated; the fastest time counts, the images are the same.
+        metadata: of this run, stored once in `runs/`.
+
+    Returns:
+        How many images it generated.
     """
-    turns = [
-        (batch, [m for m in methods if any(record_of(out, settings, m, request) is None for request in batch)])
-        for batch in team.share(batches(requests, settings))
-    ]
-    turns = [(batch, due) for batch, due in turns if due]
-    broken = [f"{m.slug}/{r.id}.png" for batch, due in turns for m in due for r in batch if damaged(out, m, r)]
-    if broken:
-        print(f"damaged, drawn again: {listed(broken)}", file=sys.stderr)
-    pictures, made = sum(len(batch) * len(due) for batch, due in turns), 0
+    pending = pending_batches(requests, methods, settings, out, processes)
+    if not pending:
+        return 0
     run = uuid.uuid4().hex[:12]
-    beside, timed, warm, last = twin(denoiser_of(pipe)), Counter[str](), set[tuple[str, int]](), ""
-    if pictures and told is not None:
-        write_json(out / RUNS / f"{run}.json", told)
-    with (
-        quiet_patches(),
-        tqdm(
-            total=pictures,
-            unit="img",
-            disable=not pictures or quiet,
-            file=sys.stderr,
-            mininterval=0.1 if sys.stderr.isatty() else 15,
-        ) as progress,
-    ):
-        for batch, due in turns:
-            ids = [request.id for request in batch]
-            for method in due:
-                progress.set_description(method.slug, refresh=False)
-                with method.apply(pipe):
-                    if (method.slug, len(batch)) not in warm:
-                        for _ in range(math.ceil(WARM_UP / len(batch))):
-                            draw(pipe, batch, method, settings, steps=settings.steps, beside=beside)
-                        warm.add((method.slug, len(batch)))
-                    elif method.slug != last:  # what a step after a switch lays out or fetches anew is not the method's
-                        draw(pipe, batch, method, settings, steps=1, output="latent")
-                    last = method.slug
-                    near = beside if timed[method.slug] < TIMED / team.size else None
-                    images, cost = draw(pipe, batch, method, settings, steps=settings.steps, beside=near)
-                    for _ in range(repeats - 1):
-                        again = draw(pipe, batch, method, settings, steps=settings.steps, beside=near)[1]
-                        cost = fastest(cost, again)
-                timed[method.slug] += 1
-                lacking = [r for r in batch if record_of(out, settings, method, r) is None]  # others were saved before
-                for request, image in zip(batch, images, strict=True):
-                    if request in lacking:
-                        first = request is lacking[0]  # one time a batch
-                        figures = {"run": run, "batch": len(batch), "drawn_with": ids, "timed": first, **cost}
-                        _save(out, settings, method, request, image, figures)
-                        made += 1
-                progress.update(len(batch))
-    return made
+    if metadata is not None:
+        write_json(out / RUNS / f"{run}.json", metadata)
+    with quiet_patches(), _progress_bar(pending, processes) as bar:
+        by_method = [list(group) for _, group in groupby(pending, key=lambda batch: batch.method.slug)]
+        for number, own in enumerate(by_method, start=1):
+            bar.set_description(f"{own[0].method.slug} ({number} of {len(by_method)})", refresh=False)
+            timer = BatchTimer(pipe, own[0].method, settings, repeats, math.ceil(TIMED / processes.num_processes))
+            for batch in own:
+                images, cost = timer.time_batch(batch.requests)
+                _save_batch(out, settings, batch, images, {"run": run, **cost})
+                bar.update(len(batch.requests))
+    return sum(len(batch.missing) for batch in pending)
 
 
-def draw(
+def _progress_bar(pending: Sequence[PendingBatch], processes: Processes) -> Any:
+    """A bar on stderr; in a file, a line every 15 seconds. Of several processes of one launch, one shows it."""
+    return tqdm(
+        total=sum(len(batch.requests) for batch in pending),
+        unit="img",
+        disable=not (processes.is_main_process or processes.is_shard),
+        file=sys.stderr,
+        mininterval=0.1 if sys.stderr.isatty() else 15,
+    )
+
+
+@dataclass
+class BatchTimer:
+    """Generates and times the batches of one method, each batch size after a warm-up.
+
+    Args:
+        pipe: the pipeline, unpatched.
+        method: applied to it for each batch.
+        settings: of the images.
+        repeats: how often each batch is generated.
+        with_baseline: in how many batches the baseline's denoiser runs after each step.
+    """
+
+    pipe: Any
+    method: Method
+    settings: Settings
+    repeats: int
+    with_baseline: int
+    _warm_sizes: set[int] = field(default_factory=set)
+    _timed: int = 0
+
+    def __post_init__(self) -> None:
+        self._baseline_unet = shared_weights_copy(denoiser_of(self.pipe))
+
+    def time_batch(self, batch: Sequence[Request]) -> tuple[Any, dict[str, Any]]:
+        """The images of a batch and their cost, as `generate_batch` returns them."""
+        baseline_unet = self._baseline_unet if self._timed < self.with_baseline else None
+        self._timed += 1
+        with self.method.apply(self.pipe):
+            if len(batch) not in self._warm_sizes:
+                self._warm_up(batch)
+            images, cost = self._generate(batch, self.settings.steps, baseline_unet)
+            for _ in range(self.repeats - 1):
+                cost = fastest(cost, self._generate(batch, self.settings.steps, baseline_unet)[1])
+        return images, cost
+
+    def _warm_up(self, batch: Sequence[Request]) -> None:
+        self._warm_sizes.add(len(batch))
+        for _ in range(math.ceil(WARM_UP / len(batch))):
+            self._generate(batch, min(WARM_UP_STEPS, self.settings.steps), self._baseline_unet)
+
+    def _generate(
+        self, batch: Sequence[Request], steps: int, baseline_unet: nn.Module | None
+    ) -> tuple[Any, dict[str, Any]]:
+        return generate_batch(self.pipe, batch, self.method, self.settings, steps=steps, baseline_unet=baseline_unet)
+
+
+def generate_batch(
     pipe: Any,
     requests: Sequence[Request],
     method: Method,
     settings: Settings,
     *,
     steps: int,
-    output: str = "np",
-    beside: nn.Module | None = None,
+    baseline_unet: nn.Module | None = None,
 ) -> tuple[Any, dict[str, Any]]:
-    """The pictures, float [B, H, W, 3] in 0..1 or NaN, and what one cost: seconds, those in the denoiser, and on CUDA
-    bytes beyond those held before.
+    """Generates one batch by the method that is applied to the pipeline.
 
-    Every picture has a CPU generator of its own, so that it does not depend on its neighbours in the batch. output: as
-    diffusers' output_type; 'latent' decodes nothing. beside: the full model's denoiser, called after each step of the
-    method's for its time alone, which is neither in the seconds nor in peak_bytes; reserved_bytes are not told then.
+    Every image has its own CPU generator, so that it does not depend on its neighbours in the batch.
+
+    Args:
+        pipe: the pipeline, with the method applied.
+        requests: the images of the batch.
+        method: decides the seeds.
+        settings: of the images.
+        steps: sampling steps.
+        baseline_unet: the baseline's denoiser, called after each step of the method's on the same input. Its time is
+            neither in `seconds` nor its memory in `peak_bytes`.
+
+    Returns:
+        The images, float [B, H, W, 3] in 0..1 or NaN, and what one of them cost: seconds, seconds in the denoiser and
+        in the baseline's, and on CUDA bytes.
     """
     device = torch.device(pipe.device)
-    other = None if method is BASELINE else beside  # it is its own measure
-    peaks: list[int] = []
+    memory = MemoryTracker(device, with_baseline=baseline_unet is not None)
 
-    def aside(*args: Any, **kwargs: Any) -> None:
+    def run_baseline(*args: Any, **kwargs: Any) -> None:
         synchronize(device)  # neither is launched while the other runs
-        peaks.append(torch.cuda.max_memory_allocated(device) if cuda else 0)
-        if other is not None:
-            other(*args, **kwargs)
+        memory.pause()
+        if baseline_unet is not None:
+            baseline_unet(*args, **kwargs)
         synchronize(device)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(device)
+        memory.resume()
 
-    generators = [torch.Generator("cpu").manual_seed(request.seed + method.seed_shift) for request in requests]
-    guidance = {} if settings.guidance is None else {"guidance_scale": settings.guidance}
-    cuda, held, reserved = device.type == "cuda", 0, 0
-    if cuda:
-        gc.collect()
-        if beside is None:  # else it would be the method that asks for memory again, and the other that finds it
-            torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        held, reserved = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    is_compared = baseline_unet is not None and method is not BASELINE
+    arguments = _pipeline_arguments(requests, method, settings)
     synchronize(device)
-    with denoising(pipe, None if other is None else aside) as told:
+    with UNetTimer(pipe, run_baseline if is_compared else None) as timer:
         start = time.perf_counter()
-        images = pipe(
-            prompt=[request.prompt for request in requests],
-            generator=generators,
-            num_inference_steps=steps,
-            height=settings.size,
-            width=settings.size,
-            output_type=output,
-            **guidance,
-        ).images
+        images = pipe(num_inference_steps=steps, **arguments).images
         synchronize(device)
         seconds = time.perf_counter() - start
-        denoised, full_denoised = told()
-        seconds -= full_denoised or 0
-        if method is BASELINE and beside is not None:
-            full_denoised = denoised
+        own, baseline = timer.seconds()
+    seconds -= baseline or 0
+    if method is BASELINE and baseline_unet is not None:
+        baseline = own  # the baseline compared with itself
+    n = len(requests)
     return images, {
-        "seconds": seconds / len(requests),
-        "denoising": None if denoised is None else denoised / len(requests),
-        "full_denoising": None if full_denoised is None else full_denoised / len(requests),
-        "peak_bytes": max(*peaks, torch.cuda.max_memory_allocated(device), 0) - held if cuda else None,
-        "reserved_bytes": torch.cuda.max_memory_reserved(device) - reserved if cuda and beside is None else None,
-        "held_bytes": held if cuda else None,
+        "seconds": seconds / n,
+        "denoiser_seconds": None if own is None else own / n,
+        "baseline_denoiser_seconds": None if baseline is None else baseline / n,
+        **memory.figures(),
+    }
+
+
+def _pipeline_arguments(requests: Sequence[Request], method: Method, settings: Settings) -> dict[str, Any]:
+    seeds = [request.seed + method.seed_shift for request in requests]
+    return {
+        "prompt": [request.prompt for request in requests],
+        "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        "height": settings.size,
+        "width": settings.size,
+        "output_type": "np",
+        **({} if settings.guidance is None else {"guidance_scale": settings.guidance}),
     }
 
 
 def as_image(pixels: np.ndarray[Any, Any]) -> Image.Image:
-    """A picture [H, W, 3] in 0..1 as diffusers makes one of it; NaN is black."""
+    """Pixels [H, W, 3] in 0..1 as diffusers turns them into an image; NaN is black."""
     image: Image.Image = VaeImageProcessor.numpy_to_pil(np.nan_to_num(pixels))[0]
     return image
+
+
+def _save_batch(
+    out: Path, settings: Settings, batch: PendingBatch, images: Sequence[np.ndarray[Any, Any]], cost: dict[str, Any]
+) -> None:
+    """Saves the missing images of a batch. The time of the batch counts once, in the first of them."""
+    ids = [request.id for request in batch.requests]
+    for request, image in zip(batch.requests, images, strict=True):
+        if request in batch.missing:
+            timed = {"batch": len(ids), "batch_ids": ids, "timed": request is batch.missing[0]}
+            _save(out, settings, batch.method, request, image, {**timed, **cost})
 
 
 def _save(
@@ -193,18 +275,16 @@ def _save(
     method: Method,
     request: Request,
     pixels: np.ndarray[Any, Any],
-    figures: dict[str, Any],
+    cost: dict[str, Any],
 ) -> None:
-    """The picture first, its record after it: a record says that the picture is whole."""
+    """Writes the image, then its record: where there is a record, the image is complete."""
     content = png(as_image(pixels))
-    write(out / method.slug / f"{request.id}.png", content)
-    write_json(
-        out / method.slug / f"{request.id}.json",
-        {
-            "id": request.id,
-            **_asked(settings, method, request),
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "finite": bool(np.isfinite(pixels).all()),
-            **figures,
-        },
-    )
+    write(image_path(out, method.slug, request.id), content)
+    record = {
+        "id": request.id,
+        **expected_record(settings, method, request),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "finite": bool(np.isfinite(pixels).all()),
+        **cost,
+    }
+    write_json(record_path(out, method.slug, request.id), record)

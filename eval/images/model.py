@@ -1,8 +1,9 @@
-"""The model whose pictures are compared: loaded by name, and tried with every method before hours of drawing."""
+"""Loads the model of a run, and tries every method on it before hours of generating."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,16 +25,35 @@ from ..methods.method import Method
 from .checkpoint import HALF, check_path, local_folder, pick_variant
 from .components import check_components, check_weights, missing_weights
 
-# what libraries raise of files that are damaged, missing, pickled or of another version
-BROKEN = (OSError, ValueError, ImportError, RuntimeError, AttributeError, SafetensorError, UnpicklingError, EOFError)
+# what libraries raise for files that are damaged, missing, pickled or of another version
+LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    ImportError,
+    RuntimeError,
+    AttributeError,
+    SafetensorError,
+    UnpicklingError,
+    EOFError,
+)
 
 
 def load_model(
     model: str, device: torch.device, dtype: torch.dtype, variant: str | None = None
 ) -> tuple[Any, nn.Module | None]:
-    """(pipeline on the device, the classifier that judges its pictures or None).
+    """Loads a pipeline and, for the embedded model, its classifier.
 
-    variant: of the weights' files, such as fp16; None takes the plain ones, or fp16 where there are no others.
+    Args:
+        model: "demo", a folder, or an id of the hub.
+        device: where it runs.
+        dtype: of its weights.
+        variant: of the weights' files, such as fp16; None takes the plain ones, or fp16 where there are no others.
+
+    Returns:
+        (pipeline, classifier or None).
+
+    Raises:
+        EvalError: it cannot be loaded, with the reason.
     """
     if model == "demo":
         if variant is not None:
@@ -42,35 +62,35 @@ def load_model(
         check_path(model)
     try:
         if model == "demo":
-            pipe, judge = demo.load(device=device, dtype=dtype), demo.judge(device=device)
+            pipe, classifier = demo.load(device=device, dtype=dtype), demo.judge(device=device)
         else:
-            pipe, judge = _load(model, device, dtype, variant), None
+            pipe, classifier = _load(model, device, dtype, variant), None
         check_components(pipe)
     except EvalError as error:
         raise EvalError(f"cannot load the model {_shown(model)!r}: {error}") from error
-    except (LookupError, TypeError) as error:  # of files that hold something else than they should
+    except (LookupError, TypeError) as error:  # for files with unexpected content
         why = f"a file of it is damaged, or of another version ({type(error).__name__}: {_why(error, model)})"
         raise EvalError(f"cannot load the model {_shown(model)!r}: {why}") from error
-    except BROKEN as error:
+    except LOAD_ERRORS as error:
         raise EvalError(f"cannot load the model {_shown(model)!r}: {_why(error, model)}") from error
     except Exception as error:
-        if type(error) is not Exception:  # of its own kind: a bug here; tokenizers raises it bare
+        if type(error) is not Exception:  # a bug here: only tokenizers raises a bare Exception
             raise
         raise EvalError(f"cannot load the model {_shown(model)!r}: {_why(error, model)}") from error
     pipe.set_progress_bar_config(disable=True)
-    return pipe, judge
+    return pipe, classifier
 
 
-def _load(model: str, device: torch.device, dtype: torch.dtype, asked: str | None) -> Any:
-    """The pipeline of a folder or an id, all of whose weights are in files; `variant_of` names their variant."""
+def _load(model: str, device: torch.device, dtype: torch.dtype, requested: str | None) -> Any:
+    """The pipeline of a folder or an id, whose weights must all be in files; `variant_of` names their variant."""
     folder = local_folder(model)
-    variant = pick_variant(folder, asked) if folder else asked
+    variant = pick_variant(folder, requested) if folder else requested
     try:
         pipe, missing = _from_pretrained(model, dtype, variant)
     except OSError as error:
         if folder is not None or variant is not None or "no file named" not in str(error):
             raise
-        # of an id that was not here before its files are known only now
+        # the files of an id that was not in the cache are known only now
         pipe, missing = _from_pretrained(model, dtype, variant := HALF)
     check_weights(missing)
     pipe.loaded_variant = variant
@@ -82,8 +102,8 @@ def _from_pretrained(model: str, dtype: torch.dtype, variant: str | None) -> tup
 
     more = {} if variant is None else {"variant": variant}
     with warnings.catch_warnings(), missing_weights() as missing:
-        warnings.simplefilter("ignore", FutureWarning)  # of the newer name of torch_dtype, which older ones lack
-        # a checker that blackens pictures would compare black with black
+        warnings.simplefilter("ignore", FutureWarning)  # about the new name of torch_dtype, which older ones lack
+        # with a checker that blackens images, black would be compared with black
         pipe = AutoPipelineForText2Image.from_pretrained(
             model, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, **more
         )
@@ -101,33 +121,33 @@ def _shown(model: str) -> str:
 
 
 def _why(error: BaseException, model: str) -> str:
-    """The reason in one line. diffusers tells of a file that is not there where it was the network that was not."""
+    """The reason in one line. diffusers reports a missing file where the network is unavailable."""
     causes: list[BaseException | None] = [error]
     while causes[-1] is not None:
         causes.append(causes[-1].__cause__ or causes[-1].__context__)
     if any(isinstance(cause, LocalEntryNotFoundError) for cause in causes):
-        return "it is not on this machine, and huggingface.co, where it would come from, cannot be reached"
+        return "it is not on this machine, and huggingface.co is unreachable"
     if any(isinstance(cause, HFValidationError) for cause in causes) and not Path(model).is_dir():
-        return "there is no such folder, and no model can have that id"
+        return "there is no such folder, and it is not a valid model id"
     if any(isinstance(cause, UnpicklingError) for cause in causes):
-        return "a .bin file of its weights is damaged or holds code, which is not run; get it as safetensors"
+        return "a .bin file of its weights is damaged or holds code, which is not executed; use a safetensors file"
     text = without_paths(" ".join(str(error).split()))[:300]
     if "AutoPipeline can't find" in text:
-        return f"it makes no images from text alone; give a text-to-image model ({text})"
+        return f"it does not generate images from text alone; give a text-to-image model ({text})"
     return text or type(error).__name__
 
 
 def revision(model: str) -> str | None:
-    """The commit of a loaded model of the hub; None of a folder and of the embedded model."""
+    """The commit of a loaded model of the hub; None for a folder and the embedded model."""
     if model == "demo" or Path(model).is_dir():
         return None
     found = try_to_load_from_cache(model, "model_index.json")
     return Path(found).parent.name if isinstance(found, str) else None
 
 
-def try_out(pipe: Any, chosen: Sequence[Method]) -> None:
-    """Applies each method once, so that one that does not fit the model is told of before hours of drawing."""
-    for method in chosen:
+def try_methods(pipe: Any, methods: Sequence[Method]) -> None:
+    """Applies each method once. EvalError for one that does not fit the model, before hours of generating."""
+    for method in methods:
         if method.unavailable_reason:
             continue
         try:
@@ -138,9 +158,9 @@ def try_out(pipe: Any, chosen: Sequence[Method]) -> None:
 
 
 def check_steps(pipe: Any, steps: int) -> None:
-    """EvalError for more steps than the model's scheduler can make."""
+    """EvalError for more steps than the model's scheduler has."""
     scheduler = copy.deepcopy(pipe.scheduler)
-    if getattr(scheduler.config, "use_dynamic_shifting", False):  # it takes more than their number
+    if getattr(scheduler.config, "use_dynamic_shifting", False):  # it needs more than their number
         return
     try:
         scheduler.set_timesteps(steps)
@@ -148,10 +168,36 @@ def check_steps(pipe: Any, steps: int) -> None:
         raise EvalError(f"--steps is {steps}: {error}") from error
 
 
-def own_size(pipe: Any) -> int:
-    """Pixels a side of the pictures a pipeline was trained for."""
+def default_size(pipe: Any) -> int:
+    """Pixels a side of the images that a pipeline was trained for."""
     denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
     side = getattr(getattr(denoiser, "config", None), "sample_size", None)
     if not isinstance(side, int):
-        raise EvalError(f"the model names no square size of its own (sample_size is {side}); give --size")
+        raise EvalError(f"the model has no square default size (sample_size is {side}); give --size")
     return side * int(pipe.vae_scale_factor)
+
+
+def check_guidance(methods: Sequence[Method], scale: float | None) -> None:
+    """EvalError for a method that shares one map between the two halves of guidance, where there is only one half.
+
+    Args:
+        methods: of the run.
+        scale: of the guidance; None where it is not known yet.
+    """
+    for method in methods:
+        if method.fusion is not None and method.fusion.share_across_cfg and scale is not None and scale <= 1:
+            raise EvalError(
+                f"method {method.name!r} has share_across_cfg, and the guidance scale is {scale:g}: the images are "
+                "generated without guidance, which begins above 1; give --guidance above 1 or drop share_across_cfg"
+            )
+
+
+def guidance_scale(pipe: Any, given: float | None) -> float | None:
+    """The guidance scale of a pipeline: the given one or its default; 1 where its model needs no guidance."""
+    config = getattr(getattr(pipe, "unet", None), "config", {})
+    if config.get("time_cond_proj_dim") is not None:  # the scale is an input of the model, as in LCM
+        return 1.0
+    if given is not None:
+        return given
+    argument = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+    return None if argument is None or not isinstance(argument.default, int | float) else float(argument.default)

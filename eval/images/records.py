@@ -1,98 +1,105 @@
-"""The record beside each image: how it was generated, and how long that took."""
+"""The record of each image: how it was generated and how long that took."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from ..common.files import read_json
+from ..common.schema_changes import convert_record, convert_run
 from ..methods.method import Method
 from .requests import Request
-from .settings import RUNS, Settings, _asked, _sha
+from .settings import RUNS, Settings, expected_record, file_sha256, image_path, record_path
+
+MAX_SECONDS = 1e9  # larger values give figures that are not finite
 
 
-def record_of(out: Path, settings: Settings, method: Method, request: Request) -> dict[str, Any] | None:
-    """The record of a finished picture; None where it is missing, damaged or was made otherwise."""
-    record = read_json(out / method.slug / f"{request.id}.json")
-    if not _whole(record) or any(
-        record.get(name) != value for name, value in _asked(settings, method, request).items()
-    ):
+def load_record(out: Path, settings: Settings, method: Method, request: Request) -> dict[str, Any] | None:
+    """The record of a complete image; None where it is missing, corrupt or of another configuration."""
+    record = convert_record(read_json(record_path(out, method.slug, request.id)))
+    expected = expected_record(settings, method, request)
+    if not _is_complete(record) or any(record.get(name) != value for name, value in expected.items()):
         return None
-    return record if _sha(out / method.slug / f"{request.id}.png") == record.get("sha256") else None
+    return record if file_sha256(image_path(out, method.slug, request.id)) == record.get("sha256") else None
 
 
-def damaged(out: Path, method: Method, request: Request) -> bool:
-    """Whether something lies where the picture should be, that is no picture with its record."""
-    picture, told = (out / method.slug / f"{request.id}.{ending}" for ending in ("png", "json"))
-    if not picture.exists() and not told.exists():
+def load_records(
+    out: Path, settings: Settings, method: Method, requests: Sequence[Request]
+) -> dict[str, dict[str, Any]]:
+    """The records of a method's complete images, by their ids."""
+    found = {request.id: load_record(out, settings, method, request) for request in requests}
+    return {image_id: record for image_id, record in found.items() if record is not None}
+
+
+def is_corrupt(out: Path, method: Method, request: Request) -> bool:
+    """Whether the files of an image exist and are not an image with its record."""
+    image, path = image_path(out, method.slug, request.id), record_path(out, method.slug, request.id)
+    if not image.exists() and not path.exists():
         return False
-    record = read_json(told)
-    return not _whole(record) or _sha(picture) != record.get("sha256")
-
-
-LONGEST = 1e9  # seconds; beyond them figures are not finite
+    record = convert_record(read_json(path))
+    return not _is_complete(record) or file_sha256(image) != record.get("sha256")
 
 
 def _is_seconds(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < LONGEST
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < MAX_SECONDS
 
 
-def _is_count(value: Any, least: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _is_count(value: Any, minimum: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def _is_run(value: Any) -> bool:
+def _is_run_id(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[\w-]+", value) is not None  # it names a file
 
 
-NEEDED: dict[str, Callable[[Any], bool]] = {  # what figures come from, in every record
-    "run": _is_run,
+REQUIRED: dict[str, Callable[[Any], bool]] = {
+    "run": _is_run_id,
     "batch": lambda value: _is_count(value, 1),
     "timed": lambda value: isinstance(value, bool),
     "seconds": _is_seconds,
 }
-FURTHER: dict[str, Callable[[Any], bool]] = {  # where a record has it
-    "denoising": _is_seconds,
-    "full_denoising": _is_seconds,
+OPTIONAL: dict[str, Callable[[Any], bool]] = {
+    "denoiser_seconds": _is_seconds,
+    "baseline_denoiser_seconds": _is_seconds,
     "peak_bytes": _is_count,
     "reserved_bytes": _is_count,
     "held_bytes": _is_count,
     "finite": lambda value: isinstance(value, bool),
-    "drawn_with": lambda value: isinstance(value, list) and all(isinstance(id, str) for id in value),
+    "batch_ids": lambda value: isinstance(value, list) and all(isinstance(image_id, str) for image_id in value),
 }
 
 
-def _whole(record: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether a record says all that figures come from, in their types and ranges."""
-    if not isinstance(record, dict) or not all(fits(record.get(name)) for name, fits in NEEDED.items()):
+def _is_complete(record: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a record has all values that figures need, in their types and ranges."""
+    if not isinstance(record, dict) or not all(is_valid(record.get(name)) for name, is_valid in REQUIRED.items()):
         return False
-    if record.get("full_denoising") is not None and record.get("denoising") is None:
+    if record.get("baseline_denoiser_seconds") is not None and record.get("denoiser_seconds") is None:
         return False
-    return all(fits(record[name]) for name, fits in FURTHER.items() if record.get(name) is not None)
+    return all(is_valid(record[name]) for name, is_valid in OPTIONAL.items() if record.get(name) is not None)
 
 
-def runs(out: Path, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What is told of the runs that drew the pictures of these records, the first run first, with how many of them."""
+def generating_runs(out: Path, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Metadata of the runs that generated the images of these records, the first run first, with their image counts."""
     counts = Counter(record["run"] for record in records)
 
-    def told(run: str) -> dict[str, Any]:
+    def metadata(run: str) -> dict[str, Any]:
         found = read_json(out / RUNS / f"{run}.json")
-        return _readable(found) if isinstance(found, dict) else {}
+        return _valid_metadata(convert_run(found)) if isinstance(found, dict) else {}
 
-    found = [{**told(run), "run": run, "pictures": n} for run, n in counts.items()]
-    return sorted(found, key=lambda run: str(run.get("started", "")))
+    runs = [{**metadata(run), "run": run, "images": n} for run, n in counts.items()]
+    return sorted(runs, key=lambda run: str(run.get("started", "")))
 
 
-def _readable(told: dict[str, Any]) -> dict[str, Any]:
-    """What is told of a run without entries of another type than a run has: the file can have been edited."""
+def _valid_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a run without entries of the wrong type: someone may have edited the file."""
     tables = {"runtime", "packages"}
 
-    def fits(name: str, value: Any) -> bool:
+    def is_valid(name: str, value: Any) -> bool:
         if name in tables:
             return isinstance(value, dict) and all(isinstance(each, str) for each in value.values())
         return value is None or isinstance(value, str)
 
-    return {name: value for name, value in told.items() if fits(name, value)}
+    return {name: value for name, value in metadata.items() if is_valid(name, value)}

@@ -1,4 +1,4 @@
-"""Prompts with fixed seeds. `python -m eval.prompts NAME` prints a list, one prompt a line."""
+"""Prompts with fixed seeds. `python -m eval.prompts NAME` prints a list, one prompt on each line."""
 
 from __future__ import annotations
 
@@ -19,23 +19,31 @@ from ..common.files import parse_json, read_text
 
 IMAGENET_HASH = "0b0f9fee7c952f25"  # start of the SHA-256 of the 1000 names, joined by newlines
 IMAGENET_IMAGES = 2  # of each class
-LONGEST_ID = 200  # bytes; file systems allow 255 with the ending
+MAX_ID_BYTES = 200  # bytes; file systems allow 255 with the ending
 EXAMPLE = '{"prompt": "a fox", "id": "fox", "seed": 1}'
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to be made. `id` names its files."""
+    """One image to generate. `id` names its files."""
 
     id: str
     prompt: str
     seed: int
 
 
-def load(name: str, seed0: int = 0) -> list[Request]:
-    """The requests of a known set, of a .txt file (a prompt a line) or a .jsonl file ({"prompt", "id"?, "seed"?})."""
+def load_requests(name: str, first_seed: int = 0) -> list[Request]:
+    """The requests of a list.
+
+    Args:
+        name: a known list, a .txt file (a prompt on each line) or a .jsonl file ({"prompt", "id"?, "seed"?}).
+        first_seed: of the first image; the next ones follow.
+
+    Raises:
+        EvalError: an unknown list, or a file that cannot be read.
+    """
     if name in KNOWN:
-        return KNOWN[name](seed0)
+        return KNOWN[name](first_seed)
     path = Path(name)
     if path.suffix not in (".txt", ".jsonl"):
         raise EvalError(
@@ -47,35 +55,36 @@ def load(name: str, seed0: int = 0) -> list[Request]:
         raise EvalError(f"cannot read the prompts {path.name!r}: {error.strerror}") from error
     except ValueError as error:
         raise EvalError(f"cannot read the prompts {path.name!r}: {error}") from error
-    # JSON may hold what splitlines takes for the end of a line
+    # not splitlines: JSON may hold other characters that it splits at
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise EvalError(f"the prompt file {path.name!r} is empty")
     if path.suffix == ".txt":
         return [
-            Request(f"{i:04d}", _text(line, f"{path.name}, line {number}"), seed0 + i)
+            Request(f"{i:04d}", _text(line, f"{path.name}, line {number}"), first_seed + i)
             for i, (number, line) in enumerate(lines)
         ]
     return _unique(
-        [_from_json(line, i, seed0, f"{path.name}, line {number}") for i, (number, line) in enumerate(lines)], path.name
+        [_from_json(line, i, first_seed, f"{path.name}, line {number}") for i, (number, line) in enumerate(lines)],
+        path.name,
     )
 
 
-def demo(seed0: int = 0) -> list[Request]:
-    """The embedded model's 96 classes, one picture each.
+def demo(first_seed: int = 0) -> list[Request]:
+    """The embedded model's 96 classes, one image each.
 
-    Neighbours in CLASSES differ in little, so the list strides through them: any first N are a fair mixture.
+    Neighbours in CLASSES differ little, so the list strides through them: the first N are a mixture for any N.
     """
     from tofu_sd.demo.scene_classes import CLASSES
 
     order = [37 * i % len(CLASSES) for i in range(len(CLASSES))]  # 37 has no factor in common with 96
-    return [Request(f"{i:04d}", CLASSES[i].prompt, seed0 + i) for i in order]
+    return [Request(f"{i:04d}", CLASSES[i].prompt, first_seed + i) for i in order]
 
 
-def imagenet1k(seed0: int = 0) -> list[Request]:
-    """Two pictures of each ImageNet class, under seeds of their own (the list has both Cardigan and cardigan)."""
+def imagenet1k(first_seed: int = 0) -> list[Request]:
+    """Two images of each ImageNet class, each with its own seed (the list has both Cardigan and cardigan)."""
     return [
-        Request(f"{i:04d}_{k}", PROMPT.format(name), seed0 + IMAGENET_IMAGES * i + k)
+        Request(f"{i:04d}_{k}", PROMPT.format(name), first_seed + IMAGENET_IMAGES * i + k)
         for i, name in enumerate(imagenet_names())
         for k in range(IMAGENET_IMAGES)
     ]
@@ -85,7 +94,7 @@ def imagenet_names() -> list[str]:
     """The 1000 class names as torchvision lists them, read without importing it."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
-        raise EvalError("prompts 'imagenet1k' take the class names from torchvision: pip install torchvision")
+        raise EvalError("prompts 'imagenet1k' need the class names of torchvision: pip install torchvision")
     tree = ast.parse((Path(spec.submodule_search_locations[0]) / "models" / "_meta.py").read_text(encoding="utf-8"))
     found = [
         node.value
@@ -93,19 +102,21 @@ def imagenet_names() -> list[str]:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_IMAGENET_CATEGORIES"
     ]
     names: list[str] = ast.literal_eval(found[0]) if found else []
-    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[: len(IMAGENET_HASH)]
-    if digest != IMAGENET_HASH:
-        raise EvalError(f"torchvision's ImageNet names have the hash {digest}, not {IMAGENET_HASH}: they have changed")
+    names_hash = hashlib.sha256("\n".join(names).encode()).hexdigest()[: len(IMAGENET_HASH)]
+    if names_hash != IMAGENET_HASH:
+        raise EvalError(
+            f"torchvision's ImageNet names have the hash {names_hash}, not {IMAGENET_HASH}: they have changed"
+        )
     return names
 
 
 KNOWN: dict[str, Callable[[int], list[Request]]] = {"demo": demo, "imagenet1k": imagenet1k}
 
 
-def several(requests: list[Request], per_prompt: int, of: int) -> list[Request]:
-    """Every request so many times; the first time as it was, so that a list asked for once begins a longer one.
+def repeat(requests: list[Request], per_prompt: int, of: int) -> list[Request]:
+    """Every request `per_prompt` times; the list itself comes first, so that a longer list continues a shorter one.
 
-    Seeds count on by `of`, the length of the whole list, beyond those that `load` gives it.
+    Each repetition adds `of`, the length of the whole list, to the seeds.
     """
     again = [
         Request(f"{request.id}_{k}", request.prompt, request.seed + k * of)
@@ -115,70 +126,75 @@ def several(requests: list[Request], per_prompt: int, of: int) -> list[Request]:
     return _unique([*requests, *again], f"--per-prompt {per_prompt}")
 
 
-def only(requests: Sequence[Request], asked: str) -> list[Request]:
-    """Those of a list that are asked for by id ("0007_1"), by class ("7", all its pictures) or by a range of classes.
+def only(requests: Sequence[Request], ids: str) -> list[Request]:
+    """The requests with these ids ("0007_1"), classes ("7", all its images) or ranges of classes ("20-29").
 
-    A picture's class is the number its id begins with. EvalError for what is not in the list.
+    The class of an image is the number that its id begins with. EvalError for ids that are not in the list.
     """
     numbers = [int(found[1]) if (found := re.match(r"(\d+)(_|$)", request.id)) else None for request in requests]
     wanted: set[str] = set()
-    for part in (part.strip() for part in asked.split(",")):
+    for part in (part.strip() for part in ids.split(",")):
         ends = [int(end) for end in part.split("-")] if re.fullmatch(r"\d+(-\d+)?", part) else []
         by_id = {request.id for request in requests if request.id == part}
         if not by_id and not (ends and ends[0] <= ends[-1] and set(ends) <= set(numbers)):
-            ids = sorted(request.id for request in requests)
+            known = sorted(request.id for request in requests)
             raise EvalError(
-                f"--only {part}: there is no such picture; the ids go from {ids[0]} to {ids[-1]}, and classes are the "
-                "numbers they begin with"
+                f"--only {part}: there is no such image; ids go from {known[0]} to {known[-1]}, and classes are the "
+                "numbers that they begin with"
             )
         classes = range(ends[0], ends[-1] + 1) if ends else ()
         wanted |= by_id or {request.id for request, n in zip(requests, numbers, strict=True) if n in classes}
     return [request for request in requests if request.id in wanted]
 
 
-def chosen(requests: list[Request], per_prompt: int, asked: str | None, limit: int | None) -> list[Request]:
-    """What of a list is drawn, `per_prompt` times each: all of it or what is asked for, as `only` reads it; of that the
-    pictures of the first `limit` prompts.
-    """  # fmt: skip
-    whole = several(requests, per_prompt, len(requests))
-    part = whole if asked is None else only(whole, asked)
+def select(requests: list[Request], per_prompt: int, ids: str | None, limit: int | None) -> list[Request]:
+    """The requests of a run.
+
+    Args:
+        requests: the whole list.
+        per_prompt: images of each prompt.
+        ids: of `only`; None for all.
+        limit: how many prompts of these; None for all.
+    """
+    whole = repeat(requests, per_prompt, len(requests))
+    part = whole if ids is None else only(whole, ids)
     place = {request.id: i % len(requests) for i, request in enumerate(whole)}
     first = set(sorted({place[request.id] for request in part})[:limit])
     return [request for request in part if place[request.id] in first]
 
 
-def digest(requests: Sequence[Request]) -> str:
-    """Says whether two lists ask for the same pictures."""
+def requests_hash(requests: Sequence[Request]) -> str:
+    """Hash of all ids, prompts and seeds of a list."""
     text = json.dumps([(r.id, r.prompt, r.seed) for r in requests])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _from_json(line: str, i: int, seed0: int, where: str) -> Request:
+def _from_json(line: str, i: int, first_seed: int, where: str) -> Request:
     try:
         row = parse_json(line)
     except ValueError as error:
-        raise EvalError(f"{where}: {error}; it takes an object such as {EXAMPLE}") from error
+        raise EvalError(f"{where}: {error}; give an object such as {EXAMPLE}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise EvalError(f"{where}: not an object with a 'prompt' that is a text, such as {EXAMPLE}")
+        raise EvalError(f"{where}: not an object with a text as 'prompt', such as {EXAMPLE}")
     if extra := sorted(set(row) - {"prompt", "id", "seed"}):
         raise EvalError(f"{where}: unknown field {extra[0]!r}; known: prompt, id, seed")
-    seed = row.get("seed", seed0 + i)
+    seed = row.get("seed", first_seed + i)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= 2**62:
-        raise EvalError(f"{where}: the seed is {seed!r}; it must be a whole number from 0 to 2**62")
+        raise EvalError(f"{where}: the seed is {seed!r}; it must be an integer from 0 to 2**62")
     name = row.get("id", f"{i:04d}")
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise EvalError(f"{where}: the id is {name!r}; it must be a text or an integer")
     request = Request(str(name), _text(row["prompt"], where), seed)
-    if not re.fullmatch(r"\w[\w.-]*", request.id) or len(request.id.encode()) > LONGEST_ID:
+    if not re.fullmatch(r"\w[\w.-]*", request.id) or len(request.id.encode()) > MAX_ID_BYTES:
         raise EvalError(
-            f"{where}: the id {request.id[:LONGEST_ID]!r} cannot name a file: it takes letters, digits, '_', '.' and "
-            f"'-', {LONGEST_ID} bytes at most"
+            f"{where}: the id {request.id[:MAX_ID_BYTES]!r} cannot name a file: use letters, digits, '_', '.' and "
+            f"'-', {MAX_ID_BYTES} bytes at most"
         )
     return request
 
 
 def _text(prompt: str, where: str) -> str:
-    """The prompt; EvalError for characters that a table of results cannot hold: half of a pair, a lone return, NUL."""
+    """The prompt; EvalError for characters that a CSV file cannot hold: lone surrogates, a lone return, NUL."""
     if found := re.search("[\ud800-\udfff\r\0]", prompt):
         raise EvalError(f"{where}: the prompt holds {found[0]!a}, which is no character of a text")
     return prompt
@@ -187,7 +203,7 @@ def _text(prompt: str, where: str) -> str:
 def _unique(requests: list[Request], source: str) -> list[Request]:
     seen: set[str] = set()
     for request in requests:
-        if request.id.casefold() in seen:  # some disks take A and a for one name
+        if request.id.casefold() in seen:  # some file systems do not distinguish A and a
             raise EvalError(f"{source}: two prompts have the id {request.id!r}")
         seen.add(request.id.casefold())
     return requests

@@ -9,7 +9,7 @@ from typing import Any
 
 from tofu_sd import TokenFusionConfig
 
-SEED_SHIFT = 1_000_003  # added to every seed of the row of other seeds; further than any list of prompts is long
+SEED_SHIFT = 1_000_003  # added to every seed of OTHER_SEEDS; larger than the length of any list of prompts
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Method:
 
     Args:
         name: as the user wrote it. slug: its folder. ratio: None for a method without one.
-        identity: all that decides its images beside the settings of the run.
+        identity: all that decides its images besides the settings of the run.
         apply: a context manager in which a pipeline generates by this method.
         fusion: the configuration of this package's own methods.
         seed_shift: added to every seed.
@@ -41,5 +41,7 @@ class Method:
     check: Callable[[Any, int], None] | None = None
 
 
-BASELINE = Method("full", "full")
-OTHER_SEEDS = Method("full, other seeds", "full-other-seeds", None, {"seed_shift": SEED_SHIFT}, seed_shift=SEED_SHIFT)
+BASELINE = Method("baseline", "baseline")  # the unpatched model
+OTHER_SEEDS = Method(
+    "baseline, other seeds", "baseline-other-seeds", None, {"seed_shift": SEED_SHIFT}, seed_shift=SEED_SHIFT
+)

@@ -21,6 +21,8 @@ from ..common.files import digest
 from ..common.provenance import version
 from .method import BASELINE, Method
 
+BASELINE_ALIAS = "full"  # its name in the papers and in earlier versions
+
 Apply = TypeVar("Apply", bound=Callable[..., AbstractContextManager[Any]])
 
 
@@ -81,7 +83,7 @@ def register_method(name: str, **spec: Any) -> Callable[[Apply], Apply]:
     def register(apply: Apply) -> Apply:
         source = Path(getattr(apply, "__wrapped__", apply).__code__.co_filename)
         taken = METHODS.get(name)
-        if name in (BASELINE.name, *recipes.RECIPES) or (taken is not None and taken.source != source):
+        if name in (BASELINE.name, BASELINE_ALIAS, *recipes.RECIPES) or (taken is not None and taken.source != source):
             raise ValueError(f"a method named {name!r} exists already: give yours another name")
         METHODS[name] = MethodSpec(apply, source, **spec)
         return apply
@@ -116,7 +118,7 @@ def known_methods(stackable: bool | None = None) -> list[str]:
 
 def _one(name: str, ratio: float) -> Method:
     _load_own_methods()
-    if name == BASELINE.name:
+    if name in (BASELINE.name, BASELINE_ALIAS):
         return BASELINE
     if ".py:" in name:
         return _from_file(name, ratio)
@@ -132,7 +134,7 @@ def _one(name: str, ratio: float) -> Method:
         stackable = " or ".join(f"{one}:" for one in known_methods(stackable=True))
         raise EvalError(
             f"unknown method {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}; this package's also with "
-            f"kv: before, +p behind and any @option=value at the end; {stackable} before another stacks the two; "
+            f"the prefix kv:, the suffix +p and @option=value at the end; the prefix {stackable} stacks two methods; "
             "FILE.py:NAME loads one from a file"
         ) from error
     except (ValueError, TypeError) as error:
@@ -143,7 +145,7 @@ def _one(name: str, ratio: float) -> Method:
 def _of_config(name: str, fusion: TokenFusionConfig, source: dict[str, Any] | None = None) -> Method:
     """The method of a configuration of this package."""
     identity = {"fusion": repr(fusion_fields(fusion)), "code": source_hash(), **(source or {})}
-    name = "@".join(part for part in name.split("@") if not part.startswith("ratio="))  # shown beside it anyway
+    name = "@".join(part for part in name.split("@") if not part.startswith("ratio="))  # the ratio is shown anyway
     apply = partial(tofu_sd.patched, ratio=fusion)
     return Method(name, fusion.slug, fusion.ratio, identity, apply, fusion, period=fusion.match_interval)
 
@@ -213,7 +215,7 @@ def _load(path: Path) -> Any:
 
 @cache
 def _load_own_methods() -> None:
-    """Imports the files beside this one, each of which registers its method."""
+    """Imports the other files of this folder, each of which registers its method."""
     for file in sorted(Path(__file__).parent.glob("*.py")):
         if file.stem not in ("__init__", "registry", "method"):
             importlib.import_module(f"{__package__}.{file.stem}")

@@ -1,6 +1,6 @@
-"""What was measured of a picture is not measured again: OUT/measured holds it, by the content of the pictures.
+"""Cache of what was measured: OUT/measured holds it, by the content of the images.
 
-A run that is stopped while it measures, one more method, or one more metric, costs only what is new.
+After an interrupt, or with one more method or metric, only what is new is computed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ from ..common.files import digest, write
 FOLDER = "measured"
 
 
-def recall(
+def cached_metrics(
     out: Path, content: Sequence[str], wanted: Mapping[str, Callable[[], Tensor]], reference: Path | None = None
 ) -> dict[str, Tensor]:
-    """`wanted` by name, each as it was found of pictures of this very content, or computed and kept.
+    """The values of `wanted` by name, from the cache or computed and stored.
 
-    content: all that the figures depend on beside their names, which tell metric, implementation and weights.
-    reference: another run's folder, which may have measured them.
+    Args:
+        out: the folder of the run.
+        content: what the values depend on, such as hashes of the images.
+        wanted: how each value is computed; its name contains metric, implementation and weights.
+        reference: the folder of another run, whose cache is read too.
     """
-    name = hashlib.sha256(json.dumps([_circumstances(), *content]).encode()).hexdigest()[:24]
+    name = hashlib.sha256(json.dumps([_versions(), *content]).encode()).hexdigest()[:24]
     path = out / FOLDER / f"{name}.safetensors"
     found = _read(path)
     if reference is not None and not wanted.keys() <= found.keys():
@@ -46,11 +49,11 @@ def recall(
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load(path.read_bytes())
-    except (OSError, SafetensorError):  # not there, or not whole
+    except (OSError, SafetensorError):  # missing or incomplete
         return {}
 
 
 @cache
-def _circumstances() -> list[str]:
-    """Changes with what this package measures by, and torch; in float32 or better devices agree to all digits shown."""
+def _versions() -> list[str]:
+    """Changes with this package's metrics and with torch. (In float32 devices agree to all printed digits.)"""
     return [digest(*sorted(Path(__file__).parent.glob("*.py")), Path(classifier.__file__)), str(torch.__version__)]

@@ -1,4 +1,4 @@
-"""A folder of pictures and records -> the figures of every method against the full model."""
+"""A folder of images and records -> the figures of every method against the baseline."""
 
 from __future__ import annotations
 
@@ -14,23 +14,29 @@ from PIL import Image
 from torch import Tensor
 
 from .. import EvalError
-from ..common.cli import working
+from ..common.cli import progress
 from ..common.files import listed
-from ..images.distributed import ALONE, Team
-from ..images.records import record_of
+from ..images.distributed import SINGLE_PROCESS, Processes
+from ..images.records import load_records
 from ..images.requests import Request
-from ..images.settings import Settings
+from ..images.settings import Settings, image_dir
 from ..methods.method import BASELINE, Method
-from .cache import recall
-from .registry import Metric, Pairwise, SetMetric, Single, Skipped, flat
-from .statistics import FEWEST_GROUPS, bootstrap, effective_size, jackknife, wilson
+from .base import DistributionMetric, Metric, Pairwise, PerImageMetric, Skipped, is_flat
+from .cache import cached_metrics
+from .summary import concatenate, distance_ci, in_other_batch, mean_ci, proportion_ci, timing_summary
 
-CHUNK = 16  # pictures in memory at once
+CHUNK = 16  # images in memory at once
 
 
 @dataclass(frozen=True)
 class Scores:
-    """rows: one for each method, the full model first. images: one for each pair of pictures. records: of them all."""
+    """The figures of a run.
+
+    Args:
+        rows: one for each method, the baseline first.
+        images: one for each image of a method.
+        records: of all images.
+    """
 
     rows: list[dict[str, Any]]
     images: list[dict[str, Any]]
@@ -38,12 +44,128 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What the metrics say of a few pictures: a value for each by the metric's name, features by their net's."""
+class Measurements:
+    """What the metrics yield for some images.
+
+    Args:
+        columns: a value for each image, by the metric's name.
+        features: [N, D] by the feature space's description.
+        num_flat: how many of the images have one flat colour.
+    """
 
     columns: dict[str, Tensor]
     features: dict[str, Tensor]
-    blank: int
+    num_flat: int
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Measures the images of a folder.
+
+    Args:
+        out: the folder.
+        requests: the images of each method.
+        records: of the images, by slug and id.
+        metrics: what is measured.
+        processes: they split the images; the main process has the figures.
+        reference: the folder of another run, whose cache is read too.
+    """
+
+    out: Path
+    requests: Sequence[Request]
+    records: dict[str, dict[str, dict[str, Any]]]
+    metrics: Sequence[Metric]
+    processes: Processes
+    reference: Path | None
+
+    @property
+    def prompts(self) -> list[str]:
+        return [request.prompt for request in self.requests]
+
+    def measure(self, method: Method, is_compared: bool) -> Measurements | None:
+        """Measures a method's images; None in all processes but the main one.
+
+        Args:
+            method: one that has images.
+            is_compared: whether metrics that compare it with the baseline are computed.
+        """
+        main = self.processes.is_main_process
+        share = self.processes.split_between_processes(list(enumerate(_chunks(self.requests))))
+        chunks = progress(share, f"measuring {method.slug}", quiet=not main)
+        own = [(i, self._measure_chunk(chunk, method, is_compared)) for i, chunk in chunks]
+        gathered = [part for parts in self.processes.gather_object(own) for part in parts]
+        if not main:
+            return None
+        parts = [part for _, part in sorted(gathered, key=lambda part: part[0])]
+        return Measurements(
+            concatenate([part.columns for part in parts]),
+            concatenate([part.features for part in parts]),
+            sum(part.num_flat for part in parts),
+        )
+
+    def _measure_chunk(self, requests: Sequence[Request], method: Method, is_compared: bool) -> Measurements:
+        prompts = [request.prompt for request in requests]
+        # read only if a value is not in the cache
+        baseline, own = (cache(partial(load, image_dir(self.out, m.slug), requests)) for m in (BASELINE, method))
+        metrics = [
+            m for m in self.metrics if isinstance(m, PerImageMetric) or (is_compared and isinstance(m, Pairwise))
+        ]
+        spaces = {
+            m.features.implementation: m.features.compute for m in self.metrics if isinstance(m, DistributionMetric)
+        }
+
+        def values(metric: PerImageMetric | Pairwise) -> Tensor:
+            if isinstance(metric, PerImageMetric):
+                return metric.compute(own(), prompts)
+            return metric.compute(baseline(), own())
+
+        wanted: dict[str, Callable[[], Tensor]] = {
+            "flat colour": lambda: is_flat(own()),
+            **{f"{m.name}: {m.implementation}": partial(values, m) for m in metrics},
+            **{name: partial(lambda compute: compute(own()), compute) for name, compute in spaces.items()},
+        }
+        hashes = [self.records[m.slug][request.id]["sha256"] for m in (BASELINE, method) for request in requests]
+        found = cached_metrics(self.out, [*hashes, *prompts], wanted, self.reference)
+        return Measurements(
+            {m.name: found[f"{m.name}: {m.implementation}"] for m in metrics},
+            {name: found[name] for name in spaces},
+            int(found["flat colour"].sum()),
+        )
+
+    def build_row(self, method: Method, own: Measurements, baseline_features: dict[str, Tensor]) -> dict[str, Any]:
+        """The row of a method. baseline_features: empty where it is not compared with the baseline."""
+        proportions = {m.name for m in self.metrics if isinstance(m, PerImageMetric) and m.is_proportion}
+        figures = {
+            name: (proportion_ci if name in proportions else mean_ci)(column, self.prompts)
+            for name, column in own.columns.items()
+        }
+        for metric in self.metrics:
+            if isinstance(metric, DistributionMetric) and baseline_features:
+                space = metric.features.implementation
+                pair = baseline_features[space], own.features[space]
+                figures[metric.name] = distance_ci(metric, *pair, self.prompts)
+        baseline_records, records = self.records[BASELINE.slug], self.records[method.slug]
+        return {
+            **_row_head(method),
+            "n": len(self.requests),
+            "flat": own.num_flat,
+            "nan": sum(not record.get("finite", True) for record in records.values()),
+            "other_batch": sum(in_other_batch(baseline_records[i], record) for i, record in records.items()),
+            "metrics": figures,
+            **timing_summary(baseline_records, records),
+        }
+
+    def image_rows(self, method: Method, own: Measurements) -> list[dict[str, Any]]:
+        """A row of per_image.csv for each image of a method."""
+        return [
+            {
+                "method": method.name, "key": method.slug, "id": request.id, "prompt": request.prompt,
+                "seed": request.seed + method.seed_shift,
+                "seconds": self.records[method.slug][request.id]["seconds"],
+                **{name: column[i].item() for name, column in own.columns.items()},
+            }
+            for i, request in enumerate(self.requests)
+        ]  # fmt: skip
 
 
 def score(
@@ -52,90 +174,49 @@ def score(
     requests: Sequence[Request],
     methods: Sequence[Method],
     metrics: Sequence[Metric],
-    team: Team = ALONE,
-    other: Path | None = None,
+    processes: Processes = SINGLE_PROCESS,
+    reference: Path | None = None,
 ) -> Scores:
-    """Figures of `methods`. FULL among them is compared with itself; otherwise it has only what needs no reference.
+    """Measures the images of a folder. Every process measures its share; the main process has the figures.
 
-    other: a run's folder that the full model's pictures are of, in which they may have been measured.
+    Args:
+        out: the folder.
+        settings: of its images.
+        requests: the images of each method.
+        methods: the rows. With the baseline among them it is compared with itself; otherwise it is there only with
+            metrics that need no reference.
+        metrics: what is measured.
+        processes: of this launch.
+        reference: the folder of another run that the baseline's images were copied from; its cache is read too.
 
-    Every process of a team looks at its share of the pictures, and the first of them draws the figures from all; the
-    others get empty Scores.
+    Raises:
+        EvalError: a method lacks images.
     """
-    there = {m.slug: records(out, settings, m, requests) for m in (BASELINE, *methods) if not m.unavailable_reason}
-    for key, found in there.items():
-        check_complete(requests, found, key)
-    groups = [request.prompt for request in requests]
-    shares = {m.name for m in metrics if isinstance(m, Single) and m.share}
-    reference: dict[str, Tensor] = {}
+    available = [m for m in (BASELINE, *methods) if not m.unavailable_reason]
+    records = {m.slug: load_records(out, settings, m, requests) for m in available}
+    for slug, found in records.items():
+        check_complete(requests, found, slug)
+    scorer = Scorer(out, requests, records, metrics, processes, reference)
     rows: list[dict[str, Any]] = []
     images: list[dict[str, Any]] = []
+    baseline_features: dict[str, Tensor] = {}
     for method in (BASELINE, *(m for m in methods if m is not BASELINE)):
-        head: dict[str, Any] = {"method": method.name, "key": method.slug, "ratio": method.ratio}
         if method.unavailable_reason:
-            rows.append({**head, "skipped": method.unavailable_reason})
+            rows.append({**_row_head(method), "skipped": method.unavailable_reason})
             continue
-        compared = method is not BASELINE or BASELINE in methods
-        mine = team.share(list(enumerate(_chunks(requests))))
-        shown = working(mine, f"measuring {method.slug}", quiet=not team.leads)
-        own = [(i, _measure(out, chunk, method, there, metrics, compared, other)) for i, chunk in shown]
-        parts = [part for _, part in sorted((p for ps in team.gather(own) for p in ps), key=lambda p: p[0])]
-        if not team.leads:
+        is_compared = method is not BASELINE or BASELINE in methods
+        own = scorer.measure(method, is_compared)
+        if own is None:
             continue
-        columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
-        features = {net: torch.cat([part.features[net] for part in parts]) for net in parts[0].features}
-        reference = reference or features  # the full model comes first
-        figures = {name: (share if name in shares else mean)(column, groups) for name, column in columns.items()}
-        for metric in metrics:
-            if isinstance(metric, SetMetric) and compared:
-                net = metric.features.implementation
-                figures[metric.name] = distance(metric, reference[net], features[net], groups)
-        rows.append({
-            **head, "n": len(requests), "blank": sum(part.blank for part in parts),
-            "undefined": sum(not record.get("finite", True) for record in there[method.slug].values()),
-            "other_batch": sum(_apart(there[BASELINE.slug][id], own) for id, own in there[method.slug].items()),
-            "metrics": figures, **speed(there[BASELINE.slug], there[method.slug]),
-        })  # fmt: skip
-        images += [
-            {
-                "method": method.name, "key": method.slug, "id": request.id, "prompt": request.prompt,
-                "seed": request.seed + method.seed_shift, "seconds": there[method.slug][request.id]["seconds"],
-                **{name: column[i].item() for name, column in columns.items()},
-            }
-            for i, request in enumerate(requests)
-        ]  # fmt: skip
-    return Scores(rows if team.leads else [], images, [record for found in there.values() for record in found.values()])
+        baseline_features = baseline_features or own.features  # the baseline is the first
+        rows.append(scorer.build_row(method, own, baseline_features if is_compared else {}))
+        images += scorer.image_rows(method, own)
+    everything = [record for found in records.values() for record in found.values()]
+    return Scores(rows if processes.is_main_process else [], images, everything)
 
 
-def _measure(
-    out: Path,
-    requests: Sequence[Request],
-    method: Method,
-    there: dict[str, dict[str, dict[str, Any]]],
-    metrics: Sequence[Metric],
-    compared: bool,
-    other: Path | None,
-) -> Part:
-    prompts = [request.prompt for request in requests]
-    full, own = (cache(partial(load, out / key, requests)) for key in (BASELINE.slug, method.slug))  # read if need be
-    judging = [m for m in metrics if isinstance(m, Single) or (compared and isinstance(m, Pairwise))]
-    nets = {m.features.implementation: m.features.compute for m in metrics if isinstance(m, SetMetric)}
-
-    def values(metric: Single | Pairwise) -> Tensor:
-        return metric.compute(own(), prompts) if isinstance(metric, Single) else metric.compute(full(), own())
-
-    wanted: dict[str, Callable[[], Tensor]] = {
-        "flat colour": lambda: flat(own()),
-        **{f"{m.name}: {m.implementation}": partial(values, m) for m in judging},
-        **{name: partial(lambda compute: compute(own()), compute) for name, compute in nets.items()},
-    }
-    content = [there[key][request.id]["sha256"] for key in (BASELINE.slug, method.slug) for request in requests]
-    found = recall(out, [*content, *prompts], wanted, other)
-    return Part(
-        {m.name: found[f"{m.name}: {m.implementation}"] for m in judging},
-        {name: found[name] for name in nets},
-        int(found["flat colour"].sum()),
-    )
+def _row_head(method: Method) -> dict[str, Any]:
+    return {"method": method.name, "key": method.slug, "ratio": method.ratio}
 
 
 def describe(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
@@ -144,114 +225,23 @@ def describe(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
         {"name": m.name, "skipped": m.reason}
         if isinstance(m, Skipped)
         else {"name": m.name, "implementation": m.implementation, "lower_is_better": m.lower_is_better,
-              "digits": m.digits, "per_image": not isinstance(m, SetMetric)}
+              "digits": m.digits, "per_image": not isinstance(m, DistributionMetric)}
         for m in metrics
     ]  # fmt: skip
 
 
 def check_complete(requests: Sequence[Request], records: Collection[str], name: str) -> None:
-    """Raises, naming the pictures that are not there to be paired. A pair has one id, not one place in two lists."""
+    """Raises an EvalError that names the images without which a method cannot be compared."""
     missing = [request.id for request in requests if request.id not in records]
     if missing:
-        names = listed([f"{id}.png" for id in missing])
-        raise EvalError(f"{name} lacks {names}: the same command draws them (without --metrics-only)")
+        names = listed([f"{image_id}.png" for image_id in missing])
+        raise EvalError(f"{name} lacks {names}: the same command generates them (without --metrics-only)")
 
 
 def load(folder: Path, requests: Sequence[Request]) -> Tensor:
-    """The pictures of `requests` in a folder: uint8 [B, 3, H, W]."""
+    """The images of `requests` in a folder: uint8 [B, 3, H, W]."""
     arrays = [np.array(Image.open(folder / f"{request.id}.png").convert("RGB")) for request in requests]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
-
-
-def mean(values: Tensor, groups: Sequence[str]) -> dict[str, Any]:
-    """Mean and 95 % interval of the finite values; infinite ones (PSNR of equal pictures) and NaN are counted."""
-    keep = values.isfinite()
-    kept = values[keep]
-    figures: dict[str, Any] = {"value": None, "low": None, "high": None, "n": len(kept)}
-    if len(kept):
-        interval = bootstrap(kept, [group for group, k in zip(groups, keep.tolist(), strict=True) if k])
-        low, high = interval or (None, None)
-        figures.update(value=kept.mean().item(), low=low, high=high)
-    for name, count in (("infinite", int(values.isinf().sum())), ("undefined", int(values.isnan().sum()))):
-        if count:
-            figures[name] = count
-    return figures
-
-
-def share(values: Tensor, groups: Sequence[str]) -> dict[str, Any]:
-    """Share of ones among `values` with Wilson's 95 % interval, which stays honest where all are ones.
-
-    Pictures of one class say less than as many of different ones: the interval is of the effective sample size, and
-    there is none of too few classes to tell it by.
-    """
-    value, n = values.mean().item(), effective_size(values, groups)
-    low, high = wilson(value * n, n) if len(set(groups)) >= FEWEST_GROUPS else (None, None)
-    return {"value": value, "low": low, "high": high, "n": len(values)}
-
-
-def distance(metric: SetMetric, reference: Tensor, own: Tensor, groups: Sequence[str]) -> dict[str, Any]:
-    """The distance of two sets of features with its 95 % interval; `features` says how wide they are."""
-    figures: dict[str, Any] = {"value": None, "low": None, "high": None, "n": len(own), "features": own.shape[1]}
-    if undefined := int((~(own.isfinite() & reference.isfinite()).all(dim=1)).sum()):
-        figures["undefined"] = undefined
-    elif len(own) > 1:
-        low, high = jackknife(metric.distance, reference, own, groups) or (None, None)
-        low = low if low is None else max(metric.least, low)
-        figures.update(value=metric.distance(reference, own), low=low, high=high)
-    return figures
-
-
-def speed(full: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Seconds a picture, and how many times faster than the full model: of the batches in which its denoiser ran beside
-    this method's; where there are none (older runs, some devices), of those that both drew in one run."""
-    largest = max(record["batch"] for record in own.values())  # a last batch of fewer costs more a picture
-    timed = [id for id, record in own.items() if record["timed"] and record["batch"] == largest]
-    beside = [id for id in timed if own[id].get("full_denoising") is not None]
-    together = beside or [id for id in timed if full[id]["run"] == own[id]["run"]]
-    timed = together or timed  # seconds of other batches would not be those that the speed-up is of
-    denoising = [own[id]["denoising"] for id in timed if own[id].get("denoising") is not None]
-
-    def most(name: str) -> int | None:
-        whole = [record for record in own.values() if record["batch"] == largest]
-        return max((record[name] for record in whole if record.get(name) is not None), default=None)
-
-    return {
-        "seconds": spread([own[id]["seconds"] for id in timed]),
-        "denoising": spread(denoising),
-        "speedup": spread([_gain(full[id], own[id]) for id in together]),
-        "beside": bool(beside),
-        "of_one_run": all(full[id]["run"] == own[id]["run"] for id in timed),
-        "peak_bytes": most("peak_bytes"),
-        "reserved_bytes": most("reserved_bytes"),
-        "held_bytes": most("held_bytes"),
-    }
-
-
-def _apart(full: dict[str, Any], own: dict[str, Any]) -> bool:
-    """Whether two pictures were drawn in batches that differ. (Older records tell how many were in one, not which.)"""
-    names = [name for name in ("batch", "drawn_with") if name in full and name in own]
-    return any(full[name] != own[name] for name in names)
-
-
-def _gain(full: dict[str, Any], own: dict[str, Any]) -> float:
-    """How many times faster than the full model: what else a picture takes, decoding and text, is the same."""
-    if own.get("full_denoising") is None:
-        return float(full["seconds"] / own["seconds"])
-    return float((own["seconds"] - own["denoising"] + own["full_denoising"]) / own["seconds"])
-
-
-def spread(values: Sequence[float]) -> dict[str, Any] | None:
-    """Median, mean and the 5th and 95th percentile of n batches; None of none."""
-    if not values:
-        return None
-    low, middle, high = np.percentile(values, [5, 50, 95]).tolist()
-    return {"median": middle, "mean": float(np.mean(values)), "p5": low, "p95": high, "n": len(values)}
-
-
-def records(out: Path, settings: Settings, method: Method, requests: Sequence[Request]) -> dict[str, dict[str, Any]]:
-    """Of a method's pictures that are there, by their ids."""
-    found = {request.id: record_of(out, settings, method, request) for request in requests}
-    return {id: record for id, record in found.items() if record is not None}
 
 
 def _chunks(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:

@@ -9,42 +9,41 @@ import torch
 from torch import Tensor
 
 RESAMPLES = 5000
-AT_ONCE = 2**20  # groups drawn at a time: all draws at once would take gigabytes for many classes
-FEWEST_GROUPS = 5  # under which an interval says next to nothing: a percentile bootstrap is little more than the range
+AT_ONCE = 2**20  # groups resampled at a time: all at once would take gigabytes for many classes
+MIN_GROUPS = 5  # with fewer, a percentile bootstrap is little more than the range
 BLOCKS = 50  # of a jackknife: as many Fréchet distances are computed for one interval
 NORMAL_95 = 1.959964
 
 
 def bootstrap(values: Tensor, groups: Sequence[str]) -> tuple[float, float] | None:
-    """95 % percentile interval of the mean of `values` [N], resampling whole groups (the pictures of one class).
+    """95 % percentile interval of the mean of `values` [N], resampling whole groups (the images of one class).
 
-    Always the same draws, so that the same pictures give the same interval. None of fewer than 5 groups, which say too
-    little of what else there might be.
+    The resampling is fixed, so that the same images give the same interval. None for fewer than 5 groups.
     """
     names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
-    if len(names) < FEWEST_GROUPS:
+    if len(names) < MIN_GROUPS:
         return None
     index = torch.tensor([names[name] for name in groups])
     sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, index, values.double())
     counts = torch.bincount(index, minlength=len(names)).double()
     generator = torch.Generator().manual_seed(0)
-    means, most = [], max(1, AT_ONCE // len(names))
-    for start in range(0, RESAMPLES, most):
-        draw = torch.randint(len(names), (min(most, RESAMPLES - start), len(names)), generator=generator)
-        means.append(sums[draw].sum(1) / counts[draw].sum(1))
+    means, at_once = [], max(1, AT_ONCE // len(names))
+    for start in range(0, RESAMPLES, at_once):
+        sample = torch.randint(len(names), (min(at_once, RESAMPLES - start), len(names)), generator=generator)
+        means.append(sums[sample].sum(1) / counts[sample].sum(1))
     low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 
 def effective_size(values: Tensor, groups: Sequence[str]) -> float:
-    """As how many independent pictures these of 0 or 1 count for their mean (Korn and Graubard 1998).
+    """Effective sample size of values of 0 or 1 in groups, for their mean (Korn and Graubard 1998).
 
-    From the number of groups, if pictures of one group are alike, to that of pictures, if they differ as any do. Where
-    all pictures are alike, which says nothing of that, it is the number of groups.
+    Between the number of groups, if the values of a group agree, and the number of values, if they are independent.
+    Where all values are equal, so that the correlation is unknown, it is the number of groups.
     """
     names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
     k, n, mean = len(names), len(values), values.double().mean()
-    off = torch.zeros(k, dtype=torch.float64)  # sums of a group's distances from the mean
+    off = torch.zeros(k, dtype=torch.float64)  # sums of a group's deviations from the mean
     off.index_add_(0, torch.tensor([names[name] for name in groups]), values.double() - mean)
     variance = k / max(1, k - 1) * off.square().sum() / n**2
     if variance == 0:
@@ -69,13 +68,13 @@ def frechet(x: Tensor, y: Tensor) -> float:
 def kernel_distance(x: Tensor, y: Tensor) -> float:
     """Squared maximum mean discrepancy of features x, y [N, D] of pairs, under the kernel (x·y / D + 1)³.
 
-    KID (Bińkowski et al. 2018) in its U-statistic: without the terms of a sample with itself, and of a pair's two with
-    each other. With the latter in, as for independent sets, equal sets would be at a distance below zero.
+    KID (Bińkowski et al. 2018) as a U-statistic: without the terms of a sample with itself, and of the two members of a
+    pair. With the latter, as for independent sets, equal sets would have a distance below zero.
     """
     x, y = x.double(), y.double()
     n, width = x.shape
     total = 0.0
-    for start in range(0, n, 512):  # the matrices [N, N] are never whole
+    for start in range(0, n, 512):  # in blocks, without a matrix [N, N]
         a, b = x[start : start + 512], y[start : start + 512]
         terms = _cubic(a, x, width) + _cubic(b, y, width) - _cubic(a, y, width) - _cubic(b, x, width)
         total += float(terms.sum() - terms.diagonal(start).sum())
@@ -89,13 +88,13 @@ def _cubic(a: Tensor, b: Tensor, width: int) -> Tensor:
 def jackknife(
     statistic: Callable[[Tensor, Tensor], float], x: Tensor, y: Tensor, groups: Sequence[str]
 ) -> tuple[float, float] | None:
-    """95 % interval of statistic(x, y) by leaving out blocks of whole groups from x and y alike (they are pairs).
+    """95 % interval of statistic(x, y) by leaving out blocks of whole groups from both x and y, which are pairs.
 
-    Normal approximation. None of fewer than 5 groups.
+    Normal approximation. None for fewer than 5 groups.
     """
     names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
     blocks = min(BLOCKS, len(names))
-    if blocks < FEWEST_GROUPS:
+    if blocks < MIN_GROUPS:
         return None
     block = torch.tensor([names[name] % blocks for name in groups])
     left = torch.tensor([statistic(x[block != i], y[block != i]) for i in range(blocks)], dtype=torch.float64)
@@ -105,7 +104,7 @@ def jackknife(
 
 
 def wilson(right: float, n: float, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a share."""
+    """Wilson's score interval of a proportion."""
     p, centre = right / n, right / n + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (centre - half) / (1 + z * z / n), min(1.0, (centre + half) / (1 + z * z / n))

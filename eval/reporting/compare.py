@@ -1,7 +1,7 @@
-"""`python -m eval.compare A B`: two runs side by side, each against its own full model.
+"""`python -m eval.compare A B`: two runs side by side, each against its own baseline.
 
-What decides what is drawn has to be the same in both (the model and its type, prompts, seeds, size, steps, guidance,
-how many); what may tell two machines or versions apart is named instead. Times are compared on one machine alone.
+What decides the images must be the same in both (model, dtype, prompts, seeds, size, steps, guidance, number).
+Differences in machine or versions are named instead. Times are compared only on one machine.
 """
 
 from __future__ import annotations
@@ -14,88 +14,119 @@ from .. import EvalError
 from ..common.files import listed
 from ..images.output_dir import DERIVED
 from ..methods.method import BASELINE
-from . import results as report
-from .tables import commits, flaws, gained, gap, label, measured, short, spent, unlike
+from . import results
+from .tables import batch_warnings, commits, gained, image_warnings, label, measured, paired_difference, short, spent
 
 SAME = (
     *("model", "variant", "prompts", "seed", "size", "steps", "guidance", "dtype", "batch", "attention", "n"),
     *DERIVED,
 )
-TIMED = ("device", "torch", "diffusers", "transformers")
+ENVIRONMENT = ("device", "torch", "diffusers", "transformers")
+Images = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """told: what differs in the circumstances. rows: for each method of both runs and each metric, both and the gap.
-    measured: what computed each metric. flaws: pictures of either that are none, or differ by more than their method.
-    """  # fmt: skip
+    """Two runs side by side.
 
-    told: dict[str, tuple[Any, Any]]
+    Args:
+        differences: settings and versions that differ, with both values.
+        rows: for each method of both runs and each figure: both values and their difference.
+        metrics: the implementation of each metric.
+        warnings: about images of either run that are flat or NaN, or of other batches than the baseline's.
+    """
+
+    differences: dict[str, tuple[Any, Any]]
     rows: list[dict[str, str]]
-    measured: list[str]
-    flaws: list[str]
+    metrics: list[str]
+    warnings: list[str]
 
 
 def compare(a: Path, b: Path) -> Comparison:
-    """EvalError where the two were not drawn alike, naming what differs."""
-    (first, first_images), (second, second_images) = report.read(a), report.read(b)
-    report.alike(a, first, b, second, SAME)
-    told = _differing(*({name: run["settings"][name] for name in TIMED} for run in (first, second)))
-    machines, packages = ([_of_drawing(run, part) for run in (first, second)] for part in ("runtime", "packages"))
-    told |= _differing(*machines)
-    told |= _differing(*({name: of for name, of in one.items() if name not in TIMED} for one in packages))
-    told |= _differing({"commit": commits(first)}, {"commit": commits(second)})
-    mine = {m["name"]: m for m in first["metrics"] if "skipped" not in m}
-    shared = [mine[m["name"]] for m in second["metrics"] if m["name"] in mine and "skipped" not in m]
-    alike = not told.keys() & {*TIMED, *machines[0], *machines[1]}
-    others = {row["key"]: row for row in second["rows"] if "skipped" not in row}
+    """Compares two runs.
+
+    Args:
+        a: the folder of a run.
+        b: the folder of another.
+
+    Raises:
+        EvalError: the runs cannot be compared; the message names what differs.
+    """
+    (first, first_images), (second, second_images) = results.read(a), results.read(b)
+    results.check_comparable(a, first, b, second, SAME)
+    differences = _differences(first, second)
+    environment = {*ENVIRONMENT, *_of_generating_runs(first, "runtime"), *_of_generating_runs(second, "runtime")}
+    same_environment = not differences.keys() & environment
+    by_name = {m["name"]: m for m in first["metrics"] if "skipped" not in m}
+    shared = [by_name[m["name"]] for m in second["metrics"] if m["name"] in by_name and "skipped" not in m]
+    other_rows = {row["key"]: row for row in second["rows"] if "skipped" not in row}
     rows = []
     for row in first["rows"]:
-        if "skipped" in row or row["key"] == BASELINE.slug or row["key"] not in others:
+        if "skipped" in row or row["key"] == BASELINE.slug or row["key"] not in other_rows:
             continue
-        other = others[row["key"]]
-        rows += [{"method": label(row), **times} for times in _times(row, other, alike)]
-        own, theirs = (
-            {image["id"]: image for image in images if image["key"] == row["key"]}
-            for images in (first_images, second_images)
-        )
-        for one, other_one, where in ((own, theirs, b), (theirs, own, a)):
-            if missing := sorted(one.keys() - other_one.keys()):
-                raise EvalError(
-                    f"{a.name} and {b.name} cannot be compared: {where.name} has no picture {listed(missing)}"
-                )
-        for metric in shared:
-            rows.append({
-                "method": label(row), "figure": metric["name"],
-                "a": short(row["metrics"].get(metric["name"]), metric["digits"]),
-                "b": short(other["metrics"].get(metric["name"]), metric["digits"]),
-                "b - a": gap(list(theirs.values()), own, metric)
-                if metric["per_image"] else "–",
-            })  # fmt: skip
+        other = other_rows[row["key"]]
+        rows += [{"method": label(row), **times} for times in _time_rows(row, other, same_environment)]
+        own = {image["id"]: image for image in first_images if image["key"] == row["key"]}
+        theirs = {image["id"]: image for image in second_images if image["key"] == row["key"]}
+        _check_same_images((a, own), (b, theirs))
+        rows += [_metric_row(row, other, metric, own, list(theirs.values())) for metric in shared]
     if not rows:
         raise EvalError(f"{a.name} and {b.name} have no method in common")
-    flawed = [
-        f"{out.name}: {line}" for out, found in ((a, first), (b, second)) for line in (*flaws(found), *unlike(found))
+    warnings = [
+        f"{out.name}: {line}"
+        for out, run in ((a, first), (b, second))
+        for line in (*image_warnings(run), *batch_warnings(run))
     ]
-    return Comparison(told, rows, measured(shared), flawed)
+    return Comparison(differences, rows, measured(shared), warnings)
 
 
-def _of_drawing(found: dict[str, Any], part: str) -> dict[str, str]:
-    """What the runs that drew the pictures tell of their machine or packages; measuring can be done on another one."""
-    runs = found["provenance"].get("drawn") or [found["provenance"]]
+def _differences(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs in the environments of two runs."""
+    settings = [{name: run["settings"][name] for name in ENVIRONMENT} for run in (first, second)]
+    runtimes = [_of_generating_runs(run, "runtime") for run in (first, second)]
+    packages = [
+        {name: version for name, version in _of_generating_runs(run, "packages").items() if name not in ENVIRONMENT}
+        for run in (first, second)
+    ]
+    code = [{"commit": commits(run)} for run in (first, second)]
+    return {name: pair for one, other in (settings, runtimes, packages, code) for name, pair in _differing(one, other)}
+
+
+def _of_generating_runs(results: dict[str, Any], part: str) -> dict[str, str]:
+    """The runtime or packages of the runs that generated the images; another machine may have measured them."""
+    runs = results["provenance"].get("generated") or [results["provenance"]]
     names = dict.fromkeys(name for run in runs for name in run.get(part, {}))
     return {name: ", ".join(sorted({run.get(part, {}).get(name, "none") for run in runs})) for name in names}
 
 
-def _differing(a: dict[str, str], b: dict[str, str]) -> dict[str, tuple[Any, Any]]:
+def _differing(a: dict[str, str], b: dict[str, str]) -> list[tuple[str, tuple[Any, Any]]]:
     names = dict.fromkeys([*a, *b])
-    return {name: (a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)}
+    return [(name, (a.get(name), b.get(name))) for name in names if a.get(name) != b.get(name)]
 
 
-def _times(a: dict[str, Any], b: dict[str, Any], alike: bool) -> list[dict[str, str]]:
-    """Both runs' medians with their percentiles. What two runs differ by is the machine's as much as the method's, so
-    that there is no b - a."""
+def _check_same_images(a: tuple[Path, dict[str, Any]], b: tuple[Path, dict[str, Any]]) -> None:
+    for (_, one), (other_dir, other) in ((a, b), (b, a)):
+        if missing := sorted(one.keys() - other.keys()):
+            raise EvalError(
+                f"{a[0].name} and {b[0].name} cannot be compared: {other_dir.name} has no image {listed(missing)}"
+            )
+
+
+def _metric_row(
+    a: dict[str, Any], b: dict[str, Any], metric: dict[str, Any], a_images: dict[str, Any], b_images: Images
+) -> dict[str, str]:
+    return {
+        "method": label(a),
+        "figure": metric["name"],
+        "a": short(a["metrics"].get(metric["name"]), metric["digits"]),
+        "b": short(b["metrics"].get(metric["name"]), metric["digits"]),
+        "b - a": paired_difference(b_images, a_images, metric) if metric["per_image"] else "–",
+    }
+
+
+def _time_rows(a: dict[str, Any], b: dict[str, Any], same_environment: bool) -> list[dict[str, str]]:
+    """Medians and percentiles of both runs. Their difference is also the machine's, so there is no b - a."""
     return [
-        {"figure": figure, "a": told(a), "b": told(b) if alike else "n/a (other circumstances)", "b - a": "–"}
-        for figure, told in (("speed-up", gained), ("s/image", spent))
+        {"figure": name, "a": text(a), "b": text(b) if same_environment else "n/a (other environment)", "b - a": "–"}
+        for name, text in (("speed-up", gained), ("s/image", spent))
     ]

@@ -1,4 +1,4 @@
-"""What a folder's results hold already. A run adds methods, metrics and images to them; it takes nothing away."""
+"""The earlier results of a folder. A run adds methods, metrics and images to them and removes nothing."""
 
 from __future__ import annotations
 
@@ -9,23 +9,30 @@ from typing import Any
 
 from .. import EvalError
 from ..common.files import listed, read_json, read_text, shown
+from ..common.schema_changes import convert
+from ..images.records import load_records
 from ..images.requests import Request
 from ..images.settings import Settings
-from ..methods import registry as methods
 from ..methods.method import BASELINE, OTHER_SEEDS, Method
-from ..metrics.score import records
+from ..methods.registry import parse as parse_methods
 from . import spreadsheet
 
 OPTIONS = {  # --metrics by the names in the results
     "PSNR": "psnr", "SSIM": "ssim", "MS-SSIM": "ms-ssim", "DINO": "dino", "CLIP score": "clip", "FID": "fid",
-    "KID": "kid", "KD-judge": "kid", "PD-judge": "judge", "FD-judge": "judge", "classed as asked": "judge",
+    "KID": "kid", "KD-judge": "kid", "PD-judge": "judge", "FD-judge": "judge", "class accuracy": "judge",
 }  # fmt: skip
-ALONE = {"CLIP score", "classed as asked"}  # metrics that the baseline has without being compared with itself
+WITHOUT_REFERENCE = {"CLIP score", "class accuracy"}  # metrics of the baseline that need no comparison
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """rows: as results.json has them. metrics: names of those measured. ids: of the images, empty if not known."""
+    """Earlier results.
+
+    Args:
+        rows: as in results.json.
+        metrics: names of those that were measured.
+        ids: of the images; empty if unknown.
+    """
 
     rows: list[dict[str, Any]]
     metrics: list[str]
@@ -33,8 +40,8 @@ class Earlier:
 
 
 def read(out: Path) -> Earlier | None:
-    """The results in a folder; None where there are none that can be read, which a run then writes again."""
-    found = read_json(out / "results.json")
+    """The results in a folder; None where there are none that can be read: a run then writes them again."""
+    found = convert(read_json(out / "results.json"))
     if not isinstance(found, dict):
         return None
     rows, measured = _objects(found.get("rows"), "method", "key"), _objects(found.get("metrics"), "name")
@@ -46,7 +53,7 @@ def read(out: Path) -> Earlier | None:
 
 
 def _objects(value: Any, *names: str) -> list[dict[str, Any]]:
-    """The objects of a list that have these names as texts."""
+    """The objects of a list that have a text under each of these names."""
     return [
         each
         for each in (value if isinstance(value, list) else [])
@@ -54,42 +61,50 @@ def _objects(value: Any, *names: str) -> list[dict[str, Any]]:
     ]
 
 
-def check_images(before: Earlier, out: Path, asked: Sequence[Request]) -> None:
-    """EvalError where a run would replace figures of more, or of other, images than it is asked for."""
-    missing = sorted(before.ids - {request.id for request in asked})
+def check_images(before: Earlier, out: Path, requests: Sequence[Request]) -> None:
+    """EvalError where a run would replace figures of more images, or of other images, than its own."""
+    missing = sorted(before.ids - {request.id for request in requests})
     if missing:
         raise EvalError(
-            f"--out {shown(out)}: its results are of {len(before.ids)} images, and this run has {len(asked)}, without "
-            f"{listed(missing)}; ask for these too (--limit, --only, --per-prompt) or give another --out"
+            f"--out {shown(out)}: its results are of {len(before.ids)} images, and this run has {len(requests)}, "
+            f"without {listed(missing)}; include these too (--limit, --only, --per-prompt) or give another --out"
         )
 
 
-def joined_methods(
-    before: Earlier, chosen: Sequence[Method], out: Path, settings: Settings, asked: Sequence[Request]
+def merge_methods(
+    before: Earlier, chosen: Sequence[Method], out: Path, settings: Settings, requests: Sequence[Request]
 ) -> list[Method]:
-    """The methods of the results and those asked for, in the order in which they came; other seeds last.
+    """The methods of the results, then the other ones of this run; other seeds last.
 
-    EvalError where the images of one that is not asked for are not all there, since it would lose its row.
+    Args:
+        before: the earlier results.
+        chosen: the methods of this run.
+        out: the folder.
+        settings: of its images.
+        requests: the images of each method.
+
+    Raises:
+        EvalError: a method of the results is not in this run and its images are incomplete, so it would lose its row.
     """
     own = {method.slug: method for method in chosen}
     kept = []
     for row in before.rows:
         if row["key"] in own:
             kept.append(own[row["key"]])
-        elif row["key"] != BASELINE.slug or set(row.get("metrics") or {}) - ALONE:
-            kept += _method(row, out, settings, asked)
-    whole = {method.slug: method for method in [*kept, *chosen]}
-    last = [whole.pop(OTHER_SEEDS.slug)] if OTHER_SEEDS.slug in whole else []
-    return [*whole.values(), *last]
+        elif row["key"] != BASELINE.slug or set(row.get("metrics") or {}) - WITHOUT_REFERENCE:
+            kept += _method_of_row(row, out, settings, requests)
+    methods = {method.slug: method for method in [*kept, *chosen]}
+    last = [methods.pop(OTHER_SEEDS.slug)] if OTHER_SEEDS.slug in methods else []
+    return [*methods.values(), *last]
 
 
-def _method(row: dict[str, Any], out: Path, settings: Settings, asked: Sequence[Request]) -> list[Method]:
-    """The method of a row that is not asked for; none for one that was skipped and would not be any more."""
+def _method_of_row(row: dict[str, Any], out: Path, settings: Settings, requests: Sequence[Request]) -> list[Method]:
+    """The method of a row that this run does not name; none for one that was skipped and is available now."""
     where, other = f"--out {shown(out)}: its results have {row['key']}", "or give another --out"
     ratio = row.get("ratio")
     try:
         ratios = [float(ratio)] if isinstance(ratio, int | float) else [0.5]
-        (method,) = [OTHER_SEEDS] if row["key"] == OTHER_SEEDS.slug else methods.parse(row["method"], ratios)
+        (method,) = [OTHER_SEEDS] if row["key"] == OTHER_SEEDS.slug else parse_methods(row["method"], ratios)
     except EvalError as error:
         raise EvalError(f"{where}, which this version does not know ({error}); give another --out") from error
     if "skipped" in row:
@@ -98,28 +113,28 @@ def _method(row: dict[str, Any], out: Path, settings: Settings, asked: Sequence[
         raise EvalError(f"{where}, which needs: {method.unavailable_reason}; install it {other}")
     if method.slug != row["key"]:
         raise EvalError(f"{where}, which is {method.slug} in this version; give another --out")
-    there = len(records(out, settings, method, asked))
-    if there < len(asked):
-        option = "--scale-row" if method is OTHER_SEEDS else f"{row['method']!r} to --method"
+    existing = len(load_records(out, settings, method, requests))
+    if existing < len(requests):
+        option = "--seed-baseline" if method is OTHER_SEEDS else f"{row['method']!r} to --method"
         raise EvalError(
-            f"{where}, of which {there} of {len(asked)} images are there and of this version; add {option} to generate "
-            f"them, {other}"
+            f"{where}, of which {existing} of {len(requests)} images exist and are of this version; add {option} to "
+            f"generate them, {other}"
         )
     return [method]
 
 
-def joined_metrics(before: Earlier, asked: str, known: Sequence[str]) -> str:
-    """--metrics with those of the results that it leaves out. known: what --metrics asks for, by name."""
+def merge_metrics(before: Earlier, given: str, known: Sequence[str]) -> str:
+    """The value of --metrics with the further ones of the results. known: those of --metrics, by name."""
     names = ["lpips" if name.startswith("LPIPS") else OPTIONS.get(name) for name in before.metrics]
     more = [name for name in dict.fromkeys(names) if name is not None and name not in known]
-    return ",".join([asked, *more])
+    return ",".join([given, *more])
 
 
 def lost_metrics(before: Earlier, described: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each metric of the results that this run cannot measure again."""
     now = {metric["name"]: metric.get("skipped") for metric in described}
     return [
-        f"{name} was in the results and is left out: {now.get(name) or 'it is of other weights than --metrics has'}"
+        f"{name} was in the results and is left out: {now.get(name) or 'it has other weights than --metrics'}"
         for name in before.metrics
         if name not in now or now[name] is not None
     ]

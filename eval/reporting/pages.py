@@ -94,7 +94,7 @@ def parser() -> Parser:
     return p
 
 
-@command(goes_on=False)
+@command(resumes=False)
 def main(argv: Sequence[str]) -> int:
     pages = parser().parse_args(argv).pages
     if not pages:

@@ -1,4 +1,4 @@
-"""Drawings of a report, as SVG that is the same every time and stands in a page."""
+"""Plots of a report as SVG, deterministic, to embed in a page."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .tables import label
 
 
 def style() -> AbstractContextManager[None]:
-    """How all of them look."""
+    """Inside, matplotlib uses the style of all plots."""
     return rc_context({"svg.fonttype": "none", "svg.hashsalt": "tofu_sd", "font.family": "sans-serif", "font.size": 9})
 
 
 def svg(figure: Figure, of: str | None = None) -> str:
-    """The element, without what stands before it in a file of its own. of: what it shows, told in its metadata."""
+    """The <svg> element of a figure. of: its description, in its metadata."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Description": of})
     text = buffer.getvalue()
@@ -30,18 +30,19 @@ def svg(figure: Figure, of: str | None = None) -> str:
 
 
 def bare(ax: Axes) -> None:
+    """Removes the frame and adds a light grid."""
     ax.grid(alpha=0.25, linewidth=0.5)
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def distributions(found: dict[str, Any], images: Sequence[dict[str, str]]) -> str | None:
-    """How each metric of pairs is spread over the pictures, a row for each method; None where there is nothing to show.
+def distributions(results: dict[str, Any], images: Sequence[dict[str, str]]) -> str | None:
+    """Box plots of each metric over the images, a row for each method; None without any values.
 
-    A box holds the middle half, its line the median, the whiskers 90 %.
+    The box is the middle half, its line the median, the whiskers 90 %.
     """
-    metrics = [m for m in found["metrics"] if m.get("per_image") and m["name"] != "classed as asked"]
+    metrics = [m for m in results["metrics"] if m.get("per_image") and m["name"] != "class accuracy"]
     rows = [
-        row for row in found["rows"] if "skipped" not in row and row["key"] not in (BASELINE.slug, OTHER_SEEDS.slug)
+        row for row in results["rows"] if "skipped" not in row and row["key"] not in (BASELINE.slug, OTHER_SEEDS.slug)
     ]
     by_key = {row["key"]: [image for image in images if image["key"] == row["key"]] for row in rows}
     shown = [m for m in metrics if any(image.get(m["name"]) for own in by_key.values() for image in own)]

@@ -48,7 +48,7 @@ def _folder(folder: Path) -> str:
 def _evaluation(found: dict[str, Any]) -> list[str]:
     """The record of a folder of eval.run."""
     s, provenance = found["settings"], found["provenance"]
-    runs = provenance.get("drawn") or [provenance]
+    runs = provenance.get("generated") or [provenance]
     lines = _facts(
         {
             "Model": s["model"],

@@ -28,7 +28,7 @@ from . import spreadsheet
 from .html import GRID_ROWS, TIMES, grid, html
 from .tables import RECORD, commits
 
-SCHEMA = 1
+SCHEMA = 2
 RESULTS, PER_IMAGE = "results.json", "per_image.csv"
 FIELDS = ("method", "key", "id", "prompt", "seed", "seconds")  # of the table, before the metrics
 AGAIN = "the same command of eval.run writes it again"
@@ -58,11 +58,11 @@ def save(out: Path, found: dict[str, Any], scores: Scores) -> dict[str, Any]:
     found = {**found, "per_image_sha256": spreadsheet.digest(content)}
     write(out / PER_IMAGE, content)
     write(out / RESULTS, to_json(found))
-    draw(out)
+    write_report(out)
     return found
 
 
-def draw(out: Path) -> None:
+def write_report(out: Path) -> None:
     """report.html and grid.png from the files in `out`."""
     found, images = read(out)
     write(out / "grid.png", png(grid(out, found, images, GRID_ROWS)))
@@ -89,7 +89,7 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
         raise EvalError(f"{out.name}/{RESULTS} is damaged: {at and f'in {at} '}{message}: {AGAIN}")
     rows = [row for row in found["rows"] if "skipped" not in row]
     if not any(row["key"] == BASELINE.slug for row in rows):
-        raise EvalError(f"{out.name}/{RESULTS} is damaged: it has no row of the full model: {AGAIN}")
+        raise EvalError(f"{out.name}/{RESULTS} is damaged: it has no row of the baseline: {AGAIN}")
     for figure in (figure for row in rows for figure in row["metrics"].values()):
         ends = [figure["low"] is None, figure["high"] is None]
         if ends[0] != ends[1] or (figure["value"] is None and not all(ends)):
@@ -138,7 +138,7 @@ def _schema() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(read_json(Path(__file__).parent / "results.schema.json"))
 
 
-def alike(a: Path, first: dict[str, Any], b: Path, second: dict[str, Any], names: Sequence[str]) -> None:
+def check_comparable(a: Path, first: dict[str, Any], b: Path, second: dict[str, Any], names: Sequence[str]) -> None:
     """EvalError where the figures of two runs must not stand side by side: settings of these names, or how a metric is
     measured, differ."""
     cannot = f"{a.name} and {b.name} cannot be compared"
@@ -157,16 +157,16 @@ def alike(a: Path, first: dict[str, Any], b: Path, second: dict[str, Any], names
             )
 
 
-def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
+def merge_runs(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The rows of several runs of the same settings as those of one; of a method that two have, the first one's.
 
-    A row keeps the speed-up over the full model of its own run, beside which its seconds are of another one. EvalError
+    A row keeps the speed-up over the baseline of its own run, beside which its seconds are of another one. EvalError
     where settings differ.
     """
     found, images = committed(outs[0], *read(outs[0]))
     for out in outs[1:]:
         other, its_images = committed(out, *read(out))
-        alike(outs[0], found, out, other, list(found["settings"]))
+        check_comparable(outs[0], found, out, other, list(found["settings"]))
         ids, others = ({image["id"] for image in some} for some in (images, its_images))
         if ids != others:
             raise EvalError(f"{outs[0].name} and {out.name} are of other pictures: {listed(sorted(ids ^ others))}")
@@ -177,7 +177,7 @@ def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
             )
         keys = {row["key"] for row in found["rows"] if "skipped" not in row}
         own = {row["key"] for row in other["rows"] if "skipped" not in row}
-        more = [{**row, "of_one_run": False} for row in other["rows"] if row["key"] in own - keys]
+        more = [{**row, "same_run": False} for row in other["rows"] if row["key"] in own - keys]
         told, also = found["provenance"], other["provenance"]
         tokenizers = [name for run in (found, other) if (name := run["settings"].get("tokenizers"))]  # older: untold
         found = {
@@ -189,7 +189,7 @@ def joined(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
             ],
             "provenance": {
                 **told,
-                "drawn": [*(told.get("drawn") or [told]), *(also.get("drawn") or [also])],
+                "generated": [*(told.get("generated") or [told]), *(also.get("generated") or [also])],
                 "joined": [*told.get("joined", []), also["command"]],
             },
         }
@@ -219,8 +219,8 @@ def committed(
     if not any(row["key"] == BASELINE.slug for row in rows):
         raise EvalError(f"{out.name} was generated with uncommitted changes: measure it again from a commit")
     provenance = found["provenance"]
-    runs = [run for run in provenance["drawn"] if not str(run.get("commit")).endswith(CHANGED)]
-    found = {**found, "rows": rows, "provenance": {**provenance, "drawn": runs}}
+    runs = [run for run in provenance["generated"] if not str(run.get("commit")).endswith(CHANGED)]
+    found = {**found, "rows": rows, "provenance": {**provenance, "generated": runs}}
     return found, [image for image in images if image["key"] in keys]
 
 
@@ -231,12 +231,12 @@ def committed_keys(found: dict[str, Any]) -> set[str] | None:
     have generated images.
     """
     provenance = found["provenance"]
-    runs = provenance.get("drawn") or [provenance]
+    runs = provenance.get("generated") or [provenance]
     clean = [run for run in runs if not str(run.get("commit")).endswith(CHANGED)]
     if len(clean) == len(runs):
         return None
     keys = set().union(*(_keys_of(run["command"]) for run in clean))
-    generated = sum(run.get("pictures", 0) for run in clean)
+    generated = sum(run.get("images", 0) for run in clean)
     return keys if generated == len(keys) * found["settings"]["n"] else set()
 
 
@@ -246,7 +246,7 @@ def _keys_of(command: str) -> set[str]:
     given = dict(pairwise(words))
     ratios = [float(ratio) for ratio in given.get("--ratio", "0.5").split(",")]
     keys = {BASELINE.slug, *(method.slug for method in parse(given["--method"], ratios))}
-    return keys | ({OTHER_SEEDS.slug} if "--scale-row" in words else set())
+    return keys | ({OTHER_SEEDS.slug} if "--seed-baseline" in words else set())
 
 
 def with_times(found: dict[str, Any], out: Path, times: Path) -> dict[str, Any]:
@@ -257,7 +257,9 @@ def with_times(found: dict[str, Any], out: Path, times: Path) -> dict[str, Any]:
     has not timed has no times. EvalError where settings differ.
     """
     other, _ = read(times)
-    alike(out, found, times, other, [name for name in found["settings"] if name not in ("n", "of", "device")])
+    check_comparable(
+        out, found, times, other, [name for name in found["settings"] if name not in ("n", "of", "device")]
+    )
     timed = {row["key"]: row for row in other["rows"]}
     rows = [
         row if "skipped" in row else {**row, **dict.fromkeys(TIMES), **_times(timed.get(row["key"], {}))}

@@ -43,13 +43,13 @@ class Cell:
 def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any], list[Cell]]]]:
     """Columns, and for each row of the results its cells (none for a method that was skipped)."""
     rows = [row for row in found["rows"] if "skipped" not in row]
-    columns = [Column("speed-up", "median over batches, full model / method; 5th to 95th percentile"),
+    columns = [Column("speed-up", "median over batches, baseline / method; 5th to 95th percentile"),
                Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
     cells = [[_spread(row["speedup"], 2, "×"), _spread(_of_one_run(row, "seconds"), 2)] for row in rows]
-    if any(row.get("denoising") for row in rows):
+    if any(row.get("denoiser_seconds") for row in rows):
         columns.append(Column("denoising", "seconds of it in the UNet; median over batches"))
         for row, line in zip(rows, cells, strict=True):
-            line.append(_spread(_of_one_run(row, "denoising"), 2))
+            line.append(_spread(_of_one_run(row, "denoiser_seconds"), 2))
     if any(row.get("flops") for row in rows):
         columns.append(Column("TFLOP/image", "of matrices and convolutions, by torch's counter"))
         for row, line in zip(rows, cells, strict=True):
@@ -91,9 +91,9 @@ def spent(row: dict[str, Any]) -> str:
 
 
 def _of_one_run(row: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """Seconds of a row, unless they are of another run than the full model's: no time to read beside others. Older runs
+    """Seconds of a row, unless they are of another run than the baseline's: no time to read beside others. Older runs
     have no speed-up then."""
-    alone = row["speedup"] is None or row.get("of_one_run") is False
+    alone = row["speedup"] is None or row.get("same_run") is False
     return None if alone else row.get(name)
 
 
@@ -108,19 +108,19 @@ def _figure(figure: dict[str, Any] | None, digits: int, extent: tuple[float, flo
         return Cell("–")
     equal = figure.get("infinite", 0)
     if figure["value"] is None:
-        return Cell("∞" if equal else "–", f"{figure['undefined']} NaN" if figure.get("undefined") else "")
-    value, notes, bar = f"{figure['value']:.{digits}f}", [], None
+        return Cell("∞" if equal else "–", f"{figure['nan']} NaN" if figure.get("nan") else "")
+    value, footnotes, bar = f"{figure['value']:.{digits}f}", [], None
     if figure["low"] is not None:
-        notes.append(f"{figure['low']:.{digits}f}–{figure['high']:.{digits}f}")
+        footnotes.append(f"{figure['low']:.{digits}f}–{figure['high']:.{digits}f}")
         if extent is not None:
             a, b = extent
             low, high, at = (min(1.0, max(0.0, (figure[k] - a) / (b - a))) for k in ("low", "high", "value"))
             bar = (low, high, at) if a <= figure["value"] <= b else None
     if equal:
-        notes.append(f"{equal} equal")
-    if figure.get("undefined"):
-        notes.append(f"{figure['undefined']} NaN")
-    return Cell(value, ", ".join(notes), bar)
+        footnotes.append(f"{equal} equal")
+    if figure.get("nan"):
+        footnotes.append(f"{figure['nan']} NaN")
+    return Cell(value, ", ".join(footnotes), bar)
 
 
 def _extent(rows: list[dict[str, Any]], metric: str) -> tuple[float, float] | None:
@@ -133,7 +133,7 @@ def _extent(rows: list[dict[str, Any]], metric: str) -> tuple[float, float] | No
     return (low, high) if high > low else None
 
 
-def circumstances(found: dict[str, Any], short: bool | None = None) -> str:
+def run_header(found: dict[str, Any], short: bool | None = None) -> str:
     """One line of provenance: model, n, prompts, steps, size, guidance, dtype, device and commit.
 
     short: leave out seeds, batch and versions, which the README.md of a published folder holds; by default where
@@ -157,7 +157,7 @@ def circumstances(found: dict[str, Any], short: bool | None = None) -> str:
 def commits(found: dict[str, Any]) -> str:
     """The commits whose code generated the images."""
     provenance = found["provenance"]
-    runs = provenance.get("drawn") or [provenance]
+    runs = provenance.get("generated") or [provenance]
     return ", ".join(dict.fromkeys(run.get("commit") or "unknown" for run in runs))
 
 
@@ -184,18 +184,23 @@ def records(found: dict[str, Any]) -> list[str]:
 SECONDS = frozenset({"s/image", "denoising"})
 
 
-def notes(found: dict[str, Any], shown: Collection[str] | None = None) -> list[str]:
+def footnotes(found: dict[str, Any], shown: Collection[str] | None = None) -> list[str]:
     """What has to be said below the table. shown: the titles of its columns, where it has not all of them."""
     seconds = shown is None or not SECONDS.isdisjoint(shown)
     timed = seconds or "speed-up" in (shown or ())
     if records(found):
-        return [*([timing(found)] if timed else []), *flaws(found), *unlike(found), *_untimed(found, seconds, timed)]
-    lines = ["Against the full model's images under the same seeds; intervals of the metrics: 95 %."]
+        return [
+            *([timing(found)] if timed else []),
+            *image_warnings(found),
+            *batch_warnings(found),
+            *_untimed(found, seconds, timed),
+        ]
+    lines = ["Against the baseline's images under the same seeds; intervals of the metrics: 95 %."]
     if timed:
         lines[0] += f" {timing(found)}"
     lines += measured(found["metrics"])
     lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
-    lines += [*flaws(found), *unlike(found)]
+    lines += [*image_warnings(found), *batch_warnings(found)]
     lines += _untimed(found, seconds, timed)
     lines += _runtimes(found["provenance"]) if seconds else []
     lines += _set_distances(found)
@@ -213,13 +218,13 @@ def _untimed(found: dict[str, Any], seconds: bool, timed: bool) -> list[str]:
     lacking = (
         "it is not in the run that times are of"
         if "timing" in found["provenance"]
-        else "the full model's were not taken beside it"
+        else "the baseline's were not taken beside it"
     )
     untimed = [label(row) for row in found["rows"] if timed and "skipped" not in row and row["speedup"] is None]
     lines = [f"{', '.join(untimed)}: no times, {lacking}"] if untimed else []
     others = [label(r) for r in found["rows"] if seconds and r.get("speedup") and r.get("of_one_run") is False]
     return lines + (
-        [f"{', '.join(others)}: seconds of another run than the full model's are not shown"] if others else []
+        [f"{', '.join(others)}: seconds of another run than the baseline's are not shown"] if others else []
     )
 
 
@@ -231,8 +236,8 @@ def measured(metrics: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def unlike(found: dict[str, Any]) -> list[str]:
-    """Of pictures that differ from the full model's by more than their method."""
+def batch_warnings(found: dict[str, Any]) -> list[str]:
+    """Of pictures that differ from the baseline's by more than their method."""
     return [
         f"{label(row)}: {row['other_batch']} of {row['n']} images were generated in another batch than the full "
         "model's, which changes the last bits, and more where a method decides for a batch at once"
@@ -241,16 +246,16 @@ def unlike(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def flaws(found: dict[str, Any]) -> list[str]:
+def image_warnings(found: dict[str, Any]) -> list[str]:
     """Of pictures that are none, whose metrics say nothing: two black ones are equal.
 
-    The full model's are told wherever others are compared with them.
+    The baseline's are told wherever others are compared with them.
     """
     rows = found["rows"]
     return [
         f"{label(row)}: {row[name]} of {row['n']} images {what}"
         for row in ([found["full"]] if "full" in found and found["full"] not in rows else []) + rows
-        for name, what in (("blank", "are one flat colour"), ("undefined", "hold NaN, saved as black"))
+        for name, what in (("flat", "are one flat colour"), ("nan", "hold NaN, saved as black"))
         if row.get(name)
     ]
 
@@ -267,7 +272,7 @@ def timing(found: dict[str, Any]) -> str:
         for n in sorted(set(numbers.values()) - {usual}, reverse=True)
     ]
     but = f" ({'; '.join(others)})" if others else ""
-    coarse = [label(row) for row in found["rows"] if row.get("speedup") and not row.get("beside")]
+    coarse = [label(row) for row in found["rows"] if row.get("speedup") and not row.get("interleaved")]
     if coarse and len(coarse) < len(numbers):
         but += f", step by step but for {', '.join(coarse)}, which were timed by turns"
     elif not coarse:
@@ -282,7 +287,7 @@ def timing(found: dict[str, Any]) -> str:
 
 def _runtimes(told: dict[str, Any]) -> list[str]:
     """A folder of pictures can outlive a driver, which is no setting of theirs. (Joined runs show no seconds.)"""
-    drawn = [] if "joined" in told else told.get("drawn") or []
+    drawn = [] if "joined" in told else told.get("generated") or []
     runtimes = [run["runtime"] for run in drawn if run.get("runtime")]
     several = dict.fromkeys(", ".join(f"{name} {value}" for name, value in one.items()) for one in runtimes)
     return [f"Seconds are of images generated under {'; and '.join(several)}."] if len(several) > 1 else []
@@ -320,7 +325,7 @@ def planned(plan: dict[str, Any]) -> list[str]:
     head = f"{s['model']}, {s['size']} px, {s['steps']} steps, {s['dtype']} on {s['device']} -> {plan['out']}"
     return [
         head,
-        *(f"  {m['key']}: {m['pictures']} images, {m['there']} of them generated before" for m in plan["methods"]),
+        *(f"  {m['key']}: {m['images']} images, {m['existing']} of them generated before" for m in plan["methods"]),
     ]
 
 
@@ -329,7 +334,7 @@ LONG_NAME = 17  # of a method, in the terminal: longer ones are folded
 
 def terminal(found: dict[str, Any], console: Console) -> None:
     columns, rows = table(found)
-    drawn = RichTable(title=f"{found['settings']['model']}: methods against the full model", box=SIMPLE_HEAD)
+    drawn = RichTable(title=f"{found['settings']['model']}: methods against the baseline", box=SIMPLE_HEAD)
     method_column(drawn, [label(row) for row, _ in rows])
     for column in columns:
         drawn.add_column(column.title, justify="right", overflow="fold")
@@ -338,7 +343,7 @@ def terminal(found: dict[str, Any], console: Console) -> None:
         texts = [Text.assemble(c.value, "\n", (c.interval.replace("–", " – "), "dim")) for c in cells]
         drawn.add_row(label(row), *(texts or [Text("skipped", "dim")]))
     console.print(drawn)
-    for line in (circumstances(found), *notes(found)):
+    for line in (run_header(found), *footnotes(found)):
         console.print(line, style="dim", highlight=False, markup=False)
 
 
@@ -347,14 +352,14 @@ def method_column(drawn: RichTable, names: Sequence[str]) -> None:
     drawn.add_column("method", width=min(max(map(len, names)), LONG_NAME), overflow="fold")
 
 
-def markdown_rows(titles: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+def markdown_rows(titles: Sequence[str], lines: Sequence[Sequence[str]], footnotes: Sequence[str]) -> str:
     """A table for a page, of texts; the first column is left-aligned."""
     head = ["| " + " | ".join(titles) + " |", "|---|" + "--:|" * (len(titles) - 1)]
-    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines), "", *notes]) + "\n"
+    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines), "", *footnotes]) + "\n"
 
 
 def terminal_rows(
-    title: str, titles: Sequence[str], lines: Sequence[Sequence[str]], notes: Sequence[str], console: Console
+    title: str, titles: Sequence[str], lines: Sequence[Sequence[str]], footnotes: Sequence[str], console: Console
 ) -> None:
     """The same for the terminal."""
     drawn = RichTable(title=title or None, box=SIMPLE_HEAD)
@@ -363,7 +368,7 @@ def terminal_rows(
     for line in lines:
         drawn.add_row(*map(_below, line))
     console.print(drawn)
-    for note in notes:
+    for note in footnotes:
         console.print(note, style="dim", highlight=False, markup=False)
 
 
@@ -376,11 +381,11 @@ def _below(text: str) -> str:
 def with_rows(found: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """The results with these rows alone, in this order; all of them where none are named."""
     rows = {label(row): row for row in found["rows"]}
-    return {**found, "rows": [rows[name] for name in known("row", labels, list(rows))], "full": full_row(found)}
+    return {**found, "rows": [rows[name] for name in known("row", labels, list(rows))], "full": baseline_row(found)}
 
 
-def full_row(found: dict[str, Any]) -> dict[str, Any]:
-    """The full model's, whether or not it is among those that are shown."""
+def baseline_row(found: dict[str, Any]) -> dict[str, Any]:
+    """The baseline's, whether or not it is among those that are shown."""
     row: dict[str, Any] = found.get("full") or next(row for row in found["rows"] if row["key"] == BASELINE.slug)
     return row
 
@@ -402,7 +407,7 @@ def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
         lines.append(f"| {label(row)} | {' | '.join(texts[i] if texts else 'skipped' for i in chosen)} |")
     shown = {titles[i] for i in chosen}
     metrics = [m for m in found["metrics"] if not columns or m["name"] in shown or "skipped" in m]
-    lines += ["", circumstances(found) + ".", *notes({**found, "metrics": metrics}, shown if columns else None)]
+    lines += ["", run_header(found) + ".", *footnotes({**found, "metrics": metrics}, shown if columns else None)]
     return "\n".join([*lines, *([] if records(found) else [""]), commands(found)]) + "\n"
 
 
@@ -432,13 +437,17 @@ def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], ba
     reference = {image["id"]: image for image in images if image["key"] == base}
     for key in (key for key in methods if key != base):
         own = [image for image in images if image["key"] == key]
-        lines.append(f"| {names[key]} | {' | '.join(gap(own, reference, metric) for metric in metrics)} |")
+        lines.append(
+            f"| {names[key]} | {' | '.join(paired_difference(own, reference, metric) for metric in metrics)} |"
+        )
     lines += ["", f"Each method minus {names[base]} on the same image: mean and its 95 % interval.", ""]
-    lines += [circumstances(found) + ".", *flaws(found), *unlike(found)]
+    lines += [run_header(found) + ".", *image_warnings(found), *batch_warnings(found)]
     return "\n".join([*lines, *([commands(found)] if records(found) else measured(metrics))]) + "\n"
 
 
-def gap(own: Sequence[dict[str, str]], reference: dict[str, dict[str, str]], metric: dict[str, Any]) -> str:
+def paired_difference(
+    own: Sequence[dict[str, str]], reference: dict[str, dict[str, str]], metric: dict[str, Any]
+) -> str:
     """The mean of own minus reference on the same pictures, by their ids, with its 95 % interval."""
     name, digits = metric["name"], metric["digits"]
     gaps = {image["id"]: float(image[name]) - float(reference[image["id"]][name]) for image in own}

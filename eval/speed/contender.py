@@ -1,4 +1,4 @@
-"""One method on one model shape, ready to be timed."""
+"""One method on one model: prepared, timed, and its row of the results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tofu_sd.patching.autotune import synchronize
 from ..methods.attention import top_attentions
 from ..methods.method import BASELINE, Method
 from ..methods.schedule import timesteps
-from . import model_shapes as shapes
+from . import model_shapes
 from .model_shapes import Call, Case
 
 SCOPES = {
@@ -41,37 +41,37 @@ BACKENDS: dict[str, Callable[[], AbstractContextManager[None]]] = {
 MODES = ("no", "default", "reduce-overhead", "max-autotune")
 QUANTILES = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
 RESAMPLES = 2000
-OUT_OF_TIME = "not measured: --minutes were over"
-SAMPLE = 0.02  # seconds a timed sample lasts at least, where the clock or the first kernel's start would show
+OUT_OF_TIME = "not measured: --minutes had passed"
+MIN_SAMPLE_SECONDS = 0.02  # shorter samples show the clock's resolution and the start of the first kernel
 
 
-def _graphs(models: int) -> AbstractContextManager[Any]:
-    """Lets torch.compile keep graphs of so many models of one class, each with a few kinds of block."""
+def allow_graphs(models: int) -> AbstractContextManager[Any]:
+    """Inside, torch.compile keeps the graphs of this many models of one class, each with a few kinds of block."""
     name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     return torch._dynamo.config.patch({name: 16 * models, "accumulated_" + name: 1024})
 
 
-def _unfit(method: Method, scope: str) -> str:
-    """Why a method cannot be measured by a few steps over and over, or not in this scope; nothing where it can."""
+def unsuitable_reason(method: Method, scope: str) -> str:
+    """Why repeating a few steps does not measure a method, or not in this scope; empty where it does."""
     fusion = method.fusion
     if method.unavailable_reason:
         return method.unavailable_reason
     if method.needs_full_unet and scope != "unet":
-        return "it acts on whole UNets"
+        return "it needs a whole UNet"
     if fusion is not None and fusion.min_tokens == "auto":
-        return "what it does depends on the machine: give min_tokens a number"
+        return "it depends on the machine: give min_tokens a number"
     if fusion is not None and (fusion.start, fusion.end) != (0, 1):
-        return "what it does depends on the step: measure it with eval.run"
+        return "it depends on the step: measure it with eval.run"
     if fusion is not None and fusion.threshold is not None:
-        return "how much it fuses depends on the picture: measure it with eval.run"
+        return "its ratio depends on the image: measure it with eval.run"
     if fusion is not None and scope == "attention" and set(fusion.layers) != {"attn"}:
-        return "there is self-attention alone in this scope"
+        return "this scope has only self-attention"
     return ""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the rows of one comparison have in common."""
+    """What the rows of one comparison have in common: a model and its input."""
 
     case: Case
     scope: str
@@ -81,18 +81,22 @@ class Setup:
     dtype: torch.dtype
 
     def build(self, device: torch.device) -> tuple[Any, Call]:
+        """The model and the arguments of a call."""
         if self.scope == "unet":
-            model, call = shapes.unet(self.case, self.batch, device, self.dtype)
+            model, call = model_shapes.unet(self.case, self.batch, device, self.dtype)
         else:
-            alone = self.scope == "attention"
-            model, call = shapes.top_level(self.case, self.batch, device, self.dtype, attention_alone=alone)
+            only_attention = self.scope == "attention"
+            model, call = model_shapes.top_level(
+                self.case, self.batch, device, self.dtype, only_attention=only_attention
+            )
         if self.backend == "slicing":
             for module in model.modules():
                 if isinstance(module, Attention):
                     module.set_attention_slice(max(1, module.sliceable_head_dim // 2))  # "auto" of diffusers
         return model, call
 
-    def told(self, device: torch.device) -> dict[str, Any]:
+    def describe(self, device: torch.device) -> dict[str, Any]:
+        """The entries of a row that describe the setup."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {"case": self.case.name, "scope": self.scope, "ratio": self.ratio, "batch": self.batch,
                 "device": device.type, "dtype": dtype, "backend": self.backend}  # fmt: skip
@@ -100,7 +104,7 @@ class Setup:
 
 @dataclass
 class Contender:
-    """One row in the making. mode: of torch.compile, None for eager."""
+    """One method, to be timed. mode: of torch.compile, None for eager."""
 
     method: str
     key: str
@@ -112,27 +116,34 @@ class Contender:
     kernels: int | None = None
     skipped: str = ""
 
-    def ready(self, model: Any, call: Call, cycle: int, device: torch.device) -> None:
-        """Compiles, warms up, and measures what does not vary. cycle: steps after which the model does the same."""
+    def prepare(self, model: Any, call: Call, period: int, device: torch.device) -> None:
+        """Compiles, warms up, and measures memory and kernels.
+
+        Args:
+            model: with the method applied.
+            call: the arguments of a step.
+            period: after how many steps the model repeats itself.
+            device: where it runs.
+        """
         if self.mode is not None:
             model = torch.compile(model, mode=self.mode, dynamic=False)
-        schedule = itertools.cycle(timesteps(cycle).to(device))
+        schedule = itertools.cycle(timesteps(period).to(device))
         self.run = lambda: model(call.sample, next(schedule), **call.more)
-        self.calls = cycle
+        self.calls = period
 
-        def all_of_it() -> None:
-            for _ in range(cycle):
+        def run_period() -> None:
+            for _ in range(period):
                 self.run()
 
-        all_of_it()  # compiles; lays out what a first call lays out
-        self.scratch = peak(all_of_it, device)
-        kernels = launched(all_of_it, device)
-        self.kernels = None if kernels is None else round(kernels / cycle)
+        run_period()  # compiles, and allocates what a first call allocates
+        self.scratch = peak(run_period, device)
+        kernels = launched_kernels(run_period, device)
+        self.kernels = None if kernels is None else round(kernels / period)
         self.sample(device)
-        self.calls *= math.ceil(SAMPLE / (cycle * self.seconds.pop()))
+        self.calls *= math.ceil(MIN_SAMPLE_SECONDS / (period * self.seconds.pop()))
 
     def sample(self, device: torch.device) -> None:
-        """Times one sample, from an idle device to an idle device."""
+        """Times one sample; the device is synchronized around it."""
         synchronize(device)
         start = time.perf_counter()
         for _ in range(self.calls):
@@ -140,24 +151,25 @@ class Contender:
         synchronize(device)
         self.seconds.append((time.perf_counter() - start) / self.calls)
 
-    def row(self, base: dict[str, list[float]]) -> dict[str, Any]:
+    def row(self, times: dict[str, list[float]]) -> dict[str, Any]:
+        """The row of the results. times: seconds of all methods, by name."""
         same = {"method": self.method, "key": self.key, "compiled": self.mode is not None, "mode": self.mode}
         if self.skipped:
             return {**same, "skipped": self.skipped}
-        full, least = base.get(BASELINE.name), base.get("ideal")
+        baseline, ideal_times = times.get(BASELINE.name), times.get("ideal")
         share = None
-        if full and least and self.method not in (BASELINE.name, "ideal"):
-            saving = _figure(lambda f, m, i: f - i, full, self.seconds, least)
-            if saving["low"] > 0:  # else a share of it means nothing
-                share = _figure(lambda f, m, i: (f - m) / (f - i), full, self.seconds, least)
+        if baseline and ideal_times and self.method not in (BASELINE.name, "ideal"):
+            saving = _figure(lambda b, m, i: b - i, baseline, self.seconds, ideal_times)
+            if saving["low"] > 0:  # else a share of it is meaningless
+                share = _figure(lambda b, m, i: (b - m) / (b - i), baseline, self.seconds, ideal_times)
         p20, p50, p80 = torch.tensor(self.seconds).double().quantile(QUANTILES).tolist()
         return {
             **same,
             "p20": p20,
             "p50": p50,
             "p80": p80,
-            "samples": self.seconds,  # in the order of the rounds, which all rows share
-            "speedup": _figure(lambda f, m, i: f / m, full, self.seconds, full) if full else None,
+            "samples": self.seconds,  # in the order of the rounds, which are the same for all rows
+            "speedup": _figure(lambda b, m, i: b / m, baseline, self.seconds, baseline) if baseline else None,
             "share": share,
             "scratch_bytes": self.scratch,
             "kernels": self.kernels,
@@ -165,17 +177,17 @@ class Contender:
 
 
 def _figure(formula: Callable[[Tensor, Tensor, Tensor], Tensor], *seconds: list[float]) -> dict[str, float]:
-    """A formula of three medians, with a 95 % interval from resampling the rounds, which all share."""
+    """A formula of three medians, with a 95 % interval from resampling the rounds, which are common to all three."""
     times = torch.tensor(seconds, dtype=torch.float64)  # [3, rounds]
     generator = torch.Generator().manual_seed(0)
-    draws = torch.randint(times.shape[1], (RESAMPLES, times.shape[1]), generator=generator)
-    drawn = formula(*times[:, draws].quantile(0.5, dim=-1))
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    resampled = torch.randint(times.shape[1], (RESAMPLES, times.shape[1]), generator=generator)
+    values = formula(*times[:, resampled].quantile(0.5, dim=-1))
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"value": formula(*times.quantile(0.5, dim=-1)).item(), "low": low, "high": high}
 
 
 def peak(run: Callable[[], Any], device: torch.device) -> int | None:
-    """The most bytes one call holds beyond what was there before; None where torch does not tell."""
+    """Peak bytes of one call above what was allocated before; None where torch does not report it."""
     if device.type not in ("cpu", "cuda"):
         return None
     gc.collect()
@@ -194,8 +206,8 @@ def peak(run: Callable[[], Any], device: torch.device) -> int | None:
     return most
 
 
-def launched(run: Callable[[], Any], device: torch.device) -> int | None:
-    """How many kernels one call launches; None where there are none."""
+def launched_kernels(run: Callable[[], Any], device: torch.device) -> int | None:
+    """How many CUDA kernels one call launches; None on other devices."""
     if device.type != "cuda":
         return None
     with profile(activities=[ProfilerActivity.CUDA]) as recorded:
@@ -206,30 +218,30 @@ def launched(run: Callable[[], Any], device: torch.device) -> int | None:
 
 @contextmanager
 def ideal(model: Any, ratio: float, latent: int) -> Iterator[None]:
-    """Inside, the attention that would be fused runs on as many tokens as fusion leaves: the first."""
+    """Inside, the attention that would be merged runs on the first tokens, as many as merging leaves."""
     for attention, tokens in top_attentions(model, ratio, (latent, latent)):
         attention.__class__, attention.tokens = IdealAttention, tokens
     yield
 
 
 class IdealAttention(Attention):  # type: ignore[misc]
-    """Self-attention on the first tokens alone. Its result is dropped for one of full size that was there before.
+    """Self-attention on the first tokens only. A constant of full size replaces its result.
 
-    So what comes after it, the residual, costs what it costs in the full model. A compiler would leave out attention
-    whose result nobody takes; there, the first result is looked at in place of all.
+    So the residual after it costs as much as in the baseline. A compiler would remove attention whose result is unused;
+    when compiled, its first token stands for all of them.
     """
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        fused = super().forward(hidden_states[:, : self.tokens], *args, **kwargs)
+        short = super().forward(hidden_states[:, : self.tokens], *args, **kwargs)
         if torch.compiler.is_compiling():
-            return fused[:, :1].expand_as(hidden_states)
+            return short[:, :1].expand_as(hidden_states)
         if getattr(self, "result", None) is None:
-            self.result = torch.zeros(hidden_states.shape, dtype=fused.dtype, device=fused.device)
+            self.result = torch.zeros(hidden_states.shape, dtype=short.dtype, device=short.device)
         return self.result
 
 
 def _setups(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(title, rows) of each comparison, in the order in which they ran."""
+    """(title, rows) of each comparison, in the order of the results."""
     titled: dict[str, list[dict[str, Any]]] = {}
     for row in found["rows"]:
         what = SCOPES[row["scope"]]

@@ -1,4 +1,4 @@
-"""Stable Diffusion's UNets at their real sizes with random weights: all that time and memory depend on."""
+"""Stable Diffusion's UNets at their real sizes with random weights, which is all that time and memory depend on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SDXL = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model at a picture size. shape: arguments of UNet2DConditionModel. pixels: a side of the picture."""
+    """A model at an image size. shape: arguments of UNet2DConditionModel. pixels: a side of the image."""
 
     name: str
     shape: dict[str, Any]
@@ -44,6 +44,7 @@ class Case:
 
     @property
     def latent(self) -> int:
+        """A side of the latent."""
         return self.pixels // 8
 
 
@@ -60,7 +61,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a denoiser as pipelines give them: the sample and a timestep by place, the others by name."""
+    """Arguments of a denoiser as in pipelines: the sample and a timestep by position, the others by name."""
 
     sample: Tensor
     more: dict[str, Any]
@@ -70,35 +71,35 @@ TOKENS = 77  # of a prompt
 
 
 def unet(case: Case, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Call]:
-    """The whole denoiser and the arguments of one step of it."""
+    """The whole denoiser and the arguments of one step."""
     with torch.device("meta"):
         model = UNet2DConditionModel(sample_size=case.latent, **case.shape)
     call = _call(case, batch, 4, case.latent, device, dtype)
     if "addition_embed_type" in case.shape:
-        extra = {"text_embeds": _draw(device, dtype, batch, 1280), "time_ids": torch.ones(batch, 6, device=device)}
+        extra = {"text_embeds": _randn(device, dtype, batch, 1280), "time_ids": torch.ones(batch, 6, device=device)}
         call.more["added_cond_kwargs"] = extra
     return _filled(model, device, dtype), call
 
 
 def top_level(
-    case: Case, batch: int, device: torch.device, dtype: torch.dtype, attention_alone: bool
+    case: Case, batch: int, device: torch.device, dtype: torch.dtype, only_attention: bool
 ) -> tuple[nn.Module, Call]:
     """A TopLevel and the arguments of one pass through it."""
     with torch.device("meta"):
-        model = TopLevel(case, attention_alone)
+        model = TopLevel(case, only_attention)
     return _filled(model, device, dtype), _call(
         case, batch, model.channels, case.latent // model.downsample, device, dtype
     )
 
 
 class TopLevel(ModelMixin):  # type: ignore[misc]
-    """The transformers of a UNet's highest resolution with attention, one after the other and nothing between.
+    """The transformers of a UNet's highest resolution with attention, without the layers between them.
 
-    attention_alone: without all that is not self-attention, its norm and its residual. Laid out as the UNet lays them
-    out, so that every patch finds in it what it would find there.
+    only_attention: only self-attention, its norm and its residual. The structure is that of the UNet, so that every
+    patch finds the same blocks.
     """
 
-    def __init__(self, case: Case, attention_alone: bool):
+    def __init__(self, case: Case, only_attention: bool):
         super().__init__()
         shape = case.shape
         level = next(i for i, kind in enumerate(shape["down_block_types"]) if "CrossAttn" in kind)
@@ -125,7 +126,7 @@ class TopLevel(ModelMixin):  # type: ignore[misc]
 
         self.down_blocks = nn.ModuleList([transformers(2)])
         self.up_blocks = nn.ModuleList([transformers(3)])
-        for module in self.modules() if attention_alone else ():
+        for module in self.modules() if only_attention else ():
             if isinstance(module, Transformer2DModel):
                 module.norm = module.proj_in = module.proj_out = nn.Identity()
             elif isinstance(module, BasicTransformerBlock):
@@ -138,8 +139,8 @@ class TopLevel(ModelMixin):  # type: ignore[misc]
         return sample
 
 
-def twin(model: nn.Module) -> nn.Module:
-    """A copy that shares the weights, to be patched or compiled by itself."""
+def shared_weights_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares the weights, to be patched or compiled independently."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
@@ -158,10 +159,10 @@ def _filled(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 def _call(case: Case, batch: int, channels: int, side: int, device: torch.device, dtype: torch.dtype) -> Call:
     return Call(
-        _draw(device, dtype, batch, channels, side, side),
-        {"encoder_hidden_states": _draw(device, dtype, batch, TOKENS, case.shape["cross_attention_dim"])},
+        _randn(device, dtype, batch, channels, side, side),
+        {"encoder_hidden_states": _randn(device, dtype, batch, TOKENS, case.shape["cross_attention_dim"])},
     )
 
 
-def _draw(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+def _randn(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(*shape, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(1))

@@ -1,8 +1,8 @@
 """Stable Diffusion 1.5 without its weights, in a folder for from_pretrained: `python -m eval.speed.stand_in FOLDER`.
 
-Every size, step and setting is the model's own, so that a run of real size can be tried where the model cannot be had;
-the weights are random and its pictures noise. The tokenizer's words are learnt from ImageNet's prompts: CLIP's own are
-not ours to write down.
+Every size, step and setting is the model's own, so that a run of real size can be tried where the model is unavailable.
+The weights are random and the images noise. The tokenizer learns its vocabulary from ImageNet's prompts, since CLIP's
+cannot be redistributed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tofu_sd.demo.tokenizer import build_tokenizer
 from .. import EvalError
 from ..common.cli import Help, Parser, as_path, command
 from ..common.files import check_place, without_paths
-from ..images import requests as prompts
-from . import model_shapes as shapes
+from ..images.requests import load_requests
+from . import model_shapes
 
 PIXELS = 512
 VAE = {
@@ -56,7 +56,7 @@ SCHEDULER = {
 
 
 def build(texts: Sequence[str], dtype: torch.dtype = torch.float16) -> Any:
-    """The pipeline. texts: what its tokenizer learns its words from."""
+    """The pipeline. texts: from which its tokenizer learns its vocabulary."""
     tokenizer = build_tokenizer(texts)
     # a row of the text encoder for each token, as in a whole model
     tokenizer.add_tokens([f"<unused-{i}>" for i in range(TEXT["vocab_size"] - len(tokenizer))])
@@ -68,7 +68,7 @@ def build(texts: Sequence[str], dtype: torch.dtype = torch.float16) -> Any:
         vae=nn.Module.to(vae, dtype).eval(),
         text_encoder=nn.Module.to(text_encoder, dtype).eval(),
         tokenizer=tokenizer,
-        unet=shapes.unet(shapes.CASES[f"sd15-{PIXELS}"], 1, torch.device("cpu"), dtype)[0],
+        unet=model_shapes.unet(model_shapes.CASES[f"sd15-{PIXELS}"], 1, torch.device("cpu"), dtype)[0],
         scheduler=PNDMScheduler(**SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
@@ -83,24 +83,26 @@ EXAMPLES = """examples:
 
 
 def parser() -> Parser:
+    """The parser of this command."""
     p = Parser(
         prog="python -m eval.speed.stand_in",
         description="Write a model of Stable Diffusion 1.5's sizes with random weights.",
         epilog=EXAMPLES,
         formatter_class=Help,
     )
-    p.add_argument("folder", type=as_path, help="a new one; it takes 2.2 GB")
+    p.add_argument("folder", type=as_path, help="a new folder; it takes 2.2 GB")
     return p
 
 
-@command(goes_on=False)
+@command(resumes=False)
 def main(argv: Sequence[str]) -> int:
+    """Writes the model to a new folder."""
     folder = parser().parse_args(argv).folder
     if folder.exists():
-        raise EvalError(f"{folder.name} is there already; give a new folder")
+        raise EvalError(f"{folder.name} exists already; give a new folder")
     check_place(folder, "folder", folder=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    pipe = build([request.prompt for request in prompts.load("imagenet1k")])
+    pipe = build([request.prompt for request in load_requests("imagenet1k")])
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as unfinished:
         try:
             pipe.save_pretrained(Path(unfinished) / folder.name)

@@ -41,7 +41,7 @@ def part(found: dict[str, Any], scopes: str | None, methods: str | None) -> dict
         known = choices(scopes, sorted({row["scope"] for row in rows}), "scope")
         rows = [row for row in rows if row["scope"] in known]
     if methods:
-        known = choices(f"full,ideal,{methods}", sorted({row["method"] for row in rows}), "method")
+        known = choices(f"{BASELINE.name},ideal,{methods}", sorted({row["method"] for row in rows}), "method")
         rows = [row for row in rows if row["method"] in known]
     return {**found, "rows": rows}
 
@@ -78,7 +78,7 @@ def markdown(found: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
             lines.append(f"| {row['method']} | {' | '.join(cells)} |")
         lines.append("")
     record = found["provenance"].get("record")
-    lines += [circumstances(found)]
+    lines += [run_header(found)]
     if metrics:
         n = " or ".join(sorted(set(shown), key=int))
         lines += [f"PSNR, LPIPS: {n} images of the embedded model, against the baseline under the same seeds."]
@@ -98,7 +98,7 @@ def terminal(found: dict[str, Any], console: Console) -> None:
             else:
                 drawn.add_row(row["method"], *(cell(row) for cell in columns.values()))
         console.print(drawn)
-    console.print(circumstances(found), style="dim", highlight=False, markup=False)
+    console.print(run_header(found), style="dim", highlight=False, markup=False)
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], str]]:
@@ -129,7 +129,7 @@ def _ahead(own: Sequence[float], peer: Sequence[float]) -> str:
     return f"{sum(a < b for a, b in zip(own, peer, strict=True))} of {len(own)}"
 
 
-def circumstances(found: dict[str, Any]) -> str:
+def run_header(found: dict[str, Any]) -> str:
     """One line of provenance, and how to read the columns."""
     s, p = found["settings"], found["provenance"]
     head = f"ratio {s['ratio']:g}, {s['rounds']} interleaved rounds · {s['dtype']} on {s['device']}"

@@ -1,6 +1,6 @@
-"""Settings of eval.run under a name: what others should be able to repeat, written down once, a JSON file each.
+"""Named sets of options of eval.run, a JSON file each, so that others can repeat a run.
 
-`about` says what it is and where it comes from; the rest are options of the command, which what is typed overrides.
+`about` describes it; the rest are options of the command. Options on the command line override them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAMES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("*.json"))
 
 
 def load(name: str) -> dict[str, Any]:
-    """The options of a suite, by their names in the parser. EvalError for an unknown one."""
+    """The options of a suite, by their names in the parser. EvalError for an unknown suite."""
     if name not in NAMES:
         raise EvalError(f"unknown suite {name!r}{did_you_mean(name, NAMES)}; known: {', '.join(NAMES)}")
     found = read_json(Path(__file__).parent / f"{name}.json")

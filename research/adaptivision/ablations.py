@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.common import formats, provenance
-from eval.common.cli import Help, Parser, as_path, at_least, choices, command, whole_numbers
+from eval.common.cli import Help, Parser, as_path, choices, command, integer_from, integers
 from eval.common.devices import add_device, pick_device
 from eval.common.files import check_place, write_results
 from eval.images.flops import FORMULAS
@@ -82,11 +82,9 @@ def parser() -> Parser:
         formatter_class=Help,
     )
     p.add_argument("--of", default=",".join(TITLES), metavar="A,B", help=f"tables: {', '.join(TITLES)}")
-    p.add_argument(
-        "--seeds", type=whole_numbers, default="0,1,2", metavar="N,N", help="of the trainings of each variant"
-    )
-    p.add_argument("--samples", type=at_least(1), default=25_600, metavar="N", help="pictures of a training")
-    p.add_argument("--depth", type=at_least(1), default=4, metavar="N", help="layers")
+    p.add_argument("--seeds", type=integers, default="0,1,2", metavar="N,N", help="of the trainings of each variant")
+    p.add_argument("--samples", type=integer_from(1), default=25_600, metavar="N", help="pictures of a training")
+    p.add_argument("--depth", type=integer_from(1), default=4, metavar="N", help="layers")
     p.add_argument("--clusters", default="12,48", metavar="K,K", help="fewest and most of a picture's 196 patches")
     add_device(p)
     p.add_argument("--out", type=as_path, default=Path("runs/condensation"), metavar="DIR", help="folder of trainings")
@@ -94,7 +92,7 @@ def parser() -> Parser:
     return p
 
 
-@command(goes_on=True)
+@command(resumes=True)
 def main(argv: Sequence[str]) -> int:
     """0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
     options = parser().parse_args(argv)

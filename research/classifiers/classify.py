@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from eval.common.cli import Help, Parser, as_path, at_least, command, said, whole_numbers
+from eval.common.cli import Help, Parser, as_path, command, explicit_options, integer_from, integers
 from eval.common.devices import add_device, add_dtype
 from eval.common.files import check_place, write
 from eval.reporting.tables import markdown_rows, terminal_rows
@@ -53,11 +53,11 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--r",
-        type=whole_numbers,
+        type=integers,
         metavar="N,N",
         help="tokens that leave in each layer (default: 8,12,16,20; with --stress, which finds the largest, all)",
     )
-    p.add_argument("--limit", type=at_least(1), metavar="N", help="the first N pictures only (default: all)")
+    p.add_argument("--limit", type=integer_from(1), metavar="N", help="the first N pictures only (default: all)")
     p.add_argument(
         "--noise",
         type=deviation,
@@ -65,8 +65,8 @@ def parser() -> Parser:
         metavar="SIGMA",
         help="Gaussian noise on pictures in 0..1 (default: none)",
     )
-    p.add_argument("--batch", type=at_least(1), default=64, help="pictures at once, which share ATM's numbers")
-    p.add_argument("--rounds", type=at_least(0), default=10, help="timed batches of each method, in turns; 0 for none")
+    p.add_argument("--batch", type=integer_from(1), default=64, help="pictures at once, which share ATM's numbers")
+    p.add_argument("--rounds", type=integer_from(0), default=10, help="timed batches of each method; 0 for none")
     p.add_argument("--stress", action="store_true", help="find the most that each method fuses at the full accuracy")
     add_device(p)
     add_dtype(p, "float32")  # in which the papers measure
@@ -82,11 +82,11 @@ def parser() -> Parser:
     return p
 
 
-@command(goes_on=True)
+@command(resumes=True)
 def main(argv: Sequence[str]) -> int:
     """0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
     options = parser().parse_args(argv)
-    refuse_idle(options, said(parser(), argv))
+    refuse_idle(options, explicit_options(parser(), argv))
     for name in ("out", "maps", "plot"):
         if (place := getattr(options, name)) is not None:
             check_place(place, f"--{name}", folder=name == "out")  # before minutes of measuring

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from eval import EvalError
-from eval.common.cli import working
+from eval.common.cli import progress
 from eval.common.files import digest, without_paths
 from tofu_sd.demo.scene_classes import CLASSES
 
@@ -132,7 +132,7 @@ def _kept(
 def _render(file: Path, what: str, draw: Callable[..., Tensor], side: int, n: int, first_seed: int) -> None:
     """Writes what `_kept` reads."""
     out: Any = None
-    for begin in working(range(0, n, CHUNK), f"{what}: {n} scenes"):
+    for begin in progress(range(0, n, CHUNK), f"{what}: {n} scenes"):
         rows = range(begin, min(begin + CHUNK, n))
         drawn = draw([CLASSES[i % len(CLASSES)] for i in rows], [first_seed + i for i in rows], side)
         if out is None:

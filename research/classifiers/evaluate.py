@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Subset
 
 from eval import EvalError
 from eval.common import provenance
-from eval.common.cli import finite, working, written
+from eval.common.cli import finite, flag, progress
 from eval.common.devices import pick_device, pick_dtype
 from eval.common.files import png, write, write_results
 from eval.metrics.statistics import bootstrap
@@ -51,7 +51,7 @@ def refuse_idle(options: argparse.Namespace, typed: Collection[str]) -> None:
     shown = next((name for name in TAKES if getattr(options, name)), None)
     for name in sorted(typed):
         if shown and name not in (shown, *TAKES[shown]):
-            raise EvalError(f"{written(name)} says nothing of --{shown}")
+            raise EvalError(f"{flag(name)} says nothing of --{shown}")
     if "rows" in typed and not shown:
         raise EvalError("--rows is of --table alone")
     if "plot" in typed and options.stress:
@@ -271,7 +271,7 @@ def time_in_turns(bench: Bench, one: Classifier, entries: Sequence[Entry], round
     """  # fmt: skip
     pictures, _ = next(iter(bench.batches(min(bench.n, bench.batch))))
     pictures = pictures.to(next(one.model.parameters()))
-    for turn in working(range(rounds + 1 if rounds else 0), "rounds"):
+    for turn in progress(range(rounds + 1 if rounds else 0), "rounds"):
         for i in range(len(entries)):
             entry = entries[(i + turn) % len(entries)]
             with entry.settled[0].apply(one.model):

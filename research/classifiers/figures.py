@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from eval.reporting import plots
-from eval.reporting.pareto import COLOURS
+from eval.reporting.pareto_plot import COLOURS
 from tofu_sd.core.token_map import TokenMap
 from tofu_sd.hosts import timm as host
 

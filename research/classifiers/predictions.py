@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 from eval.common import provenance
-from eval.common.cli import working
+from eval.common.cli import progress
 from eval.common.files import write
 from eval.images.flops import FORMULAS
 from eval.methods.registry import source_hash
@@ -114,7 +114,7 @@ def judge(model: nn.Module, method: Method, batches: Any) -> Judged:
             head.register_forward_pre_hook(lambda m, args: seen.append(args[0].float().cpu())),
         ]
         try:
-            for _, (pictures, labels) in zip(working(range(len(batches)), method.label), batches, strict=True):
+            for _, (pictures, labels) in zip(progress(range(len(batches)), method.label), batches, strict=True):
                 right.append(model(pictures.to(like)).argmax(-1).cpu() == labels)
         finally:
             for handle in handles:

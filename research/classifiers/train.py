@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 
 from eval import EvalError
-from eval.common.cli import Help, Parser, as_path, at_least, command, finite, said, working, written
+from eval.common.cli import Help, Parser, as_path, command, explicit_options, finite, flag, integer_from, progress
 from eval.common.devices import add_device, pick_device
 from eval.common.files import check_place, read_json, shown, to_json, write, write_json
 from tofu_sd import demo
@@ -70,7 +70,7 @@ def parser() -> Parser:
     p.add_argument("--kind", default=default.kind, help="vit or adaptivision")
     p.add_argument("--stem", default="convolutions", help=f"what makes tokens of pixels: {', '.join(STEMS)}")
     for name in SIZES:
-        p.add_argument(f"--{name}", type=at_least(1), default=getattr(default, name), metavar="N")
+        p.add_argument(f"--{name}", type=integer_from(1), default=getattr(default, name), metavar="N")
     own = p.add_argument_group("of adaptivision")
     own.add_argument("--clusters", type=clusters, default="16,64", metavar="K,K", help="fewest and most, or none")
     own.add_argument("--strategy", default="clusters", help=", ".join(STRATEGIES))
@@ -78,11 +78,11 @@ def parser() -> Parser:
     own.add_argument("--focus", action=argparse.BooleanOptionalAction, default=True, help="modulate attention")
     own.add_argument("--guided", action="store_true", help="fuse tokens of a depth camera, which scenes have")
     p.add_argument(
-        "--coarse", type=at_least(0), default=32_000, metavar="N", help="samples of a vit at twice the patch's size"
+        "--coarse", type=integer_from(0), default=32_000, metavar="N", help="samples of a vit at twice the patch's size"
     )
-    p.add_argument("--samples", type=at_least(1), default=12_800, metavar="N", help="samples at its own size")
+    p.add_argument("--samples", type=integer_from(1), default=12_800, metavar="N", help="samples at its own size")
     p.add_argument("--rate", type=positive, default=1e-3, help="learning rate")
-    p.add_argument("--seed", type=at_least(0, 2**31), default=0, help="of the first weights and of the batches")
+    p.add_argument("--seed", type=integer_from(0, 2**31), default=0, help="of the first weights and of the batches")
     add_device(p)
     return p
 
@@ -105,13 +105,13 @@ def clusters(text: str) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-@command(goes_on=True)
+@command(resumes=True)
 def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     kinds = {name: kind for kind, names in OF_KIND.items() for name in names}
-    for name in sorted(said(parser(), argv) & kinds.keys()):
+    for name in sorted(explicit_options(parser(), argv) & kinds.keys()):
         if options.kind != kinds[name]:
-            raise EvalError(f"{written(name)} is of {kinds[name]}, and --kind is {options.kind}")
+            raise EvalError(f"{flag(name)} is of {kinds[name]}, and --kind is {options.kind}")
     figures = train(options)
     print(f"{options.out.name}: {100 * figures['accuracy']:.2f} % of {figures['n']} fresh pictures", file=sys.stderr)
     return 0
@@ -281,7 +281,7 @@ def correct(model: nn.Module, data: Labelled, device: torch.device, batch: int =
     """Of each batch, which pictures a classifier names right: bool [B]."""
     found: list[Tensor] = []
     batches: DataLoader[Any] = DataLoader(data.pictures, batch)
-    for _, (pictures, labels) in zip(working(range(len(batches)), "judging"), batches, strict=True):
+    for _, (pictures, labels) in zip(progress(range(len(batches)), "judging"), batches, strict=True):
         at = sum(map(len, found))
         told = [] if data.guidance is None else [data.guidance[at : at + len(labels)].to(device)]
         found.append(model(pictures.to(device), *told).argmax(-1).cpu() == labels)
