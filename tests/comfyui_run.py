@@ -105,7 +105,7 @@ def sample(model, kind, h=16, w=16, steps=3, callback=None, frames=1, words=None
 
 def look(kind, fuse):
     import tofu_sd.hosts.comfyui as adapter
-    from tofu_sd.hosts.ldm import find_blocks
+    from tofu_sd.hosts.ldm import find_places
 
     model = random_model(kind)
     plain, told = sample(model, kind), []
@@ -130,7 +130,7 @@ def look(kind, fuse):
         **stopped(kind, half, first),
         "the model beside it is bit-equal": torch.equal(sample(model, kind), plain),
     }
-    assert len(find_blocks(model.model.diffusion_model)) == (16 if kind == "sd15" else 70)
+    assert len(find_places(model.model.diffusion_model)) == (16 if kind == "sd15" else 70)
     changed = float((first - plain).abs().max())
     return {"headline": told[0], "changed": changed, "laws": laws, "diffusers": twin(kind, model)}
 

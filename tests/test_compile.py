@@ -177,4 +177,4 @@ def test_the_operator_of_the_map_lies_in_memory_as_a_compiler_is_told() -> None:
     best = torch.rand(3, len(parts.src), generator=torch.Generator().manual_seed(0))
     target = parts.dst[torch.zeros(3, len(parts.src), dtype=torch.long)]
     for r in (0, 10, len(parts.src)):
-        torch.library.opcheck(torch.ops.tofu_sd.assemble.default, (best, target, *parts, r))
+        torch.library.opcheck(torch.ops.tofu_sd.build_map.default, (best, target, *parts, r))

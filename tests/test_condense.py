@@ -16,7 +16,7 @@ import tofu_sd
 from tofu_sd import TokenFusionConfig, recipes
 from tofu_sd.core.matching import soft_assignment, soft_merge_map
 from tofu_sd.core.partition import Windows
-from tofu_sd.core.proportional import weighted_attention
+from tofu_sd.core.proportional import proportional_attention
 from tofu_sd.core.reductions import mean, unmerge
 from tofu_sd.core.token_map import SoftMap
 from tofu_sd.patching.step_tracker import StepTracker
@@ -29,7 +29,7 @@ def grid(h: int, w: int, sx: int = 2, sy: int = 2, window: int = 2, seed: int | 
     """Windows of all tokens of a map, as the clock lays them out."""
     options = {"early": "mean", "late": "mean", "window": window, "temperature": 1.0, "sx": sx, "sy": sy, "seed": seed}
     clock = StepTracker(TokenFusionConfig(1 - 1 / (sx * sy), **options))
-    clock.tick(500)
+    clock.start_step(500)
     found = clock.grid(h, w, CPU)
     assert found is not None
     assert found.windows is not None
@@ -135,11 +135,11 @@ def test_weighted_attention_over_windows_of_equal_tokens_is_full_attention(case:
     x, windows, temperature = case
     q = x[:, windows.src[:, 0]][:, windows.src_index // windows.src.shape[1]]
     map = soft_merge_map(q, windows, temperature)
-    full = weighted_attention(q, q, q, 2, torch.ones(q.shape[:2]))
+    full = proportional_attention(q, q, q, 2, torch.ones(q.shape[:2]))
     fused = mean(q, map)
     # float32 of the sizes' logarithms
     torch.testing.assert_close(
-        unmerge(weighted_attention(fused, fused, fused, 2, map.size), map), full, rtol=0, atol=1e-5
+        unmerge(proportional_attention(fused, fused, fused, 2, map.size), map), full, rtol=0, atol=1e-5
     )
 
 

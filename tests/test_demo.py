@@ -70,11 +70,11 @@ def test_transformers_4_can_read_it_too():
 
 
 def test_the_judge_knows_fresh_renders():
-    assert judge_accuracy(tofu_sd.demo.judge(), CPU, images=96, size=128) >= 0.97
+    assert judge_accuracy(tofu_sd.demo.load_classifier(), CPU, images=96, size=128) >= 0.97
 
 
 def judged(pictures):
-    judge = tofu_sd.demo.judge()
+    judge = tofu_sd.demo.load_classifier()
     asked = torch.tensor([CLASSES[i % 96].labels for i in range(len(pictures))])
     return (judge.classify(pictures.float() / 255) == asked).all(1).float().mean().item()
 
@@ -132,6 +132,6 @@ def test_wilsons_interval_ends_where_the_share_is_just_possible():
 
 def test_a_missing_weights_folder_is_not_silent(monkeypatch, tmp_path):
     monkeypatch.setattr("tofu_sd.demo.WEIGHTS", Path(tmp_path / "none"))
-    for missing in (tofu_sd.demo.load, tofu_sd.demo.judge):
+    for missing in (tofu_sd.demo.load, tofu_sd.demo.load_classifier):
         with pytest.raises(FileNotFoundError, match=r"none: .*python -m research\.demo_training\.train"):
             missing()

@@ -221,7 +221,7 @@ def test_on_scenes_convolutions_begin_as_the_judge_s(tmp_path):
     scenes = labelled.rendered(8, 1, 70, cache=tmp_path)
     stem = train.begun(architecture, scenes).patch_embed
     picture = torch.rand(2, 3, 32, 32)
-    maps = demo.judge().maps(picture)[2]  # [2, 80, 4, 4]
+    maps = demo.load_classifier().maps(picture)[2]  # [2, 80, 4, 4]
     tokens = stem.proj(maps).flatten(2).mT
     assert torch.allclose(stem(picture), tokens, atol=1e-5)
     other = train.begun(architecture, labelled.Labelled(scenes.pictures, scenes.classes, "mine", "")).patch_embed
@@ -330,7 +330,7 @@ def test_methods_are_read_as_they_are_written():
     several = reductions.parse("full,tome", [2, 4], 4)
     assert [m.label for m in several] == ["full", "tome, r = 2", "tome, r = 4"]
     (all_alike,) = reductions.parse("AAAA", [1], 4)
-    assert {all_alike.told.reduction(layer) for layer in range(4)} == {mean}
+    assert {all_alike.told.reduction_at(layer) for layer in range(4)} == {mean}
 
 
 @pytest.mark.parametrize(

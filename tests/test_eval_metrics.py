@@ -609,11 +609,11 @@ def test_accuracy_counts_pictures_that_show_all_that_was_asked():
 
 
 def test_the_embedded_classifier_fits_its_metrics():
-    from tofu_sd.demo.classifier import Judge
+    from tofu_sd.demo.classifier import DemoClassifier
     from tofu_sd.demo.scene_classes import CLASSES
 
     asked = [kind.prompt for kind in CLASSES[:2]]
-    pair, of_sets, share = metrics.judged(Judge().eval(), asked, CPU)
+    pair, of_sets, share = metrics.judged(DemoClassifier().eval(), asked, CPU)
     assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
     assert of_sets.features.compute(pictures()).shape == (2, 144)
     assert share.compute(pictures(), asked).shape == (2,)

@@ -285,9 +285,9 @@ def test_a_second_method_joins_the_folder_and_is_timed_beside_the_full_model(tin
 
 
 def test_pictures_of_known_classes_are_classed(tiny, monkeypatch, pipe):
-    from tofu_sd.demo.classifier import Judge
+    from tofu_sd.demo.classifier import DemoClassifier
 
-    monkeypatch.setattr(plan, "load_model", lambda *_: (pipe, Judge().eval()))
+    monkeypatch.setattr(plan, "load_model", lambda *_: (pipe, DemoClassifier().eval()))
     assert run_module.main([*tiny, "--prompts", "demo", "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
     for row in files.read_json(Path("out/results.json"))["rows"]:
         assert row["metrics"]["classed as asked"]["n"] == 2

@@ -163,7 +163,7 @@ def test_what_nobody_changes_is_the_default_of_the_package(comfy, model):
     nodes = comfy("V1")
     asked = nodes.TokenFusionNode.INPUT_TYPES()["optional"]
     untouched = nodes.fuse(model, **{name: told["default"] for name, (_, told) in asked.items()})
-    assert patches_of(untouched).fusion == patches_of(nodes.fuse(model)).fusion == TokenFusionConfig()
+    assert patches_of(untouched).config == patches_of(nodes.fuse(model)).config == TokenFusionConfig()
 
 
 @pytest.mark.parametrize(
@@ -190,14 +190,14 @@ def test_a_person_meets_a_preset_and_a_ratio_first(comfy):
 @pytest.mark.parametrize("name", ["tofu", "tofu-fast", "faithful", "tome"])
 def test_a_preset_is_the_recipe_of_its_name_at_any_ratio(comfy, model, name, caplog):
     nodes = comfy("V1")
-    fusion = patches_of(nodes.fuse(model, preset=name, ratio=0.25, levels=2, start_percent=0.2)).fusion
+    fusion = patches_of(nodes.fuse(model, preset=name, ratio=0.25, levels=2, start_percent=0.2)).config
     assert fusion == TokenFusionConfig.of(RECIPES[name], ratio=0.25, levels=2, start=0.2)
     assert not caplog.text
 
 
 def test_an_input_that_does_not_count_is_named_in_the_log(comfy, model, caplog):
     nodes = comfy("V1")
-    fusion = patches_of(nodes.fuse(model, preset="tofu", window=4, early="mean", late="mlerp")).fusion
+    fusion = patches_of(nodes.fuse(model, preset="tofu", window=4, early="mean", late="mlerp")).config
     assert fusion == TokenFusionConfig()
     assert "early, window do not count, as preset is tofu and not custom" in caplog.text
     tooltip = nodes.TokenFusionNode.INPUT_TYPES()["optional"]["preset"][1]["tooltip"]
@@ -216,9 +216,9 @@ def test_a_workflow_from_before_there_were_presets_gives_the_same(comfy, model):
     nodes = comfy("V1")
     names = list(nodes.TokenFusionNode.INPUT_TYPES()["optional"])
     before = dict(zip(names[1:], OLDER, strict=True))
-    assert patches_of(nodes.fuse(model, **before)).fusion == RECIPES["faithful"]
-    assert patches_of(nodes.fuse(model, ratio=0.25)).fusion == TokenFusionConfig(0.25)
-    assert patches_of(nodes.fuse(model, preset="custom", **before)).fusion == RECIPES["faithful"]
+    assert patches_of(nodes.fuse(model, **before)).config == RECIPES["faithful"]
+    assert patches_of(nodes.fuse(model, ratio=0.25)).config == TokenFusionConfig(0.25)
+    assert patches_of(nodes.fuse(model, preset="custom", **before)).config == RECIPES["faithful"]
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
@@ -297,7 +297,7 @@ def test_the_log_does_not_name_a_size(comfy, model, monkeypatch):
 
 def test_a_model_that_fuses_nothing_has_no_maps(comfy, model):
     nodes, context = comfy("V1"), torch.zeros(1, 7, 16)
-    with pytest.raises(ValueError, match="this model fuses no tokens: put Token Fusion"):
+    with pytest.raises(ValueError, match="this model merges no tokens: put Token Fusion"):
         nodes.show(model, context, {"samples": torch.zeros(1, 4, 16, 16)})
     late = nodes.fuse(model, start_percent=0.6)
     with pytest.raises(ValueError, match=r"nothing is fused at 0\.5 of the sampling: the step lies outside start_per"):
@@ -437,7 +437,7 @@ def test_the_server_runs_a_workflow_that_lacks_newer_inputs(served):
 def test_the_server_tells_what_is_wrong_in_words(served):
     [error] = served["wrong"]["refused"]["node_errors"]["2"]["errors"]
     assert error["message"] == "Value 0.9 bigger than max of 0.75"
-    assert served["unfused"]["error"].startswith("this model fuses no tokens: put Token Fusion (ToFu) before")
+    assert served["unfused"]["error"].startswith("this model merges no tokens: put Token Fusion (ToFu) before")
     assert served["flux"]["error"].startswith("no eligible block in Flux")
 
 

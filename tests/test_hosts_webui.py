@@ -111,7 +111,7 @@ def test_a_sampler_that_is_used_again_is_fused_once_and_then_no_more(program):
     again, _ = program.draw(args(program), batches=3)
     assert torch.equal(once, again)
     if not program.forge:
-        assert not isinstance(p.sampler.launch_sampling.launch, program.host.FusedSampling)
+        assert not isinstance(p.sampler.launch_sampling.launch, program.host.PatchedSampling)
         program.script.process_before_every_sampling(p, *off(program))
         assert p.sampler.launch_sampling == types.MethodType(webui_host.Sampler.launch_sampling, p.sampler)
 
@@ -304,7 +304,7 @@ def test_a_program_without_the_hook_is_told_to_be_too_old(program, monkeypatch):
 
 def test_what_nobody_changes_is_the_default_of_the_package(program):
     values = {option.name: option.default for option in program.host.ASKED}
-    assert program.host.passes(values) == (TokenFusionConfig(), TokenFusionConfig())
+    assert program.host.pass_configs(values) == (TokenFusionConfig(), TokenFusionConfig())
 
 
 def test_a_preset_sets_the_fields_to_its_recipe_at_any_ratio(program):

@@ -37,7 +37,7 @@ def test_its_python_runs_as_it_stands(number, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     names = {"pipe": pipe, "tofu_sd": tofu_sd}  # the first block imports it for all that follow
     names = names_of(blocks("python")[number], tmp_path, names)
-    assert tofu_sd.summary(names["pipe"]).fusion is not None  # each block ends with a patched pipeline
+    assert tofu_sd.summary(names["pipe"]).config is not None  # each block ends with a patched pipeline
 
 
 DIFFUSERS = (ROOT / "docs" / "diffusers.md").read_text()

@@ -138,7 +138,7 @@ def test_a_whole_training_goes_on_where_it_was_cut_and_keeps_to_its_recipe(tmp_p
     pipe = tofu_sd.demo.load()
     assert pipe.unet.dtype == torch.float32
     assert len(tofu_sd.summary(tofu_sd.apply_patch(pipe)).rows) == 5
-    assert tofu_sd.demo.judge().classify(torch.rand(1, 3, 64, 64)).shape == (1, 3)
+    assert tofu_sd.demo.load_classifier().classify(torch.rand(1, 3, 64, 64)).shape == (1, 3)
     with pytest.raises(ValueError, match="work holds results for images 1, not 2"):
         train.train(replace(SMALL, images=2), work, out, CPU)
 

@@ -29,14 +29,14 @@ RECIPES = {
 }  # fmt: skip
 
 
-def proportional(fusion: TokenFusionConfig) -> TokenFusionConfig:
+def proportional(config: TokenFusionConfig) -> TokenFusionConfig:
     """The same with log(n_i) on the keys (ATM appendix A, ToMe for ViTs): `+p`."""
-    return replace(fusion, proportional=True)
+    return replace(config, proportional=True)
 
 
-def kv_only(fusion: TokenFusionConfig) -> TokenFusionConfig:
+def kv_only(config: TokenFusionConfig) -> TokenFusionConfig:
     """The same on keys and values alone, queries whole (the place where ToDo downsamples): `kv:`."""
-    return replace(fusion, kv_only=True)
+    return replace(config, kv_only=True)
 
 
 class UnknownMethodError(ValueError):
@@ -57,12 +57,12 @@ def named(name: str, ratio: float = 0.5) -> TokenFusionConfig:
             "before it, a +p behind it and any number of @option=value at the end"
         )
     options = dict(option(change, name) for change in changes)
-    fusion = TokenFusionConfig.of(
+    config = TokenFusionConfig.of(
         RECIPES[recipe], **{"ratio": ratio, **options}
     )  # at once: ratio may need the cells it fits
     if plus:
-        fusion = proportional(fusion)
-    return kv_only(fusion) if method.startswith("kv:") else fusion
+        config = proportional(config)
+    return kv_only(config) if method.startswith("kv:") else config
 
 
 def option(change: str, method: str) -> tuple[str, Any]:

@@ -136,7 +136,7 @@ def drawn_before(job: Job) -> Drawn:
             why = "are damaged, or their records" if broken else "were drawn by other code"
             raise EvalError(f"{method.slug}: {names} {why}; without --metrics-only they are drawn anew")
         check_complete(job.asked, found, method.slug)
-    judge = demo.judge(device=job.device) if settings.model == "demo" else None
+    judge = demo.load_classifier(device=job.device) if settings.model == "demo" else None
     return Drawn(job, settings, options.out, judge)
 
 

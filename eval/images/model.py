@@ -42,7 +42,7 @@ def load_model(
         check_path(model)
     try:
         if model == "demo":
-            pipe, judge = demo.load(device=device, dtype=dtype), demo.judge(device=device)
+            pipe, judge = demo.load(device=device, dtype=dtype), demo.load_classifier(device=device)
         else:
             pipe, judge = _load(model, device, dtype, variant), None
         check_components(pipe)

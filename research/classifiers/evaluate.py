@@ -30,6 +30,7 @@ from eval.common.devices import pick_device, pick_dtype
 from eval.common.files import png, write, write_results
 from eval.metrics.statistics import bootstrap
 from tofu_sd.hosts import timm as host
+from tofu_sd.hosts import timm_linearity
 from tofu_sd.patching.autotune import synchronize
 
 from ..demo_training.recipe import TEST_SEED
@@ -107,7 +108,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any
     }  # fmt: skip
     held = next(iter(DataLoader(Subset(data.pictures, range(min(CALIBRATION, n))), CALIBRATION)))[0].to(device)
     # what half precision rounds away would be taken for a bend
-    straight = [host.linearity(deepcopy(one.model).float(), held).mean(dim=1).tolist() for one in models]
+    straight = [timm_linearity.linearity(deepcopy(one.model).float(), held).mean(dim=1).tolist() for one in models]
     found = {"schema": SCHEMA, "settings": settings, "rows": rows, "linearity": straight, "provenance": told}
     write_results(out / "classify.json", found)
     if not options.stress:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from eval import EvalError
 from eval.common import formats
 from eval.common.files import check_shape, read_json, without_paths
-from tofu_sd.demo.classifier import Judge
+from tofu_sd.demo.classifier import DemoClassifier
 
 from ..adaptivision.model import AdaptiVision
 
@@ -43,8 +43,8 @@ class ConvolutionStem(nn.Module):
         self.pool = patch_size // self.STRIDE
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.stages = Judge().stages[: self.STAGES]
-        self.proj = nn.Conv2d(Judge.WIDTHS[self.STAGES - 1], embed_dim, 1)
+        self.stages = DemoClassifier().stages[: self.STAGES]
+        self.proj = nn.Conv2d(DemoClassifier.WIDTHS[self.STAGES - 1], embed_dim, 1)
 
     def forward(self, pictures: Tensor) -> Tensor:
         x = pictures * 2 - 1

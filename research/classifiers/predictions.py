@@ -107,7 +107,7 @@ def judge(model: nn.Module, method: Method, batches: Any) -> Judged:
     left: list[int] = []
     prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
     like = next(model.parameters())
-    last, head = host.find_blocks(model)[-1], cast(nn.Module, model.head)
+    last, head = host.find_blocks(model)[-1].layers["block"], cast(nn.Module, model.head)
     with method.apply(model), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         handles = [
             last.register_forward_pre_hook(lambda m, args: left.append(len(args[0]) * args[0].shape[1])),

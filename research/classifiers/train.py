@@ -190,7 +190,7 @@ def begun(architecture: Architecture, learnt: Labelled) -> nn.Module:
     model = architecture.build()
     stem = getattr(model, "patch_embed", getattr(model, "embed", None))
     if learnt.name == "scenes" and isinstance(stem, ConvolutionStem):
-        stem.begin_as(demo.judge())
+        stem.begin_as(demo.load_classifier())
     return model
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.metrics.statistics import wilson
-from tofu_sd.demo import GUIDANCE, NATIVE_SIZE, WEIGHTS, judge, load
+from tofu_sd.demo import GUIDANCE, NATIVE_SIZE, WEIGHTS, load, load_classifier
 from tofu_sd.demo.scene_classes import CLASSES, MATERIALS, SETTINGS, SHAPES
 
 from .stages import judge_accuracy
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out and not args.out.parent.is_dir():
         parser.error(f"--out is {str(args.out)!r}; its folder does not exist")
 
-    pipe, net = load(args.device), judge(args.device)
+    pipe, net = load(args.device), load_classifier(args.device)
     pipe.set_progress_bar_config(disable=True)
     pictures = draw(pipe, args.images, args.steps, args.guidance, args.size, args.batch)
     found = torch.cat([net.classify(part.to(args.device).float() / 255).cpu() for part in torch.split(pictures, 32)])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tofu_sd.demo.classifier import Judge, perceptual_distance
+from tofu_sd.demo.classifier import DemoClassifier, perceptual_distance
 from tofu_sd.demo.tokenizer import build_tokenizer
 
 from .networks import build_scheduler, build_text_encoder, build_unet, build_vae
@@ -68,7 +68,7 @@ def make_renders(
 
 
 def judge_accuracy(
-    judge: Judge, device: torch.device, images: int = 960, size: int = 256, content: str = "scenes"
+    judge: DemoClassifier, device: torch.device, images: int = 960, size: int = 256, content: str = "scenes"
 ) -> float:
     """Share of fresh renders (ten a class of scenes) of which all labels are recognised."""
     right, shown = 0, CONTENTS[content]
@@ -80,9 +80,11 @@ def judge_accuracy(
     return right / images
 
 
-def train_judge(recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray) -> tuple[Judge, dict[str, Any]]:
+def train_judge(
+    recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray
+) -> tuple[DemoClassifier, dict[str, Any]]:
     torch.manual_seed(recipe.seed)
-    judge = Judge(recipe.shown.answers).to(device)
+    judge = DemoClassifier(recipe.shown.answers).to(device)
     labels = torch.tensor([recipe.shown.classes[c].labels for c in recipe.kinds()], device=device)
     batch = 48
 
@@ -109,7 +111,7 @@ def train_judge(recipe: Recipe, work: Path, device: torch.device, renders: np.nd
 
 
 def train_vae(
-    recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray, judge: Judge
+    recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray, judge: DemoClassifier
 ) -> tuple[AutoencoderKL, dict[str, Any]]:
     torch.manual_seed(recipe.seed)
     vae, batch, crop = build_vae().to(device), 8, CROP

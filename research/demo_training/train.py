@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tofu_sd.demo import WEIGHTS
-from tofu_sd.demo.classifier import Judge
+from tofu_sd.demo.classifier import DemoClassifier
 
 # isort: split
 # after .model, which says in words what is wrong with an installation that cannot import these
@@ -64,7 +64,7 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device, workers: 
 
     _note()
     renders = make_renders(recipe, work, device, workers=workers)
-    judge = Judge(recipe.shown.answers).to(device).eval().requires_grad_(False)
+    judge = DemoClassifier(recipe.shown.answers).to(device).eval().requires_grad_(False)
     if (work / "judge.safetensors").exists():
         judge.load_state_dict(load_file(work / "judge.safetensors"))
     else:

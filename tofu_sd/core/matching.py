@@ -22,8 +22,8 @@ class Pairs(NamedTuple):
     target: Tensor
     parts: Partition
 
-    def fused(self, r: int) -> TokenMap:
-        """The map by which the r most similar sources, at most S, join their destinations."""
+    def merged(self, r: int) -> TokenMap:
+        """Returns the map that merges the r most similar sources (at most S) into their destinations."""
         return TokenMap(*build_map(self.best, self.target, *self.parts, r))
 
 
@@ -57,7 +57,7 @@ def bipartite_soft_matching(metric: Tensor, parts: Partition, r: int, windows: W
     map. Ties go to the earlier source, the earlier destination. Survivors stand in raster order. The map carries no
     gradient (which token goes where is not differentiable).
     """
-    return most_similar(metric, parts, windows).fused(r)
+    return most_similar(metric, parts, windows).merged(r)
 
 
 def soft_assignment(z: Tensor, centroids: Tensor, temperature: float, used: Tensor | None = None) -> Tensor:

@@ -66,7 +66,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **more:
     return by_mask(query, key, value, attn_mask, **more)
 
 
-def weighted_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, size: Tensor) -> Tensor:
+def proportional_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, size: Tensor) -> Tensor:
     """Attention of projected q [B, N, C] to k, v [B, K, C], whose keys stand for `size` [B, K] tokens each: [B, N, C].
 
     For hosts whose own attention has no place for weights.

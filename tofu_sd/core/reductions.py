@@ -99,19 +99,19 @@ _NUMBERED: dict[Reduction, int] = {reduction: i for i, reduction in enumerate(RE
 
 
 def reduction_id(reduction: Reduction) -> int:
-    """The number by which `fuse` knows a reduction, from 2 on: compilers take 0 and 1 for constants.
+    """The number by which `reduce_by_id` knows a reduction, from 2 on: compilers take 0 and 1 for constants.
 
     To be asked outside of compiled code, which puts off what it changes until its graph has run.
     """
     return _NUMBERED.setdefault(reduction, len(_NUMBERED) + 2)
 
 
-def _fuse_shapes(x: Tensor, kept_idx: Tensor, group_idx: Tensor, number: int) -> Tensor:
+def _reduced_shapes(x: Tensor, kept_idx: Tensor, group_idx: Tensor, number: int) -> Tensor:
     return x.new_empty(*kept_idx.shape, x.shape[-1])
 
 
-@operator("tofu_sd::fuse", "(Tensor x, Tensor kept, Tensor home, SymInt number) -> Tensor", _fuse_shapes)
-def fuse(x: Tensor, kept_idx: Tensor, group_idx: Tensor, number: int) -> Tensor:
+@operator("tofu_sd::reduce", "(Tensor x, Tensor kept, Tensor home, SymInt number) -> Tensor", _reduced_shapes)
+def reduce_by_id(x: Tensor, kept_idx: Tensor, group_idx: Tensor, number: int) -> Tensor:
     """The reduction of that number, as an operator that is the same for all of them: one graph of a compiled block.
 
     Without gradient.

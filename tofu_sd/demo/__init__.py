@@ -20,7 +20,7 @@ from ..environment import check_torchvision
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-    from .classifier import Judge
+    from .classifier import DemoClassifier
 
 WEIGHTS = Path(__file__).parent / "weights"
 NATIVE_SIZE = 256  # pixels
@@ -50,13 +50,13 @@ def _check_weights() -> None:
         )
 
 
-def judge(device: torch.device | str = "cpu") -> Judge:
+def load_classifier(device: torch.device | str = "cpu") -> DemoClassifier:
     """The classifier of the demo's scenes, in float32. Its features compare pictures where no other net can be had."""
     _check_weights()
     from safetensors.torch import load_file
 
-    from .classifier import Judge
+    from .classifier import DemoClassifier
 
-    net = Judge()
+    net = DemoClassifier()
     net.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS / "judge.safetensors").items()})
     return net.to(device).eval().requires_grad_(False)

@@ -23,7 +23,7 @@ def perceptual_distance(judge: Any, a: Tensor, b: Tensor, stages: int = 5) -> Te
     return torch.stack(parts).sum(0)
 
 
-class Judge(nn.Module):
+class DemoClassifier(nn.Module):
     """A small classifier of renders. It says what a generated picture shows, and its features compare pictures.
 
     Input: pictures [B, 3, H, W] in 0..1 of any size. labels: how many answers each of its questions has; by default

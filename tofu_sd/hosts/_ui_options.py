@@ -142,17 +142,17 @@ def fusion_of(values: Mapping[str, Any]) -> TokenFusionConfig:
     )
 
 
-def values_of(fusion: TokenFusionConfig) -> dict[str, Any]:
+def values_of(config: TokenFusionConfig) -> dict[str, Any]:
     """The options as they are entered: `fusion_of` backwards."""
-    values = {option.name: getattr(fusion, option.name, None) for option in OPTIONS}
+    values = {option.name: getattr(config, option.name, None) for option in OPTIONS}
     return values | {
-        "early": get_reduction(fusion.early).__name__,
-        "late": get_reduction(fusion.late).__name__,
-        "depth_split": -1 if fusion.depth_split is None else fusion.depth_split,
-        "grid_seed": -1 if fusion.seed is None else fusion.seed,
-        "window": fusion.window or 0,
-        "start_percent": float(fusion.start),
-        "end_percent": float(fusion.end),
+        "early": get_reduction(config.early).__name__,
+        "late": get_reduction(config.late).__name__,
+        "depth_split": -1 if config.depth_split is None else config.depth_split,
+        "grid_seed": -1 if config.seed is None else config.seed,
+        "window": config.window or 0,
+        "start_percent": float(config.start),
+        "end_percent": float(config.end),
     }
 
 

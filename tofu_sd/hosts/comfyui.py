@@ -15,7 +15,8 @@ from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ..core.token_map import TokenMap, draw_merge_map
-from ._model_patcher import Options, patch_model, watch_model
+from ._attention_patches import Options
+from ._model_patcher import patch_model, record_model_maps
 from ._ui_options import CUSTOM, OPTIONS, PRESET, Option, chosen, fusion_of
 from .ldm import Place
 
@@ -46,9 +47,9 @@ def fuse(model: Any, preset: str = CUSTOM, **options: Any) -> Any:
     values, ignored = chosen(preset, options)
     if ignored:
         logger.warning(f"Token Fusion: {', '.join(ignored)} do not count, as preset is {preset} and not {CUSTOM}")
-    fusion = fusion_of(values)
+    config = fusion_of(values)
     sampling = model.get_model_object("model_sampling")
-    clone, summary = patch_model(model, fusion, plain, sampling.percent_to_sigma)
+    clone, summary = patch_model(model, config, plain, sampling.percent_to_sigma)
     logger.info(summary.headline)
     return clone
 
@@ -76,7 +77,7 @@ def show(
     def keep(place: Place, map: TokenMap, h: int, w: int) -> None:
         maps.setdefault(place, draw_merge_map(map, h, w)[-1].cpu())
 
-    clone, patches = watch_model(model, keep)
+    clone, patches = record_model_maps(model, keep)
     samples = comfy.sample.fix_empty_latent_channels(clone, latent["samples"][:1])
     sigma = clone.get_model_object("model_sampling").percent_to_sigma(at_percent)
     comfy.sample.sample_custom(

@@ -18,7 +18,7 @@ def runs_pipeline(p: Any) -> bool:
     return not hasattr(model, "forge_objects") and (hasattr(model, "unet") or hasattr(model, "transformer"))
 
 
-def start(p: Any, fusion: TokenFusionConfig, settings: Any) -> None:
+def start(p: Any, config: TokenFusionConfig, settings: Any) -> None:
     """Patches the pipeline of a request. settings: the program's.
 
     ValueError, TypeError or RuntimeError where it cannot be patched, or where the program itself merges tokens.
@@ -30,8 +30,8 @@ def start(p: Any, fusion: TokenFusionConfig, settings: Any) -> None:
             f"the built-in {method} is on, at {ratio:g}, and nothing is merged twice: set it to None in the settings, "
             "or switch Token Fusion off"
         )
-    if fusion.ratio > 0:
-        apply_patch(p.sd_model, fusion)
+    if config.ratio > 0:
+        apply_patch(p.sd_model, config)
 
 
 def stop(p: Any) -> None:

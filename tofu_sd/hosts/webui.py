@@ -19,7 +19,8 @@ from torch import Tensor
 from ..config import TokenFusionConfig
 from ..recipes import RECIPES
 from . import ldm, sdnext
-from ._model_patcher import Options, patch_model
+from ._attention_patches import Options
+from ._model_patcher import patch_model
 from ._ui_options import OPTIONS, PRESETS, Option, fusion_of, read, values_of
 
 TITLE = "Token Fusion (ToFu)"
@@ -55,7 +56,7 @@ def asked(p: Any, args: tuple[Any, ...]) -> dict[str, Any] | None:
     return read(ASKED, {name: value for name, value in values.items() if value is not None} | axes)
 
 
-def passes(values: Mapping[str, Any]) -> tuple[TokenFusionConfig, TokenFusionConfig]:
+def pass_configs(values: Mapping[str, Any]) -> tuple[TokenFusionConfig, TokenFusionConfig]:
     """What is done in the first pass and in that of Hires. fix. ValueError for a value out of range."""
     told = dict(values)
     second = told.pop(HIRES.name)
@@ -122,20 +123,20 @@ def one_ratio(p: Any, values: Mapping[str, Any]) -> dict[str, Any]:
 # --- fusing -----------------------------------------------------------------------------------------------------------
 
 
-def fuse(p: Any, fusion: TokenFusionConfig) -> None:
+def fuse(p: Any, config: TokenFusionConfig) -> None:
     """Tokens are fused in the sampling that is about to begin. ValueError or RuntimeError where they cannot be."""
     objects = getattr(p.sd_model, "forge_objects", None)
     if objects is None:
-        if fusion.proportional and (getattr(shared, "loaded_hypernetworks", None) or shared.opts.upcast_attn):
+        if config.proportional and (getattr(shared, "loaded_hypernetworks", None) or shared.opts.upcast_attn):
             raise ValueError(
                 "proportional weighs attention in the program's place, which would leave out its hypernetworks and "
                 "Upcast cross attention: turn off the one or the other"
             )
-        FusedSampling.of(p.sampler, p.sd_model.model.diffusion_model, fusion)
+        PatchedSampling.of(p.sampler, p.sd_model.model.diffusion_model, config)
         return
     model = objects.unet.model
     noise = getattr(model, "predictor", None) or getattr(model, "model_sampling", None)  # Forge, reForge
-    objects.unet, summary = patch_model(objects.unet, fusion, attention, getattr(noise, "percent_to_sigma", None))
+    objects.unet, summary = patch_model(objects.unet, config, attention, getattr(noise, "percent_to_sigma", None))
     logger.info(summary.headline)
 
 
@@ -149,17 +150,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Options) -> 
     return out
 
 
-class FusedSampling:
+class PatchedSampling:
     """The part of AUTOMATIC1111's sampler that runs the UNet: patched as it begins, restored however it ends."""
 
-    def __init__(self, launch: Callable[..., Any], unet: Any, fusion: TokenFusionConfig):
+    def __init__(self, launch: Callable[..., Any], unet: Any, config: TokenFusionConfig):
         self.launch = launch
         self.unet = unet
-        self.fusion = fusion
+        self.config = config
 
     def __call__(self, *args: Any, **more: Any) -> Any:
         try:
-            logger.info(ldm.apply(self.unet, self.fusion).headline)
+            logger.info(ldm.apply(self.unet, self.config).headline)
         except (ValueError, RuntimeError) as error:  # something has taken hold of the UNet since `of`
             logger.warning(f"Token Fusion: {error}. The picture is made without it.")
         try:
@@ -168,13 +169,13 @@ class FusedSampling:
             ldm.restore(self.unet)
 
     @classmethod
-    def of(cls, sampler: Any, unet: Any, fusion: TokenFusionConfig) -> None:
+    def of(cls, sampler: Any, unet: Any, config: TokenFusionConfig) -> None:
         """ValueError or RuntimeError, before anything has begun, where the UNet cannot be patched."""
         if not hasattr(sampler, "launch_sampling"):
             raise RuntimeError(f"{type(sampler).__name__} has no launch_sampling, which would be fused")
-        ldm.apply(unet, fusion)
+        ldm.apply(unet, config)
         ldm.restore(unet)
-        sampler.launch_sampling = cls(sampler.launch_sampling, unet, fusion)
+        sampler.launch_sampling = cls(sampler.launch_sampling, unet, config)
 
     @classmethod
     def undo(cls, sampler: Any) -> None:
@@ -248,10 +249,10 @@ class TokenFusionScript(scripts.Script):  # type: ignore[misc]
                 return
             if pipeline:
                 values = one_ratio(p, values)
-                sdnext.start(p, passes(values)[0], shared.opts)
+                sdnext.start(p, pass_configs(values)[0], shared.opts)
             elif not hasattr(scripts.Script, "process_before_every_sampling"):
                 raise RuntimeError("this program is too old for it; AUTOMATIC1111 has what it takes from 1.10 on")
-            passes(values)
+            pass_configs(values)
             p.extra_generation_params.update(parameters(values, bool(getattr(p, "enable_hr", False))))
         except (ValueError, TypeError, RuntimeError) as error:
             tell(p, error)
@@ -264,16 +265,16 @@ class TokenFusionScript(scripts.Script):  # type: ignore[misc]
 
     def process_before_every_sampling(self, p: Any, *args: Any, **more: Any) -> None:
         """Fuses in the pass that is about to begin."""
-        FusedSampling.undo(getattr(p, "sampler", None))
+        PatchedSampling.undo(getattr(p, "sampler", None))
         hires = bool(getattr(p, "is_hr_pass", False))
         try:
             values = asked(p, args)
             if values is None:
                 return
-            fusion = passes(values)[hires]
+            config = pass_configs(values)[hires]
             refuse_twice(p, hires)
-            if fusion.ratio > 0:
-                fuse(p, fusion)
+            if config.ratio > 0:
+                fuse(p, config)
         except (ValueError, TypeError, RuntimeError) as error:
             tell(p, error)
             if was_on(p.extra_generation_params):
@@ -321,7 +322,7 @@ def axis(grid: Any, label: str, option: Option) -> Any:
     def confirm(p: Any, values: Any) -> None:
         """Before anything is drawn: ValueError for a value that would leave its cells unfused."""
         for value in values:
-            passes(read(ASKED, {option.name: value}))
+            pass_configs(read(ASKED, {option.name: value}))
 
     made = grid.AxisOptionTxt2Img if option is HIRES else grid.AxisOption
     return made(label, kind, apply, confirm=confirm, choices=(lambda: list(choices)) if choices else None)

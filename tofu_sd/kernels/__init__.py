@@ -1,4 +1,4 @@
-"""The steps that cost: `reference` defines each in torch, `triton` computes the same faster where `can_fuse` allows."""
+"""The steps that cost: `reference` defines each in torch, `triton` computes the same faster where `can_run` allows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def reference_only() -> Iterator[None]:
         _enabled = before
 
 
-def why_not(x: Tensor) -> str | None:
+def unavailable_reason(x: Tensor) -> str | None:
     """Why the Triton kernels cannot take the tokens x [B, N, C]; None where they can."""
     if not _enabled:
         return "reference_only() is in force"
@@ -41,9 +41,9 @@ def why_not(x: Tensor) -> str | None:
     return _fault(x.device, x.dtype)
 
 
-def can_fuse(x: Tensor) -> bool:
-    """Whether the Triton kernels can take the tokens x [B, N, C]; `why_not` says why they cannot."""
-    return why_not(x) is None
+def can_run(x: Tensor) -> bool:
+    """Whether the Triton kernels can take the tokens x [B, N, C]; `unavailable_reason` says why they cannot."""
+    return unavailable_reason(x) is None
 
 
 @cache
@@ -94,7 +94,7 @@ def _nearest_shapes(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, T
 @operator("tofu_sd::nearest", "(Tensor metric, Tensor src, Tensor dst) -> (Tensor, Tensor)", _nearest_shapes)
 def nearest_dst(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.nearest`, as an operator: a compiler would unroll its loop over chunks for one size alone."""
-    if can_fuse(metric):
+    if can_run(metric):
         return _launcher("nearest_dst", metric.device)(metric, src, dst)
     on_cpu = _enabled and metric.device.type == "cpu" and metric.dtype != torch.float64 and cpu.available()
     return (cpu if on_cpu else reference).nearest_dst(metric, src, dst)
@@ -110,14 +110,14 @@ def _map_shapes(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) 
     "(Tensor best, Tensor target, Tensor src, Tensor dst, SymInt r) -> (Tensor, Tensor)",
     _map_shapes,
 )
-def _assemble(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def _build_map(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return _chosen("build_map", best)(best, target, src, dst, r)
 
 
 def build_map(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """`reference.assemble`, to a compiler an operator: Inductor's own scans are slow, and failed on 12,288 sources."""
     if is_compiling():
-        return _assemble(best, target, src, dst, r)
+        return _build_map(best, target, src, dst, r)
     return _chosen("build_map", best)(best, target, src, dst, r)
 
 
@@ -133,6 +133,6 @@ def merge(x: Tensor, group_idx: Tensor, K: int, largest_norm: bool) -> Tensor:
 
 def _chosen(name: str, x: Tensor) -> Callable[..., Any]:
     """The kernel where it can be launched here and now, else the reference, of which a compiler makes its own."""
-    if not is_compiling() and can_fuse(x):
+    if not is_compiling() and can_run(x):
         return _launcher(name, x.device)
     return getattr(reference, name)

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The same as Triton kernels: nothing is stored that is read once, and each step is a launch or two.
 
-`reference` defines what they compute; `can_fuse` says where they run. Sums are float32, in an order that repeats.
+`reference` defines what they compute; `can_run` says where they run. Sums are float32, in an order that repeats.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def build_map(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) ->
     kept_idx = torch.empty(B, S + D - r, dtype=torch.long, device=best.device)
     group_idx = torch.empty(B, S + D, dtype=torch.long, device=best.device)
     block = min(4096, max(128, triton.next_power_of_2(S + D)))
-    _assemble[(B,)](
+    _build_map[(B,)](
         best.contiguous(), target.contiguous(), src.contiguous(), dst.contiguous(), kept_idx, group_idx, r, S, D,
         BLOCK=block, num_warps=min(16, block // 32),
     )  # fmt: skip
@@ -121,7 +121,7 @@ def _sortable(best_ptr, j, S):
 
 
 @triton.jit
-def _assemble(best_ptr, target_ptr, src_ptr, dst_ptr, kept_ptr, home_ptr, r, S, D, BLOCK: tl.constexpr):
+def _build_map(best_ptr, target_ptr, src_ptr, dst_ptr, kept_ptr, home_ptr, r, S, D, BLOCK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     best_ptr += sample * S
     target_ptr += sample * S

@@ -1,4 +1,4 @@
-"""Where a transformer block lies in a model."""
+"""Where a transformer block is in a model."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ from dataclasses import dataclass
 
 from torch import nn
 
-ATTRIBUTE = "_tofu"
+ATTRIBUTE = "_tofu"  # of patched layers: their state; of a patched model: its patch
 
 
 @dataclass(frozen=True)
 class BlockInfo:
-    """One transformer block of a host model.
+    """One transformer block of a model.
 
-    name: the block's name in the model. depth: its place among all transformer blocks in execution order. path: 'down',
-    'mid' or 'up'. level: 0 at the highest resolution with attention, 1 at the next. downsample: the latent's side over
-    the map's. width: channels of its tokens. canvas: the module that sees the map as [B, C, h, w] before the block
-    runs. parts: the block's layers by role ('norm', 'attn', 'crossattn', 'mlp'). block: the block's class.
+    Args:
+        name: the block's name in the model.
+        depth: its index among all transformer blocks, in execution order.
+        path: 'down', 'mid' or 'up'.
+        level: 0 at the highest resolution with attention, 1 at the next.
+        downsample: side of the latent divided by the side of the map.
+        width: channels of its tokens.
+        spatial_module: the module that gets the map as [B, C, h, w] before the block runs.
+        layers: the block's layers: 'norm', 'attn', 'crossattn', 'mlp'; in classifiers also 'block', the block itself.
+        block_class: the block's class.
     """
 
     name: str
@@ -30,6 +36,6 @@ class BlockInfo:
     block_class: type[nn.Module]
 
     def map_size(self, latent: tuple[int, int]) -> tuple[int, int]:
-        """Height and width of its map under a latent's: stride-2 convolutions round up."""
+        """Returns height and width of its map for a latent's: stride-2 convolutions round up."""
         h, w = latent
         return -(-h // self.downsample), -(-w // self.downsample)
