@@ -141,7 +141,7 @@ def beside(kind, fuse, model):
     from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
     from comfy_extras.nodes_tomesd import TomePatchModel
 
-    from tofu_sd.hosts._model_patcher import patches_of
+    from tofu_sd.hosts.programs.model_patcher import patches_of
 
     size = 32 if kind == "sd15" else 64  # so that HyperTile's tiles are smaller than the highest map with attention
     depth = 0 if kind == "sd15" else 1
@@ -177,7 +177,7 @@ def beside(kind, fuse, model):
         "Deep Shrink beside it": both_act(fused_and_small, ours, small)
         and torch.equal(draw(shrunk(half)), fused_and_small) and maps == {(32, 32), (20, 20)},
         # which does nothing on SDXL
-        "beside the built-in merging nothing is fused twice": all(
+        "beside the built-in merging tokens are not merged twice": all(
             torch.equal(draw(both), tome if kind == "sd15" else ours) for both in (merged(half), fuse(merged(model)))
         )
         and torch.equal(tome, plain) == (kind == "sdxl"),
@@ -257,8 +257,8 @@ def stopped(kind, half, first):
 
 def drawn_by(patcher, x, t, context, y=None):
     """What the program's UNet predicts, plain and fused by every method."""
-    from tofu_sd.hosts._model_patcher import patch_model
     from tofu_sd.hosts.comfyui import plain
+    from tofu_sd.hosts.programs.model_patcher import patch_model
 
     models = {"plain": patcher} | {f.slug: patch_model(patcher, f, plain)[0] for f in twins.methods()}
     told, drawn = {"cond_or_uncond": [1, 0], "sigmas": torch.ones(2)}, {}

@@ -115,7 +115,7 @@ def look():
         "faithful": screen.draw([faithful]), "keys": screen.draw([{"kv_only": True}]),
         "out of range": screen.draw([True, 0.9]),
         "grid": screen.draw(axis=("[ToFu] Ratio", "0,0.25,0.5")),
-        "grid of words": screen.draw(axis=("[ToFu] Keys only", "False,True")),
+        "grid of words": screen.draw(axis=("[ToFu] Kv only", "False,True")),
         "grid out of range": screen.draw(axis=("[ToFu] Ratio", "0.25,0.9")),
         "interrupted": screen.draw([True], interrupted=True), "off after it": screen.draw(),
     }  # fmt: skip

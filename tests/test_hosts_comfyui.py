@@ -24,7 +24,7 @@ import torch
 from patcher_host import Patcher, UNetModel, attention
 
 from tofu_sd import TokenFusionConfig
-from tofu_sd.hosts._model_patcher import patches_of
+from tofu_sd.hosts.programs.model_patcher import patches_of
 from tofu_sd.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,9 +199,9 @@ def test_an_input_that_does_not_count_is_named_in_the_log(comfy, model, caplog):
     nodes = comfy("V1")
     fusion = patches_of(nodes.fuse(model, preset="tofu", window=4, early="mean", late="mlerp")).config
     assert fusion == TokenFusionConfig()
-    assert "early, window do not count, as preset is tofu and not custom" in caplog.text
+    assert "early, window are ignored, as preset is tofu and not custom" in caplog.text
     tooltip = nodes.TokenFusionNode.INPUT_TYPES()["optional"]["preset"][1]["tooltip"]
-    assert "early, late, depth_split, proportional, kv_only, window, whose inputs count with custom alone" in tooltip
+    assert "early, late, depth_split, proportional, kv_only, window; their inputs are used only with custom" in tooltip
 
 
 def test_an_unknown_preset_is_refused_by_name(comfy, model):
@@ -265,7 +265,7 @@ def test_a_map_of_a_model_whose_blocks_another_node_has_says_so(comfy, model):
     nodes, context = comfy("V1"), torch.zeros(1, 7, 16)
     patched = nodes.fuse(model)
     patched.set_model_attn1_patch(lambda q, k, v, options: (q, k[:, ::2], v[:, ::2]))
-    with pytest.raises(ValueError, match=r"nothing is fused at 0\.5 of the sampling: another node changes the tokens"):
+    with pytest.raises(ValueError, match=r"nothing is merged at 0\.5 of the sampling: another node changes the tokens"):
         nodes.show(patched, context, {"samples": torch.zeros(1, 4, 16, 16)})
 
 
@@ -300,7 +300,7 @@ def test_a_model_that_fuses_nothing_has_no_maps(comfy, model):
     with pytest.raises(ValueError, match="this model merges no tokens: put Token Fusion"):
         nodes.show(model, context, {"samples": torch.zeros(1, 4, 16, 16)})
     late = nodes.fuse(model, start_percent=0.6)
-    with pytest.raises(ValueError, match=r"nothing is fused at 0\.5 of the sampling: the step lies outside start_per"):
+    with pytest.raises(ValueError, match=r"nothing is merged at 0\.5 of the sampling: the step lies outside start_per"):
         nodes.show(late, context, {"samples": torch.zeros(1, 4, 16, 16)})
 
 
@@ -387,8 +387,8 @@ LAWS = [
     "ratio 0 is bit-equal", "the model beside it is bit-equal", "two clones at once", "the same seed", "the window",
     "nobody else's dice", "odd latents run", "interrupted it is the same again", "HyperTile before it",
     "HyperTile after it", "HyperTile on other blocks", "Deep Shrink beside it",
-    "beside the built-in merging nothing is fused twice", "PAG acts beside four levels", "SAG acts beside four levels",
-    "the window is that of the sampling",
+    "beside the built-in merging tokens are not merged twice", "PAG acts beside four levels",
+    "SAG acts beside four levels", "the window is that of the sampling",
 ]  # fmt: skip
 COMPILED = ["plain then half then plain", "half then most then half", "weighted then half then weighted",
             "half then plain"]  # fmt: skip

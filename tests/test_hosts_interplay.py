@@ -17,7 +17,7 @@ from torch import nn
 
 from tofu_sd import TokenFusionConfig
 from tofu_sd.hosts import ldm
-from tofu_sd.hosts._model_patcher import patch_model, patches_of, record_model_maps
+from tofu_sd.hosts.programs.model_patcher import patch_model, patches_of, record_model_maps
 
 FAITHFUL = {"early": "mean", "late": "mean", "proportional": True}
 

@@ -14,8 +14,8 @@ from torch import nn
 import tofu_sd
 from tofu_sd import TokenFusionConfig
 from tofu_sd.hosts import ldm
-from tofu_sd.hosts._attention_patches import map_size
-from tofu_sd.hosts._model_patcher import patch_model, patches_of
+from tofu_sd.hosts.programs.attention_patches import map_size
+from tofu_sd.hosts.programs.model_patcher import patch_model, patches_of
 
 # in these programs a patch sees normed tokens alone, so that is what both are to compare
 OPTIONS = [

@@ -18,7 +18,8 @@ from patcher_host import ForgePatcher, PlainBlock, UNetModel, attention
 
 from tofu_sd import TokenFusionConfig
 from tofu_sd.hosts import ldm
-from tofu_sd.hosts._model_patcher import patch_model
+from tofu_sd.hosts.programs.model_patcher import patch_model
+from tofu_sd.hosts.programs.ui_options import config_of
 from tofu_sd.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -176,7 +177,7 @@ def test_a_name_that_this_version_does_not_know_is_not_pasted(program):
 
 def test_requests_give_the_options_in_this_order(program):
     """A promise to every program that sends requests: new options come at the end."""
-    assert [option.name for option in program.host.ASKED] == NAMES
+    assert [option.name for option in program.host.INPUTS] == NAMES
     page = (ROOT / "docs" / "webui.md").read_text().partition("at the end alone:")[2].partition(". What")[0]
     assert re.findall(r"`(\w+)`", page) == ["enabled", *NAMES]
     assert [field.label for field in program.fields[1:]] == [n.replace("_", " ").capitalize() for n in NAMES]
@@ -211,7 +212,7 @@ def test_what_cannot_be_done_is_told_once_and_the_picture_made_without_it(progra
     found, p = program.draw([options], enable_hr=True)
     (comment,) = p.comments
     assert said in comment
-    assert comment.endswith("The picture is made without it.")
+    assert comment.endswith("The image is generated without it.")
     assert caplog.text.count(said) == 1
     assert not p.extra_generation_params
     assert torch.equal(found, full)
@@ -286,7 +287,7 @@ def test_what_weighted_attention_would_leave_out_is_not_left_out(program, there)
         shared.loaded_hypernetworks.append(object())
     found, p = program.draw(args(program, **FAITHFUL))
     assert torch.equal(found, full)
-    assert "proportional weighs attention in the program's place" in next(iter(p.comments))
+    assert "proportional replaces the program's attention" in next(iter(p.comments))
     assert not torch.equal(program.draw(args(program))[0], full)
 
 
@@ -295,7 +296,7 @@ def test_a_program_without_the_hook_is_told_to_be_too_old(program, monkeypatch):
     monkeypatch.delattr(program.host.TokenFusionScript, "process_before_every_sampling")
     p = webui_host.Processing(program)
     program.script.process(p, *args(program))
-    assert "AUTOMATIC1111 has what it takes from 1.10 on" in next(iter(p.comments))
+    assert "AUTOMATIC1111 has the needed hook from 1.10 on" in next(iter(p.comments))
     assert not p.extra_generation_params
 
 
@@ -303,7 +304,7 @@ def test_a_program_without_the_hook_is_told_to_be_too_old(program, monkeypatch):
 
 
 def test_what_nobody_changes_is_the_default_of_the_package(program):
-    values = {option.name: option.default for option in program.host.ASKED}
+    values = {option.name: option.default for option in program.host.INPUTS}
     assert program.host.pass_configs(values) == (TokenFusionConfig(), TokenFusionConfig())
 
 
@@ -314,7 +315,7 @@ def test_a_preset_sets_the_fields_to_its_recipe_at_any_ratio(program):
         values = dict(zip((field.label for field in told["outputs"]), told["fn"](), strict=True))
         assert {"Ratio", "Hires ratio"}.isdisjoint(values)
         asked = {name: values[name.replace("_", " ").capitalize()] for name in NAMES[2:]}
-        fusion = program.host.fusion_of({**asked, "ratio": 0.25})
+        fusion = config_of({**asked, "ratio": 0.25})
         recipe = RECIPES[button.args[0]]
         assert fusion == TokenFusionConfig.of(recipe, ratio=0.25, early=fusion.early, late=fusion.late)
         assert [recipe.early.__name__, recipe.late.__name__] == [asked["early"], asked["late"]]
@@ -346,7 +347,7 @@ def test_an_axis_of_a_grid_sets_an_option_and_switches_it_on(program):
     program.host.add_axes()  # the screen is built again
     axes = {axis.label: axis for axis in grid.axis_options}
     assert len(axes) == len(grid.axis_options) == len(NAMES)
-    assert axes["[ToFu] Keys only"].choices() == ["False", "True"]
+    assert axes["[ToFu] Kv only"].choices() == ["False", "True"]
     assert axes["[ToFu] Early"].choices() == ["prune", "mean", "mlerp"]
     assert [a.label for a in grid.axis_options if type(a) is webui_host.AxisOptionTxt2Img] == ["[ToFu] Hires ratio"]
     axes["[ToFu] Ratio"].confirm(None, [0.0, 0.25, 0.75])
@@ -357,10 +358,10 @@ def test_an_axis_of_a_grid_sets_an_option_and_switches_it_on(program):
     whole = webui_host.Processing(program)
     p = webui_host.cell(whole)
     axes["[ToFu] Ratio"].apply(p, axes["[ToFu] Ratio"].type("0.25"), None)
-    axes["[ToFu] Keys only"].apply(p, "True", None)
+    axes["[ToFu] Kv only"].apply(p, "True", None)
     found, p = program.draw(off(program), p=p)
     assert torch.equal(found, program.draw(args(program, ratio=0.25, kv_only=True))[0])
-    assert webui_host.saved(p) == "ToFu ratio: 0.25, ToFu early: prune, ToFu late: mlerp, ToFu keys only: True"
+    assert webui_host.saved(p) == "ToFu ratio: 0.25, ToFu early: prune, ToFu late: mlerp, ToFu kv only: True"
     assert not hasattr(whole, program.host.AXES)
 
 

@@ -13,7 +13,7 @@ from .config import TokenFusionConfig
 from .environment import check_torchvision
 from .linearity import measure_split
 from .patching.autotune import break_even
-from .patching.block_info import BlockInfo
+from .patching.host import BlockInfo
 from .patching.patch import Patch, attach, detach, min_tokens_by_level, patch_of, plan, set_min_tokens, states_of
 from .patching.recording import MapRecord, recording
 from .patching.summary import Summary, summarize

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..patching.block_info import ATTRIBUTE
 from ..patching.block_state import BlockState
+from ..patching.host import ATTRIBUTE
 
 
 class NormForMatching(nn.LayerNorm):

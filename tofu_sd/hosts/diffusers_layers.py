@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..core.token_map import SoftMap, TokenMap
 from ..kernels.operators import is_compiling
-from ..patching.block_info import ATTRIBUTE
 from ..patching.block_state import BlockState
+from ..patching.host import ATTRIBUTE
 from .diffusers_processors import (
     _SDPA,
     _UPCASTING,

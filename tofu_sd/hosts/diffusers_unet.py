@@ -13,8 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from ..patching.block_info import BlockInfo
-from ..patching.host import Argument, ArgumentNames
+from ..patching.host import Argument, ArgumentNames, BlockInfo
 from ..patching.patch import Patch
 from ._norm import NormForMatching, raise_wrapped
 from .diffusers_layers import MergedAttention, MergedCrossAttention, MergedFeedForward

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from ..config import TokenFusionConfig
 from ..core.proportional import proportional_attention
 from ..core.token_map import SoftMap, TokenMap
-from ..patching.block_info import ATTRIBUTE, BlockInfo
 from ..patching.block_state import BlockState, block_states
-from ..patching.host import Argument, ArgumentNames, Host
+from ..patching.host import ATTRIBUTE, Argument, ArgumentNames, BlockInfo, Host
 from ..patching.patch import attach, detach, patch_of, plan
 from ._norm import NormForMatching, raise_wrapped
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from ..core.token_map import TokenMap
 from ..patching import patch as patching
-from ..patching.block_info import ATTRIBUTE, BlockInfo
-from ..patching.host import Argument, ArgumentNames
+from ..patching.host import ATTRIBUTE, Argument, ArgumentNames, BlockInfo
 from ..vit.methods import AdaptiveReduction, TokenReduction
 from ..vit.reducer import Reducer
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.matching import bipartite_soft_matching
 from ..kernels import take
-from ..patching.block_info import ATTRIBUTE
+from ..patching.host import ATTRIBUTE
 from ..patching.linearity import LAYERS, best_split, functional_linearity, merged_pairs
 from ..vit.methods import alternating
 from .timm import ClassifierPatch, find_blocks

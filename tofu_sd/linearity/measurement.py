@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..config import TokenFusionConfig
-from ..patching.block_info import BlockInfo
 from ..patching.block_state import block_states
+from ..patching.host import BlockInfo
 from ..patching.linearity import LAYERS, PAIRS, Linearity, best_split, by_depth, probing
 from .curve import Curve
 

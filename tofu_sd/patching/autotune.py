@@ -12,8 +12,8 @@ from torch import nn
 
 from ..config import TokenFusionConfig
 from ..core.reductions import Reduction
-from .block_info import ATTRIBUTE
 from .block_state import BlockState
+from .host import ATTRIBUTE
 from .patch import Patch, patch_of
 from .step_tracker import StepTracker
 

@@ -16,10 +16,10 @@ from ..core.proportional import key_bias
 from ..core.reductions import Reduction, reduce_by_id, reduction_id, unmerge
 from ..core.token_map import SoftMap, TokenMap
 from ..kernels.operators import is_compiling
-from .block_info import BlockInfo
+from .host import BlockInfo
 from .image_parts import ImagePart
-from .per_thread import PerThread
 from .shared_map import SharedMap
+from .threads import PerThread
 
 MergedForward = Callable[[Tensor, "Tensor | None", "TokenMap | SoftMap"], Tensor]
 

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from ..kernels.operators import is_compiling, refuse_export
 from .block_state import BlockState, keep_best, recall_counts
 from .host import ArgumentNames
-from .one_at_a_time import OneAtATime, has_compiled
-from .per_thread import PerThread
 from .shared_map import SharedMap
 from .step_tracker import StepTracker
+from .threads import OneAtATime, PerThread, has_compiled
 
 
 class _StepHook:

@@ -16,8 +16,7 @@ from ..config import TokenFusionConfig
 from ..core.matching import bipartite_soft_matching
 from ..core.partition import partition
 from ..core.token_map import TokenMap
-from .block_info import BlockInfo
-from .host import ArgumentNames
+from .host import ArgumentNames, BlockInfo
 from .patch import patch_of
 
 POINTS = 11  # N of Eq. 8

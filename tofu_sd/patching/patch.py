@@ -14,10 +14,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import TokenFusionConfig
-from .block_info import ATTRIBUTE, BlockInfo
 from .block_state import BlockState, block_states
 from .hooks import Hook, _GuidanceHook, _PartitionHook, _StepEndHook, _StepHook
-from .host import ArgumentNames, Host
+from .host import ATTRIBUTE, ArgumentNames, BlockInfo, Host
 from .shared_map import SharedMap
 from .step_tracker import StepTracker
 

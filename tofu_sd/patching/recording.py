@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..core.token_map import TokenMap
-from .block_info import BlockInfo
+from .host import BlockInfo
 from .patch import Patch, states_of
 
 

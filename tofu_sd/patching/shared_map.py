@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from ..core.token_map import SoftMap, TokenMap
 from .image_parts import ImagePart
-from .per_thread import PerThread
 from .step_tracker import StepState
+from .threads import PerThread
 
 
 @dataclass

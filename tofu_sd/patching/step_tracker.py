@@ -13,7 +13,7 @@ from ..config import TokenFusionConfig
 from ..core.partition import Partition, PartitionTensors, partition, windows
 from ..kernels.operators import is_compiling
 from .image_parts import ImagePart, ImagePartTracker
-from .per_thread import PerThread
+from .threads import PerThread
 
 
 @dataclass

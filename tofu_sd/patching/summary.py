@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..config import TokenFusionConfig
-from .block_info import BlockInfo
 from .block_state import Counts, block_states
+from .host import BlockInfo
 
 
 @dataclass(frozen=True)

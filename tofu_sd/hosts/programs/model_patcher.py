@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import TokenFusionConfig
-from ..core.token_map import TokenMap
-from ._attention_patches import KEY, AttentionPatches, attention_at, forget_graphs
-from .ldm import PatchSummary, Place, find_places, summarize
+from ...config import TokenFusionConfig
+from ...core.token_map import TokenMap
+from ..ldm import PatchSummary, Place, find_places, summarize
+from .attention_patches import KEY, AttentionPatches, attention_at, forget_graphs
 
 _ONLY_SELF = "these programs let patches change only self-attention"
 UNSUPPORTED = {

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
-from ..config import TokenFusionConfig
-from ..core.proportional import proportional_attention
-from ..core.reductions import unmerge
-from ..core.token_map import SoftMap, TokenMap
-from ..patching.block_info import BlockInfo
-from ..patching.block_state import BlockState, block_states
-from ..patching.step_tracker import StepTracker
-from .ldm import Place, fixed_min_tokens
+from ...config import TokenFusionConfig
+from ...core.proportional import proportional_attention
+from ...core.reductions import unmerge
+from ...core.token_map import SoftMap, TokenMap
+from ...patching.block_state import BlockState, block_states
+from ...patching.host import BlockInfo
+from ...patching.step_tracker import StepTracker
+from ..ldm import Place, fixed_min_tokens
 
 logger = logging.getLogger("tofu_sd")
 # the options of a patch, one dict for each call of a block: block, block_index, activations_shape, sigmas, ...
