@@ -14,6 +14,7 @@ from research.adaptivision.model import (
     AdaptiVision,
     CrossModalTokenFusion,
     DynamicTokenClustering,
+    Size,
     TokenSelection,
     alignment_loss,
     pool,
@@ -136,8 +137,9 @@ def test_alignment_is_least_where_each_picture_is_likest_to_its_own():
 
 def model(**options):
     torch.manual_seed(0)
-    told = {"side": 16, "patch": 4, "width": 8, "depth": 2, "heads": 2, "classes": 3, "clusters": (2, 6)}
-    return AdaptiVision(**{**told, **options})
+    sizes = {"side": 16, "patch": 4, "width": 8, "depth": 2, "heads": 2, "classes": 3}
+    size = Size(**{name: options.pop(name, value) for name, value in sizes.items()})
+    return AdaptiVision(size, **{"clusters": (2, 6), **options})
 
 
 @pytest.mark.parametrize(

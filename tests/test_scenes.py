@@ -9,7 +9,7 @@ import torch
 import tofu_sd
 from research.demo_training import fit as fit_module
 from research.demo_training import recipe, stages, train
-from research.demo_training.fit import fit
+from research.demo_training.fit import Schedule, fit
 from research.demo_training.recipe import Recipe
 from research.demo_training.scenes import draw_scene, nearness, noise_tiles, render
 from tofu_sd.demo.scene_classes import CLASSES, SHAPES
@@ -92,7 +92,7 @@ def _regression(work, stop_at=None):
         x = torch.randn(8, 4, generator=g)
         return (model(x) - x @ target.T).square().mean()
 
-    fit("line", model, loss, samples=8 * 200, batch=8, rate=0.05, work=work, seed=1, horizon=20)
+    fit("line", model, loss, Schedule(samples=8 * 200, batch=8, rate=0.05, seed=1, horizon=20), work)
     return model, calls
 
 

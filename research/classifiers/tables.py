@@ -14,49 +14,52 @@ from eval.common import formats
 from eval.reporting.tables import known
 from tofu_sd.patching.linearity import best_split
 
-from .methods import FULL
+from .methods import BASELINE
 
 SCHEMA = 1
-FRESH = 40  # scenes a class
-CALIBRATION = 64  # pictures by which thresholds are set; their labels are not looked at
+FRESH = 40  # scenes of each class
+CALIBRATION = 64  # images by which thresholds are set; their labels are not used
 CURVES = (
     (1.0, 0.0),
     (1.0, 0.1),
     (1.0, 0.5),
     (0.0, 1.0),
-)  # of thresholds: how far they begin below 1, how fast they fall
+)  # of thresholds: their start below 1, and how fast they fall
 THRESHOLDS = (
-    "atm: four curves of thresholds are brought to ToMe's operations at that r; of those that can be, the one that "
-    "moves features least, on pictures held apart where at least 64 are not judged."
+    "ATM: four threshold curves are scaled to ToMe's FLOPs at the same r. The one with the smallest feature shift on "
+    "calibration images is used; these are not evaluated if at least 64 are left."
 )
 RS = [8, 12, 16, 20]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median with the 5th and 95th percentile."""
+    """Returns the median with the 5th and 95th percentile."""
     p5, median, p95 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.05, 0.5, 0.95]).double())
     return {"median": median.item(), "p5": p5.item(), "p95": p95.item()}
 
 
 def read(out: Path) -> dict[str, Any]:
+    """Reads classify.json. EvalError where it is missing or damaged."""
     found = formats.read(out / "classify.json", formats.CLASSIFY, SCHEMA, "research.classifiers.classify", out.name)
-    if not any(row["method"] == FULL.name for row in found["rows"]):
-        raise EvalError(f"{out.name} holds no results of research.classifiers.classify: there is no row {FULL.name!r}")
+    if not any(row["method"] == BASELINE.name for row in found["rows"]):
+        raise EvalError(
+            f"{out.name} holds no results of research.classifiers.classify: there is no row {BASELINE.name!r}"
+        )
     if len({len(layers) for layers in found["linearity"]}) > 1:
-        raise EvalError(f"{out.name} holds no results of classifiers: linearity is of classifiers of unequal depth")
+        raise EvalError(f"{out.name} holds no results of classifiers: linearity has classifiers of unequal depth")
     return found
 
 
 def named(rows: list[dict[str, Any]], labels: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of these labels, in this order; all where none are named. The full model's always comes first."""
+    """Returns the rows with these labels, in this order; all if there are none. The baseline's always comes first."""
     by_label = {row["label"]: row for row in rows}
-    return [by_label[label] for label in dict.fromkeys([FULL.name, *known("row", labels, list(by_label))])]
+    return [by_label[label] for label in dict.fromkeys([BASELINE.name, *known("row", labels, list(by_label))])]
 
 
 def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(titles, the texts of each row)."""
-    full = next(row for row in found["rows"] if row["method"] == FULL.name)
-    titles = ["method", "accuracy, %", "features moved, 10⁻³", "GFLOP / image", "of the full model's", "tokens left"]
+    """Returns (titles, the cells of each row)."""
+    full = next(row for row in found["rows"] if row["method"] == BASELINE.name)
+    titles = ["method", "accuracy, %", "feature shift, 10⁻³", "GFLOP / image", "of the baseline's", "tokens left"]
     ahead = any(row["ahead_of_tome"] for row in found["rows"])
     timed = any(row["speedup"] for row in found["rows"])
     titles += ["ahead of tome, %"] * ahead + ["images / s", "speed-up"] * timed
@@ -86,7 +89,7 @@ def _moved(figure: dict[str, float] | None) -> str:
 
 
 def straightness(found: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
-    """(titles, rows, notes) of the functional linearity of each layer (ToFu Fig. 3), and the split it suggests."""
+    """Returns (titles, rows, notes): the functional linearity of each layer (ToFu Fig. 3), and the split by it."""
     layers = [list(values) for values in zip(*found["linearity"], strict=True)]
     lines = [
         [str(layer), f"{mean(values):.5f}", f"{min(values):.5f}–{max(values):.5f}"]
@@ -95,8 +98,8 @@ def straightness(found: dict[str, Any]) -> tuple[list[str], list[list[str]], lis
     d = best_split({layer: mean(values) for layer, values in enumerate(layers)})
     s = found["settings"]
     note = (
-        f"Of each layer's {s.get('linearity_of', 'MLP')}, between the five patch tokens that would be fused first and "
-        f"what they would join; {min(CALIBRATION, s['n'])} pictures, {s['classifiers']} classifiers, torch "
+        f"Of each layer's {s.get('linearity_of', 'MLP')}, between the five patch tokens that are merged first and "
+        f"their survivors; {min(CALIBRATION, s['n'])} images, {s['classifiers']} classifiers, torch "
         f"{s['torch']}, commit {found['provenance']['commit'] or 'unknown'}. "
         f"By the error model of `depth_split='auto'`: d = {d}" + (", average in all layers." if d == 0 else ".")
     )
@@ -104,27 +107,27 @@ def straightness(found: dict[str, Any]) -> tuple[list[str], list[list[str]], lis
 
 
 def notes(found: dict[str, Any]) -> list[str]:
-    """Without which the figures mean nothing."""
+    """Returns the lines below a table: how it was measured."""
     s, p = found["settings"], found["provenance"]
     trained = s["model"]
     if s["seeds"][0] is not None:
         trained += f", {s['classifiers']} classifiers of seeds {', '.join(map(str, s['seeds']))}"
     lines = [
-        f"{trained} · {s['n']} pictures of {s['classes']} classes ({s['data']}), {s['side']} px, batches of "
+        f"{trained} · {s['n']} images of {s['classes']} classes ({s['data']}), {s['side']} px, batches of "
         f"{s['batch']} · {s.get('dtype', 'float32')} on {s['device']} · torch {s['torch']}, timm {s['timm']} · commit "
         f"{p['commit'] or 'unknown'}.",
-        "Accuracy: mean over the classifiers, 95 % interval over classes. Features moved: 1 - cosine of what the last "
-        "linear layer is shown to what the full model shows it, mean and interval alike. Operations: by torch's "
-        "counter, matching included; tokens: of patches, before the last layer.",
+        "Accuracy: mean over the classifiers, 95 % interval over classes. Feature shift: 1 - cosine of the last linear "
+        "layer's input to the baseline's, with the same kind of interval. FLOPs: by torch's counter, with matching. "
+        "Tokens: patch tokens before the last layer.",
     ]
     if any(row["speedup"] for row in found["rows"]):
-        lines.append(f"Images / s, speed-up: medians of {s['rounds']} rounds in turns, 5th to 95th percentile.")
+        lines.append(f"Images / s, speed-up: medians of {s['rounds']} interleaved rounds, 5th to 95th percentile.")
     if s["stress"]:
-        tried = "those at which ToMe's patch tokens last to the last layer"  # as before they were told
+        tried = "those at which ToMe's patch tokens last to the last layer"  # of files without a list
         if s.get("tried"):
             tried = ", ".join(map(str, s["tried"]))
         lines.append(
-            "Each method at the largest r at which its accuracy, to a tenth of a percent, is the full model's or "
+            "Each method at the largest r at which its accuracy, to a tenth of a percent, is the baseline's or "
             f"higher, of {tried}. {THRESHOLDS}"
         )
     elif any(row["method"].startswith("atm") and row["r"] is not None for row in found["rows"]):
