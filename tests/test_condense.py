@@ -59,10 +59,10 @@ def test_every_token_is_shared_out_whole_within_its_window(case: tuple[Tensor, W
     assert map.before == (B, N)
     assert map.after == map.size.shape == (B, len(windows.dst_index))
     assert (map.weights >= 0).all()
-    torch.testing.assert_close(map.weights.sum(dim=-1).flatten(1)[:, map.place], torch.ones(B, N).double())
+    torch.testing.assert_close(map.weights.sum(dim=-1).flatten(1)[:, map.src_index], torch.ones(B, N).double())
     torch.testing.assert_close(map.size.sum(dim=1), torch.full((B,), float(N)).double())
     assert (map.size > 0).all()  # or its logarithm would be no number
-    assert map.tokens.flatten()[map.place].tolist() == list(range(N))
+    assert map.tokens.flatten()[map.src_index].tolist() == list(range(N))
 
 
 @settings(deadline=None, max_examples=100)
@@ -72,7 +72,7 @@ def test_the_definition(case: tuple[Tensor, Windows, float]) -> None:
     x, windows, temperature = case
     map = soft_merge_map(x, windows, temperature)
     y, back = mean(x, map), unmerge(mean(x, map), map)
-    n = map.place // windows.src.shape[1]  # the window of each token, and of each centroid
+    n = map.src_index // windows.src.shape[1]  # the window of each token, and of each centroid
     k = windows.dst_index // windows.dst.shape[1]
     for t in range(len(windows.src)):
         z, mu = x[:, n == t], x[:, map.kept_idx[k == t]]
@@ -94,7 +94,7 @@ def test_cold_it_is_the_map_of_each_token_to_its_nearest_centroid(case: tuple[Te
     hard = map.argmax_map()
     token = hard.kept_idx.gather(1, hard.group_idx)  # that stands for each
     assert torch.equal(hard.group_idx.gather(1, hard.kept_idx), torch.arange(len(windows.dst_index)).expand(len(x), -1))
-    here, there = map.place // windows.src.shape[1], windows.dst_index // windows.dst.shape[1]
+    here, there = map.src_index // windows.src.shape[1], windows.dst_index // windows.dst.shape[1]
     apart = torch.cdist(x, x[:, map.kept_idx]).masked_fill(here.unsqueeze(1) != there, float("inf"))
     assert torch.equal(token, map.kept_idx[apart.argmin(dim=-1)])
     # exp(-1e5), for the distances of random tokens differ by more than a hundredth of their variance

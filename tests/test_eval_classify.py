@@ -252,10 +252,10 @@ PLAIN = ["--kind", "adaptivision", "--clusters", "none"]
         (["--data", "nowhere"], "there is no folder 'nowhere/train' of pictures"),
         (["--rate", "nan"], "argument --rate: 'nan' is not a finite number"),
         (["--rate", "-1"], "argument --rate: '-1' is not above 0"),
-        (["--guided"], "--guided is of adaptivision, and --kind is vit"),
-        (["--clusters", "9,3"], "--clusters is of adaptivision, and --kind is vit"),
-        (["--no-focus"], "--focus is of adaptivision, and --kind is vit"),
-        (["--kind", "adaptivision", "--coarse", "5"], "--coarse is of vit, and --kind is adaptivision"),
+        (["--guided"], "--guided applies to adaptivision, and --kind is vit"),
+        (["--clusters", "9,3"], "--clusters applies to adaptivision, and --kind is vit"),
+        (["--no-focus"], "--focus applies to adaptivision, and --kind is vit"),
+        (["--kind", "adaptivision", "--coarse", "5"], "--coarse applies to vit, and --kind is adaptivision"),
         ([*PLAIN, "--strategy", "random"], "strategy is 'random', and clusters is None, which keeps all patches"),
         ([*PLAIN, "--temperature", "-1"], "temperature is -1.0; it must be above 0"),
         (
@@ -290,7 +290,7 @@ def test_scenes_are_rendered_once_and_any_part_of_them_is_mixed(tmp_path, monkey
 
 
 def test_a_folder_without_classes_is_refused(tmp_path):
-    with pytest.raises(EvalError, match=r"'.*' holds no folder of pictures for each class"):
+    with pytest.raises(EvalError, match=r"'.*' holds no folder of images for each class"):
         labelled.folder(tmp_path, labelled.plain(8))
 
 

@@ -143,6 +143,6 @@ def test_a_recipe_of_another_shape_is_refused(train, capsys):
         Path("out/recipe.json").write_text(content)
         assert train.main(["--out", "out", "--samples", "32", *SIZES]) == 2
         assert capsys.readouterr().err == (
-            "error: --out out: its recipe.json cannot be read; put it right or give another folder\n"
+            "error: --out out: its recipe.json cannot be read; repair it or give another folder\n"
         )
         assert Path("out/recipe.json").read_text() == content
