@@ -226,7 +226,7 @@ def test_on_scenes_convolutions_begin_as_the_judge_s(tmp_path):
     maps = demo.load_classifier().maps(picture)[2]  # [2, 80, 4, 4]
     tokens = stem.proj(maps).flatten(2).mT
     assert torch.allclose(stem(picture), tokens, atol=1e-5)
-    other = train.initialized(architecture, labelled.Labelled(scenes.pictures, scenes.classes, "mine", "")).patch_embed
+    other = train.initialized(architecture, labelled.Labelled(scenes.images, scenes.classes, "mine", "")).patch_embed
     assert not torch.allclose(other(picture), tokens, atol=1e-2)
 
 
@@ -280,12 +280,12 @@ def test_scenes_are_rendered_once_and_any_part_of_them_is_mixed(tmp_path, monkey
     data = labelled.rendered(8, 2, 70, cache=tmp_path)
     assert len(data) == 2 * len(CLASSES)
     assert data.labels[:3] == [0, 1, 2]
-    picture, label = data.pictures[97]
+    picture, label = data.images[97]
     assert label == 1
     assert torch.allclose(picture, render([CLASSES[1]], [70 + 97], 8)[0], atol=0.5 / 255 + 1e-6)
     monkeypatch.setattr(labelled.scenes, "render", None)  # is not called again
     again = labelled.rendered(8, 2, 70, cache=tmp_path)
-    assert torch.equal(again.pictures[97][0], picture)
+    assert torch.equal(again.images[97][0], picture)
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
 
 
@@ -303,12 +303,12 @@ def test_noise_is_the_same_every_time_and_of_its_deviation(pictures):
     assert noisy.labels == clear.labels
     assert noisy.name == "val, noise 0.1"
     for i in (0, 5):
-        assert torch.equal(noisy.pictures[i][0], noisy.pictures[i][0])
-    assert not torch.equal(noisy.pictures[0][0] - clear.pictures[0][0], noisy.pictures[1][0] - clear.pictures[1][0])
+        assert torch.equal(noisy.images[i][0], noisy.images[i][0])
+    assert not torch.equal(noisy.images[0][0] - clear.images[0][0], noisy.images[1][0] - clear.images[1][0])
     middle = [i for i in range(len(clear)) if clear.labels[i] == 2]  # so bright that nothing is cut off
-    apart = torch.stack([noisy.pictures[i][0] - clear.pictures[i][0] for i in middle])
+    apart = torch.stack([noisy.images[i][0] - clear.images[i][0] for i in middle])
     assert apart.std().item() == pytest.approx(0.1, rel=0.02)
-    everything = torch.stack([labelled.noisy(clear, 9).pictures[i][0] for i in range(4)])
+    everything = torch.stack([labelled.noisy(clear, 9).images[i][0] for i in range(4)])
     assert everything.min() == 0
     assert everything.max() == 1
 
@@ -382,7 +382,7 @@ def test_how_far_features_moved_is_the_cosine_of_what_the_head_is_shown(trained,
     data = labelled.folder(pictures / "val", labelled.plain(32))
     bench = predictions.Evaluation(data, 6, 64, torch.device("cpu"), tmp_path)
     full, tome = (classify.MethodResult.of(bench, [one], m) for m in reductions.parse("full,tome", [12], 4))
-    batch = torch.stack([data.pictures[i][0] for i in range(6)])
+    batch = torch.stack([data.images[i][0] for i in range(6)])
     with torch.no_grad():
         whole = one.model.forward_head(one.model.forward_features(batch), pre_logits=True)
         with tome.calibrated[0].apply(one.model):
@@ -464,7 +464,7 @@ def test_thresholds_are_set_by_pictures_that_are_not_judged(pictures):
             return torch.cat([labels for _, labels in batches]), torch.cat([shown for shown, _ in batches])
 
     labels, shown = held(24, 12)
-    judged = torch.stack([data.pictures[i][0] for i in range(24)])
+    judged = torch.stack([data.images[i][0] for i in range(24)])
     assert len(shown) == 12
     assert len(set(labels.tolist())) > 1
     assert not any(torch.equal(a, b) for a in shown for b in judged)
@@ -498,7 +498,7 @@ def test_a_part_of_a_folder_is_of_all_its_classes(pictures):
     data = labelled.folder(pictures / "val", labelled.plain(32))
     assert data.labels[:SHADES] == list(range(SHADES)) == data.labels[SHADES : 2 * SHADES]
     assert sorted(data.labels) == sorted(list(range(SHADES)) * 8)
-    assert [data.pictures[i][1] for i in range(len(data))] == data.labels
+    assert [data.images[i][1] for i in range(len(data))] == data.labels
 
 
 def test_a_method_is_known_again_by_another_process():

@@ -199,7 +199,7 @@ def cost(model: nn.Module, fresh: Labelled, device: torch.device) -> tuple[float
     assert isinstance(model, AdaptiVision)
     tokens = []
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        for i, (image, _) in enumerate(DataLoader(Subset(fresh.pictures, range(COUNTED)))):
+        for i, (image, _) in enumerate(DataLoader(Subset(fresh.images, range(COUNTED)))):
             guidance = None if fresh.guidance is None else fresh.guidance[i : i + 1].to(device)
             _, clusters = model.features(image.to(device), guidance)
             tokens.append(len(model.position) if clusters is None else int(clusters.used.sum()))

@@ -34,26 +34,26 @@ class Labelled:
     """Images with labels.
 
     Args:
-        pictures: a dataset of (image [3, side, side], label).
+        images: a dataset of (image [3, side, side], label).
         classes: names of the classes.
         name: for tables.
         key: hash of the images; several may have the same name.
         guidance: [n, M, G], further tokens of each image, or None.
     """
 
-    pictures: Dataset[tuple[Tensor, int]]
+    images: Dataset[tuple[Tensor, int]]
     classes: tuple[str, ...]
     name: str
     key: str
     guidance: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.pictures)  # type: ignore[arg-type]
+        return len(self.images)  # type: ignore[arg-type]
 
     @property
     def labels(self) -> list[int]:
         """The label of every image, without opening it."""
-        return self.pictures.targets  # type: ignore[attr-defined]
+        return self.images.targets  # type: ignore[attr-defined]
 
 
 class Renders(Dataset[tuple[Tensor, int]]):
@@ -73,17 +73,17 @@ class Renders(Dataset[tuple[Tensor, int]]):
 class Noisy(Dataset[tuple[Tensor, int]]):
     """Images in 0..1 with Gaussian noise of standard deviation `sigma`, clamped to 0..1; always the same noise."""
 
-    def __init__(self, pictures: Dataset[tuple[Tensor, int]], sigma: float):
-        self.pictures, self.sigma = pictures, sigma
-        self.targets = pictures.targets  # type: ignore[attr-defined]
+    def __init__(self, images: Dataset[tuple[Tensor, int]], sigma: float):
+        self.images, self.sigma = images, sigma
+        self.targets = images.targets  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
-        return len(self.pictures)  # type: ignore[arg-type]
+        return len(self.images)  # type: ignore[arg-type]
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        picture, label = self.pictures[i]
-        noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(i))
-        return (picture + self.sigma * noise).clamp(0, 1), label
+        image, label = self.images[i]
+        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(i))
+        return (image + self.sigma * noise).clamp(0, 1), label
 
 
 def noisy(data: Labelled, sigma: float) -> Labelled:
@@ -92,7 +92,7 @@ def noisy(data: Labelled, sigma: float) -> Labelled:
     Without it accuracy may be too close to 100 % to compare methods.
     """
     suffix = f", noise {sigma:g}"
-    return replace(data, pictures=Noisy(data.pictures, sigma), name=data.name + suffix, key=data.key + suffix)
+    return replace(data, images=Noisy(data.images, sigma), name=data.name + suffix, key=data.key + suffix)
 
 
 def rendered(side: int, per_class: int, first_seed: int, cache: Path = CACHE) -> Labelled:

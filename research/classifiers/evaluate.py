@@ -173,7 +173,7 @@ def settings_of(plan: Plan, options: argparse.Namespace, device: torch.device) -
 def linearity_of(plan: Plan, device: torch.device) -> list[list[float]]:
     """Returns the functional linearity of each layer's MLP on a few images, for each classifier."""
     count = min(CALIBRATION, plan.evaluation.n)
-    images = next(iter(DataLoader(Subset(plan.evaluation.data.pictures, range(count)), CALIBRATION)))[0].to(device)
+    images = next(iter(DataLoader(Subset(plan.evaluation.data.images, range(count)), CALIBRATION)))[0].to(device)
     # in float32: rounding in half precision would count as curvature
     return [timm_linearity.linearity(deepcopy(one.model).float(), images).mean(dim=1).tolist() for one in plan.models]
 

@@ -90,7 +90,7 @@ def maps(evaluation: Evaluation, one: Classifier, methods: Sequence[Method]) -> 
         list[tuple[Tensor, int]]
     ] = []  # of each, the image and the methods' drawings, with their numbers of tokens
     for i in torch.linspace(0, evaluation.n - 1, SHOWN).long().tolist():
-        image = evaluation.data.pictures[i][0]
+        image = evaluation.data.images[i][0]
         shown = [(image, 0)]
         for method in methods:
             records: list[tuple[int, TokenMap]] = []

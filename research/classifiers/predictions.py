@@ -70,14 +70,14 @@ class Evaluation:
 
     def batches(self, n: int) -> DataLoader[Any]:
         """Returns the first n images in batches."""
-        return DataLoader(Subset(self.data.pictures, range(n)), self.batch)
+        return DataLoader(Subset(self.data.images, range(n)), self.batch)
 
     def calibration_batches(self) -> list[Any]:
         """Returns batches of images to set thresholds by; images that are not evaluated, if there are enough."""
         rest = range(self.n, len(self.data))
         pool = rest if len(rest) >= CALIBRATION else range(len(self.data))
         chosen = [pool[i * len(pool) // CALIBRATION] for i in range(min(CALIBRATION, len(pool)))]
-        return list(DataLoader(Subset(self.data.pictures, chosen), self.batch))
+        return list(DataLoader(Subset(self.data.images, chosen), self.batch))
 
     def predictions(self, one: Classifier, method: Method) -> Predictions:
         """Returns the predictions of a classifier under a method, from the cache if its key is unchanged."""

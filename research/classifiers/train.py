@@ -191,7 +191,7 @@ class _Stages:
         """Returns the loss of a random batch."""
         learnt, device = self.learnt, self.device
         rows = torch.randint(len(learnt), (BATCH,), generator=g)
-        images, labels = default_collate([learnt.pictures[i] for i in rows.tolist()])
+        images, labels = default_collate([learnt.images[i] for i in rows.tolist()])
         images, labels = augmented(images, g).to(device), labels.to(device)
         guidance = None if learnt.guidance is None else learnt.guidance[rows].to(device)
         with torch.autocast(device.type, torch.bfloat16):
@@ -304,7 +304,7 @@ def refine(coarse: nn.Module, fine: nn.Module) -> None:
 def correct(model: nn.Module, data: Labelled, device: torch.device, batch: int = 64) -> list[Tensor]:
     """Returns, for each batch, which images a classifier classifies correctly: bool [B]."""
     results: list[Tensor] = []
-    batches: DataLoader[Any] = DataLoader(data.pictures, batch)
+    batches: DataLoader[Any] = DataLoader(data.images, batch)
     for _, (images, labels) in zip(working(range(len(batches)), "evaluating"), batches, strict=True):
         start = sum(map(len, results))
         guidance = [] if data.guidance is None else [data.guidance[start : start + len(labels)].to(device)]

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.token_map import TokenMap, draw_merge_map
 from ..utils import show_log
 from .ldm import Place
-from .programs.attention_patches import Options
+from .programs.call_state import Options
 from .programs.model_patcher import patch_model, record_model_maps
 from .programs.ui_options import CUSTOM, OPTIONS, PRESET, Option, apply_preset, config_of
 

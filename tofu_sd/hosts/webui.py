@@ -19,7 +19,7 @@ from ..config import TokenFusionConfig
 from ..recipes import RECIPES
 from ..utils import show_log
 from . import ldm, sdnext
-from .programs.attention_patches import Options
+from .programs.call_state import Options
 from .programs.model_patcher import patch_model
 from .programs.ui_options import OPTIONS, PRESETS, Option, parse_values, values_of
 from .programs.webui_options import (
