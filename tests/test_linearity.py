@@ -196,7 +196,7 @@ def test_the_command_prints_every_block_and_the_split_and_again_from_its_file(pi
     said = capsys.readouterr().out
     sites = tofu_sd.hosts.diffusers_unet.find_blocks(pipe.unet)
     assert sum(f"| {site.name.replace('.transformer_blocks', '')} |" in said for site in sites) == len(sites)
-    assert said.count(" \\* |") == len(Curve.read(kept).fused) == 5
+    assert said.count(" \\* |") == len(Curve.read(kept).merged) == 5
     assert f"depth_split={Curve.read(kept).depth_split}, by" in said
     assert command.main(["--table", kept, "--plot", str(drawn)]) == 0
     assert capsys.readouterr().out == said
@@ -210,7 +210,7 @@ def test_the_command_says_what_is_wrong(pipe, monkeypatch, capsys, tmp_path):
     assert command.main(["--table", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
     (tmp_path / "other.json").write_text('{"rows": []}')
-    (tmp_path / "empty.json").write_text('{"model": "a", "versions": "b", "fused": [], "measured": []}')
+    (tmp_path / "empty.json").write_text('{"model": "a", "versions": "b", "merged": [], "measured": []}')
     for arguments, said in (
         (["--table", str(tmp_path / "other.json")], "other.json holds no measurements of this program"),
         (["--table", str(tmp_path / "empty.json")], "empty.json holds no measurements of this program"),

@@ -16,12 +16,12 @@ BUCKETS = 8
 """Under a threshold the number of merged tokens is a multiple of this share of the most that may be merged."""
 
 
-def layer_threshold(alpha: float, beta: float, least: float, layer: int) -> float:
+def layer_threshold(alpha: float, beta: float, threshold_min: float, layer: int) -> float:
     """The cosine above which tokens count as similar in a layer, from 0 (ATM Eq. 1).
 
-    max(alpha - (exp(beta layer) - 1), least)
+    max(alpha - (exp(beta layer) - 1), threshold_min)
     """
-    return max(alpha - math.expm1(beta * layer), least)
+    return max(alpha - math.expm1(beta * layer), threshold_min)
 
 
 _MAIN, _METHOD = "Important", "To choose between methods"

@@ -213,10 +213,10 @@ def read(out: Path) -> dict[str, Any]:
     )
 
 
-def cells(found: dict[str, Any], table: str) -> tuple[list[str], list[list[str]]]:
+def cells(results: dict[str, Any], table: str) -> tuple[list[str], list[list[str]]]:
     """Returns (titles, the cells of each row) of one table."""
     lines = []
-    for row in (row for row in found["rows"] if table in row["tables"]):
+    for row in (row for row in results["rows"] if table in row["tables"]):
         a = row["accuracy"]
         between = f" ({100 * a['low']:.1f}–{100 * a['high']:.1f})" if a["low"] is not None else ""
         each = ", ".join(f"{100 * value:.1f}" for value in a["by_seed"])
@@ -225,9 +225,9 @@ def cells(found: dict[str, Any], table: str) -> tuple[list[str], list[list[str]]
     return ["variant", "accuracy, %", "of each training", "tokens", "GFLOP / image"], lines
 
 
-def notes(found: dict[str, Any]) -> list[str]:
+def notes(results: dict[str, Any]) -> list[str]:
     """Returns the lines below a table: how it was measured."""
-    s, p = found["settings"], found["provenance"]
+    s, p = results["settings"], results["provenance"]
     return [
         f"Trainings of seeds {', '.join(map(str, s['seeds']))}, {s['samples']:,} images each · {s['n']} fresh scenes "
         f"of {s['classes']} classes · {s['depth']} layers, clusters {s['clusters']} · float32 on {s['device']} · torch "
@@ -238,9 +238,9 @@ def notes(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def markdown(found: dict[str, Any], tables: Sequence[str]) -> str:
+def markdown(results: dict[str, Any], tables: Sequence[str]) -> str:
     """Returns the tables in Markdown."""
-    parts = [f"**{TITLES[table]}**\n\n" + markdown_rows(*cells(found, table), notes(found)) for table in tables]
+    parts = [f"**{TITLES[table]}**\n\n" + markdown_rows(*cells(results, table), notes(results)) for table in tables]
     return "\n".join(parts)
 
 

@@ -60,8 +60,8 @@ class DynamicTokenClustering(nn.Module):
 
     def forward(self, z: Tensor) -> Clusters:
         weights = soft_assignment(z, self.centroids.expand(len(z), -1, -1), self.temperature)
-        wanted = self.fewest + self.complexity(weights) * (self.most - self.fewest)
-        K = wanted.round().long().clamp(self.fewest, self.most)
+        clusters_needed = self.fewest + self.complexity(weights) * (self.most - self.fewest)
+        K = clusters_needed.round().long().clamp(self.fewest, self.most)
         order = weights.sum(dim=1).argsort(dim=1, descending=True, stable=True)[:, : int(K.max())]
         centroids = self.centroids[order]
         used = torch.arange(order.shape[1], device=z.device) < K.unsqueeze(1)
@@ -70,8 +70,8 @@ class DynamicTokenClustering(nn.Module):
             mass = weights.sum(dim=1).unsqueeze(-1)
             centroids = torch.where(mass > 1e-6, weights.mT @ z / mass.clamp_min(1e-6), centroids)
         weights = soft_assignment(z, centroids, self.temperature, used)
-        apart = (weights * torch.cdist(z, centroids).square()).sum(dim=(1, 2)).mean() / z.shape[1]
-        return Clusters(weights.mT @ z, weights, used, apart)
+        distance = (weights * torch.cdist(z, centroids).square()).sum(dim=(1, 2)).mean() / z.shape[1]
+        return Clusters(weights.mT @ z, weights, used, distance)
 
 
 class TokenSelection(nn.Module):

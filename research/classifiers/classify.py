@@ -14,8 +14,8 @@ from eval.reporting.tables import markdown_rows, terminal_rows
 from tofu_sd.vit.methods import RECIPES
 
 from .evaluate import deviation, refuse_idle, run
-from .figures import curve, plot
-from .tables import cells, named, notes, read, straightness
+from .figures import linearity_plot, plot
+from .tables import cells, linearity_table, notes, read, select_rows
 
 EXAMPLES = """examples:
   python -m research.classifiers.classify --method full,tome,tofu-avg,tofu --r 8,12,16,20
@@ -99,19 +99,22 @@ def main(argv: Sequence[str]) -> int:
         if (place := getattr(options, name)) is not None:
             check_place(place, f"--{name}", folder=name == "out")  # before minutes of measuring
     if options.table:
-        found = read(options.table)
-        print(markdown_rows(*cells({**found, "rows": named(found["rows"], options.rows)}), notes(found)), end="")
+        results = read(options.table)
+        print(
+            markdown_rows(*cells({**results, "rows": select_rows(results["rows"], options.rows)}), notes(results)),
+            end="",
+        )
         if options.plot:
-            write(options.plot, plot(found))
+            write(options.plot, plot(results))
         return 0
     if options.linearity:
-        found = read(options.linearity)
-        print(markdown_rows(*straightness(found)), end="")
+        results = read(options.linearity)
+        print(markdown_rows(*linearity_table(results)), end="")
         if options.plot:
-            write(options.plot, curve(found))
+            write(options.plot, linearity_plot(results))
         return 0
-    found, out = run(options, argv)
-    terminal_rows("", *cells(found), notes(found), Console(width=None if sys.stdout.isatty() else 120))
+    results, out = run(options, argv)
+    terminal_rows("", *cells(results), notes(results), Console(width=None if sys.stdout.isatty() else 120))
     print(f"results: {out / 'classify.json'}", file=sys.stderr)
     return 0
 

@@ -21,9 +21,9 @@ from .models import Classifier
 from .predictions import MIN_SPAN, SHOWN, Evaluation
 
 
-def curve(found: dict[str, Any]) -> str:
+def linearity_plot(results: dict[str, Any]) -> str:
     """Plots linearity (ToFu Fig. 3): the mean over the classifiers, and their range."""
-    layers = torch.tensor(found["linearity"], dtype=torch.float64)  # [classifiers, layers]
+    layers = torch.tensor(results["linearity"], dtype=torch.float64)  # [classifiers, layers]
     low, high = layers.aminmax(dim=0)
     with plots.style():
         figure = Figure(figsize=(4.7, 3), layout="constrained")
@@ -37,12 +37,12 @@ def curve(found: dict[str, Any]) -> str:
         return plots.svg(figure)
 
 
-def plot(found: dict[str, Any]) -> str:
+def plot(results: dict[str, Any]) -> str:
     """Plots accuracy and feature shift against FLOPs and, if batches were timed, images per second.
 
     The upper half is ToFu's Fig. 4.
     """
-    full = next(row for row in found["rows"] if row["method"] == BASELINE.name)
+    full = next(row for row in results["rows"] if row["method"] == BASELINE.name)
     costs: list[tuple[str, Callable[[dict[str, Any]], float]]] = [("GFLOP / image", lambda row: row["flops"] / 1e9)]
     if full["images_per_second"]:
         costs.append(("images / s", lambda row: row["images_per_second"]["median"]))
@@ -50,7 +50,7 @@ def plot(found: dict[str, Any]) -> str:
         ("accuracy, %", lambda row: 100 * row["accuracy"]["value"]),
         ("feature shift", lambda row: row["moved"]["value"]),
     ]
-    names = list(dict.fromkeys(row["method"] for row in found["rows"] if row is not full))
+    names = list(dict.fromkeys(row["method"] for row in results["rows"] if row is not full))
     with plots.style():
         figure = Figure(figsize=(0.5 + 4.2 * len(costs), 6), layout="constrained")
         axes = figure.subplots(len(values), len(costs), sharey="row", sharex="col", squeeze=False)
@@ -59,7 +59,7 @@ def plot(found: dict[str, Any]) -> str:
             for ax, (_, cost) in zip(line, costs, strict=True):
                 plots.bare(ax)
                 for i, name in enumerate(names):
-                    own = sorted((row for row in found["rows"] if row["method"] == name), key=cost)
+                    own = sorted((row for row in results["rows"] if row["method"] == name), key=cost)
                     colour = COLOURS[i % len(COLOURS)]
                     ax.plot([cost(r) for r in own], [value(r) for r in own], "o-", color=colour, markersize=4,
                             linewidth=1.2, label=name)  # fmt: skip

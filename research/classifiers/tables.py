@@ -40,31 +40,31 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def read(out: Path) -> dict[str, Any]:
     """Reads classify.json. EvalError where it is missing or damaged."""
-    found = formats.read(out / "classify.json", formats.CLASSIFY, SCHEMA, "research.classifiers.classify", out.name)
-    if not any(row["method"] == BASELINE.name for row in found["rows"]):
+    results = formats.read(out / "classify.json", formats.CLASSIFY, SCHEMA, "research.classifiers.classify", out.name)
+    if not any(row["method"] == BASELINE.name for row in results["rows"]):
         raise EvalError(
             f"{out.name} holds no results of research.classifiers.classify: there is no row {BASELINE.name!r}"
         )
-    if len({len(layers) for layers in found["linearity"]}) > 1:
+    if len({len(layers) for layers in results["linearity"]}) > 1:
         raise EvalError(f"{out.name} holds no results of classifiers: linearity has classifiers of unequal depth")
-    return found
+    return results
 
 
-def named(rows: list[dict[str, Any]], labels: Sequence[str]) -> list[dict[str, Any]]:
+def select_rows(rows: list[dict[str, Any]], labels: Sequence[str]) -> list[dict[str, Any]]:
     """Returns the rows with these labels, in this order; all if there are none. The baseline's always comes first."""
     by_label = {row["label"]: row for row in rows}
     return [by_label[label] for label in dict.fromkeys([BASELINE.name, *known("row", labels, list(by_label))])]
 
 
-def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Returns (titles, the cells of each row)."""
-    full = next(row for row in found["rows"] if row["method"] == BASELINE.name)
+    full = next(row for row in results["rows"] if row["method"] == BASELINE.name)
     titles = ["method", "accuracy, %", "feature shift, 10⁻³", "GFLOP / image", "of the baseline's", "tokens left"]
-    ahead = any(row["ahead_of_tome"] for row in found["rows"])
-    timed = any(row["speedup"] for row in found["rows"])
+    ahead = any(row["ahead_of_tome"] for row in results["rows"])
+    timed = any(row["speedup"] for row in results["rows"])
     titles += ["ahead of tome, %"] * ahead + ["images / s", "speed-up"] * timed
     lines = []
-    for row in found["rows"]:
+    for row in results["rows"]:
         a, gap = row["accuracy"], row["ahead_of_tome"]
         between = f" ({100 * a['low']:.1f}–{100 * a['high']:.1f})" if a["low"] is not None else ""
         line = [
@@ -88,27 +88,27 @@ def _moved(figure: dict[str, float] | None) -> str:
     return f"{1e3 * figure['value']:.3g}{between}"
 
 
-def straightness(found: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
+def linearity_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
     """Returns (titles, rows, notes): the functional linearity of each layer (ToFu Fig. 3), and the split by it."""
-    layers = [list(values) for values in zip(*found["linearity"], strict=True)]
+    layers = [list(values) for values in zip(*results["linearity"], strict=True)]
     lines = [
         [str(layer), f"{mean(values):.5f}", f"{min(values):.5f}–{max(values):.5f}"]
         for layer, values in enumerate(layers)
     ]
     d = best_split({layer: mean(values) for layer, values in enumerate(layers)})
-    s = found["settings"]
+    s = results["settings"]
     note = (
         f"Of each layer's {s.get('linearity_of', 'MLP')}, between the five patch tokens that are merged first and "
         f"their survivors; {min(CALIBRATION, s['n'])} images, {s['classifiers']} classifiers, torch "
-        f"{s['torch']}, commit {found['provenance']['commit'] or 'unknown'}. "
+        f"{s['torch']}, commit {results['provenance']['commit'] or 'unknown'}. "
         f"By the error model of `depth_split='auto'`: d = {d}" + (", average in all layers." if d == 0 else ".")
     )
     return ["layer", "functional linearity", "over the classifiers"], lines, [note]
 
 
-def notes(found: dict[str, Any]) -> list[str]:
+def notes(results: dict[str, Any]) -> list[str]:
     """Returns the lines below a table: how it was measured."""
-    s, p = found["settings"], found["provenance"]
+    s, p = results["settings"], results["provenance"]
     trained = s["model"]
     if s["seeds"][0] is not None:
         trained += f", {s['classifiers']} classifiers of seeds {', '.join(map(str, s['seeds']))}"
@@ -120,7 +120,7 @@ def notes(found: dict[str, Any]) -> list[str]:
         "layer's input to the baseline's, with the same kind of interval. FLOPs: by torch's counter, with matching. "
         "Tokens: patch tokens before the last layer.",
     ]
-    if any(row["speedup"] for row in found["rows"]):
+    if any(row["speedup"] for row in results["rows"]):
         lines.append(f"Images / s, speed-up: medians of {s['rounds']} interleaved rounds, 5th to 95th percentile.")
     if s["stress"]:
         tried = "those at which ToMe's patch tokens last to the last layer"  # of files without a list
@@ -130,7 +130,7 @@ def notes(found: dict[str, Any]) -> list[str]:
             "Each method at the largest r at which its accuracy, to a tenth of a percent, is the baseline's or "
             f"higher, of {tried}. {THRESHOLDS}"
         )
-    elif any(row["method"].startswith("atm") and row["r"] is not None for row in found["rows"]):
+    elif any(row["method"].startswith("atm") and row["r"] is not None for row in results["rows"]):
         lines.append(THRESHOLDS)
     lines += ["", f"`{p['command']}`"]
     return lines

@@ -76,8 +76,8 @@ def windows(parts: Partition, h: int, w: int, sx: int, sy: int, side: int) -> Wi
     # (tokens, cells) along a side of an inner window, if there is one, and of the last
     heights = [(side * sy, side)] * (down > 1) + [(h - (down - 1) * side * sy, rows - (down - 1) * side)]
     widths = [(side * sx, side)] * (across > 1) + [(w - (across - 1) * side * sx, cols - (across - 1) * side)]
-    apart = len(parts.src) < h * w
-    most = max(tall * wide - a * b * apart for tall, a in heights for wide, b in widths)
+    excludes_dst = len(parts.src) < h * w
+    most = max(tall * wide - a * b * excludes_dst for tall, a in heights for wide, b in widths)
     src, src_index = _by_window(parts.src, window, down * across, most)
     dst, dst_index = _by_window(parts.dst, window, down * across, min(side, rows) * min(side, cols))
     return Windows(src, dst, src_index, dst_index)

@@ -41,7 +41,7 @@ SHOW = (
 # --- what the nodes do ------------------------------------------------------------------------------------------------
 
 
-def fuse(model: Any, preset: str = CUSTOM, **options: Any) -> Any:
+def patch_with_preset(model: Any, preset: str = CUSTOM, **options: Any) -> Any:
     """Returns a clone of the model that merges tokens.
 
     An older workflow may lack options, which then have their defaults. One without a preset uses all its options.
@@ -151,7 +151,7 @@ if io is not None:
 
         @classmethod
         def execute(cls, model: Any, **options: Any) -> Any:
-            return io.NodeOutput(fuse(model, **options))
+            return io.NodeOutput(patch_with_preset(model, **options))
 
     class TokenFusionMapNode(io.ComfyNode):  # type: ignore[misc]
         @classmethod
@@ -192,7 +192,7 @@ else:
             return {"required": {"model": ("MODEL",)}, "optional": _input_types((PRESET, *OPTIONS))}
 
         def execute(self, model: Any, **options: Any) -> tuple[Any]:
-            return (fuse(model, **options),)
+            return (patch_with_preset(model, **options),)
 
     class TokenFusionMapNode:  # type: ignore[no-redef]
         RETURN_TYPES, FUNCTION, CATEGORY, DESCRIPTION = ("IMAGE", "STRING"), "execute", CATEGORY, ABOUT_SHOW

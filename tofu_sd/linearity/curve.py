@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from ..patching.linearity import LAYERS, Linearity, best_split, by_depth
 
 TITLES = {"attn": "attention", "mlp": "feed-forward"}
+_RENAMED = {"role": "layer", "fused": "merged", "pictures": "images"}  # keys of older files
 
 
 @dataclass(frozen=True)
@@ -21,21 +21,21 @@ class Curve:
     Args:
         model: its name.
         versions: of the libraries.
-        fused: depths of the blocks that are merged by default.
+        merged: depths of the blocks that are merged by default.
         measured: one measurement for each block, layer and call.
         prompts, steps, ratio, seed: of the images that a text-to-image model generated.
-        pictures: number of images shown to a classifier; 0 for a text-to-image model.
+        images: number of images shown to a classifier; 0 for a text-to-image model.
     """
 
     model: str
     versions: str
-    fused: list[int]
+    merged: list[int]
     measured: list[Linearity]
     prompts: list[str] = field(default_factory=list)
     steps: int = 0
     ratio: float = 0.0
     seed: int = 0
-    pictures: int = 0
+    images: int = 0
 
     @property
     def layers(self) -> list[str]:
@@ -44,20 +44,25 @@ class Curve:
     @property
     def deciding(self) -> str:
         """The layer that runs on merged tokens: attention; in a classifier the MLP after it."""
-        return "mlp" if self.pictures else "attn"
+        return "mlp" if self.images else "attn"
 
     @property
     def depth_split(self) -> int:
         own = by_depth(self.measured, [self.deciding])
-        return best_split({depth: own[depth] for depth in self.fused})
+        return best_split({depth: own[depth] for depth in self.merged})
 
     @classmethod
     def read(cls, file: str) -> Curve:
         """Reads a file of `--out`. ValueError for any other file."""
         try:
             content = json.loads(Path(file).read_text(encoding="utf-8"))
-            curve = cls(**{**content, "measured": [_measurement(one) for one in content["measured"]]})
-            if curve.fused and set(curve.fused).issubset(by_depth(curve.measured, [curve.deciding])):
+            content = {_RENAMED.get(name, name): value for name, value in content.items()}
+            measured = [
+                Linearity(**{_RENAMED.get(name, name): value for name, value in one.items()})
+                for one in content["measured"]
+            ]
+            curve = cls(**{**content, "measured": measured})
+            if curve.merged and set(curve.merged).issubset(by_depth(curve.measured, [curve.deciding])):
                 return curve
         except (ValueError, TypeError, KeyError, RecursionError):
             pass
@@ -73,21 +78,21 @@ class Curve:
         marks = self._marks_merged
         for depth, name in sorted({(one.depth, one.block) for one in self.measured}):
             cells = " | ".join(self._cell(depth, layer) for layer in self.layers)
-            mark = " \\*" if marks and depth in self.fused else ""
+            mark = " \\*" if marks and depth in self.merged else ""
             yield f"| {depth}{mark} | {name.replace('.transformer_blocks', '')} | {cells} |"
 
     @property
     def _marks_merged(self) -> bool:
         """Whether only some of the blocks are merged."""
-        return len(self.fused) < len({one.depth for one in self.measured})
+        return len(self.merged) < len({one.depth for one in self.measured})
 
     def _cell(self, depth: int, layer: str) -> str:
         values = [one.value for one in self.measured if (one.depth, one.layer) == (depth, layer)]
         return f"{mean(values):.4f} ({min(values):.4f}–{max(values):.4f})" if values else "–"
 
     def _notes(self) -> list[str]:
-        if self.pictures:
-            source = f"{self.pictures} images, pairs of patch tokens that are merged first; means over the images"
+        if self.images:
+            source = f"{self.images} images, pairs of patch tokens that are merged first; means over the images"
             blocks = "layers"
         else:
             source = (
@@ -101,14 +106,6 @@ class Curve:
             f"{self.model}: {source}, smallest and largest in brackets; {self.versions}.{marked}",
             f"depth_split={self.depth_split}, by the {TITLES[self.deciding]} of the {blocks}{average}",
         ]
-
-
-def _measurement(content: dict[str, Any]) -> Linearity:
-    """Returns a measurement of a file; older files call its layer 'role'."""
-    content = dict(content)
-    if "role" in content:
-        content["layer"] = content.pop("role")
-    return Linearity(**content)
 
 
 def plot(curve: Curve, file: str) -> None:

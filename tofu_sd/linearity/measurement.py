@@ -135,7 +135,7 @@ def measure_classifier(name: str, folder: str) -> Curve:
             for depth, value in enumerate(linearity(model, pixels, layer=layer)[:, 0].tolist())
         ]
     versions = f"torch {torch.__version__}, timm {timm.__version__}"
-    return Curve(name, versions, list(range(len(find_blocks(model)))), results, pictures=len(files))
+    return Curve(name, versions, list(range(len(find_blocks(model)))), results, images=len(files))
 
 
 def load(model: str) -> Any:

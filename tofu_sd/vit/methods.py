@@ -71,11 +71,11 @@ class TokenReduction:
 
     def num_merged(self, layers: int, tokens: int) -> list[int]:
         """Returns how many of the `tokens` patch tokens are merged in each layer."""
-        wanted = [self.r] * layers
+        requested = [self.r] * layers
         if self.schedule == "decreasing":
-            wanted = [round(2 * self.r * (1 - layer / max(1, layers - 1))) for layer in range(layers)]
+            requested = [round(2 * self.r * (1 - layer / max(1, layers - 1))) for layer in range(layers)]
         merged = []
-        for r in wanted:
+        for r in requested:
             merged.append(min(r, tokens // 2))
             tokens -= merged[-1]
         return merged
