@@ -167,7 +167,7 @@ def beside(kind, fuse, model):
     tiles, small, tome = draw(tiled(model)), draw(shrunk(model)), draw(merged(model))
     two = fuse(model, levels=2)
     maps, watched = set(), fuse(shrunk(model))
-    patches_of(watched).watcher = lambda place, map, h, w: maps.add((h, w))
+    patches_of(watched).on_map = lambda place, map, h, w: maps.add((h, w))
     fused_and_small = draw(watched)
     return {
         # a block that HyperTile cuts into tiles is its own, in either order

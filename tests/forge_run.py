@@ -123,7 +123,7 @@ def fuses(built_in, fused, predict):
     seen = []
     model = fused(built_in)
     patches = model.model_options["transformer_options"]["patches"]["attn1_patch"][-1].__self__
-    patches.watcher = lambda *found: seen.append(found)
+    patches.on_map = lambda *found: seen.append(found)
     predict(model)
     return bool(seen)
 

@@ -303,7 +303,7 @@ def test_a_watched_clone_leaves_no_watcher_on_the_model(patcher):
     assert torch.equal(call(watched), usual)
     assert len(seen) == 5
     for other in (model, twin, model.clone()):
-        assert patches_of(other).watcher is None
+        assert patches_of(other).on_map is None
         assert torch.equal(call(other), usual)
     assert len(seen) == 5
 

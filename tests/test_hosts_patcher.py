@@ -143,7 +143,7 @@ def test_maps_are_kept_for_as_many_steps_as_asked_of_one_sampling(unets):
     added = inputs.get("added_cond_kwargs")
     clone, schedule, seen = fused(patcher, match_interval=2), torch.tensor([9.0, 5.0, 1.0]), []
     owner = patches_of(clone)
-    owner.watcher = lambda place, map, h, w: seen.append(map) if place == owner.places[0] else None
+    owner.on_map = lambda place, map, h, w: seen.append(map) if place == owner.places[0] else None
     for t, sampling in ((900, schedule), (500, schedule), (100, schedule), (50, schedule.clone())):
         clone.predict(inputs["sample"] + t, t, inputs["encoder_hidden_states"], added, sample_sigmas=sampling)
     same = [a.group_idx is b.group_idx for a, b in itertools.pairwise(seen)]
@@ -164,7 +164,7 @@ def test_forge_is_asked_for_the_size_where_no_latent_tells_it(unets):
     seen = {}
     clone = fused(forge)
     owner = patches_of(clone)
-    owner.watcher = lambda place, map, h, w: seen.setdefault(place, (h, w))
+    owner.on_map = lambda place, map, h, w: seen.setdefault(place, (h, w))
     assert torch.equal(call(unet, clone, 18, 14), call(unet, fused(patcher), 18, 14))
     down = ldm.find_places(patcher.model.diffusion_model)[next(iter(seen))].downsample
     assert set(seen.values()) == {(18 // down, 14 // down)}
