@@ -214,7 +214,7 @@ def test_gradients_are_right():
     ("options", "said"),
     [
         ({"clusters": (8, 4)}, r"clusters is \(8, 4\); it must be the fewest and the most"),
-        ({"clusters": (2, 17)}, r"clusters is \(2, 17\); a picture has 16 patches"),
+        ({"clusters": (2, 17)}, r"clusters is \(2, 17\); an image has 16 patches"),
         ({"side": 18}, "side is 18; it must be a multiple of the patch's 4 pixels"),
         ({"heads": 3}, "width is 8; it must be a multiple of the 3 heads"),
         ({"clusters": (8, 4), "strategy": "random"}, r"clusters is \(8, 4\); it must be the fewest and the most"),

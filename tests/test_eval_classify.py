@@ -249,7 +249,7 @@ PLAIN = ["--kind", "adaptivision", "--clusters", "none"]
         (["--stem", "convolutions"], "patch is 4; before convolutions it must be a multiple of 8"),
         (["--heads", "5"], "width is 24; it must be a multiple of the 5 heads"),
         (["--kind", "swin"], "kind is 'swin'; it must be vit or adaptivision"),
-        (["--data", "nowhere"], "there is no folder 'nowhere/train' of pictures"),
+        (["--data", "nowhere"], "there is no folder 'nowhere/train' of images"),
         (["--rate", "nan"], "argument --rate: 'nan' is not a finite number"),
         (["--rate", "-1"], "argument --rate: '-1' is not above 0"),
         (["--guided"], "--guided applies to adaptivision, and --kind is vit"),
@@ -260,7 +260,7 @@ PLAIN = ["--kind", "adaptivision", "--clusters", "none"]
         ([*PLAIN, "--temperature", "-1"], "temperature is -1.0; it must be above 0"),
         (
             ["--patch", "32", "--coarse", "32"],
-            "side is 32; it must be a multiple of the patch's 64 pixels: a vit's training begins at twice its size",
+            "side is 32; it must be a multiple of the patch's 64 pixels: a vit trains at twice its patch size first",
         ),
     ],
 )

@@ -124,4 +124,4 @@ def test_guidance_takes_scenes(tmp_path, capsys):
     assert (
         train.main(["--out", str(tmp_path / "out"), "--data", str(tmp_path), "--guided", "--kind", "adaptivision"]) == 2
     )
-    assert "--guided takes scenes, whose depth is known" in capsys.readouterr().err
+    assert "--guided needs scenes, whose depth is known" in capsys.readouterr().err

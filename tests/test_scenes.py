@@ -116,7 +116,7 @@ def test_a_whole_training_goes_on_where_it_was_cut_and_keeps_to_its_recipe(tmp_p
     """From nothing to a model that loads; what is finished is not done again, another recipe's work is not taken."""
     work, out, done = tmp_path / "work", tmp_path / "out", []
     monkeypatch.setattr(recipe, "CLASSES", FEW)
-    monkeypatch.setattr(stages, "judge_accuracy", lambda *_, **__: 1.0)
+    monkeypatch.setattr(stages, "classifier_accuracy", lambda *_, **__: 1.0)
     fit = fit_module.fit
 
     def cut(name, *args, **kwargs):
