@@ -35,7 +35,7 @@ class Log:
     """What Token Fusion says meanwhile."""
 
     def __enter__(self):
-        import tofu_sd.hosts._model_patcher as patcher
+        import tofu_sd.hosts.programs.attention_patches as patcher
 
         self.lines, self.logger, self.warning = [], patcher.logger, patcher.logger.warning
         self.logger.warning = self.lines.append
@@ -47,10 +47,10 @@ class Log:
 
 def fused_places(model):
     """A patched model's clone, and the places that are fused, which fill as it runs."""
-    from tofu_sd.hosts._model_patcher import watch_model
+    from tofu_sd.hosts.programs.model_patcher import record_model_maps
 
     places = set()
-    clone, _ = watch_model(model, lambda place, *rest: places.add(place))
+    clone, _ = record_model_maps(model, lambda place, *rest: places.add(place))
     return clone, places
 
 
@@ -182,7 +182,7 @@ def guided(fuse):
 def steered(fuse):
     """Its nodes that leave self-attention to the block: each alone, after ours and before it."""
     pag = sys.modules[f"{pack('sd-perturbed-attention')}.pag_nodes"]
-    from tofu_sd.hosts._model_patcher import patches_of
+    from tofu_sd.hosts.programs.model_patcher import patches_of
 
     ours, found = {"preset": "faithful"}, {}
     model = comfyui_run.random_model("sd15")

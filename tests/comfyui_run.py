@@ -105,7 +105,7 @@ def sample(model, kind, h=16, w=16, steps=3, callback=None, frames=1, words=None
 
 def look(kind, fuse):
     import tofu_sd.hosts.comfyui as adapter
-    from tofu_sd.hosts.ldm import find_blocks
+    from tofu_sd.hosts.ldm import find_places
 
     model = random_model(kind)
     plain, told = sample(model, kind), []
@@ -130,7 +130,7 @@ def look(kind, fuse):
         **stopped(kind, half, first),
         "the model beside it is bit-equal": torch.equal(sample(model, kind), plain),
     }
-    assert len(find_blocks(model.model.diffusion_model)) == (16 if kind == "sd15" else 70)
+    assert len(find_places(model.model.diffusion_model)) == (16 if kind == "sd15" else 70)
     changed = float((first - plain).abs().max())
     return {"headline": told[0], "changed": changed, "laws": laws, "diffusers": twin(kind, model)}
 
@@ -141,7 +141,7 @@ def beside(kind, fuse, model):
     from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
     from comfy_extras.nodes_tomesd import TomePatchModel
 
-    from tofu_sd.hosts._model_patcher import patches_of
+    from tofu_sd.hosts.programs.model_patcher import patches_of
 
     size = 32 if kind == "sd15" else 64  # so that HyperTile's tiles are smaller than the highest map with attention
     depth = 0 if kind == "sd15" else 1
@@ -167,7 +167,7 @@ def beside(kind, fuse, model):
     tiles, small, tome = draw(tiled(model)), draw(shrunk(model)), draw(merged(model))
     two = fuse(model, levels=2)
     maps, watched = set(), fuse(shrunk(model))
-    patches_of(watched).watcher = lambda place, map, h, w: maps.add((h, w))
+    patches_of(watched).on_map = lambda place, map, h, w: maps.add((h, w))
     fused_and_small = draw(watched)
     return {
         # a block that HyperTile cuts into tiles is its own, in either order
@@ -177,7 +177,7 @@ def beside(kind, fuse, model):
         "Deep Shrink beside it": both_act(fused_and_small, ours, small)
         and torch.equal(draw(shrunk(half)), fused_and_small) and maps == {(32, 32), (20, 20)},
         # which does nothing on SDXL
-        "beside the built-in merging nothing is fused twice": all(
+        "beside the built-in merging tokens are not merged twice": all(
             torch.equal(draw(both), tome if kind == "sd15" else ours) for both in (merged(half), fuse(merged(model)))
         )
         and torch.equal(tome, plain) == (kind == "sdxl"),
@@ -257,8 +257,8 @@ def stopped(kind, half, first):
 
 def drawn_by(patcher, x, t, context, y=None):
     """What the program's UNet predicts, plain and fused by every method."""
-    from tofu_sd.hosts._model_patcher import patch_model
     from tofu_sd.hosts.comfyui import plain
+    from tofu_sd.hosts.programs.model_patcher import patch_model
 
     models = {"plain": patcher} | {f.slug: patch_model(patcher, f, plain)[0] for f in twins.methods()}
     told, drawn = {"cond_or_uncond": [1, 0], "sigmas": torch.ones(2)}, {}

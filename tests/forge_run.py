@@ -47,7 +47,7 @@ else:
 from safetensors.torch import save_file  # noqa: E402
 
 from tofu_sd import TokenFusionConfig  # noqa: E402
-from tofu_sd.hosts._model_patcher import patch_model  # noqa: E402
+from tofu_sd.hosts.programs.model_patcher import patch_model  # noqa: E402
 
 SHAPES = {
     "sd15": {**COMMON, "num_res_blocks": [2] * 4, "channel_mult": (1, 2, 2, 2), "transformer_depth": [1] * 6 + [0] * 2,
@@ -113,7 +113,7 @@ def look(kind, folder):
         "a map made smaller in between": bool(predict(shrunk, 32, 32).isfinite().all()),
         "the window": torch.equal(predict(fused(start=0.6)), before) and torch.equal(predict(fused(start=0.4)), first),
         # which does nothing on SDXL
-        "beside the built-in merging nothing is fused twice": fuses(built_in, fused, predict) == (kind == "sdxl"),
+        "beside the built-in merging tokens are not merged twice": fuses(built_in, fused, predict) == (kind == "sdxl"),
     }
     return {"headline": headline, "changed": float((first - before).abs().max()), "laws": laws}
 
@@ -123,7 +123,7 @@ def fuses(built_in, fused, predict):
     seen = []
     model = fused(built_in)
     patches = model.model_options["transformer_options"]["patches"]["attn1_patch"][-1].__self__
-    patches.watcher = lambda *found: seen.append(found)
+    patches.on_map = lambda *found: seen.append(found)
     predict(model)
     return bool(seen)
 

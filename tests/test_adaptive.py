@@ -275,9 +275,9 @@ def test_a_whole_compiled_unet_is_refused() -> None:
 def test_the_summary_says_that_the_ratio_is_a_most() -> None:
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, threshold=0.9, threshold_decay=0.01)
     told = tofu_sd.summary(unet)
-    assert "tofu-r50-above0.9-decay0.01 on 5 of 16 transformer blocks, tokens 256 -> 128 at the least" in told.headline
-    assert str(told).splitlines()[1].endswith("prune, what is above 0.9")
-    assert str(told).splitlines()[-1].endswith(f"mlerp, what is above {layer_threshold(0.9, 0.01, -1, 15):g}")
+    assert "tofu-r50-above0.9-decay0.01 on 5 of 16 transformer blocks, tokens 256 -> at least 128" in told.headline
+    assert str(told).splitlines()[1].endswith("prune, above 0.9")
+    assert str(told).splitlines()[-1].endswith(f"mlerp, above {layer_threshold(0.9, 0.01, -1, 15):g}")
 
 
 def test_the_method_is_written_like_the_others() -> None:

@@ -14,6 +14,7 @@ from research.adaptivision.model import (
     AdaptiVision,
     CrossModalTokenFusion,
     DynamicTokenClustering,
+    Size,
     TokenSelection,
     alignment_loss,
     pool,
@@ -136,8 +137,9 @@ def test_alignment_is_least_where_each_picture_is_likest_to_its_own():
 
 def model(**options):
     torch.manual_seed(0)
-    told = {"side": 16, "patch": 4, "width": 8, "depth": 2, "heads": 2, "classes": 3, "clusters": (2, 6)}
-    return AdaptiVision(**{**told, **options})
+    sizes = {"side": 16, "patch": 4, "width": 8, "depth": 2, "heads": 2, "classes": 3}
+    size = Size(**{name: options.pop(name, value) for name, value in sizes.items()})
+    return AdaptiVision(size, **{"clusters": (2, 6), **options})
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_gradients_are_right():
     ("options", "said"),
     [
         ({"clusters": (8, 4)}, r"clusters is \(8, 4\); it must be the fewest and the most"),
-        ({"clusters": (2, 17)}, r"clusters is \(2, 17\); a picture has 16 patches"),
+        ({"clusters": (2, 17)}, r"clusters is \(2, 17\); an image has 16 patches"),
         ({"side": 18}, "side is 18; it must be a multiple of the patch's 4 pixels"),
         ({"heads": 3}, "width is 8; it must be a multiple of the 3 heads"),
         ({"clusters": (8, 4), "strategy": "random"}, r"clusters is \(8, 4\); it must be the fewest and the most"),

@@ -43,7 +43,7 @@ def test_smaller_maps_are_left_alone(least: int, fused: bool) -> None:
     plain = tiny.predict(unet)  # 16 x 16
     tofu_sd.apply_patch(unet, 0.5, min_tokens=least)
     assert torch.equal(tiny.predict(unet), plain) != fused
-    assert tofu_sd.summary(unet).rows[0].alone != fused
+    assert tofu_sd.summary(unet).rows[0].skipped != fused
     larger = tiny.predict(unet, 24, 16)
     assert not torch.equal(larger, tiny.predict(tofu_sd.remove_patch(unet), 24, 16))
 
@@ -51,13 +51,13 @@ def test_smaller_maps_are_left_alone(least: int, fused: bool) -> None:
 def test_the_summary_says_what_is_left_alone() -> None:
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, levels=2, min_tokens=65)
     headline = tofu_sd.summary(unet).headline
-    assert "on 5 of 16 transformer blocks, tokens 256 -> 128, 64 left alone (fewer than 65) at" in headline
+    assert "on 5 of 16 transformer blocks, tokens 256 -> 128, 64 skipped (fewer than 65) at" in headline
 
 
 def test_auto_is_the_first_of_two_sizes_that_pay(pays_from: Any) -> None:
     timed = pays_from(256)
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, min_tokens="auto")
-    assert {row.least for row in tofu_sd.summary(unet).rows} == {256}
+    assert {row.min_tokens for row in tofu_sd.summary(unet).rows} == {256}
     assert sorted(set(timed)) == [64, 144, 256, 576]
 
 
@@ -65,7 +65,7 @@ def test_what_never_pays_is_fused_only_beyond_what_was_tried(pays_from: Any, mon
     pays_from(10**9)
     monkeypatch.setattr(calibrate, "SIDES", (8, 12))
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, min_tokens="auto")
-    assert tofu_sd.summary(unet).rows[0].least == 145
+    assert tofu_sd.summary(unet).rows[0].min_tokens == 145
 
 
 def test_the_same_attention_is_measured_once(pays_from: Any) -> None:
@@ -101,7 +101,7 @@ def test_it_takes_about_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(calibrate, "_seconds", seconds)
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, min_tokens="auto")
-    assert tofu_sd.summary(unet).rows[0].least == 12 * 12 + 1  # 0.6 s, then 1.2 s
+    assert tofu_sd.summary(unet).rows[0].min_tokens == 12 * 12 + 1  # 0.6 s, then 1.2 s
 
 
 def test_offloaded_weights_cannot_be_timed_and_the_patch_before_stays() -> None:
@@ -110,7 +110,7 @@ def test_offloaded_weights_cannot_be_timed_and_the_patch_before_stays() -> None:
     nn.Module.__setattr__(unet.down_blocks[0], "_hf_hook", object())
     with pytest.raises(ValueError, match=r"min_tokens is 'auto'.*offloading"):
         tofu_sd.apply_patch(unet, 0.5, min_tokens="auto")
-    assert patch_of(unet).fusion == before.fusion
+    assert patch_of(unet).config == before.config
 
 
 def test_other_heads_are_another_attention(pays_from: Any) -> None:
@@ -130,7 +130,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
 def test_numpy_numbers_count() -> None:
     numpy = pytest.importorskip("numpy")
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, min_tokens=numpy.int64(257))
-    assert all(row.alone for row in tofu_sd.summary(unet).rows)
+    assert all(row.skipped for row in tofu_sd.summary(unet).rows)
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, True, "always", None])

@@ -153,7 +153,7 @@ def test_drawn_destinations_move_from_step_to_step_in_a_compiled_model() -> None
 
 def test_a_step_window_needs_regional_compilation() -> None:
     unet, eager = (tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, start=0.3) for _ in range(2))
-    with pytest.raises(RuntimeError, match=r"start and end .* blocks alone with compile_repeated_blocks\(\)"):
+    with pytest.raises(RuntimeError, match=r"start and end .* only the blocks, with compile_repeated_blocks\(\)"):
         tiny.predict(compiled(unet, regional=False)[0])
     torch._dynamo.reset()
     model, _ = compiled(unet, regional=True)

@@ -16,7 +16,7 @@ import tofu_sd
 from tofu_sd import TokenFusionConfig, recipes
 from tofu_sd.core.matching import soft_assignment, soft_merge_map
 from tofu_sd.core.partition import Windows
-from tofu_sd.core.proportional import weighted_attention
+from tofu_sd.core.proportional import proportional_attention
 from tofu_sd.core.reductions import mean, unmerge
 from tofu_sd.core.token_map import SoftMap
 from tofu_sd.patching.step_tracker import StepTracker
@@ -29,7 +29,7 @@ def grid(h: int, w: int, sx: int = 2, sy: int = 2, window: int = 2, seed: int | 
     """Windows of all tokens of a map, as the clock lays them out."""
     options = {"early": "mean", "late": "mean", "window": window, "temperature": 1.0, "sx": sx, "sy": sy, "seed": seed}
     clock = StepTracker(TokenFusionConfig(1 - 1 / (sx * sy), **options))
-    clock.tick(500)
+    clock.start_step(500)
     found = clock.grid(h, w, CPU)
     assert found is not None
     assert found.windows is not None
@@ -59,10 +59,10 @@ def test_every_token_is_shared_out_whole_within_its_window(case: tuple[Tensor, W
     assert map.before == (B, N)
     assert map.after == map.size.shape == (B, len(windows.dst_index))
     assert (map.weights >= 0).all()
-    torch.testing.assert_close(map.weights.sum(dim=-1).flatten(1)[:, map.place], torch.ones(B, N).double())
+    torch.testing.assert_close(map.weights.sum(dim=-1).flatten(1)[:, map.src_index], torch.ones(B, N).double())
     torch.testing.assert_close(map.size.sum(dim=1), torch.full((B,), float(N)).double())
     assert (map.size > 0).all()  # or its logarithm would be no number
-    assert map.tokens.flatten()[map.place].tolist() == list(range(N))
+    assert map.tokens.flatten()[map.src_index].tolist() == list(range(N))
 
 
 @settings(deadline=None, max_examples=100)
@@ -72,7 +72,7 @@ def test_the_definition(case: tuple[Tensor, Windows, float]) -> None:
     x, windows, temperature = case
     map = soft_merge_map(x, windows, temperature)
     y, back = mean(x, map), unmerge(mean(x, map), map)
-    n = map.place // windows.src.shape[1]  # the window of each token, and of each centroid
+    n = map.src_index // windows.src.shape[1]  # the window of each token, and of each centroid
     k = windows.dst_index // windows.dst.shape[1]
     for t in range(len(windows.src)):
         z, mu = x[:, n == t], x[:, map.kept_idx[k == t]]
@@ -94,7 +94,7 @@ def test_cold_it_is_the_map_of_each_token_to_its_nearest_centroid(case: tuple[Te
     hard = map.argmax_map()
     token = hard.kept_idx.gather(1, hard.group_idx)  # that stands for each
     assert torch.equal(hard.group_idx.gather(1, hard.kept_idx), torch.arange(len(windows.dst_index)).expand(len(x), -1))
-    here, there = map.place // windows.src.shape[1], windows.dst_index // windows.dst.shape[1]
+    here, there = map.src_index // windows.src.shape[1], windows.dst_index // windows.dst.shape[1]
     apart = torch.cdist(x, x[:, map.kept_idx]).masked_fill(here.unsqueeze(1) != there, float("inf"))
     assert torch.equal(token, map.kept_idx[apart.argmin(dim=-1)])
     # exp(-1e5), for the distances of random tokens differ by more than a hundredth of their variance
@@ -135,11 +135,11 @@ def test_weighted_attention_over_windows_of_equal_tokens_is_full_attention(case:
     x, windows, temperature = case
     q = x[:, windows.src[:, 0]][:, windows.src_index // windows.src.shape[1]]
     map = soft_merge_map(q, windows, temperature)
-    full = weighted_attention(q, q, q, 2, torch.ones(q.shape[:2]))
+    full = proportional_attention(q, q, q, 2, torch.ones(q.shape[:2]))
     fused = mean(q, map)
     # float32 of the sizes' logarithms
     torch.testing.assert_close(
-        unmerge(weighted_attention(fused, fused, fused, 2, map.size), map), full, rtol=0, atol=1e-5
+        unmerge(proportional_attention(fused, fused, fused, 2, map.size), map), full, rtol=0, atol=1e-5
     )
 
 

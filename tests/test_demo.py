@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import tofu_sd
 from eval.metrics.statistics import wilson
-from research.demo_training.check import digests, draw, main
-from research.demo_training.stages import judge_accuracy
+from research.demo_training.check import digests, generate, main
+from research.demo_training.stages import classifier_accuracy
 from tofu_sd.demo import GUIDANCE, WEIGHTS
 from tofu_sd.demo.scene_classes import CLASSES
 
@@ -70,38 +70,38 @@ def test_transformers_4_can_read_it_too():
 
 
 def test_the_judge_knows_fresh_renders():
-    assert judge_accuracy(tofu_sd.demo.judge(), CPU, images=96, size=128) >= 0.97
+    assert classifier_accuracy(tofu_sd.demo.load_classifier(), CPU, images=96, size=128) >= 0.97
 
 
 def judged(pictures):
-    judge = tofu_sd.demo.judge()
+    judge = tofu_sd.demo.load_classifier()
     asked = torch.tensor([CLASSES[i % 96].labels for i in range(len(pictures))])
     return (judge.classify(pictures.float() / 255) == asked).all(1).float().mean().item()
 
 
 def test_it_draws_what_is_asked_for(pipe):
     """`python -m research.demo_training.check` judges 240 images; 6 of them here, of which 90 % would be 5.4."""
-    assert judged(draw(pipe, 6, steps=15, guidance=GUIDANCE, size=256, batch=6)) >= 0.8
+    assert judged(generate(pipe, 6, steps=15, guidance=GUIDANCE, size=256, batch=6)) >= 0.8
 
 
 def test_the_same_seed_draws_the_same_picture_after_another_one(pipe):
-    first = draw(pipe, 1, steps=3, guidance=3.0, size=256, batch=1)
-    draw(pipe, 2, steps=2, guidance=3.0, size=256, batch=2)
-    assert torch.equal(first, draw(pipe, 1, steps=3, guidance=3.0, size=256, batch=1))
+    first = generate(pipe, 1, steps=3, guidance=3.0, size=256, batch=1)
+    generate(pipe, 2, steps=2, guidance=3.0, size=256, batch=2)
+    assert torch.equal(first, generate(pipe, 1, steps=3, guidance=3.0, size=256, batch=1))
 
 
 def test_it_draws_512_pixels(pipe):
-    assert draw(pipe, 1, steps=1, guidance=1.0, size=512, batch=1).shape == (1, 3, 512, 512)
+    assert generate(pipe, 1, steps=1, guidance=1.0, size=512, batch=1).shape == (1, 3, 512, 512)
 
 
 def test_weighting_fused_tokens_by_size_brings_the_picture_nearer(pipe):
     """The law behind `proportional`: on 3 pictures the mean error falls; without fusion there is none."""
     options = {"steps": 6, "guidance": 1.0, "size": 256, "batch": 3}
-    full = draw(pipe, 3, **options).double()
+    full = generate(pipe, 3, **options).double()
     error = {}
     for name in ("tome", "tome+p", "kv:tome+p"):
         with tofu_sd.patched(pipe, tofu_sd.recipes.named(name)):
-            error[name] = (draw(pipe, 3, **options).double() - full).square().mean().item()
+            error[name] = (generate(pipe, 3, **options).double() - full).square().mean().item()
     assert 0 < error["tome+p"] < error["tome"]
     assert 0 < error["kv:tome+p"] < error["tome"]
 
@@ -132,6 +132,6 @@ def test_wilsons_interval_ends_where_the_share_is_just_possible():
 
 def test_a_missing_weights_folder_is_not_silent(monkeypatch, tmp_path):
     monkeypatch.setattr("tofu_sd.demo.WEIGHTS", Path(tmp_path / "none"))
-    for missing in (tofu_sd.demo.load, tofu_sd.demo.judge):
+    for missing in (tofu_sd.demo.load, tofu_sd.demo.load_classifier):
         with pytest.raises(FileNotFoundError, match=r"none: .*python -m research\.demo_training\.train"):
             missing()

@@ -10,6 +10,7 @@ APPLY = "tofu_sd.apply_patch(None)"
 USES = [
     APPLY,
     "tofu_sd.demo.load()",
+    "tofu_sd.demo.load_classifier()",
     "import research.demo_training.check",
     "import research.demo_training.train",
 ]

@@ -62,12 +62,12 @@ def test_bad_options_are_named_and_change_nothing(name: str, patched_before: boo
     unet = tiny.shallow_unet()
     if patched_before:
         tofu_sd.apply_patch(unet, 0.25, kv_only=True)
-    before, fusion = tiny.predict(unet), tofu_sd.summary(unet).fusion
+    before, fusion = tiny.predict(unet), tofu_sd.summary(unet).config
     structure = anatomy(unet)
     with pytest.raises(error, match=message):
         tofu_sd.apply_patch(unet, **options)
     assert torch.equal(tiny.predict(unet), before)
-    assert tofu_sd.summary(unet).fusion == fusion
+    assert tofu_sd.summary(unet).config == fusion
     if not patched_before:
         assert anatomy(unet) == structure
 

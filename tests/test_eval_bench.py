@@ -221,11 +221,11 @@ def test_deepcache_runs_one_step_of_three_whole() -> None:
     [method] = methods.parse("deepcache:tofu", [0.5])
     assert (method.slug, method.period) == ("deepcache-tofu-r50", 3)
     with method.apply(model):
-        assert tofu_sd.summary(model).fusion is not None
+        assert tofu_sd.summary(model).config is not None
         for t in (500, 499, 498) * 2:
             model(call.sample, torch.tensor(t), **call.more)
     assert count == {"deep": 2, "top": 6}
-    assert tofu_sd.summary(model).fusion is None
+    assert tofu_sd.summary(model).config is None
     assert {name: {*vars(module)} for name, module in model.named_modules()} == before
 
 

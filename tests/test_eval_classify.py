@@ -18,13 +18,12 @@ timm = pytest.importorskip("timm", reason="timm is not installed (it needs a tor
 from eval import EvalError  # noqa: E402
 from eval.reporting import pages  # noqa: E402
 from eval.reporting import tables as table  # noqa: E402
-from research.classifiers import classify as classify_module  # noqa: E402
+from research.classifiers import calibration, figures, predictions, tables, train  # noqa: E402
+from research.classifiers import classify as command  # noqa: E402
 from research.classifiers import datasets as labelled  # noqa: E402
 from research.classifiers import evaluate as classify  # noqa: E402
-from research.classifiers import figures as figures_module  # noqa: E402
 from research.classifiers import methods as reductions  # noqa: E402
 from research.classifiers import models as classifiers  # noqa: E402
-from research.classifiers import predictions, tables, train  # noqa: E402
 from research.demo_training.scenes import render  # noqa: E402
 from tofu_sd import demo  # noqa: E402
 from tofu_sd.core.reductions import mean, mlerp, prune  # noqa: E402
@@ -60,7 +59,8 @@ def everywhere(patch, name, value):
 @pytest.fixture(autouse=True)
 def _set_by_few(monkeypatch):
     """Thresholds are searched for on as many pictures, again and again."""
-    everywhere(monkeypatch, "CALIBRATION", 16)
+    for module in (classify, predictions):
+        monkeypatch.setattr(module, "CALIBRATION", 16)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +89,8 @@ def trained(pictures, tmp_path_factory):
 
 
 def run(trained, pictures, out, *more):
-    own = ["--model", trained, "--data", str(pictures / "val"), "--out", str(out), "--device", "cpu", "--rounds", "0"]
-    assert classify_module.main([*own, *more]) == 0
+    assert command.main(["--model", trained, "--data", str(pictures / "val"), "--out", str(out), "--device", "cpu",
+                          "--rounds", "0", *more]) == 0  # fmt: skip
     return json.loads((out / "classify.json").read_text())
 
 
@@ -166,19 +166,19 @@ def test_of_many_pictures_some_are_read(tmp_path, monkeypatch):
 
 
 def test_a_training_of_before_an_option_was_there_goes_on(tmp_path):
-    train.claim(tmp_path, {"seed": 1, "gone": 2, "device": "auto"})  # as it was told before it was a device
+    train.init_output_dir(tmp_path, {"seed": 1, "gone": 2, "device": "auto"})  # as it was told before it was a device
     with pytest.raises(EvalError, match="holds a training with seed 1, not 2"):
-        train.claim(tmp_path, {"seed": 2})
+        train.init_output_dir(tmp_path, {"seed": 2})
     with pytest.raises(EvalError, match="holds a training with heads 3, not 4"):  # it had what is usual
-        train.claim(tmp_path, {"seed": 1, "heads": 4})
-    train.claim(tmp_path, {"seed": 1, "device": "cpu", "heads": 3})
+        train.init_output_dir(tmp_path, {"seed": 1, "heads": 4})
+    train.init_output_dir(tmp_path, {"seed": 1, "device": "cpu", "heads": 3})
     with pytest.raises(EvalError, match="holds a training with device cpu, not cuda"):
-        train.claim(tmp_path, {"seed": 1, "device": "cuda", "heads": 3})
+        train.init_output_dir(tmp_path, {"seed": 1, "device": "cuda", "heads": 3})
 
 
 def test_a_rate_is_what_it_is_called_where_there_is_no_coarse_stage(pictures, tmp_path, monkeypatch):
     rates = []
-    monkeypatch.setattr(train, "fit", lambda name, model, loss, **told: rates.append((name, told["rate"])))
+    monkeypatch.setattr(train, "fit", lambda name, model, loss, schedule, work: rates.append((name, schedule.rate)))
     sizes = ["--data", str(pictures), *SMALL, "--samples", "1", "--rate", "0.001"]
     for kind, own in (("adaptivision", ["--clusters", "2,4"]), ("vit", ["--coarse", "64"])):
         assert train.main(["--out", str(tmp_path / kind), *sizes, "--kind", kind, *own]) == 0
@@ -190,10 +190,10 @@ def test_a_classifier_that_cannot_be_patched_is_a_line(pictures, tmp_path, capsy
     assert train.main(["--out", str(tmp_path / "a"), *sizes]) == 0
     capsys.readouterr()
     asked = ["--model", str(tmp_path / "a"), "--data", str(pictures / "val"), "--device", "cpu"]
-    assert classify_module.main([*asked, "--out", str(tmp_path / "out")]) == 2
+    assert command.main([*asked, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: --model ")
-    assert "AdaptiVision has no blocks to fuse tokens in" in said
+    assert "AdaptiVision has no blocks to merge tokens in" in said
 
 
 def test_a_model_of_one_layer_can_be_stressed(pictures, tmp_path):
@@ -228,12 +228,12 @@ def test_a_finer_model_begins_with_what_the_coarse_one_knows(stem):
 def test_on_scenes_convolutions_begin_as_the_judge_s(tmp_path):
     architecture = classifiers.Architecture(stem="convolutions", patch=8, **SIZES)
     scenes = labelled.rendered(8, 1, 70, cache=tmp_path)
-    stem = train.begun(architecture, scenes).patch_embed
+    stem = train.initialized(architecture, scenes).patch_embed
     picture = torch.rand(2, 3, 32, 32)
-    maps = demo.judge().maps(picture)[2]  # [2, 80, 4, 4]
+    maps = demo.load_classifier().maps(picture)[2]  # [2, 80, 4, 4]
     tokens = stem.proj(maps).flatten(2).mT
     assert torch.allclose(stem(picture), tokens, atol=1e-5)
-    other = train.begun(architecture, labelled.Labelled(scenes.pictures, scenes.classes, "mine", "")).patch_embed
+    other = train.initialized(architecture, labelled.Labelled(scenes.images, scenes.classes, "mine", "")).patch_embed
     assert not torch.allclose(other(picture), tokens, atol=1e-2)
 
 
@@ -256,18 +256,18 @@ PLAIN = ["--kind", "adaptivision", "--clusters", "none"]
         (["--stem", "convolutions"], "patch is 4; before convolutions it must be a multiple of 8"),
         (["--heads", "5"], "width is 24; it must be a multiple of the 5 heads"),
         (["--kind", "swin"], "kind is 'swin'; it must be vit or adaptivision"),
-        (["--data", "nowhere"], "there is no folder 'nowhere/train' of pictures"),
+        (["--data", "nowhere"], "there is no folder 'nowhere/train' of images"),
         (["--rate", "nan"], "argument --rate: 'nan' is not a finite number"),
         (["--rate", "-1"], "argument --rate: '-1' is not above 0"),
-        (["--guided"], "--guided is of adaptivision, and --kind is vit"),
-        (["--clusters", "9,3"], "--clusters is of adaptivision, and --kind is vit"),
-        (["--no-focus"], "--focus is of adaptivision, and --kind is vit"),
-        (["--kind", "adaptivision", "--coarse", "5"], "--coarse is of vit, and --kind is adaptivision"),
+        (["--guided"], "--guided applies to adaptivision, and --kind is vit"),
+        (["--clusters", "9,3"], "--clusters applies to adaptivision, and --kind is vit"),
+        (["--no-focus"], "--focus applies to adaptivision, and --kind is vit"),
+        (["--kind", "adaptivision", "--coarse", "5"], "--coarse applies to vit, and --kind is adaptivision"),
         ([*PLAIN, "--strategy", "random"], "strategy is 'random', and clusters is None, which keeps all patches"),
         ([*PLAIN, "--temperature", "-1"], "temperature is -1.0; it must be above 0"),
         (
             ["--patch", "32", "--coarse", "32"],
-            "side is 32; it must be a multiple of the patch's 64 pixels: a vit's training begins at twice its size",
+            "side is 32; it must be a multiple of the patch's 64 pixels: a vit trains at twice its patch size first",
         ),
     ],
 )
@@ -287,17 +287,17 @@ def test_scenes_are_rendered_once_and_any_part_of_them_is_mixed(tmp_path, monkey
     data = labelled.rendered(8, 2, 70, cache=tmp_path)
     assert len(data) == 2 * len(CLASSES)
     assert data.labels[:3] == [0, 1, 2]
-    picture, label = data.pictures[97]
+    picture, label = data.images[97]
     assert label == 1
     assert torch.allclose(picture, render([CLASSES[1]], [70 + 97], 8)[0], atol=0.5 / 255 + 1e-6)
     monkeypatch.setattr(labelled.scenes, "render", None)  # is not called again
     again = labelled.rendered(8, 2, 70, cache=tmp_path)
-    assert torch.equal(again.pictures[97][0], picture)
+    assert torch.equal(again.images[97][0], picture)
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
 
 
 def test_a_folder_without_classes_is_refused(tmp_path):
-    with pytest.raises(EvalError, match=r"'.*' holds no folder of pictures for each class"):
+    with pytest.raises(EvalError, match=r"'.*' holds no folder of images for each class"):
         labelled.folder(tmp_path, labelled.plain(8))
 
 
@@ -310,12 +310,12 @@ def test_noise_is_the_same_every_time_and_of_its_deviation(pictures):
     assert noisy.labels == clear.labels
     assert noisy.name == "val, noise 0.1"
     for i in (0, 5):
-        assert torch.equal(noisy.pictures[i][0], noisy.pictures[i][0])
-    assert not torch.equal(noisy.pictures[0][0] - clear.pictures[0][0], noisy.pictures[1][0] - clear.pictures[1][0])
+        assert torch.equal(noisy.images[i][0], noisy.images[i][0])
+    assert not torch.equal(noisy.images[0][0] - clear.images[0][0], noisy.images[1][0] - clear.images[1][0])
     middle = [i for i in range(len(clear)) if clear.labels[i] == 2]  # so bright that nothing is cut off
-    apart = torch.stack([noisy.pictures[i][0] - clear.pictures[i][0] for i in middle])
+    apart = torch.stack([noisy.images[i][0] - clear.images[i][0] for i in middle])
     assert apart.std().item() == pytest.approx(0.1, rel=0.02)
-    everything = torch.stack([labelled.noisy(clear, 9).pictures[i][0] for i in range(4)])
+    everything = torch.stack([labelled.noisy(clear, 9).images[i][0] for i in range(4)])
     assert everything.min() == 0
     assert everything.max() == 1
 
@@ -329,9 +329,9 @@ def test_noise_makes_pictures_harder_to_name(trained, pictures, tmp_path):
 def test_methods_are_read_as_they_are_written():
     full, tofu, word, atm = reductions.parse("full,tofu@depth_split=3,PPPA,atm@beta=0.1", [4], 4)
     assert full is reductions.BASELINE
-    assert tofu.told == TokenReduction(4, early=prune, late=mlerp, depth_split=3)
-    assert word.told == TokenReduction(4, early=prune, late=mean, depth_split=3)
-    assert atm.told == AdaptiveReduction(beta=0.1)
+    assert tofu.reduction == TokenReduction(4, early=prune, late=mlerp, depth_split=3)
+    assert word.reduction == TokenReduction(4, early=prune, late=mean, depth_split=3)
+    assert atm.reduction == AdaptiveReduction(beta=0.1)
     assert [m.label for m in (full, tofu, word, atm)] == [
         "full", "tofu@depth_split=3, r = 4", "PPPA, r = 4", "atm@beta=0.1",
     ]  # fmt: skip
@@ -339,14 +339,14 @@ def test_methods_are_read_as_they_are_written():
     several = reductions.parse("full,tome", [2, 4], 4)
     assert [m.label for m in several] == ["full", "tome, r = 2", "tome, r = 4"]
     (all_alike,) = reductions.parse("AAAA", [1], 4)
-    assert {all_alike.told.reduction(layer) for layer in range(4)} == {mean}
+    assert {all_alike.reduction.reduction_at(layer) for layer in range(4)} == {mean}
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
         ("tomme", r"unknown method 'tomme' \(did you mean 'tome'\?\)"),
-        ("PPPAA", "'PPPAA' has 5 letters; the model has 4 layers"),
+        ("PPPAA", "'PPPAA' has 5 letters; it must have one for each of the 4 layers"),
         ("PAPA", "unknown method 'PAPA'"),  # that takes more than one split
         ("tofu@late=median", "method 'tofu@late=median': unknown reduction 'median'"),
         ("tofu@speed=2", "method 'tofu@speed=2': .*speed"),
@@ -387,90 +387,91 @@ def test_the_table_counts_what_is_right(trained, pictures, tmp_path):
 def test_how_far_features_moved_is_the_cosine_of_what_the_head_is_shown(trained, pictures, tmp_path):
     one = classifiers.load(trained, torch.device("cpu"))[0]
     data = labelled.folder(pictures / "val", labelled.plain(32))
-    bench = classify.Bench(data, 6, 64, torch.device("cpu"), tmp_path)
-    full, tome = (classify.Entry.of(bench, [one], m) for m in reductions.parse("full,tome", [12], 4))
-    batch = torch.stack([data.pictures[i][0] for i in range(6)])
+    bench = predictions.Evaluation(data, 6, 64, torch.device("cpu"), tmp_path)
+    full, tome = (classify.MethodResult.of(bench, [one], m) for m in reductions.parse("full,tome", [12], 4))
+    batch = torch.stack([data.images[i][0] for i in range(6)])
     with torch.no_grad():
         whole = one.model.forward_head(one.model.forward_features(batch), pre_logits=True)
-        with tome.settled[0].apply(one.model):
+        with tome.calibrated[0].apply(one.model):
             less = one.model.forward_head(one.model.forward_features(batch), pre_logits=True)
     expected = 1 - (whole * less).sum(-1) / (whole.norm(dim=-1) * less.norm(dim=-1))
-    assert torch.allclose(tome.moved(full).float(), expected, atol=1e-5)
-    broken = next((tmp_path / "judged").iterdir())
+    assert torch.allclose(tome.feature_shift(full).float(), expected, atol=1e-5)
+    broken = next((tmp_path / "predictions").iterdir())
     broken.write_bytes(b"nothing")  # is judged anew
-    again = classify.Entry.of(bench, [one], tome.method)
-    assert torch.equal(again.moved(full), tome.moved(full))
+    again = classify.MethodResult.of(bench, [one], tome.method)
+    assert torch.equal(again.feature_shift(full), tome.feature_shift(full))
 
 
 def test_thresholds_that_are_given_are_not_set_anew(trained, pictures, tmp_path):
     rows = by_label(run(trained, pictures, tmp_path, "--method", "atm@alpha=0.9@beta=0.04@least=0.86", "--r", "2,4"))
-    (told,) = set(rows["atm@alpha=0.9@beta=0.04@least=0.86"]["told"])
+    (told,) = set(rows["atm@alpha=0.9@beta=0.04@least=0.86"]["settings"])
     assert "'alpha': 0.9, 'beta': 0.04, 'least': 0.86" in told
 
 
 def test_of_the_curves_of_thresholds_the_one_that_moves_features_least_is_taken(trained, pictures, tmp_path):
     one = classifiers.load(trained, torch.device("cpu"))[0]
     data = labelled.folder(pictures / "val", labelled.plain(32))
-    bench = classify.Bench(data, 24, 64, torch.device("cpu"), tmp_path)
+    bench = predictions.Evaluation(data, 24, 64, torch.device("cpu"), tmp_path)
     (asked,) = reductions.parse("atm@class_only=False", [8], 4)
-    taken = classify.settle(bench, one, asked)
-    held = bench.held()
-    full = classify.judge(one.model, reductions.BASELINE, held).seen
+    taken = calibration.calibrate_thresholds(bench, one, asked)
+    held = bench.calibration_batches()
+    full = predictions.predict(one.model, reductions.BASELINE, held).features
 
     def moved(method):
-        return classify.apart(classify.judge(one.model, method, held).seen, full).mean().item()
+        return calibration.cosine_distance(predictions.predict(one.model, method, held).features, full).mean().item()
 
     each = []
-    for curve in classify.CURVES:
+    for curve in calibration.CURVES:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(classify, "CURVES", (curve,))
-            each.append(moved(classify.settle(bench, one, asked)))
+            patch.setattr(calibration, "CURVES", (curve,))
+            each.append(moved(calibration.calibrate_thresholds(bench, one, asked)))
     assert len(set(each)) > 1
     assert moved(taken) == min(each)
-    assert 0 <= taken.told.threshold(0) <= 1  # above 1 nothing would be fused
+    assert 0 <= taken.reduction.threshold(0) <= 1  # above 1 nothing would be fused
 
 
 def test_a_curve_that_cannot_fuse_as_much_is_not_taken_for_moving_less(trained, pictures, tmp_path):
     """One that begins at 1 fuses nothing in the first layer, and so misses a large r of few layers."""
     one = classifiers.load(trained, torch.device("cpu"))[0]
     data = labelled.folder(pictures / "val", labelled.plain(32))
-    bench = classify.Bench(data, 24, 64, torch.device("cpu"), tmp_path)
+    bench = predictions.Evaluation(data, 24, 64, torch.device("cpu"), tmp_path)
     asked, tome = reductions.parse("atm@class_only=False,tome", [22], 4)
 
     def flops(method):
-        return classify.judge(one.model, method, bench.held()).flops
+        return predictions.predict(one.model, method, bench.calibration_batches()).flops
 
-    assert flops(classify.settle(bench, one, asked)) <= flops(tome)
+    assert flops(calibration.calibrate_thresholds(bench, one, asked)) <= flops(tome)
 
 
 def test_a_method_that_loses_at_every_r_fuses_nothing(trained, pictures, tmp_path, monkeypatch, capsys):
-    judge = classify.judge
+    predict = predictions.predict
 
     def losing(model, method, *rest):
-        found = judge(model, method, *rest)
-        fuses = method.told is not None and method.r != 0
-        return replace(found, right=torch.zeros_like(found.right)) if fuses else found
+        found = predict(model, method, *rest)
+        fuses = method.reduction is not None and method.r != 0
+        return replace(found, correct=torch.zeros_like(found.correct)) if fuses else found
 
-    everywhere(monkeypatch, "judge", losing)
-    monkeypatch.setattr(classify, "CURVES", classify.CURVES[:1])
+    for module in (predictions, calibration):
+        monkeypatch.setattr(module, "predict", losing)
+    monkeypatch.setattr(calibration, "CURVES", calibration.CURVES[:1])
     asked = ["--limit", "6", "--stress", "--method", "atm@class_only=False,tome", "--r", "3,8"]
     full, *others = run(trained, pictures, tmp_path, *asked)["rows"]
     assert [row["label"] for row in others] == ["atm@class_only=False, r = 0", "tome, r = 0"]
     assert all(row["flops"] == full["flops"] for row in others if "atm" in row["label"])
-    assert "or higher, of 0, 3, 8. atm:" in " ".join(capsys.readouterr().out.split())
+    assert "or higher, of 0, 3, 8. ATM:" in " ".join(capsys.readouterr().out.split())
 
 
 def test_thresholds_are_set_by_pictures_that_are_not_judged(pictures):
     data = labelled.folder(pictures / "val", labelled.plain(32))
 
-    def held(n, calibration):
+    def held(n, count):
         with pytest.MonkeyPatch.context() as patch:
-            everywhere(patch, "CALIBRATION", calibration)
-            batches = classify.Bench(data, n, 5, torch.device("cpu"), pictures).held()
+            patch.setattr(predictions, "CALIBRATION", count)
+            batches = predictions.Evaluation(data, n, 5, torch.device("cpu"), pictures).calibration_batches()
             return torch.cat([labels for _, labels in batches]), torch.cat([shown for shown, _ in batches])
 
     labels, shown = held(24, 12)
-    judged = torch.stack([data.pictures[i][0] for i in range(24)])
+    judged = torch.stack([data.images[i][0] for i in range(24)])
     assert len(shown) == 12
     assert len(set(labels.tolist())) > 1
     assert not any(torch.equal(a, b) for a in shown for b in judged)
@@ -479,7 +480,7 @@ def test_thresholds_are_set_by_pictures_that_are_not_judged(pictures):
 
 
 def test_thresholds_are_set_to_the_operations_of_tome(trained, pictures, tmp_path, monkeypatch):
-    everywhere(monkeypatch, "CALIBRATION", 64)  # what is met on 16 is missed by more on others
+    monkeypatch.setattr(predictions, "CALIBRATION", 64)  # what is met on 16 is missed by more on others
     rows = by_label(run(trained, pictures, tmp_path, "--method", "tome,atm@class_only=False", "--r", "4,12"))
     for r in (4, 12):
         share = rows[f"atm@class_only=False, r = {r}"]["flops"] / rows[f"tome, r = {r}"]["flops"]
@@ -504,7 +505,7 @@ def test_a_part_of_a_folder_is_of_all_its_classes(pictures):
     data = labelled.folder(pictures / "val", labelled.plain(32))
     assert data.labels[:SHADES] == list(range(SHADES)) == data.labels[SHADES : 2 * SHADES]
     assert sorted(data.labels) == sorted(list(range(SHADES)) * 8)
-    assert [data.pictures[i][1] for i in range(len(data))] == data.labels
+    assert [data.images[i][1] for i in range(len(data))] == data.labels
 
 
 def test_a_method_is_known_again_by_another_process():
@@ -517,7 +518,7 @@ def test_a_method_is_known_again_by_another_process():
 def test_a_word_that_names_its_r_has_it_in_its_name():
     (word,) = reductions.parse("PPPA@r=5", [2, 8], 4)
     assert word.label == "PPPA@r=5, r = 5"
-    assert word.told.r == 5
+    assert word.reduction.r == 5
 
 
 def test_thresholds_at_r_0_fuse_nothing_and_are_drawn_so(trained, pictures, tmp_path):
@@ -529,7 +530,7 @@ def test_thresholds_at_r_0_fuse_nothing_and_are_drawn_so(trained, pictures, tmp_
 
 def test_what_was_judged_is_not_judged_again(trained, pictures, tmp_path, monkeypatch):
     first = run(trained, pictures, tmp_path, "--method", "tome", "--r", "8")
-    everywhere(monkeypatch, "judge", None)  # is not called
+    monkeypatch.setattr(predictions, "predict", None)  # is not called
     assert run(trained, pictures, tmp_path, "--method", "tome", "--r", "8")["rows"] == first["rows"]
 
 
@@ -541,19 +542,20 @@ def test_under_stress_each_method_fuses_the_most_that_loses_nothing(
     trained, pictures, tmp_path, monkeypatch, loses, most, asked
 ):
     """Accuracy falls and rises from one r to the next, so the first loss is not the end. No r given: all are tried."""
-    judge = classify.judge
+    predict = predictions.predict
 
     def losing(model, method, *rest):
-        found = judge(model, method, *rest)
-        return replace(found, right=torch.zeros_like(found.right)) if method.r in loses else found
+        found = predict(model, method, *rest)
+        return replace(found, correct=torch.zeros_like(found.correct)) if method.r in loses else found
 
-    everywhere(monkeypatch, "judge", losing)
-    monkeypatch.setattr(classify, "CURVES", classify.CURVES[:1])
-    monkeypatch.setattr(predictions, "_kept", lambda *_: None)  # thresholds can be the same at several r
+    for module in (predictions, calibration):
+        monkeypatch.setattr(module, "predict", losing)
+    monkeypatch.setattr(calibration, "CURVES", calibration.CURVES[:1])
+    monkeypatch.setattr(predictions, "_cached", lambda *_: None)  # thresholds can be the same at several r
     few = ["--method", "tome,tofu,atm", "--stress", "--limit", "24", *asked]
     found = run(trained, pictures, tmp_path, *few)
     full, *others = found["rows"]
-    rs = classify.all_of(classifiers.load(trained, torch.device("cpu"))[0].model)
+    rs = calibration.candidate_rs(classifiers.load(trained, torch.device("cpu"))[0].model)
     assert rs == [*range(23), 28, 32]  # 64 tokens, of which 22 can leave three of four layers
     assert found["settings"]["tried"] == sorted({0, *map(int, asked[1].split(","))} if asked else rs)
     assert [(row["method"], row["r"]) for row in others] == [("tome", most), ("tofu", most), ("atm", most)]
@@ -603,9 +605,9 @@ def test_a_group_is_shown_in_its_mean_colour():
     picture = torch.zeros(3, 8, 8)
     picture[:, :, 4:] = 1
     home = torch.tensor([[0, 0, 1, 1]] * 2 + [[0, 0, 2, 2]] * 2).flatten()  # patches of 2 pixels
-    drawn = figures_module.outlined(picture, home)
+    drawn = figures.outlined(picture, home)
     assert set(drawn.unique().tolist()) == {0, 1}
-    mixed = figures_module.outlined(picture, torch.zeros(16, dtype=torch.long))
+    mixed = figures.outlined(picture, torch.zeros(16, dtype=torch.long))
     assert torch.allclose(mixed, torch.full_like(mixed, 0.5))
 
 
@@ -624,13 +626,13 @@ def test_the_table_of_a_folder_is_a_page_s(trained, pictures, tmp_path, capsys):
         "| 0", "| 1", "| 2", "| 3",
     ]  # fmt: skip
     capsys.readouterr()
-    assert classify_module.main(["--table", str(tmp_path), "--rows", "tome, r = 8"]) == 0
+    assert command.main(["--table", str(tmp_path), "--rows", "tome, r = 8"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in lines if line.startswith("| ")][1:] == ["| full", "| tome, r = 8"]
-    assert classify_module.main(["--table", str(tmp_path), "--rows", "tome, r = 9"]) == 2
+    assert command.main(["--table", str(tmp_path), "--rows", "tome, r = 9"]) == 2
     assert "no row 'tome, r = 9' (did you mean 'tome, r = 8'?)" in capsys.readouterr().err
-    for what, axis in (("--table", "features moved"), ("--linearity", "functional linearity")):
-        assert classify_module.main([what, str(tmp_path), "--plot", str(tmp_path / "drawn.svg")]) == 0
+    for what, axis in (("--table", "feature shift"), ("--linearity", "functional linearity")):
+        assert command.main([what, str(tmp_path), "--plot", str(tmp_path / "drawn.svg")]) == 0
         assert axis in (tmp_path / "drawn.svg").read_text()
 
 
@@ -639,20 +641,20 @@ def test_the_table_of_a_folder_is_a_page_s(trained, pictures, tmp_path, capsys):
     [
         (["--method", "tofou"], "unknown method 'tofou' (did you mean 'tofu'?)"),
         (["--r", "many"], "argument --r: 'many' is not a whole number, nor several"),
-        (["--r", "33"], "r is 33; of 64 patch tokens at most 32 can leave in a layer"),
-        (["--data", "nowhere"], "there is no folder 'nowhere' of pictures"),
+        (["--r", "33"], "r is 33; of 64 patch tokens at most 32 can be merged in a layer"),
+        (["--data", "nowhere"], "there is no folder 'nowhere' of images"),
         (["--noise", "-1"], "argument --noise: '-1' is below 0"),
         (["--noise", "loud"], "argument --noise: 'loud' is not a finite number"),
         (["--model", "no_such_model_of_timms"], "called 'no_such_model_of_timms'"),
-        (["--rows", "full"], "--rows is of --table alone"),
-        (["--stress", "--method", "atm@beta=0.02"], "--stress finds thresholds itself, and 'atm@beta=0.02' gives it"),
-        (["--stress", "--method", "tofu@r=5"], "--stress finds r itself, and 'tofu@r=5' gives it"),
-        (["--stress", "--method", "PPPA@r=0"], "--stress finds r itself, and 'PPPA@r=0' gives it"),
-        (["--stress", "--method", "tome", "--r", "8,33"], "r is 33; of 64 patch tokens at most 32 can leave"),
-        (["--method", "atm@class_only=False", "--r", "33"], "r is 33; of 64 patch tokens at most 32 can leave"),
-        (["--stress", "--plot", "a.svg"], "--plot draws methods at several r, and --stress finds one of each"),
-        (["--method", "full@r=3"], "'full' takes no options, and 'full@r=3' gives some"),
-        (["--method", "PPPA@early=mean"], "'PPPA' says itself what early would"),
+        (["--rows", "full"], "--rows needs --table"),
+        (["--stress", "--method", "atm@beta=0.02"], "--stress searches thresholds itself, and 'atm@beta=0.02' sets it"),
+        (["--stress", "--method", "tofu@r=5"], "--stress searches r itself, and 'tofu@r=5' sets it"),
+        (["--stress", "--method", "PPPA@r=0"], "--stress searches r itself, and 'PPPA@r=0' sets it"),
+        (["--stress", "--method", "tome", "--r", "8,33"], "r is 33; of 64 patch tokens at most 32 can be merged"),
+        (["--method", "atm@class_only=False", "--r", "33"], "r is 33; of 64 patch tokens at most 32 can be merged"),
+        (["--stress", "--plot", "a.svg"], "--plot draws methods at several r, and --stress finds one for each"),
+        (["--method", "full@r=3"], "'full' takes no options, and 'full@r=3' sets some"),
+        (["--method", "PPPA@early=mean"], "'PPPA' already sets early"),
     ],
 )
 def test_what_cannot_be_is_told_in_a_line_before_anything_is_written(
@@ -660,7 +662,7 @@ def test_what_cannot_be_is_told_in_a_line_before_anything_is_written(
 ):
     out = tmp_path / "out"
     before = ["--model", trained, "--data", str(pictures / "val"), "--out", str(out), "--device", "cpu"]
-    assert classify_module.main([*before, *options]) == 2
+    assert command.main([*before, *options]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert not out.exists()
@@ -670,31 +672,31 @@ def test_what_cannot_be_is_told_in_a_line_before_anything_is_written(
     ("options", "said"),
     [
         (["--table", "nowhere"], "nowhere holds no results of research.classifiers.classify"),
-        (["--table", "nowhere", "--limit", "3"], "--limit says nothing of --table"),
-        (["--linearity", "nowhere", "--maps", "a.png"], "--maps says nothing of --linearity"),
-        (["--linearity", "nowhere", "--rows", "full"], "--rows says nothing of --linearity"),
+        (["--table", "nowhere", "--limit", "3"], "--limit has no effect with --table"),
+        (["--linearity", "nowhere", "--maps", "a.png"], "--maps has no effect with --linearity"),
+        (["--linearity", "nowhere", "--rows", "full"], "--rows has no effect with --linearity"),
     ],
 )
 def test_what_is_shown_of_a_folder_takes_no_more_than_it_needs(capsys, options, said):
-    assert classify_module.main(options) == 2
+    assert command.main(options) == 2
     assert said in capsys.readouterr().err
 
 
 def test_a_classifier_of_other_classes_is_refused(trained, pictures, tmp_path, capsys):
     few = tmp_path / "few"
     shutil.copytree(pictures / "val" / "shade0", few / "shade0")
-    assert classify_module.main(["--model", trained, "--data", str(few), "--device", "cpu"]) == 2
-    assert "'few' has 1 classes, and '0' tells 6 apart" in capsys.readouterr().err
+    assert command.main(["--model", trained, "--data", str(few), "--device", "cpu"]) == 2
+    assert "'few' has 1 classes, and '0' has 6" in capsys.readouterr().err
 
 
 def test_a_broken_folder_of_weights_is_named(trained, tmp_path, capsys):
     broken = tmp_path / "broken"
     shutil.copytree(trained.split(",")[0], broken)
     (broken / classifiers.WEIGHTS).write_bytes(b"no weights")
-    assert classify_module.main(["--model", str(broken), "--device", "cpu"]) == 2
+    assert command.main(["--model", str(broken), "--device", "cpu"]) == 2
     assert "cannot read the weights of 'broken'" in capsys.readouterr().err
     (broken / classifiers.ABOUT).unlink()
-    assert classify_module.main(["--model", str(broken), "--device", "cpu"]) == 2
+    assert command.main(["--model", str(broken), "--device", "cpu"]) == 2
     assert "the folder 'broken' holds no classifier" in capsys.readouterr().err
 
 

@@ -101,7 +101,7 @@ def test_guidance_is_of_the_pictures_beside_it(few, tmp_path):
     near = nearness([CLASSES[7]], [5 + 7], 28)
     first = near[0, 0, :4, 4:8].flatten()  # the second piece of the top row
     assert torch.allclose(data.guidance[7, 1], first, atol=0.5 / 255 + 1e-6)
-    assert torch.allclose(data.pictures[7][0], render([CLASSES[7]], [5 + 7], 16)[0], atol=0.5 / 255 + 1e-6)
+    assert torch.allclose(data.images[7][0], render([CLASSES[7]], [5 + 7], 16)[0], atol=0.5 / 255 + 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -124,4 +124,4 @@ def test_guidance_takes_scenes(tmp_path, capsys):
     assert (
         train.main(["--out", str(tmp_path / "out"), "--data", str(tmp_path), "--guided", "--kind", "adaptivision"]) == 2
     )
-    assert "--guided takes scenes, whose depth is known" in capsys.readouterr().err
+    assert "--guided needs scenes, whose depth is known" in capsys.readouterr().err

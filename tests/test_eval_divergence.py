@@ -12,7 +12,7 @@ import torch
 
 from eval import EvalError
 from research.classifiers import divergence
-from research.demo_training.fit import fit
+from research.demo_training.fit import Schedule, fit
 
 STATE = {"optimiser": {}, "step": 7, "spent": 1.0, "curve": []}
 
@@ -77,7 +77,13 @@ def test_a_full_disk_below_a_checkpoint_is_an_error_of_the_system(tmp_path, monk
         pytest.raises(OSError, match="the checkpoint cannot be written") as raised,
         divergence.written(tmp_path / "a.ckpt"),
     ):
-        fit("a", model, lambda g: model(torch.ones(1, 1)).sum(), samples=1, batch=1, rate=0.1, work=tmp_path, seed=0)
+        fit(
+            "a",
+            model,
+            lambda g: model(torch.ones(1, 1)).sum(),
+            Schedule(samples=1, batch=1, rate=0.1, seed=0),
+            tmp_path,
+        )
     assert raised.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
 
@@ -137,6 +143,6 @@ def test_a_recipe_of_another_shape_is_refused(train, capsys):
         Path("out/recipe.json").write_text(content)
         assert train.main(["--out", "out", "--samples", "32", *SIZES]) == 2
         assert capsys.readouterr().err == (
-            "error: --out out: its recipe.json cannot be read; put it right or give another folder\n"
+            "error: --out out: its recipe.json cannot be read; repair it or give another folder\n"
         )
         assert Path("out/recipe.json").read_text() == content

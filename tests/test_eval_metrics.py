@@ -608,12 +608,12 @@ def test_class_accuracy_counts_images_with_all_labels_right():
     assert metric.compute(shown, asked).tolist() == [1, 1, 0]
 
 
-def test_demo_classifier_works_with_its_metrics():
-    from tofu_sd.demo.classifier import Judge
+def test_the_embedded_classifier_fits_its_metrics():
+    from tofu_sd.demo.classifier import DemoClassifier
     from tofu_sd.demo.scene_classes import CLASSES
 
     asked = [kind.prompt for kind in CLASSES[:2]]
-    pair, of_sets, share = demo_classifier.demo_classifier_metrics(Judge().eval(), asked, CPU)
+    pair, of_sets, share = metrics.judged(DemoClassifier().eval(), asked, CPU)
     assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
     assert of_sets.features.compute(pictures()).shape == (2, 144)
     assert share.compute(pictures(), asked).shape == (2,)

@@ -221,7 +221,7 @@ def test_two_runs_of_a_grid_merge_into_the_whole(
     assert columns["| tofu 25%"][1] != "–"
     assert "×" in columns["| tofu 50%"][0]
     assert columns["| tofu 50%"][1] == "–"
-    assert "tofu 50%, tofu+p 50%, prune 50%, prune+p 50%, todo: seconds of another run than the full model's" in output
+    assert "tofu 50%, tofu+p 50%, prune 50%, prune+p 50%, todo: seconds of another run than the baseline's" in output
     assert report_module.main([str(low), str(high), "--markdown", "--columns", "speed-up"]) == 0
     assert "seconds of another run" not in capsys.readouterr().out  # where none are to be shown
     assert report_module.main([str(low), str(high), "--against", "tofu 25%", "--rows", "tofu 25%", "todo"]) == 0
@@ -301,7 +301,7 @@ def test_rows_without_interleaved_timing_are_named(swept: Path) -> None:
     shown = tables.markdown(found, ["speed-up", "s/image"])
     line = next(line for line in shown.splitlines() if line.startswith(f"| {tables.label(found['rows'][2])} |"))
     assert re.fullmatch(r"\| [^|]+ \| \d.*× \([^)]*\) \| – \|", line)
-    assert f"{tables.label(found['rows'][2])}: seconds of another run than the full model's are not shown" in shown
+    assert f"{tables.label(found['rows'][2])}: seconds of another run than the baseline's are not shown" in shown
 
 
 def test_number_of_timed_batches_is_reported(swept: Path) -> None:
@@ -324,7 +324,7 @@ def test_rows_without_the_baseline_have_no_times(swept: Path) -> None:
     found["rows"][1]["speedup"] = None
     (line,) = (line for line in tables.markdown(found).splitlines() if line.startswith("| tofu 25% "))
     assert line.startswith("| tofu 25% | – | – | – |")
-    assert "tofu 25%: no times, the full model's were not taken beside it" in tables.markdown(found)
+    assert "tofu 25%: no times, the baseline was not timed beside it" in tables.markdown(found)
 
 
 def test_merge_refuses_other_images(

@@ -278,13 +278,13 @@ def test_later_method_is_added_to_the_folder_and_timed_against_the_baseline(tiny
     found = rows(files.read_json(Path("out/results.json")))
     assert found["mlerp-r50"]["speedup"] is None  # no time is compared with another run's
     assert found["mlerp-r50"]["seconds"]["n"] == 2
-    assert "mlerp 50%: no times, the full model's were not taken beside it" in capsys.readouterr().out
+    assert "mlerp 50%: no times, the baseline was not timed beside it" in capsys.readouterr().out
 
 
-def test_class_accuracy_is_measured_for_demo_prompts(tiny, monkeypatch, pipe):
-    from tofu_sd.demo.classifier import Judge
+def test_pictures_of_known_classes_are_classed(tiny, monkeypatch, pipe):
+    from tofu_sd.demo.classifier import DemoClassifier
 
-    monkeypatch.setattr(prepare, "load_model", lambda *_: (pipe, Judge().eval()))
+    monkeypatch.setattr(plan, "load_model", lambda *_: (pipe, DemoClassifier().eval()))
     assert run_module.main([*tiny, "--prompts", "demo", "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
     for row in files.read_json(Path("out/results.json"))["rows"]:
         assert row["metrics"]["class accuracy"]["n"] == 2
@@ -969,7 +969,7 @@ def test_images_of_other_batches_are_reported(tiny, capsys):
     found = rows(files.read_json(Path("out/results.json")))
     assert (found["tofu-r50"]["other_batch"], found["prune-r50"]["other_batch"]) == (0, 1)
     shown = capsys.readouterr().out
-    assert "prune 50%: 1 of 2 images were generated in another batch than the full model's" in shown
+    assert "prune 50%: 1 of 2 images were generated in another batch than the baseline's" in shown
     assert "tofu 50%: 1 of 2" not in shown
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import tofu_sd
 from tofu_sd import TokenFusionConfig
 from tofu_sd.core import matching
-from tofu_sd.hosts._model_patcher import patch_model
+from tofu_sd.hosts.programs.model_patcher import patch_model
 from tofu_sd.patching import image_parts as step_tracker
 from tofu_sd.patching import patch
 from tofu_sd.patching.image_parts import ImagePart, ImagePartTracker

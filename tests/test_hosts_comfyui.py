@@ -24,7 +24,7 @@ import torch
 from patcher_host import Patcher, UNetModel, attention
 
 from tofu_sd import TokenFusionConfig
-from tofu_sd.hosts._model_patcher import patches_of
+from tofu_sd.hosts.programs.model_patcher import patches_of
 from tofu_sd.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,8 +162,8 @@ def test_the_same_is_asked_under_both_interfaces(comfy):
 def test_what_nobody_changes_is_the_default_of_the_package(comfy, model):
     nodes = comfy("V1")
     asked = nodes.TokenFusionNode.INPUT_TYPES()["optional"]
-    untouched = nodes.fuse(model, **{name: told["default"] for name, (_, told) in asked.items()})
-    assert patches_of(untouched).fusion == patches_of(nodes.fuse(model)).fusion == TokenFusionConfig()
+    untouched = nodes.patch_with_preset(model, **{name: told["default"] for name, (_, told) in asked.items()})
+    assert patches_of(untouched).config == patches_of(nodes.patch_with_preset(model)).config == TokenFusionConfig()
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_what_nobody_changes_is_the_default_of_the_package(comfy, model):
 )
 def test_bad_input_is_told_in_words_and_patches_nothing(comfy, model, options, said):
     with pytest.raises(ValueError, match=said):
-        comfy("V1").fuse(model, **options)
+        comfy("V1").patch_with_preset(model, **options)
     assert model.model_options == {"transformer_options": {}}
 
 
@@ -190,23 +190,23 @@ def test_a_person_meets_a_preset_and_a_ratio_first(comfy):
 @pytest.mark.parametrize("name", ["tofu", "tofu-fast", "faithful", "tome"])
 def test_a_preset_is_the_recipe_of_its_name_at_any_ratio(comfy, model, name, caplog):
     nodes = comfy("V1")
-    fusion = patches_of(nodes.fuse(model, preset=name, ratio=0.25, levels=2, start_percent=0.2)).fusion
+    fusion = patches_of(nodes.patch_with_preset(model, preset=name, ratio=0.25, levels=2, start_percent=0.2)).config
     assert fusion == TokenFusionConfig.of(RECIPES[name], ratio=0.25, levels=2, start=0.2)
     assert not caplog.text
 
 
 def test_an_input_that_does_not_count_is_named_in_the_log(comfy, model, caplog):
     nodes = comfy("V1")
-    fusion = patches_of(nodes.fuse(model, preset="tofu", window=4, early="mean", late="mlerp")).fusion
+    fusion = patches_of(nodes.patch_with_preset(model, preset="tofu", window=4, early="mean", late="mlerp")).config
     assert fusion == TokenFusionConfig()
-    assert "early, window do not count, as preset is tofu and not custom" in caplog.text
+    assert "early, window are ignored, as preset is tofu and not custom" in caplog.text
     tooltip = nodes.TokenFusionNode.INPUT_TYPES()["optional"]["preset"][1]["tooltip"]
-    assert "early, late, depth_split, proportional, kv_only, window, whose inputs count with custom alone" in tooltip
+    assert "early, late, depth_split, proportional, kv_only, window; their inputs are used only with custom" in tooltip
 
 
 def test_an_unknown_preset_is_refused_by_name(comfy, model):
     with pytest.raises(ValueError, match=r"unknown preset 'faithfull' \(did you mean 'faithful'\?\); known: tofu,"):
-        comfy("V1").fuse(model, preset="faithfull")
+        comfy("V1").patch_with_preset(model, preset="faithfull")
 
 
 OLDER = [0.5, "mean", "mean", -1, True, False, 1, 0.0, 1.0, -1, 8, 1, False, 0]  # as the screen saved them
@@ -216,9 +216,9 @@ def test_a_workflow_from_before_there_were_presets_gives_the_same(comfy, model):
     nodes = comfy("V1")
     names = list(nodes.TokenFusionNode.INPUT_TYPES()["optional"])
     before = dict(zip(names[1:], OLDER, strict=True))
-    assert patches_of(nodes.fuse(model, **before)).fusion == RECIPES["faithful"]
-    assert patches_of(nodes.fuse(model, ratio=0.25)).fusion == TokenFusionConfig(0.25)
-    assert patches_of(nodes.fuse(model, preset="custom", **before)).fusion == RECIPES["faithful"]
+    assert patches_of(nodes.patch_with_preset(model, **before)).config == RECIPES["faithful"]
+    assert patches_of(nodes.patch_with_preset(model, ratio=0.25)).config == TokenFusionConfig(0.25)
+    assert patches_of(nodes.patch_with_preset(model, preset="custom", **before)).config == RECIPES["faithful"]
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
@@ -263,9 +263,9 @@ def test_the_example_sets_what_the_node_asks_for_and_no_node_covers_another(comf
 
 def test_a_map_of_a_model_whose_blocks_another_node_has_says_so(comfy, model):
     nodes, context = comfy("V1"), torch.zeros(1, 7, 16)
-    patched = nodes.fuse(model)
+    patched = nodes.patch_with_preset(model)
     patched.set_model_attn1_patch(lambda q, k, v, options: (q, k[:, ::2], v[:, ::2]))
-    with pytest.raises(ValueError, match=r"nothing is fused at 0\.5 of the sampling: another node changes the tokens"):
+    with pytest.raises(ValueError, match=r"nothing is merged at 0\.5 of the sampling: another node changes the tokens"):
         nodes.show(patched, context, {"samples": torch.zeros(1, 4, 16, 16)})
 
 
@@ -278,7 +278,7 @@ def test_attention_that_another_node_overrides_runs_where_nothing_is_merged(comf
         sizes.append(k.shape[1])
         return function(q, k, v, heads, None)
 
-    patched = nodes.fuse(model, preset="faithful", min_tokens=64, start_percent=0.6)
+    patched = nodes.patch_with_preset(model, preset="faithful", min_tokens=64, start_percent=0.6)
     told = patched.model_options["transformer_options"]
     told["optimized_attention_override"] = override
     patched.predict(inputs["sample"], 500, inputs["encoder_hidden_states"])
@@ -291,16 +291,16 @@ def test_attention_that_another_node_overrides_runs_where_nothing_is_merged(comf
 def test_the_log_does_not_name_a_size(comfy, model, monkeypatch):
     nodes, said = comfy("V1"), []
     monkeypatch.setattr(nodes.logger, "info", said.append)
-    nodes.fuse(model, ratio=0.25)
+    nodes.patch_with_preset(model, ratio=0.25)
     assert said == ["UNetModel: tofu-r25 on 5 of 16 transformer blocks"]
 
 
 def test_a_model_that_fuses_nothing_has_no_maps(comfy, model):
     nodes, context = comfy("V1"), torch.zeros(1, 7, 16)
-    with pytest.raises(ValueError, match="this model fuses no tokens: put Token Fusion"):
+    with pytest.raises(ValueError, match="this model merges no tokens: put Token Fusion"):
         nodes.show(model, context, {"samples": torch.zeros(1, 4, 16, 16)})
-    late = nodes.fuse(model, start_percent=0.6)
-    with pytest.raises(ValueError, match=r"nothing is fused at 0\.5 of the sampling: the step lies outside start_per"):
+    late = nodes.patch_with_preset(model, start_percent=0.6)
+    with pytest.raises(ValueError, match=r"nothing is merged at 0\.5 of the sampling: the step lies outside start_per"):
         nodes.show(late, context, {"samples": torch.zeros(1, 4, 16, 16)})
 
 
@@ -387,8 +387,8 @@ LAWS = [
     "ratio 0 is bit-equal", "the model beside it is bit-equal", "two clones at once", "the same seed", "the window",
     "nobody else's dice", "odd latents run", "interrupted it is the same again", "HyperTile before it",
     "HyperTile after it", "HyperTile on other blocks", "Deep Shrink beside it",
-    "beside the built-in merging nothing is fused twice", "PAG acts beside four levels", "SAG acts beside four levels",
-    "the window is that of the sampling",
+    "beside the built-in merging tokens are not merged twice", "PAG acts beside four levels",
+    "SAG acts beside four levels", "the window is that of the sampling",
 ]  # fmt: skip
 COMPILED = ["plain then half then plain", "half then most then half", "weighted then half then weighted",
             "half then plain"]  # fmt: skip
@@ -437,7 +437,7 @@ def test_the_server_runs_a_workflow_that_lacks_newer_inputs(served):
 def test_the_server_tells_what_is_wrong_in_words(served):
     [error] = served["wrong"]["refused"]["node_errors"]["2"]["errors"]
     assert error["message"] == "Value 0.9 bigger than max of 0.75"
-    assert served["unfused"]["error"].startswith("this model fuses no tokens: put Token Fusion (ToFu) before")
+    assert served["unfused"]["error"].startswith("this model merges no tokens: put Token Fusion (ToFu) before")
     assert served["flux"]["error"].startswith("no eligible block in Flux")
 
 

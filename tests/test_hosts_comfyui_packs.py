@@ -14,8 +14,8 @@ import pytest
 from test_hosts_comfyui import ran
 
 PACKS = os.environ.get("COMFYUI_PACKS")
-REPLACED = "Token Fusion leaves blocks unmerged: another node replaces its self-attention (as PAG, SEG and SAG do)"
-ALTERED = "Token Fusion leaves blocks unmerged: another node replaces a `forward` in it (as reference ControlNets do)"
+REPLACED = "Token Fusion skips blocks: another node replaces its self-attention (as PAG, SEG and SAG do)"
+ALTERED = "Token Fusion skips blocks: another node replaces a `forward` in it (as reference ControlNets do)"
 
 
 def beside(name, part, tmp_path_factory):

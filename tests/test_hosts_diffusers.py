@@ -127,7 +127,7 @@ def test_a_processor_with_keys_of_its_own_is_told(option: str) -> None:
     """Perturbed attention splits its batch and ignores the keys it is given: the option would fail or do nothing."""
     build, call = PIPELINES["perturbed attention guidance"]
     pipe = tofu_sd.apply_patch(build(), 0.5, **{option: True})
-    with pytest.raises(RuntimeError, match=rf"{option} does not work with PAG\w+, which takes keys of its own"):
+    with pytest.raises(RuntimeError, match=rf"{option} does not work with PAG\w+, which uses keys of its own"):
         tiny.images(pipe, **call)
 
 
@@ -492,7 +492,7 @@ def test_a_pipeline_made_from_another_shares_the_patch() -> None:
     pipe = tofu_sd.apply_patch(tiny.sd15_pipe(), 0.5)
     other = tiny.quiet(StableDiffusionPipeline.from_pipe(pipe))
     assert other.unet is pipe.unet
-    assert tofu_sd.summary(other).fusion is not None
+    assert tofu_sd.summary(other).config is not None
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

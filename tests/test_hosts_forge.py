@@ -18,7 +18,7 @@ import twins
 ROOT = Path(__file__).resolve().parents[1]
 LAWS = ["ratio 0 is bit-equal", "the model beside it is bit-equal", "two clones at once", "the same seed", "the window",
         "odd latents run", "a map made smaller in between",
-        "beside the built-in merging nothing is fused twice"]  # fmt: skip
+        "beside the built-in merging tokens are not merged twice"]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["FORGE", "NEO", "REFORGE"])

@@ -17,7 +17,7 @@ from torch import nn
 
 from tofu_sd import TokenFusionConfig
 from tofu_sd.hosts import ldm
-from tofu_sd.hosts._model_patcher import patch_model, patches_of, watch_model
+from tofu_sd.hosts.programs.model_patcher import patch_model, patches_of, record_model_maps
 
 FAITHFUL = {"early": "mean", "late": "mean", "proportional": True}
 
@@ -44,7 +44,7 @@ def call(patcher, h=16, w=16, t=500, seed=1, **more):
 def merged_places(patcher, *size, **more):
     """Places of the blocks that are merged in one call."""
     seen = []
-    watched, _ = watch_model(patcher, lambda place, map, h, w: seen.append(place))
+    watched, _ = record_model_maps(patcher, lambda place, map, h, w: seen.append(place))
     call(watched, *size, **more)
     return seen
 
@@ -83,7 +83,7 @@ def block_of(unet):
 @pytest.mark.parametrize("kind", ["without norm1", "no layers", "temporal by its module", "temporal by its name"])
 def test_motion_modules_in_the_unet_are_no_sites(unet, kind):
     model = UNetModel(unet)
-    before = ldm.find_blocks(model)
+    before = ldm.find_places(model)
     other = {
         "without norm1": lambda: Container([MotionBlock()]),
         "no layers": lambda: Container([nn.Module()]),
@@ -96,7 +96,7 @@ def test_motion_modules_in_the_unet_are_no_sites(unet, kind):
         other = holder
     for stage in (model.input_blocks[1], model.output_blocks[9], model.middle_block):
         stage.append(other)
-    assert list(ldm.find_blocks(model)) == list(before)
+    assert list(ldm.find_places(model)) == list(before)
 
 
 def test_the_node_changes_after_motion_modules_were_left_in_the_model(unet):
@@ -132,7 +132,7 @@ def test_the_middle_block_is_never_merged(patcher, levels):
     assert f"on {len(places)} of 16 transformer blocks" in summary.headline
     assert "middle" not in str(summary)
     unet = UNetModel(patcher.model.diffusion_model.unet)
-    assert all(site.level > 3 for (side, _, _), site in ldm.find_blocks(unet).items() if side == "middle")
+    assert all(site.level > 3 for (side, _, _), site in ldm.find_places(unet).items() if side == "middle")
 
 
 # --- nodes that replace self-attention --------------------------------------------------------------------------------
@@ -299,11 +299,11 @@ def test_a_watched_clone_leaves_no_watcher_on_the_model(patcher):
     model = merge(patcher)
     twin, seen = model.clone(), []
     usual = call(model)
-    watched, _ = watch_model(model, lambda *found: seen.append(found))
+    watched, _ = record_model_maps(model, lambda *found: seen.append(found))
     assert torch.equal(call(watched), usual)
     assert len(seen) == 5
     for other in (model, twin, model.clone()):
-        assert patches_of(other).watcher is None
+        assert patches_of(other).on_map is None
         assert torch.equal(call(other), usual)
     assert len(seen) == 5
 
@@ -315,7 +315,7 @@ def test_a_watcher_that_fails_leaves_nothing_on_the_model(patcher):
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        call(watch_model(model, fail)[0])
+        call(record_model_maps(model, fail)[0])
     assert torch.equal(call(model), call(merge(patcher)))
 
 
@@ -454,5 +454,5 @@ def test_what_a_call_does_to_the_state_of_autocast_ends_with_it(patcher):
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        call(watch_model(merge(patcher), fail)[0])
+        call(record_model_maps(merge(patcher), fail)[0])
     assert torch.is_autocast_cache_enabled()

@@ -127,7 +127,7 @@ def test_an_attention_that_something_else_has_wrapped_is_refused(unets):
     """As HyperTile does in AUTOMATIC1111, on the instance, which would pass a class over in silence."""
     _, model = unets
     before = state(model)
-    site = next(iter(ldm.find_blocks(model).values()))
+    site = next(iter(ldm.find_places(model).values()))
     attn = site.layers["attn"]
     attn.forward = attn.forward
     try:
@@ -141,9 +141,9 @@ def test_an_attention_that_something_else_has_wrapped_is_refused(unets):
 def test_what_cannot_be_fused_here_is_refused_in_words(unets):
     _, model = unets
     before = state(model)
-    with pytest.raises(ValueError, match="mlp layers cannot be fused here: self-attention alone"):
+    with pytest.raises(ValueError, match="mlp layers cannot be merged here, only self-attention"):
         ldm.apply(model, TokenFusionConfig(0.5, merge_mlp=True))
-    with pytest.raises(ValueError, match="min_tokens is 'auto', which is measured in diffusers alone"):
+    with pytest.raises(ValueError, match="min_tokens is 'auto', which is measured in diffusers only"):
         ldm.apply(model, TokenFusionConfig(0.5, min_tokens="auto"))
     with pytest.raises(ValueError, match="no eligible block in Linear"):
         ldm.apply(nn.Linear(2, 2), TokenFusionConfig(0.5))
@@ -151,8 +151,8 @@ def test_what_cannot_be_fused_here_is_refused_in_words(unets):
 
 
 def test_a_program_keeps_one_class_for_each_kind_of_attention():
-    assert ldm.fused_attention(CrossAttention) is ldm.fused_attention(CrossAttention)
-    assert issubclass(ldm.fused_attention(CrossAttention), CrossAttention)
+    assert ldm.merged_attention(CrossAttention) is ldm.merged_attention(CrossAttention)
+    assert issubclass(ldm.merged_attention(CrossAttention), CrossAttention)
 
 
 # --- in the UNets of ldm and sgm themselves ---------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from torch import nn
 import tofu_sd
 from tofu_sd import TokenFusionConfig
 from tofu_sd.hosts import ldm
-from tofu_sd.hosts._model_patcher import map_size, patch_model, patches_of
+from tofu_sd.hosts.programs.attention_patches import map_size
+from tofu_sd.hosts.programs.model_patcher import patch_model, patches_of
 
 # in these programs a patch sees normed tokens alone, so that is what both are to compare
 OPTIONS = [
@@ -142,7 +143,7 @@ def test_maps_are_kept_for_as_many_steps_as_asked_of_one_sampling(unets):
     added = inputs.get("added_cond_kwargs")
     clone, schedule, seen = fused(patcher, match_interval=2), torch.tensor([9.0, 5.0, 1.0]), []
     owner = patches_of(clone)
-    owner.watcher = lambda place, map, h, w: seen.append(map) if place == owner.places[0] else None
+    owner.on_map = lambda place, map, h, w: seen.append(map) if place == owner.places[0] else None
     for t, sampling in ((900, schedule), (500, schedule), (100, schedule), (50, schedule.clone())):
         clone.predict(inputs["sample"] + t, t, inputs["encoder_hidden_states"], added, sample_sigmas=sampling)
     same = [a.group_idx is b.group_idx for a, b in itertools.pairwise(seen)]
@@ -163,11 +164,11 @@ def test_forge_is_asked_for_the_size_where_no_latent_tells_it(unets):
     seen = {}
     clone = fused(forge)
     owner = patches_of(clone)
-    owner.watcher = lambda place, map, h, w: seen.setdefault(place, (h, w))
+    owner.on_map = lambda place, map, h, w: seen.setdefault(place, (h, w))
     assert torch.equal(call(unet, clone, 18, 14), call(unet, fused(patcher), 18, 14))
-    down = ldm.find_blocks(patcher.model.diffusion_model)[next(iter(seen))].downsample
+    down = ldm.find_places(patcher.model.diffusion_model)[next(iter(seen))].downsample
     assert set(seen.values()) == {(18 // down, 14 // down)}
-    owner.tell_size(
+    owner.store_size(
         torch.zeros(1, 4, 5, 7), "before", patcher.model.diffusion_model.input_blocks[0][0], 0, None, told := {}
     )
     assert told == {}  # of transformers alone
@@ -219,11 +220,11 @@ def test_a_prompt_at_a_time_is_what_both_at_once_are(unets):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"merge_mlp": True}, "merge_mlp cannot be had here: these programs tell patches of self-attention alone"),
-        ({"merge_crossattn": True}, "merge_crossattn cannot be had here"),
-        ({"min_tokens": "auto"}, "min_tokens is 'auto', which is measured in diffusers alone"),
-        ({"share_across_cfg": True}, "share_across_cfg cannot be had here: these programs decide for themselves"),
-        ({"threshold": 0.0}, "threshold cannot be had here: it counts in one call for the next"),
+        ({"merge_mlp": True}, "merge_mlp is unavailable here: these programs let patches change only self-attention"),
+        ({"merge_crossattn": True}, "merge_crossattn is unavailable here"),
+        ({"min_tokens": "auto"}, "min_tokens is 'auto', which is measured in diffusers only"),
+        ({"share_across_cfg": True}, "share_across_cfg is unavailable here: these programs decide"),
+        ({"threshold": 0.0}, "threshold is unavailable here: it counts in one call for the next"),
     ],
 )
 def test_options_that_cannot_be_had_are_refused_by_name(unets, options, said):
@@ -247,11 +248,11 @@ def test_of_two_in_a_row_the_later_counts_and_the_earlier_model_stays(unets, kin
 
 def test_maps_that_will_be_left_alone_are_told(unets):
     _, summary = patch_model(unets[1], TokenFusionConfig(0.5, min_tokens=10_000), attention)
-    assert "maps of fewer than 10000 tokens left alone" in summary.headline
+    assert "maps of fewer than 10000 tokens skipped" in summary.headline
 
 
 def test_a_window_takes_noise_levels(unets):
-    with pytest.raises(ValueError, match=r"start is 0\.2 and end is 1: this model tells no noise levels"):
+    with pytest.raises(ValueError, match=r"start is 0\.2 and end is 1: this model has no noise levels"):
         patch_model(unets[1], TokenFusionConfig(0.5, start=0.2), attention)
 
 
@@ -266,7 +267,7 @@ def test_a_diffusion_transformer_is_refused_in_words():
 def test_places_are_those_of_the_model(unets):
     """By the published layouts: SD 1.5 attends at the latent's own size, SDXL from half of it on."""
     unet, patcher = unets
-    sites = ldm.find_blocks(patcher.model.diffusion_model)
+    sites = ldm.find_places(patcher.model.diffusion_model)
     top = [place for place, site in sites.items() if site.level == 0]
     sd15 = [("input", 1, 0), ("input", 2, 0), ("output", 9, 0), ("output", 10, 0), ("output", 11, 0)]
     sdxl = [(side, n, i) for side, ns in (("input", (4, 5)), ("output", (3, 4, 5))) for n in ns for i in (0, 1)]

@@ -96,7 +96,7 @@ def test_beside_the_built_in_merging_nothing_is_merged_twice(program, method, wh
 
 def test_both_passes_have_one_ratio_and_that_is_said(program):
     _, p = program.draw([{"ratio": 0.25, "hires_ratio": 0.5}], enable_hr=True)
-    assert next(iter(p.comments)) == "Token Fusion: hires_ratio does not count here; both passes have ratio 0.25."
+    assert next(iter(p.comments)) == "Token Fusion: hires_ratio is ignored here; both passes have ratio 0.25."
     assert "ToFu hires ratio: 0.25" in webui_host.saved(p)
     _, p = program.draw([{"ratio": 0.25, "hires_ratio": 0.25}], enable_hr=True)
     assert not p.comments
@@ -115,7 +115,7 @@ def test_below_the_image_stands_what_was_said_of_it_and_nothing_else(program):
     assert program.processed.comments == ""
     _, p = program.draw([{"ratio": 0.25, "hires_ratio": 0.5}], enable_hr=True, comments={"another script's": 1})
     assert len(p.comments) == 2
-    assert program.processed.comments.startswith("Token Fusion: hires_ratio does not count here")
+    assert program.processed.comments.startswith("Token Fusion: hires_ratio is ignored here")
     assert "another" not in program.processed.comments
 
 
@@ -131,7 +131,7 @@ def test_an_axis_of_its_grids_sets_an_option_and_switches_it_on(program, monkeyp
     program.host.add_axes()
     program.host.add_axes()  # the screen is built again
     found = {axis.label: axis for axis in axes.axis_options}
-    assert len(found) == len(axes.axis_options) == len(program.host.ASKED) - 1
+    assert len(found) == len(axes.axis_options) == len(program.host.INPUTS) - 1
     assert "[ToFu] Hires ratio" not in found  # both passes have one
     whole = webui_host.Processing(program)
     plain, _ = program.draw(off(program), p=webui_host.cell(whole))
@@ -151,7 +151,7 @@ def test_a_pipeline_without_a_unet_is_refused_in_words(program):
 
     program.sd_model = Transformers()
     _, p = program.draw([{}], interrupted=True)
-    assert "has no `unet`: token fusion acts on" in next(iter(p.comments))
+    assert "has no `unet`: token fusion patches" in next(iter(p.comments))
     assert not p.extra_generation_params
 
 

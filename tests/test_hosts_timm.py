@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import pickle
 
@@ -42,6 +43,10 @@ def model(request):
 @pytest.fixture
 def host():
     return pytest.importorskip("tofu_sd.hosts.timm", reason="timm is not installed", exc_type=ImportError)
+
+
+def probe():
+    return importlib.import_module("tofu_sd.hosts.timm_linearity")
 
 
 @pytest.fixture
@@ -159,7 +164,7 @@ def test_checkpoints_are_refused_before_a_wrong_gradient(model, host, images):
     loss = host.apply_patch(model.train(), r=8).forward(images).square().sum()
     with pytest.raises(RuntimeError, match=r"checkpoints run them again; set_grad_checkpointing\(False\)"):
         loss.backward()
-    with pytest.raises(RuntimeError, match="its layers run in turn"):
+    with pytest.raises(RuntimeError, match="its layers must run in order"):
         model.blocks[1](torch.zeros(1, 9, 32))
     model.set_grad_checkpointing(False)
     model(images).square().sum().backward()
@@ -198,9 +203,9 @@ def test_by_its_name_a_model_is_made_and_patched(host, images, monkeypatch):
 
 def test_the_split_is_measured_on_pictures(model, host, images):
     """Averaging pays above 1/sqrt 2: below the first layer whose MLP is as good as linear, all prune."""
-    d = host.measured_split(model, images)
-    assert d == best_split(dict(enumerate(host.linearity(model, images).mean(dim=1).tolist())))
-    host.apply_patch(model, r=8, depth_split="auto", pictures=images)
+    d = probe().measured_split(model, images)
+    assert d == best_split(dict(enumerate(probe().linearity(model, images).mean(dim=1).tolist())))
+    host.apply_patch(model, r=8, depth_split="auto", images=images)
     fused = predict(model, images)
     assert torch.equal(fused, predict(host.apply_patch(model, r=8, depth_split=d), images))
 
@@ -216,18 +221,20 @@ def test_a_crooked_layer_is_pruned_and_a_straight_one_averaged(host, images):
         block.mlp = Crooked()
     for block in model.blocks[2:]:
         block.norm2, block.mlp = nn.Identity(), nn.Linear(192, 192)
-    assert host.measured_split(model, images) == 2
+    assert probe().measured_split(model, images) == 2
 
 
 @pytest.mark.parametrize("r", [0, TOKENS // 2 + 1])
 def test_linearity_takes_pairs_that_there_are(model, host, images, r):
-    with pytest.raises(ValueError, match=f"r is {r}; of these patch tokens from 1 to {TOKENS // 2} can be fused"):
-        host.linearity(model, images, r)
+    with pytest.raises(
+        ValueError, match=f"r is {r}; it must be an integer from 1 to {TOKENS // 2}, half of the patch tokens"
+    ):
+        probe().linearity(model, images, r)
 
 
 def test_linearity_takes_a_role_that_there_is(model, host, images):
-    with pytest.raises(ValueError, match="role is 'norm'; it must be attn or mlp"):
-        host.linearity(model, images, role="norm")
+    with pytest.raises(ValueError, match="layer is 'norm'; it must be attn or mlp"):
+        probe().linearity(model, images, layer="norm")
 
 
 def test_a_model_whose_block_is_another_by_now_loses_its_patch_all_the_same(model, host, images):
@@ -244,12 +251,12 @@ def test_a_model_whose_block_is_another_by_now_loses_its_patch_all_the_same(mode
 
 def test_a_split_that_cannot_be_measured_leaves_the_model_as_it_was(model, host, images):
     plain = predict(host.apply_patch(model, r=8), images)
-    with pytest.raises(ValueError, match="give some as pictures=, or a number"):
+    with pytest.raises(ValueError, match="give some as images=, or a number"):
         host.apply_patch(model, depth_split="auto")
-    with pytest.raises(ValueError, match="pictures are given, and depth_split is not 'auto'"):
-        host.apply_patch(model, pictures=images)
+    with pytest.raises(ValueError, match="images are given, and depth_split is not 'auto'"):
+        host.apply_patch(model, images=images)
     with pytest.raises((RuntimeError, AssertionError)):  # timm's word on pictures of another size
-        host.apply_patch(model, depth_split="auto", pictures=images[:, :, :20, :20])
+        host.apply_patch(model, depth_split="auto", images=images[:, :, :20, :20])
     assert torch.equal(predict(model, images), plain)
 
 
@@ -267,7 +274,7 @@ def test_attention_without_its_keys_is_refused_before_anything_is_patched(model,
 def test_linearity_is_of_the_pairs_that_would_be_fused(model, host, images):
     """1 for an MLP that is linear, below it for one that is not, and by hand in the first block."""
     before = state(model)
-    found = host.linearity(model, images, r=3)
+    found = probe().linearity(model, images, r=3)
     assert found.shape == (LAYERS, 3)
     assert ((found > 0) & (found < 1 + 1e-6)).all()
     assert state(model) == before
@@ -304,14 +311,14 @@ def test_linearity_is_of_the_pairs_that_would_be_fused(model, host, images):
         return attn.proj(torch.einsum("hpn,nhd->phd", weights, v).flatten(1))
 
     assert found[0, 0].item() == pytest.approx(by_hand(seen["x"], lambda x: block.mlp(block.norm2(x))), abs=1e-4)
-    asked = host.linearity(model, images, r=3, role="attn")
+    asked = probe().linearity(model, images, r=3, layer="attn")
     assert asked[0, 0].item() == pytest.approx(by_hand(seen["begun"], attention), abs=1e-4)
     block.mlp.act, block.norm2 = nn.Identity(), nn.Identity()
-    linear = host.linearity(model, images, r=3)
+    linear = probe().linearity(model, images, r=3)
     assert torch.allclose(linear[0], torch.ones(3), atol=1e-4)
     host.apply_patch(model, 4)
-    with pytest.raises(ValueError, match="is patched: linearity is the model's own"):
-        host.linearity(model, images)
+    with pytest.raises(ValueError, match="is patched; linearity is measured without a patch"):
+        probe().linearity(model, images)
 
 
 def adaptive(model, **options):
@@ -374,10 +381,10 @@ def test_late_layers_merge_small_tokens_into_large_ones(model, host, images):
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"r": 33}, ValueError, "r is 33; of 64 patch tokens at most 32 can leave in a layer"),
-        ({"r": -1}, ValueError, "r is -1; it must be a whole number of at least 0"),
-        ({"r": 2.5}, ValueError, "r is 2.5; it must be a whole number"),
-        ({"schedule": "sloping"}, ValueError, "schedule is 'sloping'; it must be constant or decreasing"),
+        ({"r": 33}, ValueError, "r is 33; of 64 patch tokens at most 32 can be merged in a layer"),
+        ({"r": -1}, ValueError, "r is -1; it must be an integer >= 0"),
+        ({"r": 2.5}, ValueError, "r is 2.5; it must be an integer"),
+        ({"schedule": "sloping"}, ValueError, "schedule is 'sloping'; it must be 'constant' or 'decreasing'"),
         ({"late": "median"}, ValueError, "unknown reduction 'median'"),
         ({"depth_split": None}, ValueError, "depth_split is None"),
         ({"ratio": 0.5}, TypeError, "ratio"),
@@ -396,7 +403,7 @@ def test_bad_options_are_named_and_change_nothing(host, images, options, error, 
 
 
 def test_a_model_without_such_blocks_is_refused_in_words(host):
-    with pytest.raises(ValueError, match=r"Linear has no blocks to fuse tokens in: none found; looked for timm"):
+    with pytest.raises(ValueError, match=r"Linear has no blocks to merge tokens in: none found; looked for timm"):
         host.apply_patch(nn.Linear(2, 2))
     swin = pytest.importorskip("timm").create_model("swin_tiny_patch4_window7_224")
     with pytest.raises(ValueError, match="SwinTransformer has no blocks"):

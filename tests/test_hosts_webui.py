@@ -18,7 +18,8 @@ from patcher_host import ForgePatcher, PlainBlock, UNetModel, attention
 
 from tofu_sd import TokenFusionConfig
 from tofu_sd.hosts import ldm
-from tofu_sd.hosts._model_patcher import patch_model
+from tofu_sd.hosts.programs.model_patcher import patch_model
+from tofu_sd.hosts.programs.ui_options import config_of
 from tofu_sd.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,7 +112,7 @@ def test_a_sampler_that_is_used_again_is_fused_once_and_then_no_more(program):
     again, _ = program.draw(args(program), batches=3)
     assert torch.equal(once, again)
     if not program.forge:
-        assert not isinstance(p.sampler.launch_sampling.launch, program.host.FusedSampling)
+        assert not isinstance(p.sampler.launch_sampling.launch, program.host.PatchedSampling)
         program.script.process_before_every_sampling(p, *off(program))
         assert p.sampler.launch_sampling == types.MethodType(webui_host.Sampler.launch_sampling, p.sampler)
 
@@ -176,7 +177,7 @@ def test_a_name_that_this_version_does_not_know_is_not_pasted(program):
 
 def test_requests_give_the_options_in_this_order(program):
     """A promise to every program that sends requests: new options come at the end."""
-    assert [option.name for option in program.host.ASKED] == NAMES
+    assert [option.name for option in program.host.INPUTS] == NAMES
     page = (ROOT / "docs" / "webui.md").read_text().partition("at the end alone:")[2].partition(". What")[0]
     assert re.findall(r"`(\w+)`", page) == ["enabled", *NAMES]
     assert [field.label for field in program.fields[1:]] == [n.replace("_", " ").capitalize() for n in NAMES]
@@ -211,7 +212,7 @@ def test_what_cannot_be_done_is_told_once_and_the_picture_made_without_it(progra
     found, p = program.draw([options], enable_hr=True)
     (comment,) = p.comments
     assert said in comment
-    assert comment.endswith("The picture is made without it.")
+    assert comment.endswith("The image is generated without it.")
     assert caplog.text.count(said) == 1
     assert not p.extra_generation_params
     assert torch.equal(found, full)
@@ -286,7 +287,7 @@ def test_what_weighted_attention_would_leave_out_is_not_left_out(program, there)
         shared.loaded_hypernetworks.append(object())
     found, p = program.draw(args(program, **FAITHFUL))
     assert torch.equal(found, full)
-    assert "proportional weighs attention in the program's place" in next(iter(p.comments))
+    assert "proportional replaces the program's attention" in next(iter(p.comments))
     assert not torch.equal(program.draw(args(program))[0], full)
 
 
@@ -295,7 +296,7 @@ def test_a_program_without_the_hook_is_told_to_be_too_old(program, monkeypatch):
     monkeypatch.delattr(program.host.TokenFusionScript, "process_before_every_sampling")
     p = webui_host.Processing(program)
     program.script.process(p, *args(program))
-    assert "AUTOMATIC1111 has what it takes from 1.10 on" in next(iter(p.comments))
+    assert "AUTOMATIC1111 has the needed hook from 1.10 on" in next(iter(p.comments))
     assert not p.extra_generation_params
 
 
@@ -303,8 +304,8 @@ def test_a_program_without_the_hook_is_told_to_be_too_old(program, monkeypatch):
 
 
 def test_what_nobody_changes_is_the_default_of_the_package(program):
-    values = {option.name: option.default for option in program.host.ASKED}
-    assert program.host.passes(values) == (TokenFusionConfig(), TokenFusionConfig())
+    values = {option.name: option.default for option in program.host.INPUTS}
+    assert program.host.pass_configs(values) == (TokenFusionConfig(), TokenFusionConfig())
 
 
 def test_a_preset_sets_the_fields_to_its_recipe_at_any_ratio(program):
@@ -314,7 +315,7 @@ def test_a_preset_sets_the_fields_to_its_recipe_at_any_ratio(program):
         values = dict(zip((field.label for field in told["outputs"]), told["fn"](), strict=True))
         assert {"Ratio", "Hires ratio"}.isdisjoint(values)
         asked = {name: values[name.replace("_", " ").capitalize()] for name in NAMES[2:]}
-        fusion = program.host.fusion_of({**asked, "ratio": 0.25})
+        fusion = config_of({**asked, "ratio": 0.25})
         recipe = RECIPES[button.args[0]]
         assert fusion == TokenFusionConfig.of(recipe, ratio=0.25, early=fusion.early, late=fusion.late)
         assert [recipe.early.__name__, recipe.late.__name__] == [asked["early"], asked["late"]]

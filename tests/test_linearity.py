@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import tofu_sd
-from tofu_sd import TokenFusionConfig, linearity
-from tofu_sd.linearity import measuring
-from tofu_sd.patching.linearity import best_split, functional_linearity
+from tofu_sd import TokenFusionConfig
+from tofu_sd.linearity import Curve, measurement, measuring
+from tofu_sd.linearity import __main__ as command
+from tofu_sd.patching.linearity import LAYERS, best_split, functional_linearity
 
 
 @given(st.integers(0, 2**31), st.integers(2, 20))
@@ -107,7 +108,7 @@ def test_every_block_is_measured_at_every_step_and_the_model_stays_as_it_was(pip
     assert torch.equal(before, during)
     assert [len(module._forward_pre_hooks) for module in pipe.unet.modules()] == hooks
     blocks = len(tofu_sd.hosts.diffusers_unet.find_blocks(pipe.unet))
-    assert {(one.depth, one.role, one.call) for one in found} == {
+    assert {(one.depth, one.layer, one.call) for one in found} == {
         (d, role, call) for d in range(blocks) for role in ("attn", "mlp") for call in (0, 1)
     }
     assert all(0 < one.value <= 1 + 1e-5 and one.pairs > 0 for one in found)
@@ -146,17 +147,17 @@ def test_a_layer_that_is_linear_between_tokens_has_one(pipe):
     feed_forward.net = nn.ModuleList([nn.Linear(site.width, site.width)])
     with measuring(unet) as found, torch.no_grad():
         unet(**tiny.inputs(unet))
-    values = {one.depth: one.value for one in found if one.role == "mlp"}
+    values = {one.depth: one.value for one in found if one.layer == "mlp"}
     assert values[0] == pytest.approx(1, abs=1e-5)
     assert min(values.values()) < 0.999
 
 
 def test_the_split_of_a_pipeline_is_measured_and_said(pipe, monkeypatch):
     seen = []
-    monkeypatch.setattr(linearity, "best_split", lambda curve: seen.append(curve) or 3)
+    monkeypatch.setattr(measurement, "best_split", lambda curve: seen.append(curve) or 3)
     with tofu_sd.patched(pipe, 0.5, depth_split="auto"):
         report = tofu_sd.summary(pipe)
-    assert report.fusion.depth_split == 3
+    assert report.config.depth_split == 3
     assert list(seen[0]) == [row.depth for row in report.rows]  # the fused blocks alone decide
     with tofu_sd.patched(pipe, 0.5), tofu_sd.patched(pipe, 0.5, depth_split="auto"):
         pass  # measured on the model itself, not on what is patched already
@@ -166,59 +167,59 @@ def test_measured_again_it_is_the_same(pipe):
     curves = []
     for _ in range(2):
         with tofu_sd.patched(pipe, 0.5, depth_split="auto"):
-            curves.append(tofu_sd.summary(pipe).fusion)
+            curves.append(tofu_sd.summary(pipe).config)
     assert curves[0] == curves[1]
 
 
 def test_it_is_measured_through_the_text_to_image_pipeline_of_another_kind():
     pipe = tiny.quiet(tiny.sd15_pipe(StableDiffusionImg2ImgPipeline))
     with tofu_sd.patched(pipe, 0.5, depth_split="auto"):
-        assert isinstance(tofu_sd.summary(pipe).fusion.depth_split, int)
+        assert isinstance(tofu_sd.summary(pipe).config.depth_split, int)
 
 
 def test_what_draws_no_pictures_is_refused_and_stays_as_it_was(pipe):
-    with pytest.raises(ValueError, match=r"takes a text-to-image pipeline; this is a UNet2D.*: give a number"):
+    with pytest.raises(ValueError, match=r"needs a text-to-image pipeline; this is a UNet2D.*: give a number"):
         tofu_sd.apply_patch(pipe.unet, 0.5, depth_split="auto")
-    assert tofu_sd.summary(pipe).fusion is None
+    assert tofu_sd.summary(pipe).config is None
     with tofu_sd.patched(pipe), pytest.raises(ValueError, match="is patched"), measuring(pipe):
         pass
     with pytest.raises(ValueError, match="depth_split is 'soon'; it must be None, 'auto' or an integer >= 0"):
         TokenFusionConfig(0.5, depth_split="soon")
     with pytest.raises(ValueError, match="is measured on a pipeline of diffusers"):
-        TokenFusionConfig(0.5, depth_split="auto").reduction(0, 2)
+        TokenFusionConfig(0.5, depth_split="auto").reduction_at(0, 2)
 
 
 def test_the_command_prints_every_block_and_the_split_and_again_from_its_file(pipe, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(linearity, "_load", lambda model: pipe)
+    monkeypatch.setattr(measurement, "load", lambda model: pipe)
     kept, drawn = str(tmp_path / "curve.json"), tmp_path / "curve.svg"
-    assert linearity.main(["--steps", "1", "--prompt", "a fox", "--out", kept]) == 0
+    assert command.main(["--steps", "1", "--prompt", "a fox", "--out", kept]) == 0
     said = capsys.readouterr().out
     sites = tofu_sd.hosts.diffusers_unet.find_blocks(pipe.unet)
     assert sum(f"| {site.name.replace('.transformer_blocks', '')} |" in said for site in sites) == len(sites)
-    assert said.count(" \\* |") == len(linearity.Curve.read(kept).fused) == 5
-    assert f"depth_split={linearity.Curve.read(kept).depth_split}, by" in said
-    assert linearity.main(["--table", kept, "--plot", str(drawn)]) == 0
+    assert said.count(" \\* |") == len(Curve.read(kept).merged) == 5
+    assert f"depth_split={Curve.read(kept).depth_split}, by" in said
+    assert command.main(["--table", kept, "--plot", str(drawn)]) == 0
     assert capsys.readouterr().out == said
     assert "<svg" in drawn.read_text()
 
 
 def test_the_command_says_what_is_wrong(pipe, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(linearity, "_load", lambda model: pipe)
-    assert linearity.main(["--ratio", "2"]) == 2
+    monkeypatch.setattr(measurement, "load", lambda model: pipe)
+    assert command.main(["--ratio", "2"]) == 2
     assert "ratio is 2.0" in capsys.readouterr().err
-    assert linearity.main(["--table", str(tmp_path / "none.json")]) == 2
+    assert command.main(["--table", str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
     (tmp_path / "other.json").write_text('{"rows": []}')
-    (tmp_path / "empty.json").write_text('{"model": "a", "versions": "b", "fused": [], "measured": []}')
+    (tmp_path / "empty.json").write_text('{"model": "a", "versions": "b", "merged": [], "measured": []}')
     for arguments, said in (
         (["--table", str(tmp_path / "other.json")], "other.json holds no measurements of this program"),
         (["--table", str(tmp_path / "empty.json")], "empty.json holds no measurements of this program"),
-        (["--ratio", "0"], "ratio is 0; pairs are measured that would be fused, so it must be above 0"),
-        (["--ratio", "1e-4", "--steps", "1"], "ratio is 0.0001; at it no token of this size would be fused"),
-        (["--steps", "0"], "steps is 0; it must be at least 1"),
-        (["--pictures", str(tmp_path), "--steps", "3"], "--steps is of text-to-image models, and --pictures of"),
+        (["--ratio", "0"], "ratio is 0; pairs are measured that would be merged, so it must be above 0"),
+        (["--ratio", "1e-4", "--steps", "1"], "ratio is 0.0001; at this size it would merge no token"),
+        (["--steps", "0"], "steps is 0; it must be an integer >= 1"),
+        (["--images", str(tmp_path), "--steps", "3"], "--steps applies to text-to-image models, and --images to"),
     ):
-        assert linearity.main(arguments) == 2
+        assert command.main(arguments) == 2
         told = capsys.readouterr().err
         assert said in told
         assert told.count("\n") == 1
@@ -226,9 +227,9 @@ def test_the_command_says_what_is_wrong(pipe, monkeypatch, capsys, tmp_path):
 
 def test_a_folder_without_pictures_is_refused(capsys, tmp_path):
     pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
-    assert linearity.main(["--pictures", str(tmp_path)]) == 2
+    assert command.main(["--images", str(tmp_path)]) == 2
     told = capsys.readouterr().err
-    assert "there are no pictures in" in told
+    assert "there are no images in" in told
     assert told.count("\n") == 1
 
 
@@ -239,21 +240,21 @@ def test_the_command_measures_a_classifier_on_pictures(monkeypatch, capsys, tmp_
     made = timm.create_model("vit_tiny_patch16_224", depth=3)
     for i in range(2):
         Image.effect_noise((300, 260), 90).convert("RGB").save(tmp_path / f"{i}.png")
-    assert linearity.main(["--model", "vit_tiny_patch16_224"]) == 2
-    assert "has to be shown some: --pictures DIR" in capsys.readouterr().err
+    assert command.main(["--model", "vit_tiny_patch16_224"]) == 2
+    assert "which needs images: --images DIR" in capsys.readouterr().err
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: made)
     kept, drawn = str(tmp_path / "curve.json"), tmp_path / "curve.svg"
-    asked = ["--model", "vit_tiny_patch16_224", "--pictures", str(tmp_path), "--out", kept, "--plot", str(drawn)]
-    assert linearity.main(asked) == 0
+    asked = ["--model", "vit_tiny_patch16_224", "--images", str(tmp_path), "--out", kept, "--plot", str(drawn)]
+    assert command.main(asked) == 0
     said = capsys.readouterr().out
     assert said.startswith("| depth | block | attention | feed-forward |\n")
     assert said.count("| blocks.") == 3
-    assert "vit_tiny_patch16_224: 2 pictures" in said
+    assert "vit_tiny_patch16_224: 2 images" in said
     json.loads(Path(kept).read_text(), parse_constant=pytest.fail)  # NaN is not JSON
-    curve = linearity.Curve.read(kept)
+    curve = Curve.read(kept)
     assert f"depth_split={curve.depth_split}, by the feed-forward of the layers" in said
-    whole = {(c, d, role) for c in range(2) for d in range(3) for role in linearity.ROLES}
-    assert {(one.call, one.depth, one.role) for one in curve.measured} == whole
+    whole = {(c, d, role) for c in range(2) for d in range(3) for role in LAYERS}
+    assert {(one.call, one.depth, one.layer) for one in curve.measured} == whole
     assert "<svg" in drawn.read_text()
 
 

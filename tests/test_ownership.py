@@ -26,7 +26,7 @@ from tofu_sd.patching.patch import patch_of
 
 def ratio(unet: Any) -> float | None:
     patch = patch_of(unet)
-    return None if patch is None else patch.fusion.ratio
+    return None if patch is None else patch.config.ratio
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
@@ -143,7 +143,7 @@ def test_an_exported_unet_is_refused_by_name() -> None:
 def test_arguments_by_place_are_tomesds() -> None:
     by_place = patch_of(tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, 2, 4, 2, False, True, False, True))
     assert by_place is not None
-    assert by_place.fusion == TokenFusionConfig(0.5, levels=2, sx=4, sy=2, merge_mlp=True)
+    assert by_place.config == TokenFusionConfig(0.5, levels=2, sx=4, sy=2, merge_mlp=True)
     with pytest.raises(TypeError, match="max_downsample is given by position and by name"):
         tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, 1, max_downsample=2)
     with pytest.raises(TypeError, match="8 arguments after the ratio; tomesd has 7"):
@@ -252,7 +252,7 @@ def test_a_processor_sees_self_attention_as_self_attention() -> None:
     [
         (Counting(), {"kv_only": True}, "kv_only .* by which Counting may take it for cross-attention"),
         (Counting(), {"merge_crossattn": True}, "merge_crossattn gives Counting fewer queries"),
-        (Deaf(), {"proportional": True}, "as an attention mask, which Deaf does not heed"),
+        (Deaf(), {"proportional": True}, "as an attention mask, which Deaf ignores"),
     ],
 )
 def test_processors_that_cannot_do_it_are_refused_by_name(processor: Any, options: Any, message: str) -> None:

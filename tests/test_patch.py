@@ -128,7 +128,7 @@ def test_patched_puts_back_the_outer_patch() -> None:
         outer, before = tiny.predict(unet), anatomy(unet)
         with tofu_sd.patched(unet, 0.25, kv_only=True):
             assert not torch.equal(tiny.predict(unet), outer)
-        assert tofu_sd.summary(unet).fusion == TokenFusionConfig(0.5)
+        assert tofu_sd.summary(unet).config == TokenFusionConfig(0.5)
         assert torch.equal(tiny.predict(unet), outer)
         assert {n: cls for n, (cls, _) in anatomy(unet).items()} == {n: cls for n, (cls, _) in before.items()}
     assert torch.equal(tiny.predict(unet), plain)
@@ -261,7 +261,7 @@ def test_the_seed_and_the_step_draw_the_destinations() -> None:
     clock = tofu_sd.patching.step_tracker.StepTracker(TokenFusionConfig(seed=3))
     parts = []
     for t in (500, 499):
-        clock.tick(torch.tensor(t))
+        clock.start_step(torch.tensor(t))
         grid = clock.grid(16, 16, torch.device("cpu"))
         assert grid is not None
         parts.append(grid.parts.dst)
@@ -354,30 +354,35 @@ def test_max_downsample_never_means_nothing(limit: int, blocks: int) -> None:
     assert len(tofu_sd.summary(tofu_sd.apply_patch(tiny.sdxl_unet(), 0.5, max_downsample=limit)).rows) == blocks
 
 
-SAY = """
-import importlib, logging, sys
+LOG = """
+import logging, sys
 sys.path.insert(0, {tests!r})
+import tiny, tofu_sd
+from tofu_sd.utils import show_log
+{setup}
 logger = logging.getLogger("tofu_sd")
-logger.setLevel(logging.WARNING)
-import tiny, tofu_sd.api
-unet = tiny.sd15_unet()
-tofu_sd.apply_patch(unet, 0.25)
-logger.handlers.clear()
-logger.setLevel(logging.NOTSET)
-importlib.reload(tofu_sd.api).apply_patch(unet, 0.5)
-logger.setLevel(logging.WARNING)
-tofu_sd.apply_patch(unet, 0.75)
+assert [type(handler) for handler in logger.handlers][:1] == [logging.NullHandler]
+tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
 """
 
 
-def test_what_was_patched_is_said_unless_the_user_wants_it_quiet() -> None:
-    """Loud by default: a patch that does less than it was asked for must not look like one that works. Quiet where that
-    was asked for before it is imported, or afterwards.
-    """
-    code = SAY.format(tests=str(Path(__file__).parent))
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+@pytest.mark.parametrize(
+    ("setup", "shown"),
+    [
+        ("", False),
+        ("logging.basicConfig(level=logging.INFO)", True),
+        ("logging.basicConfig()", False),
+        ("show_log()", True),
+        ("show_log(); show_log(); logging.basicConfig(level=logging.INFO); logging.getLogger().handlers.clear()", True),
+        ("logging.getLogger('tofu_sd').setLevel(logging.WARNING); show_log()", False),
+    ],
+)
+def test_log_reports_what_was_patched_at_info_and_only_where_the_program_shows_it(setup: str, shown: bool) -> None:
+    code = LOG.format(tests=str(Path(__file__).parent), setup=setup)
+    stderr = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
     expected = "UNet2DConditionModel: tofu-r50 on 5 of 16 transformer blocks, tokens 256 -> 128 at a 16 x 16 latent"
-    assert [line for line in said.splitlines() if "tofu" in line] == [expected]
+    lines = [line.removeprefix("INFO:tofu_sd:") for line in stderr.splitlines() if "tofu" in line]
+    assert lines == [expected] * shown
 
 
 def test_use_rand_is_a_seed() -> None:
@@ -390,7 +395,7 @@ def test_use_rand_is_a_seed() -> None:
         ({"ratio": TokenFusionConfig(seed=7), "use_rand": False}, None),
         ({"ratio": TokenFusionConfig(seed=7)}, 7),
     ):
-        fusion = tofu_sd.summary(tofu_sd.apply_patch(unet, **options)).fusion
+        fusion = tofu_sd.summary(tofu_sd.apply_patch(unet, **options)).config
         assert fusion is not None
         assert fusion.seed == seed
     rand = tiny.predict(tofu_sd.apply_patch(unet, 0.5, use_rand=True))

@@ -25,8 +25,8 @@ def test_an_unknown_option_is_named_with_what_was_meant():
 
 def test_the_depth_split_is_equation_7():
     d6 = TokenFusionConfig(depth_split=6)
-    assert [d6.reduction(depth, down_path=99) for depth in (0, 5, 6, 15)] == [prune, prune, mlerp, mlerp]
-    assert [TokenFusionConfig().reduction(depth, down_path=6) for depth in (5, 6)] == [prune, mlerp]
+    assert [d6.reduction_at(depth, down_path=99) for depth in (0, 5, 6, 15)] == [prune, prune, mlerp, mlerp]
+    assert [TokenFusionConfig().reduction_at(depth, down_path=6) for depth in (5, 6)] == [prune, mlerp]
 
 
 def test_a_thin_map_never_loses_more_than_its_sources():

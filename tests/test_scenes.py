@@ -9,7 +9,7 @@ import torch
 import tofu_sd
 from research.demo_training import fit as fit_module
 from research.demo_training import recipe, stages, train
-from research.demo_training.fit import fit
+from research.demo_training.fit import Schedule, fit
 from research.demo_training.recipe import Recipe
 from research.demo_training.scenes import draw_scene, nearness, noise_tiles, render
 from tofu_sd.demo.scene_classes import CLASSES, SHAPES
@@ -92,7 +92,7 @@ def _regression(work, stop_at=None):
         x = torch.randn(8, 4, generator=g)
         return (model(x) - x @ target.T).square().mean()
 
-    fit("line", model, loss, samples=8 * 200, batch=8, rate=0.05, work=work, seed=1, horizon=20)
+    fit("line", model, loss, Schedule(samples=8 * 200, batch=8, rate=0.05, seed=1, horizon=20), work)
     return model, calls
 
 
@@ -116,7 +116,7 @@ def test_a_whole_training_goes_on_where_it_was_cut_and_keeps_to_its_recipe(tmp_p
     """From nothing to a model that loads; what is finished is not done again, another recipe's work is not taken."""
     work, out, done = tmp_path / "work", tmp_path / "out", []
     monkeypatch.setattr(recipe, "CLASSES", FEW)
-    monkeypatch.setattr(stages, "judge_accuracy", lambda *_, **__: 1.0)
+    monkeypatch.setattr(stages, "classifier_accuracy", lambda *_, **__: 1.0)
     fit = fit_module.fit
 
     def cut(name, *args, **kwargs):
@@ -138,7 +138,7 @@ def test_a_whole_training_goes_on_where_it_was_cut_and_keeps_to_its_recipe(tmp_p
     pipe = tofu_sd.demo.load()
     assert pipe.unet.dtype == torch.float32
     assert len(tofu_sd.summary(tofu_sd.apply_patch(pipe)).rows) == 5
-    assert tofu_sd.demo.judge().classify(torch.rand(1, 3, 64, 64)).shape == (1, 3)
+    assert tofu_sd.demo.load_classifier().classify(torch.rand(1, 3, 64, 64)).shape == (1, 3)
     with pytest.raises(ValueError, match="work holds results for images 1, not 2"):
         train.train(replace(SMALL, images=2), work, out, CPU)
 

@@ -43,13 +43,13 @@ def test_the_shared_map_is_the_first_blocks() -> None:
     sites = [block.attn1._tofu for _, block, _ in blocks(unet)]
     seen = []
     for site in sites:
-        take = site.take
+        pop_map = site.pop_map
 
-        def watched(role: str, x: Any, take: Any = take) -> Any:
-            seen.append(take(role, x))
+        def watched(layer: str, x: Any, pop_map: Any = pop_map) -> Any:
+            seen.append(pop_map(layer, x))
             return seen[-1]
 
-        site.take = watched
+        site.pop_map = watched
     tiny.predict(unet)
     assert len(seen) == 5
     assert all(map is seen[0] for map in seen)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tofu_sd.core.matching import bipartite_soft_matching
 from tofu_sd.core.partition import partition
-from tofu_sd.core.reductions import REDUCTIONS, fuse, mean, mlerp, prune, reduction_id, unmerge
+from tofu_sd.core.reductions import REDUCTIONS, mean, mlerp, prune, reduce_by_id, reduction_id, unmerge
 from tofu_sd.core.token_map import TokenMap, draw_merge_map
 
 CPU = torch.device("cpu")
@@ -171,7 +171,7 @@ def test_the_operator_of_all_reductions_is_each_of_them(case, dtype):
 
     for reduction in (*REDUCTIONS.values(), double):
         assert reduction_id(reduction) >= 2
-        assert torch.equal(fuse(x, *map, reduction_id(reduction)), reduction(x, map))
+        assert torch.equal(reduce_by_id(x, *map, reduction_id(reduction)), reduction(x, map))
 
 
 @given(maps(), st.integers(0, 40))

@@ -161,16 +161,16 @@ def test_taken_tokens_are_copies(h: int, w: int, dtype: torch.dtype) -> None:
     ids=["cpu", "meta"],
 )
 def test_a_no_is_explained(x: Any, reason: str) -> None:
-    assert reason in str(kernels.why_not(x))
-    assert not kernels.can_fuse(x)
+    assert reason in str(kernels.unavailable_reason(x))
+    assert not kernels.can_run(x)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_kernels_run_where_they_can_and_not_where_they_are_told_off() -> None:
     x = torch.zeros(1, 4, 2, device="cuda")
-    assert kernels.can_fuse(x)
-    assert "float64" in str(kernels.why_not(x.double()))
-    assert "gradient" in str(kernels.why_not(x.clone().requires_grad_()))
+    assert kernels.can_run(x)
+    assert "float64" in str(kernels.unavailable_reason(x.double()))
+    assert "gradient" in str(kernels.unavailable_reason(x.clone().requires_grad_()))
     with kernels.reference_only():
-        assert not kernels.can_fuse(x)
-    assert kernels.can_fuse(x)
+        assert not kernels.can_run(x)
+    assert kernels.can_run(x)

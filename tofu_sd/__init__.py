@@ -1,4 +1,4 @@
-"""Token Fusion for Stable Diffusion: similar tokens are fused before self-attention and unfolded after it.
+"""Token Fusion for Stable Diffusion: similar tokens are merged before self-attention and unmerged after it.
 
 import tofu_sd
 tofu_sd.apply_patch(pipe, ratio=0.5)
@@ -6,7 +6,7 @@ tofu_sd.apply_patch(pipe, ratio=0.5)
 
 from . import interrupts
 
-if interrupts.is_command():  # before the modules that take seconds to import
+if interrupts.is_command():  # before imports that take seconds
     interrupts.guard()
 
 # isort: split

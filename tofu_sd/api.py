@@ -1,4 +1,4 @@
-"""The verbs a user calls. Everything heavy is imported when a model comes."""
+"""The functions a user calls. Hosts are imported when the first model comes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
 from .config import TokenFusionConfig
 from .environment import check_torchvision
+from .linearity import measure_split
 from .patching.autotune import break_even
-from .patching.block_info import BlockInfo
+from .patching.host import BlockInfo
 from .patching.patch import Patch, attach, detach, min_tokens_by_level, patch_of, plan, set_min_tokens, states_of
 from .patching.recording import MapRecord, recording
 from .patching.summary import Summary, summarize
@@ -21,30 +21,33 @@ from .utils import did_you_mean
 
 Model = TypeVar("Model")
 logger = logging.getLogger("tofu_sd")
-if not logger.handlers:  # loud by default, as diffusers and transformers are; logging.getLogger("tofu_sd") quietens it
-    logger.addHandler(logging.StreamHandler())
-    logger.propagate = False
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.INFO)
-
 
 TOMESD = ("max_downsample", "sx", "sy", "use_rand", "merge_attn", "merge_crossattn", "merge_mlp")  # in its order
 CONTEXTS = "_tofu_contexts"
 
 
 def apply_patch(model: Model, ratio: float | TokenFusionConfig = 0.5, *more: Any, **options: Any) -> Model:
-    """Fuses tokens in the self-attention of a Stable Diffusion pipeline or UNet, from the next call on.
+    """Merges tokens in the self-attention of a Stable Diffusion pipeline or UNet, from the next call on.
 
-    model: a diffusers pipeline with a `unet`, a UNet, or a ControlNet; torch.compile'd or not.
-    ratio: share of tokens fused away, or a TokenFusion. options: TokenFusion's fields, and tomesd's names:
-    `max_downsample` (fuse down to that downsampling; the highest resolution with attention is always fused) and
-    `use_rand` (draw destinations; reproducible here, from `seed`, 0 if none is given). more: tomesd's arguments by
-    place.
+    A model that is already patched is patched again with the new options. In training with gradient checkpointing, run
+    backward while the model is patched and before the next forward: blocks run again and match again. What was patched
+    is logged at INFO.
 
-    Returns `model`, patched in place. A model that is already patched is patched anew. In training with gradient
-    checkpointing, go backward while patched and before the next forward: blocks run again and match again.
-    Raises ValueError (value out of range, no eligible block), TypeError (unknown option, no UNet) or RuntimeError (a
-    layer that something else has wrapped); the model is then as it was.
+    Args:
+        model: a diffusers pipeline with a `unet`, a UNet or a ControlNet; compiled by torch.compile or not.
+        ratio: share of tokens that are merged, or a TokenFusionConfig.
+        more: tomesd's arguments by position.
+        options: the fields of TokenFusionConfig, and tomesd's `max_downsample` and `use_rand`. `max_downsample` merges
+            at resolutions down to that downsampling, always including the highest with attention. `use_rand` draws the
+            destinations, reproducibly from `seed` (0 by default).
+
+    Returns:
+        The model, patched in place.
+
+    Raises:
+        ValueError: a value is out of range, or there is no eligible block.
+        TypeError: an unknown option, or a model without a UNet.
+        RuntimeError: something else has wrapped a layer. After any error the model is unchanged.
     """
     host = _host()
     options = _by_name(more, options)
@@ -54,21 +57,15 @@ def apply_patch(model: Model, ratio: float | TokenFusionConfig = 0.5, *more: Any
         detach(unet)
     try:
         blocks = host.find_blocks(unet)
-        swap = partial(host.swap, ours={part for part, *_ in before.swaps} if before else set())
-        fusion = _fusion(blocks, ratio, options)
-        if fusion.depth_split == "auto":
-            from .linearity import (
-                measure_split,  # here: `python -m tofu_sd.linearity` begins with this package
-            )
-
-            fusion = replace(fusion, depth_split=measure_split(model, blocks, fusion))
-        patch = plan(unet, blocks, fusion, swap, train_steps, host.latent_size(unet))
+        config = _measured(model, blocks, _config(blocks, ratio, options))
+        swapped = {layer for layer, *_ in before.swaps} if before else set()
+        patch = plan(unet, blocks, config, host, train_steps=train_steps, swapped=swapped)
         host.check_processors(patch)
         attach(unet, patch)
-        if patch.fusion.min_tokens == "auto":
+        if config.min_tokens == "auto":
             set_min_tokens(unet, break_even(unet))
         report = _summary(unet, blocks, host.latent_size(unet))
-    except BaseException:  # an interrupt too must not lose the patch that was there; raised again below
+    except BaseException:  # also an interrupt must not lose the earlier patch
         if patch_of(unet) is not None:
             detach(unet)
         if before is not None:
@@ -79,9 +76,10 @@ def apply_patch(model: Model, ratio: float | TokenFusionConfig = 0.5, *more: Any
 
 
 def remove_patch(model: Model) -> Model:
-    """Takes the patch off: classes, attributes, hooks and output are what they were before it.
+    """Removes the patch: restores classes, attributes, hooks and output exactly.
 
-    model: what was patched, or anything that wraps or holds it. A model without a patch stays as it is.
+    Args:
+        model: what was patched, or anything that wraps or holds it. A model without a patch stays unchanged.
     """
     for unet in _patched_modules(model):
         detach(unet)
@@ -90,9 +88,10 @@ def remove_patch(model: Model) -> Model:
 
 @contextmanager
 def patched(model: Model, ratio: float | TokenFusionConfig = 0.5, *more: Any, **options: Any) -> Iterator[Model]:
-    """`with patched(pipe, 0.5): …` applies the patch and, however the block ends, puts back what was there before.
+    """Patches a model inside a `with` block and restores the earlier state after it: `with patched(pipe, 0.5): …`.
 
-    Contexts on one model may end in any order: the patch of the latest one that is open counts.
+    Contexts on one model may end in any order: the patch of the latest open one is in effect. Arguments and errors are
+    those of `apply_patch`.
     """
     unet, _ = _host().unwrap(model)
     context = _Context(patch_of(unet))
@@ -106,29 +105,29 @@ def patched(model: Model, ratio: float | TokenFusionConfig = 0.5, *more: Any, **
 
 @dataclass(eq=False)
 class _Context:
-    """An open `patched` block. before: what it puts back."""
+    """An open `patched` block, and the patch that it restores."""
 
     before: Patch | None
 
 
 def _leave(unet: Any, context: _Context) -> None:
-    """Ends a context: the last one opened puts back what was there, an earlier one hands that to the next."""
+    """Ends a context: the latest one restores the earlier patch, an earlier one passes it to the next."""
     contexts: list[_Context] = vars(unet)[CONTEXTS]
-    place = contexts.index(context)
-    if place + 1 < len(contexts):
-        contexts[place + 1].before = context.before
+    index = contexts.index(context)
+    if index + 1 < len(contexts):
+        contexts[index + 1].before = context.before
     else:
         if patch_of(unet) is not None:
             detach(unet)
         if context.before is not None:
             attach(unet, context.before)
-    del contexts[place]
+    del contexts[index]
     if not contexts:
         delattr(unet, CONTEXTS)
 
 
 def _patched_modules(model: Any) -> list[Any]:
-    """The patched modules that a model is, wraps or holds."""
+    """Returns the patched modules that a model is, wraps or holds."""
     unet, _ = _host().unwrap(model)
     if patch_of(unet) is not None:
         return [unet]
@@ -161,10 +160,16 @@ def record_maps(model: Any) -> Iterator[list[MapRecord]]:
 
 
 def summary(model: Any, latent: tuple[int, int] | None = None) -> Summary:
-    """Which blocks of a model are fused, and how many tokens each keeps. `print` it.
+    """Returns which blocks of a model are merged, and how many tokens each keeps. `print` it.
 
-    latent: height and width of the latent (pixels / 8), by default the model's own sample size. After a run it also
-    says how many calls have run on merged tokens (compiled blocks do not count). ValueError for a latent without area.
+    After a run it also contains how many calls ran on merged tokens; compiled blocks do not count.
+
+    Args:
+        model: a pipeline or UNet, patched or not.
+        latent: height and width of the latent (pixels / 8); by default the model's own sample size.
+
+    Raises:
+        ValueError: the latent has no area.
     """
     host = _host()
     unet, _ = host.unwrap(model)
@@ -174,32 +179,32 @@ def summary(model: Any, latent: tuple[int, int] | None = None) -> Summary:
 
 def _summary(unet: Any, blocks: list[BlockInfo], latent: tuple[int, int]) -> Summary:
     patch = patch_of(unet)
-    least = min_tokens_by_level(patch) if patch else {}
+    min_tokens = min_tokens_by_level(patch) if patch else {}
     counts = {name: state.counts for name, state in states_of(patch).items()} if patch else {}
-    return summarize(type(unet).__name__, blocks, patch.fusion if patch else None, least, latent, counts)
+    return summarize(type(unet).__name__, blocks, patch.config if patch else None, min_tokens, latent, counts)
 
 
 def _host() -> ModuleType:
-    """The diffusers host, imported when the first model comes."""
+    """Returns the diffusers host, imported when the first model comes."""
     check_torchvision()
-    from .hosts import diffusers_unet as diffusers
+    from .hosts import diffusers_unet
 
-    return diffusers
+    return diffusers_unet
 
 
 def _by_name(more: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-    """Options with tomesd's arguments by place among them. TypeError for too many, or for one given twice."""
+    """Returns the options with tomesd's positional arguments. TypeError for too many, or for one given twice."""
     if len(more) > len(TOMESD):
         raise TypeError(f"{len(more)} arguments after the ratio; tomesd has {len(TOMESD)}: {', '.join(TOMESD)}")
-    by_place = dict(zip(TOMESD, more, strict=False))
-    twice = [name for name in by_place if name in options]
-    if twice:
-        raise TypeError(f"{twice[0]} is given by position and by name: give it once")
-    return {**by_place, **options}
+    by_position = dict(zip(TOMESD, more, strict=False))
+    duplicate = next((name for name in by_position if name in options), None)
+    if duplicate:
+        raise TypeError(f"{duplicate} is given by position and by name: give it once")
+    return {**by_position, **options}
 
 
-def _fusion(blocks: list[BlockInfo], ratio: float | TokenFusionConfig, options: dict[str, Any]) -> TokenFusionConfig:
-    """TokenFusion.of, with tomesd's two names said in ours."""
+def _config(blocks: list[BlockInfo], ratio: float | TokenFusionConfig, options: dict[str, Any]) -> TokenFusionConfig:
+    """Returns TokenFusionConfig.of the options, with tomesd's two names translated."""
     known = [*(f.name for f in fields(TokenFusionConfig)), "max_downsample", "use_rand"]
     for name in options:
         if name not in known:
@@ -213,6 +218,13 @@ def _fusion(blocks: list[BlockInfo], ratio: float | TokenFusionConfig, options: 
             raise ValueError(f"max_downsample is {limit!r}; it must be 1, 2, 4 or 8")
         options["levels"] = max(1, len({block.level for block in blocks if block.downsample <= limit}))
     if "use_rand" in options:
-        given = options.get("seed", ratio.seed if isinstance(ratio, TokenFusionConfig) else None)
-        options["seed"] = (given or 0) if options.pop("use_rand") else None
+        seed = options.get("seed", ratio.seed if isinstance(ratio, TokenFusionConfig) else None)
+        options["seed"] = (seed or 0) if options.pop("use_rand") else None
     return TokenFusionConfig.of(ratio, **options)
+
+
+def _measured(model: Any, blocks: list[BlockInfo], config: TokenFusionConfig) -> TokenFusionConfig:
+    """Returns the configuration with a number for depth_split "auto", measured on the pipeline."""
+    if config.depth_split != "auto":
+        return config
+    return replace(config, depth_split=measure_split(model, blocks, config))

@@ -9,19 +9,19 @@ from typing import Any
 
 from .core.matching import MATCHERS
 from .core.reductions import REDUCTIONS, Reduction, get_reduction, mean
-from .options import defaults_of, markdown_table, option, specs_of
+from .options import check_options, defaults_of, markdown_table, option, specs_of
 from .utils import did_you_mean
 
 BUCKETS = 8
 """Under a threshold the number of merged tokens is a multiple of this share of the most that may be merged."""
 
 
-def layer_threshold(alpha: float, beta: float, least: float, layer: int) -> float:
+def layer_threshold(alpha: float, beta: float, threshold_min: float, layer: int) -> float:
     """The cosine above which tokens count as similar in a layer, from 0 (ATM Eq. 1).
 
-    max(alpha - (exp(beta layer) - 1), least)
+    max(alpha - (exp(beta layer) - 1), threshold_min)
     """
-    return max(alpha - math.expm1(beta * layer), least)
+    return max(alpha - math.expm1(beta * layer), threshold_min)
 
 
 _MAIN, _METHOD = "Important", "To choose between methods"
@@ -32,8 +32,7 @@ _TOMESD = "Which layers run on merged tokens (tomesd's names)"
 
 @dataclass(frozen=True)
 class TokenFusionConfig:
-    """How tokens are merged. The default is the paper's ToFu: half the tokens of the highest-resolution "
-    "self-attention.
+    """How tokens are merged. The default is the paper's ToFu: ratio 0.5 at the highest resolution with attention.
 
     Each field carries its type, limits and help (see `tofu_sd.options`); `python -m tofu_sd.config` prints them.
 
@@ -54,8 +53,7 @@ class TokenFusionConfig:
         "switch",
         mark="p",
         group=_MAIN,
-        help="Proportional attention: log(n) is added to the logit of a key that stands for n tokens (ATM "
-        "appendix A, "
+        help="Proportional attention: log(n) is added to the logit of a key that stands for n tokens (ATM appendix A, "
         "ToMe for ViTs). Attention over identical tokens then equals full attention.",
     )
     early: Reduction | str = option(
@@ -80,11 +78,9 @@ class TokenFusionConfig:
         words=("auto",),
         mark="d",
         group=_METHOD,
-        help="d, counted over all transformer blocks in execution order. None puts the whole down path before "
-        "it, which "
-        "in Stable Diffusion 1.5 is the paper's d = 6. 'auto' measures functional linearity (ToFu Eq. 8) in a "
-        "few steps "
-        "of four small images; it needs a text-to-image pipeline.",
+        help="d, counted over all transformer blocks in execution order. None puts the whole down path before it, "
+        "which in Stable Diffusion 1.5 is the paper's d = 6. 'auto' measures functional linearity (ToFu Eq. 8) "
+        "in a few steps of four small images; it needs a text-to-image pipeline.",
     )
     matching: str = option(
         "bipartite",
@@ -115,9 +111,8 @@ class TokenFusionConfig:
         words=("auto",),
         mark="min",
         group=_METHOD,
-        help="Maps of fewer tokens are skipped. 'auto' measures, in about a second, from how many tokens on "
-        "merging is "
-        "faster on this machine; images then depend on the machine.",
+        help="Maps of fewer tokens are skipped. 'auto' measures, in about a second, from how many tokens on merging "
+        "is faster on this machine; images then depend on the machine.",
     )
     window: int | None = option(
         None,
@@ -142,8 +137,7 @@ class TokenFusionConfig:
         mark="cfg",
         group=_LESS,
         help="Match the half of the batch with the positive prompt, and use its maps for both halves. Only for "
-        "pipelines "
-        "that run both prompts in one batch.",
+        "pipelines that run both prompts in one batch.",
     )
     match_interval: int = option(
         1,
@@ -161,9 +155,9 @@ class TokenFusionConfig:
         optional=True,
         mark="above",
         group=_THRESHOLD,
-        help="A cosine. Each block merges as many tokens as had a destination above it in the step before (the "
-        "mean over "
-        "the batch), in eighths of `ratio`, which is then the most. Nothing is merged in the first step of an image.",
+        help="A cosine. Each block merges as many tokens as had a destination above it in the step before (the mean "
+        "over the batch), in eighths of `ratio`, which is then the most. Nothing is merged in the first step of "
+        "an image.",
     )
     threshold_decay: float = option(
         0.0,
@@ -172,9 +166,9 @@ class TokenFusionConfig:
         high=1,
         mark="decay",
         group=_THRESHOLD,
-        help="The block at depth l has the threshold max(threshold - (exp(decay l) - 1), threshold_min) (ATM "
-        "Eq. 1). In "
-        "Stable Diffusion late blocks hold more similar tokens, so that a decay below 0 merges blocks more evenly.",
+        help="The block at depth l has the threshold max(threshold - (exp(decay l) - 1), threshold_min) (ATM Eq. 1). "
+        "In Stable Diffusion late blocks hold more similar tokens, so that a decay below 0 merges blocks more "
+        "evenly.",
     )
     threshold_min: float = option(
         -1.0,
@@ -193,9 +187,8 @@ class TokenFusionConfig:
         optional=True,
         mark="soft",
         group=_SOFT,
-        help="Assigns every token to all destinations of its window by exp(-squared distance / temperature), in "
-        "units of "
-        "the window's variance. Needs early and late mean, a window, and ratio 1 - 1 / (sx * sy).",
+        help="Assigns every token to all destinations of its window by exp(-squared distance / temperature), in units "
+        "of the window's variance. Needs early and late mean, a window, and ratio 1 - 1 / (sx * sy).",
     )
     sx: int = option(2, "integer", low=1, group=_MORE, help="Width of a cell; one token of each cell is a destination.")
     sy: int = option(2, "integer", low=1, group=_MORE, help="Height of a cell.")
@@ -207,9 +200,8 @@ class TokenFusionConfig:
         optional=True,
         mark="seed",
         group=_MORE,
-        help="None takes each cell's top-left token as destination; an integer draws it in every step (same "
-        "seed, same "
-        "image).",
+        help="None takes each cell's top-left token as destination; an integer draws it in every step (same seed, "
+        "same image).",
     )
     start: float = option(
         0.0,
@@ -250,16 +242,14 @@ class TokenFusionConfig:
             object.__setattr__(self, name, get_reduction(getattr(self, name)))
         if self.temperature is not None and self.matching == "bipartite":
             object.__setattr__(self, "matching", "soft")
-        for name, spec in specs_of(self).items():
-            if spec.kind != "function" and name != "ratio":
-                spec.check(name, getattr(self, name))
+        check_options(self, skip=("ratio",))
         for check in _CHECKS:
             if message := check(self):
                 raise ValueError(message)
 
     @classmethod
     def of(cls, ratio: float | TokenFusionConfig = 0.5, /, **options: Any) -> TokenFusionConfig:
-        """A configuration from a ratio, or from another configuration, with any options changed.
+        """Returns a configuration from a ratio, or another configuration with options changed.
 
         TypeError for an unknown option.
         """
@@ -275,7 +265,7 @@ class TokenFusionConfig:
 
     @property
     def slug(self) -> str:
-        """A short name for rows, folders and plots alike: 'tofu-r50', 'kv-mean-r75+p'."""
+        """A short name for rows, folders and plots: 'tofu-r50', 'kv-mean-r75+p'."""
         reductions = (get_reduction(self.early).__name__, get_reduction(self.late).__name__)
         name = "tofu" if reductions == ("prune", "mlerp") else "-".join(dict.fromkeys(reductions))
         parts = ["kv-" * self.kv_only + name, f"r{100 * self.ratio:g}"]
@@ -296,12 +286,12 @@ class TokenFusionConfig:
 
     @property
     def needs_timestep(self) -> bool:
-        """Whether what is done depends on the timestep."""
+        """Whether merging depends on the timestep."""
         several = self.match_interval > 1 or self.threshold is not None
         return self.seed is not None or (self.start, self.end) != (0, 1) or several
 
-    def reduction(self, depth: int, down_path: int) -> Reduction:
-        """Eq. 7: what a block at `depth` does in a model whose down path has `down_path` transformer blocks."""
+    def reduction_at(self, depth: int, down_path: int) -> Reduction:
+        """Returns the reduction of a block (Eq. 7). down_path: number of transformer blocks in the down path."""
         if self.depth_split == "auto":
             raise ValueError("depth_split is 'auto', which is measured on a pipeline of diffusers: give a number here")
         d = down_path if self.depth_split is None else int(self.depth_split)
@@ -309,14 +299,14 @@ class TokenFusionConfig:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Which layers of a block run on fused tokens, in the order in which they run: 'attn', 'crossattn', 'mlp'."""
+        """Which layers of a block run on merged tokens, in the order in which they run: 'attn', 'crossattn', 'mlp'."""
         merged = {"attn": self.merge_attn, "crossattn": self.merge_crossattn, "mlp": self.merge_mlp}
         return tuple(layer for layer, on in merged.items() if on)
 
     def num_merged(self, h: int, w: int) -> int:
-        """r: how many tokens of an h x w map leave; never more than its sources, which are few in a thin map.
+        """Returns r: how many tokens of an h x w map are merged, at most its sources. Thin maps have few sources.
 
-        Under a threshold this is the most.
+        Under a threshold this is the maximum.
         """
         sources = h * w - max(1, h // self.sy) * max(1, w // self.sx)
         if self.temperature is not None:
@@ -324,12 +314,11 @@ class TokenFusionConfig:
         return min(int(h * w * self.ratio), sources)
 
     def bucket(self, most: int, num_similar: float) -> int:
-        """How many of `most` tokens leave where so many are `num_similar`: the largest eighth that is not "
-        "above that."""
+        """Returns how many of `most` tokens are merged: the largest multiple of an eighth up to `num_similar`."""
         return max(r for r in (most * eighth // BUCKETS for eighth in range(BUCKETS + 1)) if r <= num_similar)
 
     def threshold_at(self, depth: int) -> float | None:
-        """The threshold of the block at `depth`, None where there is none."""
+        """Returns the threshold of the block at `depth`; None without a threshold."""
         if self.threshold is None:
             return None
         return layer_threshold(self.threshold, self.threshold_decay, self.threshold_min, depth)

@@ -1,4 +1,4 @@
-"""What can be wrong with an installation before any of our code runs, said in words."""
+"""Checks an installation, and explains what is wrong with it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch
 
 
 def check_torchvision() -> None:
-    """Raises ImportError, saying how to mend it, where torchvision is installed but does not fit the installed torch.
+    """Checks that torchvision, if it is installed, works with the installed torch.
 
-    transformers and diffusers import torchvision wherever they find it, so that a CUDA build of it beside a CPU-only
-    torch makes even `import diffusers` fail, with "operator torchvision::nms does not exist".
+    transformers and diffusers import torchvision if it is installed. A CUDA build of it with a CPU-only torch makes
+    `import diffusers` fail with "operator torchvision::nms does not exist".
+
+    Raises:
+        ImportError: it does not work. Says how to repair the installation.
     """
     if importlib.util.find_spec("torchvision") is None:
         return

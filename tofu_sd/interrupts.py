@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
-STOPPED = 130  # the exit code of a shell for what Ctrl-C ended
+STOPPED = 130  # exit code after Ctrl-C
 
 
 def guard() -> None:
-    """Ends this process in one line on Ctrl-C, or where a package cannot be imported, until `interruptible`."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have it ignored in the background
+    """Makes Ctrl-C and a missing package end this process with one line, until `interruptible`."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # shells ignore it for background jobs
         signal.signal(signal.SIGINT, _leave)
     sys.excepthook = _in_one_line
 
@@ -31,8 +31,8 @@ def is_command() -> bool:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt, so that files are closed and the user reads how to resume."""
-    if signal.getsignal(signal.SIGINT) is not _leave:  # not a command line, or inside already
+    """Makes Ctrl-C raise KeyboardInterrupt inside a `with` block, so that files are closed and a message is printed."""
+    if signal.getsignal(signal.SIGINT) is not _leave:  # not a command line, or already inside
         yield
         return
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,11 +43,11 @@ def interruptible() -> Iterator[None]:
 
 
 def interrupted(error: BaseException) -> bool:
-    """Whether an error comes from Ctrl-C: libraries raise others in its place."""
-    seen: list[BaseException | None] = [error]
-    while (last := seen[-1]) is not None and not isinstance(last, KeyboardInterrupt):
-        seen.append(last.__cause__ or last.__context__)
-    return seen[-1] is not None
+    """Whether an error was caused by Ctrl-C, which libraries turn into other errors."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, KeyboardInterrupt):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
 
 
 def _leave(_signal: int, _frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Describes configuration fields once: type, limits, choices and help, for checks, names, tables and screens."""
+"""Describes configuration fields once: type, limits, choices and help, for checks, slugs, tables and UIs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class OptionSpec:
         kind: "integer", "number", "switch" (True or False), "choice" or "function".
         help: what the option does, in one sentence.
         low, high: limits of a number, both included; `above` excludes `low`.
-        choices: names that a "choice" may have; a function, because registered names come later.
-        words: words that may stand in place of a number, such as "auto".
+        choices: returns the allowed names; a function, because names may be registered later.
+        words: words that are allowed instead of a number, such as "auto".
         optional: whether None is allowed.
-        mark: how a value other than the default is written in a short name; "" leaves it out.
+        mark: prefix of a value other than the default in slugs; "" leaves it out.
         unit: what a number counts, for messages.
         group: heading in tables of options.
     """
@@ -41,7 +41,7 @@ class OptionSpec:
 
     @property
     def requirement(self) -> str:
-        """What a value must be, as it stands in messages and tables: "None or an integer >= 1"."""
+        """What a value must be, for messages and tables: "None or an integer >= 1"."""
         if self.kind == "switch":
             return "True or False"
         alternatives = [*(["None"] if self.optional else []), *(repr(word) for word in self.words)]
@@ -79,7 +79,7 @@ class OptionSpec:
         return value <= self.high if self.high is not None else value < math.inf
 
     def check(self, name: str, value: Any) -> None:
-        """ValueError that names the value and what it must be."""
+        """Raises ValueError, naming the value and what it must be, where it is not accepted."""
         if not self.accepts(value):
             known = self.choices() if self.kind == "choice" else self.words
             hint = did_you_mean(value, known) if isinstance(value, str) and known else ""
@@ -87,22 +87,29 @@ class OptionSpec:
 
 
 def option(default: Any, kind: str, help: str, **spec: Any) -> Any:
-    """A dataclass field that carries an OptionSpec."""
+    """Makes a dataclass field that carries an OptionSpec."""
     return field(default=default, metadata={"option": OptionSpec(kind, help, **spec)})
 
 
 def specs_of(config: Any) -> dict[str, OptionSpec]:
-    """The specification of each field of a dataclass made of `option` fields, in order."""
+    """Returns the specification of each field of a dataclass made of `option` fields, in order."""
     return {one.name: one.metadata["option"] for one in fields(config)}
 
 
 def defaults_of(config: Any) -> dict[str, Any]:
-    """The default of each such field."""
+    """Returns the default of each such field."""
     return {one.name: one.default for one in fields(config)}
 
 
+def check_options(config: Any, *, skip: tuple[str, ...] = ()) -> None:
+    """Checks every field of a configuration but functions and those to skip. ValueError for a value out of range."""
+    for name, spec in specs_of(config).items():
+        if spec.kind != "function" and name not in skip:
+            spec.check(name, getattr(config, name))
+
+
 def markdown_table(config: Any) -> str:
-    """A table of all options: name, default, values, meaning; one section for each group."""
+    """Returns a table of all options: name, default, values, meaning; one section for each group."""
     lines, group, defaults = list[str](), None, defaults_of(config)
     for name, spec in specs_of(config).items():
         if spec.group != group:

@@ -1,4 +1,4 @@
-"""A paper a line, and our own. `named("kv:tome+p", ratio=0.5)` reads a method as the command line writes it."""
+"""Named configurations: those of papers, and ours. `named("kv:tome+p")` parses a method of the command line."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ TOME = TokenFusionConfig(early=mean, late=mean)  # Token Merging for Fast Stable
 PRUNE = TokenFusionConfig(early=prune, late=prune)  # ToFu Table 3, PPP…: prune everywhere
 MLERP = TokenFusionConfig(early=mlerp, late=mlerp)  # ToFu Eq. 10 everywhere
 
-# our own, by what was measured: docs/performance.md
-TOFU_FAST = replace(TOFU, window=8)  # ToFu that looks around in squares of 16 x 16 tokens
+# ours, by the measurements in docs/performance.md
+TOFU_FAST = replace(TOFU, window=8)  # matching within windows of 16 x 16 tokens
 TOFU_MAX = replace(TOFU_FAST, levels=2, merge_crossattn=True, merge_mlp=True)  # all layers of two resolutions
-FAITHFUL = replace(TOME, proportional=True, window=8)  # nearest to the full model's pictures at the cost of TOFU_FAST
-ADAPTIVE = replace(FAITHFUL, threshold=0.7, threshold_decay=-0.016)  # ATM's thresholds: of `ratio`, what is alike
-CONDENSE = replace(FAITHFUL, temperature=0.03, sx=2, sy=1)  # AdaptiVision's soft clusters, a centroid for each cell
+FAITHFUL = replace(TOME, proportional=True, window=8)  # closest to the baseline at the cost of TOFU_FAST
+ADAPTIVE = replace(FAITHFUL, threshold=0.7, threshold_decay=-0.016)  # ATM's thresholds, at most `ratio`
+CONDENSE = replace(FAITHFUL, temperature=0.03, sx=2, sy=1)  # AdaptiVision's soft clusters, one centroid for each cell
 
 RECIPES = {
     "tofu": TOFU, "tofu-fast": TOFU_FAST, "tofu-max": TOFU_MAX, "faithful": FAITHFUL,
@@ -29,14 +29,14 @@ RECIPES = {
 }  # fmt: skip
 
 
-def proportional(fusion: TokenFusionConfig) -> TokenFusionConfig:
-    """The same with log(n_i) on the keys (ATM appendix A, ToMe for ViTs): `+p`."""
-    return replace(fusion, proportional=True)
+def proportional(config: TokenFusionConfig) -> TokenFusionConfig:
+    """Returns a configuration with proportional attention (ATM appendix A, ToMe for ViTs): `+p`."""
+    return replace(config, proportional=True)
 
 
-def kv_only(fusion: TokenFusionConfig) -> TokenFusionConfig:
-    """The same on keys and values alone, queries whole (the place where ToDo downsamples): `kv:`."""
-    return replace(fusion, kv_only=True)
+def kv_only(config: TokenFusionConfig) -> TokenFusionConfig:
+    """Returns a configuration that merges only keys and values, where ToDo downsamples: `kv:`."""
+    return replace(config, kv_only=True)
 
 
 class UnknownMethodError(ValueError):
@@ -44,31 +44,42 @@ class UnknownMethodError(ValueError):
 
 
 def named(name: str, ratio: float = 0.5) -> TokenFusionConfig:
-    """The method written `[kv:]RECIPE[+p][@option=value]...`: "tofu", "kv:tome+p", "tofu@depth_split=3@levels=2".
+    """Parses a method such as "tofu", "kv:tome+p" or "tofu@depth_split=3@levels=2".
 
-    Options are TokenFusion's. UnknownMethodError for an unknown recipe, TypeError for an unknown option, ValueError for
-    a value out of range.
+    Args:
+        name: `[kv:]RECIPE[+p][@option=value]...`; options are the fields of TokenFusionConfig.
+        ratio: share of tokens that are merged.
+
+    Raises:
+        UnknownMethodError: an unknown recipe.
+        TypeError: an unknown option.
+        ValueError: a value out of range.
     """
     method, *changes = name.split("@")
     recipe, plus, mark = method.removeprefix("kv:").partition("+")
     if recipe not in RECIPES or (plus and mark != "p"):
         raise UnknownMethodError(
-            f"unknown method {name!r}{did_you_mean(recipe, RECIPES)}; known: {', '.join(RECIPES)}, each with a kv: "
-            "before it, a +p behind it and any number of @option=value at the end"
+            f"unknown method {name!r}{did_you_mean(recipe, RECIPES)}; known: {', '.join(RECIPES)}, each may have kv: "
+            "before it, +p after it and any number of @option=value at the end"
         )
     options = dict(option(change, name) for change in changes)
-    fusion = TokenFusionConfig.of(
+    config = TokenFusionConfig.of(
         RECIPES[recipe], **{"ratio": ratio, **options}
-    )  # at once: ratio may need the cells it fits
+    )  # together, as the largest ratio depends on the cells
     if plus:
-        fusion = proportional(fusion)
-    return kv_only(fusion) if method.startswith("kv:") else fusion
+        config = proportional(config)
+    return kv_only(config) if method.startswith("kv:") else config
 
 
 def option(change: str, method: str) -> tuple[str, Any]:
-    """'levels=2' as ('levels', 2): numbers, True, False and None are read as Python's, anything else is a word.
+    """Parses 'levels=2' as ('levels', 2). Numbers, True, False and None are Python's; anything else is a word.
 
-    method: what it stands in, for the ValueError of what is not of that form.
+    Args:
+        change: of the form option=value.
+        method: the whole method, for the error message.
+
+    Raises:
+        ValueError: the change has another form.
     """
     name, equals, value = change.partition("=")
     if not equals:

@@ -1,19 +1,35 @@
-"""Small helpers for names: suggestions for misspelt ones, and who owns a registered one."""
+"""Small helpers: suggestions for misspelt names, the origin of registered functions, and the log of command lines."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+logging.getLogger("tofu_sd").addHandler(logging.NullHandler())
+
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' (did you mean …?)' for the nearest of `known`, or nothing."""
+    """Returns ' (did you mean …?)' with the most similar of the known names, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def same_source(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Whether two functions are defined in the same file: a module that was loaded again may register its own again."""
+    """Whether two functions are defined in the same file. A module that is loaded again may register its own again."""
     files = [getattr(function, "__code__", None) and function.__code__.co_filename for function in (one, other)]
     return one is other or (files[0] is not None and files[0] == files[1])
+
+
+def show_log(level: int = logging.INFO) -> None:
+    """Shows what is patched: sets the level of the logger "tofu_sd", and prints to stderr if no handler does.
+
+    For programs: command lines and web UIs. A level or a handler that the user has set stays.
+    """
+    logger = logging.getLogger("tofu_sd")
+    if logger.level == logging.NOTSET:
+        logger.setLevel(level)
+    handlers = [*logger.handlers, *(logging.getLogger().handlers if logger.propagate else ())]
+    if all(isinstance(handler, logging.NullHandler) for handler in handlers):
+        logger.addHandler(logging.StreamHandler())

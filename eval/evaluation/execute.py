@@ -192,7 +192,7 @@ def load_existing_images(run_plan: RunPlan) -> GeneratedImages:
     check_no_obstacles(options.out, run_plan.generated_methods, run_plan.requests)
     for method in run_plan.generated_methods:
         _check_images(run_plan, settings, method)
-    classifier = demo.judge(device=run_plan.device) if settings.model == "demo" else None
+    classifier = demo.load_classifier(device=run_plan.device) if settings.model == "demo" else None
     return GeneratedImages(run_plan, settings, options.out, classifier)
 
 

@@ -62,7 +62,7 @@ def load_model(
         check_path(model)
     try:
         if model == "demo":
-            pipe, classifier = demo.load(device=device, dtype=dtype), demo.judge(device=device)
+            pipe, classifier = demo.load(device=device, dtype=dtype), demo.load_classifier(device=device)
         else:
             pipe, classifier = _load(model, device, dtype, variant), None
         check_components(pipe)

@@ -89,7 +89,7 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
         raise EvalError(f"{out.name}/{RESULTS} is damaged: {at and f'in {at} '}{message}: {AGAIN}")
     rows = [row for row in found["rows"] if "skipped" not in row]
     if not any(row["key"] == BASELINE.slug for row in rows):
-        raise EvalError(f"{out.name}/{RESULTS} is damaged: it has no row of the full model: {AGAIN}")
+        raise EvalError(f"{out.name}/{RESULTS} is damaged: it has no row of the baseline: {AGAIN}")
     for figure in (figure for row in rows for figure in row["metrics"].values()):
         ends = [figure["low"] is None, figure["high"] is None]
         if ends[0] != ends[1] or (figure["value"] is None and not all(ends)):
@@ -160,7 +160,7 @@ def check_comparable(a: Path, first: dict[str, Any], b: Path, second: dict[str, 
 def merge_runs(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The rows of several runs of the same settings as those of one; of a method that two have, the first one's.
 
-    A row keeps the speed-up over the full model of its own run, beside which its seconds are of another one. EvalError
+    A row keeps the speed-up over the baseline of its own run, beside which its seconds are of another one. EvalError
     where settings differ.
     """
     found, images = committed(outs[0], *read(outs[0]))

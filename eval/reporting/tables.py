@@ -1,4 +1,4 @@
-"""The table of a run, once for the terminal, the page and the README. Formats what results.json holds."""
+"""Formats the results of a run as tables for the terminal and for pages."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Cell:
 def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any], list[Cell]]]]:
     """Columns, and for each row of the results its cells (none for a method that was skipped)."""
     rows = [row for row in found["rows"] if "skipped" not in row]
-    columns = [Column("speed-up", "median over batches, full model / method; 5th to 95th percentile"),
+    columns = [Column("speed-up", "median over batches, baseline / method; 5th to 95th percentile"),
                Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
     cells = [[_spread(row["speedup"], 2, "×"), _spread(_of_one_run(row, "seconds"), 2)] for row in rows]
     if any(row.get("denoiser_seconds") for row in rows):
@@ -71,7 +71,7 @@ def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any
 
 
 def label(row: dict[str, Any]) -> str:
-    """A row's name: the method and the ratio of tokens it fuses away."""
+    """A row's name: the method and its ratio of merged tokens."""
     return row["method"] if row["ratio"] is None else f"{row['method']} {100 * row['ratio']:g}%"
 
 
@@ -91,7 +91,7 @@ def spent(row: dict[str, Any]) -> str:
 
 
 def _of_one_run(row: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """Seconds of a row, unless they are of another run than the full model's: no time to read beside others. Older runs
+    """Seconds of a row, unless they are of another run than the baseline's: no time to read beside others. Older runs
     have no speed-up then."""
     alone = row["speedup"] is None or row.get("same_run") is False
     return None if alone else row.get(name)
@@ -185,7 +185,7 @@ SECONDS = frozenset({"s/image", "denoising"})
 
 
 def footnotes(found: dict[str, Any], shown: Collection[str] | None = None) -> list[str]:
-    """What has to be said below the table. shown: the titles of its columns, where it has not all of them."""
+    """Lines below the table. shown: the titles of its columns, where it has not all of them."""
     seconds = shown is None or not SECONDS.isdisjoint(shown)
     timed = seconds or "speed-up" in (shown or ())
     if records(found):
@@ -195,7 +195,7 @@ def footnotes(found: dict[str, Any], shown: Collection[str] | None = None) -> li
             *batch_warnings(found),
             *_untimed(found, seconds, timed),
         ]
-    lines = ["Against the full model's images under the same seeds; intervals of the metrics: 95 %."]
+    lines = ["Against the baseline's images under the same seeds; intervals of the metrics: 95 %."]
     if timed:
         lines[0] += f" {timing(found)}"
     lines += measured(found["metrics"])
@@ -218,18 +218,18 @@ def _untimed(found: dict[str, Any], seconds: bool, timed: bool) -> list[str]:
     lacking = (
         "it is not in the run that times are of"
         if "timing" in found["provenance"]
-        else "the full model's were not taken beside it"
+        else "the baseline was not timed beside it"
     )
     untimed = [label(row) for row in found["rows"] if timed and "skipped" not in row and row["speedup"] is None]
     lines = [f"{', '.join(untimed)}: no times, {lacking}"] if untimed else []
     others = [label(r) for r in found["rows"] if seconds and r.get("speedup") and r.get("same_run") is False]
     return lines + (
-        [f"{', '.join(others)}: seconds of another run than the full model's are not shown"] if others else []
+        [f"{', '.join(others)}: seconds of another run than the baseline's are not shown"] if others else []
     )
 
 
 def measured(metrics: Sequence[dict[str, Any]]) -> list[str]:
-    """By what each metric was measured, in a line, and why others were not. metrics: as results.json lists them."""
+    """The implementation of each metric, and why others were skipped. metrics: as results.json lists them."""
     by = [f"{m['name']}: {m['implementation']}" for m in metrics if "skipped" not in m]
     return (["; ".join(by) + "."] if by else []) + [
         f"{m['name']}: skipped: {m['skipped']}" for m in metrics if "skipped" in m
@@ -237,19 +237,19 @@ def measured(metrics: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def batch_warnings(found: dict[str, Any]) -> list[str]:
-    """Of pictures that differ from the full model's by more than their method."""
+    """Warnings about images that differ from the baseline's by more than their method."""
     return [
-        f"{label(row)}: {row['other_batch']} of {row['n']} images were generated in another batch than the full "
-        "model's, which changes the last bits, and more where a method decides for a batch at once"
+        f"{label(row)}: {row['other_batch']} of {row['n']} images were generated in another batch than the "
+        "baseline's, which changes the last bits, and more where a method decides for a batch at once"
         for row in found["rows"]
         if row.get("other_batch")
     ]
 
 
 def image_warnings(found: dict[str, Any]) -> list[str]:
-    """Of pictures that are none, whose metrics say nothing: two black ones are equal.
+    """Warnings about images that are flat or hold NaN, whose metrics say nothing: two black ones are equal.
 
-    The full model's are told wherever others are compared with them.
+    The baseline's are named wherever others are compared with them.
     """
     rows = found["rows"]
     return [
@@ -320,7 +320,7 @@ def _set_distances(found: dict[str, Any]) -> list[str]:
 
 
 def planned(plan: dict[str, Any]) -> list[str]:
-    """What a run would draw, in lines."""
+    """Lines about what a run would generate."""
     s = plan["settings"]
     head = f"{s['model']}, {s['size']} px, {s['steps']} steps, {s['dtype']} on {s['device']} -> {plan['out']}"
     return [
@@ -334,7 +334,7 @@ LONG_NAME = 17  # of a method, in the terminal: longer ones are folded
 
 def terminal(found: dict[str, Any], console: Console) -> None:
     columns, rows = table(found)
-    drawn = RichTable(title=f"{found['settings']['model']}: methods against the full model", box=SIMPLE_HEAD)
+    drawn = RichTable(title=f"{found['settings']['model']}: methods against the baseline", box=SIMPLE_HEAD)
     method_column(drawn, [label(row) for row, _ in rows])
     for column in columns:
         drawn.add_column(column.title, justify="right", overflow="fold")
@@ -385,13 +385,13 @@ def with_rows(found: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
 
 
 def baseline_row(found: dict[str, Any]) -> dict[str, Any]:
-    """The full model's, whether or not it is among those that are shown."""
+    """The baseline's row, whether or not it is among those that are shown."""
     row: dict[str, Any] = found.get("full") or next(row for row in found["rows"] if row["key"] == BASELINE.slug)
     return row
 
 
 def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
-    """The table for a README, with its circumstances and the command that made it.
+    """The table for a page, with its provenance.
 
     columns: the titles of those to show, without the arrow; all where none are named.
     """
@@ -412,7 +412,7 @@ def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
 
 
 def known(what: str, asked: Sequence[str], there: Sequence[str]) -> Sequence[str]:
-    """What was asked for, or all; EvalError where there is no such thing."""
+    """The requested names, or all. EvalError for an unknown one."""
     for name in asked:
         if name not in there:
             raise EvalError(f"this run has no {what} {name!r}{did_you_mean(name, there)}; it has {', '.join(there)}")
@@ -420,7 +420,7 @@ def known(what: str, asked: Sequence[str], there: Sequence[str]) -> Sequence[str
 
 
 def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], base: str) -> str:
-    """Each method minus `base` (a label or a key), picture by picture, so that what is hard for both cancels out.
+    """Each method minus `base` (a label or a key), image by image, so that what is hard for both cancels out.
 
     The intervals of two rows of `markdown` can overlap although one method is better on nearly every picture.
     """

@@ -1,8 +1,8 @@
 """AdaptiVision's ablations: `python -m research.adaptivision.ablations`.
 
-The paper's tables 4 (temperature), 5 (strategy) and 7 (components). Every variant is trained by
-research.classifiers.train on the embedded scenes, once for each seed, and judged on fresh ones.
-What is trained already, in the folder of its name, is not trained again.
+These are the paper's tables 4 (temperature), 5 (strategy) and 7 (components). Every variant is trained by
+research.classifiers.train on the embedded scenes, once for each seed, and evaluated on fresh scenes. A variant that is
+already trained, in the folder of its name, is not trained again.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,7 +38,7 @@ from .model import AdaptiVision
 
 SCHEMA = 1
 RATE = 5e-4  # of the trainings
-COUNTED = 64  # pictures of which operations and clusters are counted
+COUNTED = 64  # images of which FLOPs and clusters are counted
 TITLES = {
     "components": "What each part adds (AdaptiVision, table 7)",
     "strategy": "How tokens become fewer (table 5)",
@@ -47,7 +48,13 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A row: options of research.classifiers.train beside those that all share."""
+    """A row of the tables.
+
+    Args:
+        name: of the row.
+        tables: that contain it.
+        options: of research.classifiers.train, added to those of all rows.
+    """
 
     name: str
     tables: tuple[str, ...]
@@ -68,88 +75,116 @@ VARIANTS = (
 
 EXAMPLES = """examples:
   python -m research.adaptivision.ablations --of components --seeds 0
-      its table 7 by a training each; the same command goes on where it was stopped
+      table 7 with one training each; the same command resumes after an interrupt
   python -m research.adaptivision.ablations --table runs/condensation
-      what was found, again
+      the tables of saved results
 """
 
 
 def parser() -> Parser:
     p = Parser(
         prog="python -m research.adaptivision.ablations",
-        description="AdaptiVision's ablations: train each variant, and judge it.",
+        description="AdaptiVision's ablations: train and evaluate each variant.",
         epilog=EXAMPLES,
         formatter_class=Help,
     )
     p.add_argument("--of", default=",".join(TITLES), metavar="A,B", help=f"tables: {', '.join(TITLES)}")
-    p.add_argument("--seeds", type=integers, default="0,1,2", metavar="N,N", help="of the trainings of each variant")
-    p.add_argument("--samples", type=integer_from(1), default=25_600, metavar="N", help="pictures of a training")
+    p.add_argument(
+        "--seeds",
+        type=integers,
+        default="0,1,2",
+        metavar="N,N",
+        help="seeds; each variant is trained once for each",
+    )
+    p.add_argument("--samples", type=integer_from(1), default=25_600, metavar="N", help="images of a training")
     p.add_argument("--depth", type=integer_from(1), default=4, metavar="N", help="layers")
-    p.add_argument("--clusters", default="12,48", metavar="K,K", help="fewest and most of a picture's 196 patches")
+    p.add_argument(
+        "--clusters", default="12,48", metavar="K,K", help="fewest and most clusters of an image's 196 patches"
+    )
     add_device(p)
     p.add_argument("--out", type=as_path, default=Path("runs/condensation"), metavar="DIR", help="folder of trainings")
-    p.add_argument("--table", type=as_path, metavar="DIR", help="train nothing; print a folder's tables for a page")
+    p.add_argument("--table", type=as_path, metavar="DIR", help="train nothing; print a folder's tables in Markdown")
     return p
 
 
 @command(resumes=True)
 def main(argv: Sequence[str]) -> int:
-    """0 if it is done, 2 if something that was asked for cannot be, 130 if it was interrupted."""
+    """Returns 0; 2 after an error in the options; 130 after an interrupt."""
     options = parser().parse_args(argv)
     if options.table:
         print(markdown(read(options.table), choices(options.of, TITLES, "table")), end="")
         return 0
     check_place(options.out, "--out", folder=True)  # before hours of training
-    found = run(options, argv)
+    results = run(options, argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
     for table in choices(options.of, TITLES, "table"):
-        terminal_rows(TITLES[table], *cells(found, table), notes(found), console)
+        terminal_rows(TITLES[table], *cells(results, table), notes(results), console)
     return 0
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
-    """What condensation.json holds, of the variants of the tables asked for."""
+    """Trains and evaluates the variants of the requested tables. Returns the content of condensation.json."""
     device = pick_device(options.device)
     tables = choices(options.of, TITLES, "table")
-    told = provenance.begin("research.adaptivision.ablations", argv, device)
-    asked = {
-        (variant, seed): trained_as(variant, seed, options)
-        for variant in VARIANTS if set(variant.tables) & set(tables)
-        for seed in options.seeds
-    }  # fmt: skip
-    for one in asked.values():  # what cannot be built is told before the first is trained
-        train.fitting(one)
+    record = provenance.begin("research.adaptivision.ablations", argv, device)
+    variants = [variant for variant in VARIANTS if set(variant.tables) & set(tables)]
+    for variant, seed in product(variants, options.seeds):  # before the first is trained
+        train.check_buildable(training_options(variant, seed, options))
     rows = []
-    for variant in dict.fromkeys(variant for variant, _ in asked):
-        judged = []
-        for seed in options.seeds:
-            one = asked[variant, seed]
-            if (one.out / WEIGHTS).exists():
-                train.claim(one.out, train.recipe(one, train.data("scenes", one.side, one.guided)[0], device))
-            else:
-                train.train(one)
-            (net,) = classifiers.load(str(one.out), device)
-            fresh = train.data("scenes", net.side, one.guided)[1]
-            judged.append((torch.cat(train.correct(net.model, fresh, device)), *cost(net.model, fresh, device)))
-        rights = torch.stack([right for right, _, _ in judged]).double()
-        ends = bootstrap(rights.mean(0), [fresh.classes[label] for label in fresh.labels])
-        rows.append({
-            "variant": variant.name, "tables": list(variant.tables),
-            "accuracy": {"value": rights.mean().item(), "low": ends and ends[0], "high": ends and ends[1],
-                         "by_seed": rights.mean(1).tolist()},
-            "flops": mean(flops for _, flops, _ in judged), "tokens": mean(tokens for _, _, tokens in judged),
-        })  # fmt: skip
-    told |= {"process_mib": None, "ended": provenance.now()}
+    for variant in variants:
+        measured = [evaluate(training_options(variant, seed, options), device) for seed in options.seeds]
+        rows.append(row_of(variant, measured))
+    record |= {"process_mib": None, "ended": provenance.now()}
     settings = {"seeds": options.seeds, "samples": options.samples, "depth": options.depth,
-                "clusters": options.clusters, "n": rights.shape[1], "classes": len(fresh.classes),
+                "clusters": options.clusters, "n": len(measured[0].correct), "classes": len(measured[0].fresh.classes),
                 "device": provenance.device_name(device), "torch": str(torch.__version__)}  # fmt: skip
-    found = {"schema": SCHEMA, "settings": settings, "rows": rows, "provenance": told}
-    write_results(options.out / "condensation.json", found)
-    return found
+    content = {"schema": SCHEMA, "settings": settings, "rows": rows, "provenance": record}
+    write_results(options.out / "condensation.json", content)
+    return content
 
 
-def trained_as(variant: Variant, seed: int, options: argparse.Namespace) -> argparse.Namespace:
-    """The options of research.classifiers.train for one training."""
+@dataclass(frozen=True)
+class Measured:
+    """One training on fresh scenes.
+
+    Args:
+        fresh: the scenes.
+        correct: [n] bool, whether each is classified correctly.
+        flops, tokens: of an image, on average; see `cost`.
+    """
+
+    fresh: Labelled
+    correct: Tensor
+    flops: float
+    tokens: float
+
+
+def evaluate(training: argparse.Namespace, device: torch.device) -> Measured:
+    """Trains a variant, unless its folder already holds it, and evaluates it."""
+    if (training.out / WEIGHTS).exists():
+        learnt = train.data("scenes", training.side, training.guided)[0]
+        train.init_output_dir(training.out, train.recipe(training, learnt, device))
+    else:
+        train.train(training)
+    (net,) = classifiers.load(str(training.out), device)
+    fresh = train.data("scenes", net.side, training.guided)[1]
+    return Measured(fresh, torch.cat(train.correct(net.model, fresh, device)), *cost(net.model, fresh, device))
+
+
+def row_of(variant: Variant, measured: Sequence[Measured]) -> dict[str, Any]:
+    """Returns a variant's row in condensation.json."""
+    correct, fresh = torch.stack([one.correct for one in measured]).double(), measured[-1].fresh
+    ends = bootstrap(correct.mean(0), [fresh.classes[label] for label in fresh.labels])
+    return {
+        "variant": variant.name, "tables": list(variant.tables),
+        "accuracy": {"value": correct.mean().item(), "low": ends and ends[0], "high": ends and ends[1],
+                     "by_seed": correct.mean(1).tolist()},
+        "flops": mean(one.flops for one in measured), "tokens": mean(one.tokens for one in measured),
+    }  # fmt: skip
+
+
+def training_options(variant: Variant, seed: int, options: argparse.Namespace) -> argparse.Namespace:
+    """Returns the options of research.classifiers.train for one training."""
     folder = options.out / f"{variant.name.replace(' ', '-')}-{seed}"
     return train.parser().parse_args([
         "--kind", "adaptivision", "--samples", str(options.samples), "--depth", str(options.depth),
@@ -160,19 +195,20 @@ def trained_as(variant: Variant, seed: int, options: argparse.Namespace) -> argp
 
 @torch.no_grad()
 def cost(model: nn.Module, fresh: Labelled, device: torch.device) -> tuple[float, float]:
-    """(operations, tokens behind the condensation) of a picture, on average over a few, each by itself."""
+    """Returns (FLOPs, tokens after clustering) of an image, the mean over a few images in batches of one."""
     assert isinstance(model, AdaptiVision)
     tokens = []
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        for i, (picture, _) in enumerate(DataLoader(Subset(fresh.pictures, range(COUNTED)))):
-            told = None if fresh.guidance is None else fresh.guidance[i : i + 1].to(device)
-            _, clusters = model.features(picture.to(device), told)
+        for i, (image, _) in enumerate(DataLoader(Subset(fresh.images, range(COUNTED)))):
+            guidance = None if fresh.guidance is None else fresh.guidance[i : i + 1].to(device)
+            _, clusters = model.features(image.to(device), guidance)
             tokens.append(len(model.position) if clusters is None else int(clusters.used.sum()))
     return counter.get_total_flops() / COUNTED, mean(tokens)
 
 
 def read(out: Path) -> dict[str, Any]:
-    found: dict[str, Any] = formats.read(
+    """Reads condensation.json. EvalError where it is missing or damaged."""
+    found = formats.read(
         out / "condensation.json", formats.CONDENSATION, SCHEMA, "research.adaptivision.ablations", out.name
     )
     if (out / RECORD).exists():
@@ -180,10 +216,10 @@ def read(out: Path) -> dict[str, Any]:
     return found
 
 
-def cells(found: dict[str, Any], table: str) -> tuple[list[str], list[list[str]]]:
-    """(titles, the texts of each row) of one table."""
+def cells(results: dict[str, Any], table: str) -> tuple[list[str], list[list[str]]]:
+    """Returns (titles, the cells of each row) of one table."""
     lines = []
-    for row in (row for row in found["rows"] if table in row["tables"]):
+    for row in (row for row in results["rows"] if table in row["tables"]):
         a = row["accuracy"]
         between = f" ({100 * a['low']:.1f}–{100 * a['high']:.1f})" if a["low"] is not None else ""
         each = ", ".join(f"{100 * value:.1f}" for value in a["by_seed"])
@@ -192,20 +228,22 @@ def cells(found: dict[str, Any], table: str) -> tuple[list[str], list[list[str]]
     return ["variant", "accuracy, %", "of each training", "tokens", "GFLOP / image"], lines
 
 
-def notes(found: dict[str, Any]) -> list[str]:
-    """Without which the figures mean nothing."""
-    s, p = found["settings"], found["provenance"]
+def notes(results: dict[str, Any]) -> list[str]:
+    """Returns the lines below a table: how it was measured."""
+    s, p = results["settings"], results["provenance"]
     return [
-        f"Trainings of seeds {', '.join(map(str, s['seeds']))}, {s['samples']:,} pictures each · {s['n']} fresh scenes "
-        f"of {s['classes']} classes · {s['depth']} layers, clusters {s['clusters']}.",
-        f"float32 on {s['device']} · torch {s['torch']} · commit {p['commit'] or 'unknown'}.",
-        "Accuracy: mean over the trainings, 95 % interval over classes; tokens and FLOPs: of one image.",
-        *(["", f"`{p['command']}`"] if "record" not in p else [p["record"]]),
+        f"Trainings of seeds {', '.join(map(str, s['seeds']))}, {s['samples']:,} images each · {s['n']} fresh scenes "
+        f"of {s['classes']} classes · {s['depth']} layers, clusters {s['clusters']} · float32 on {s['device']} · torch "
+        f"{s['torch']} · commit {p['commit'] or 'unknown'}.",
+        "Accuracy: mean over the trainings, 95 % interval over classes; tokens and FLOPs: of a single image.",
+        "",
+        f"`{p['command']}`",
     ]
 
 
-def markdown(found: dict[str, Any], tables: Sequence[str]) -> str:
-    parts = [f"**{TITLES[table]}**\n\n" + markdown_rows(*cells(found, table), notes(found)) for table in tables]
+def markdown(results: dict[str, Any], tables: Sequence[str]) -> str:
+    """Returns the tables in Markdown."""
+    parts = [f"**{TITLES[table]}**\n\n" + markdown_rows(*cells(results, table), notes(results)) for table in tables]
     return "\n".join(parts)
 
 

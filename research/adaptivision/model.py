@@ -1,7 +1,7 @@
-"""AdaptiVision: a vision transformer that condenses its patches into as many super-tokens as a picture is complex.
+"""AdaptiVision: a vision transformer that clusters its patches; complex images get more super-tokens.
 
-Dynamic token clustering, attention modulated by the whole picture, fusion with tokens of another kind, and the three
-losses. Where the paper is silent, or its shapes do not fit each other, what was chosen is said beside it.
+It has dynamic token clustering, attention modulated by the whole image, cross-attention to guidance tokens, and three
+losses. Where the paper leaves something open, or its shapes do not fit, a docstring says what was chosen.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from tofu_sd.core.matching import soft_assignment
 
 @dataclass(frozen=True)
 class Clusters:
-    """tokens [B, K, D]: the super-tokens. weights [B, N, K]: how much of each token is in each. used [B, K]: bool.
+    """The clusters of a batch.
 
-    distance: the mean over the batch of sum_ik a_ik ||z_i - mu_k||^2, divided by N (Eq. 14).
+    Args:
+        tokens: [B, K, D], the super-tokens.
+        weights: [B, N, K], the share of each token in each cluster.
+        used: [B, K] bool, whether an image uses a cluster.
+        distance: mean over the batch of sum_ik a_ik ||z_i - mu_k||^2, divided by N (Eq. 14).
     """
 
     tokens: Tensor
@@ -30,25 +34,25 @@ class Clusters:
 
 
 class DynamicTokenClustering(nn.Module):
-    """Soft k-means of N tokens into K super-tokens (section 3.2); K follows the picture.
+    """Soft k-means of N tokens into K super-tokens (section 3.2); K depends on the image.
 
-    The learned centroids are where the clustering begins; `iterations` rounds of k-means move them to the picture's
-    tokens. Complexity is the entropy of how the tokens spread over all centroids, between 0 and log(most); K grows with
-    it from `least` to `most`, and the K centroids with the most tokens stay, in that order. In a batch those of the
-    richest picture are kept; what another one does not use is masked.
+    The clustering starts at learned centroids, which `iterations` rounds of k-means move to the image's tokens. The
+    complexity of an image is the entropy of its tokens over all centroids, divided by log(most). K grows with it from
+    `fewest` to `most`, and the K centroids with the most tokens are kept, largest first. A batch keeps as many as its
+    most complex image needs; the others mask what they do not use.
     """
 
-    def __init__(self, width: int, least: int, most: int, temperature: float = 150.0, iterations: int = 1):
+    def __init__(self, width: int, fewest: int, most: int, temperature: float = 150.0, iterations: int = 1):
         super().__init__()
-        if not 1 <= least <= most:
-            raise ValueError(f"least is {least} and most is {most}: the numbers of clusters must be 1 <= least <= most")
+        if not 1 <= fewest <= most:
+            raise ValueError(f"fewest is {fewest} and most is {most}: clusters need 1 <= fewest <= most")
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; it must be above 0")
-        self.least, self.most, self.temperature, self.iterations = least, most, temperature, iterations
+        self.fewest, self.most, self.temperature, self.iterations = fewest, most, temperature, iterations
         self.centroids = nn.Parameter(torch.randn(most, width))
 
     def complexity(self, weights: Tensor) -> Tensor:
-        """0..1 for assignments [B, N, most]: [B]."""
+        """Returns the complexity, in 0..1, of assignments [B, N, most]: [B]."""
         if self.most == 1:
             return weights.new_zeros(len(weights))
         spread = weights.mean(dim=1)
@@ -56,8 +60,8 @@ class DynamicTokenClustering(nn.Module):
 
     def forward(self, z: Tensor) -> Clusters:
         weights = soft_assignment(z, self.centroids.expand(len(z), -1, -1), self.temperature)
-        wanted = self.least + self.complexity(weights) * (self.most - self.least)
-        K = wanted.round().long().clamp(self.least, self.most)
+        clusters_needed = self.fewest + self.complexity(weights) * (self.most - self.fewest)
+        K = clusters_needed.round().long().clamp(self.fewest, self.most)
         order = weights.sum(dim=1).argsort(dim=1, descending=True, stable=True)[:, : int(K.max())]
         centroids = self.centroids[order]
         used = torch.arange(order.shape[1], device=z.device) < K.unsqueeze(1)
@@ -66,16 +70,16 @@ class DynamicTokenClustering(nn.Module):
             mass = weights.sum(dim=1).unsqueeze(-1)
             centroids = torch.where(mass > 1e-6, weights.mT @ z / mass.clamp_min(1e-6), centroids)
         weights = soft_assignment(z, centroids, self.temperature, used)
-        apart = (weights * torch.cdist(z, centroids).square()).sum(dim=(1, 2)).mean() / z.shape[1]
-        return Clusters(weights.mT @ z, weights, used, apart)
+        distance = (weights * torch.cdist(z, centroids).square()).sum(dim=(1, 2)).mean() / z.shape[1]
+        return Clusters(weights.mT @ z, weights, used, distance)
 
 
 class TokenSelection(nn.Module):
-    """What the paper's table 5 puts beside clusters: `most` of the tokens are kept as they are, the others dropped.
+    """The alternatives to clusters in the paper's table 5: `most` of the tokens are kept and the others dropped.
 
-    "random" keeps those that a number made of the token itself happens to favour, so that a picture always keeps the
-    same. "importance" keeps those that a learnt score favours, and passes them on in proportion to it, so that it can
-    be learnt (after DynamicViT, which drops tokens in several layers; here it is done where the clusters are made).
+    "random" keeps tokens by a hash of their values, so that an image always keeps the same. "importance" keeps those of
+    the largest learned score and scales them by it, so that it can be learned (after DynamicViT, which drops tokens in
+    several layers; here they are dropped once, in place of the clustering).
     """
 
     KINDS = ("random", "importance")
@@ -100,11 +104,11 @@ class TokenSelection(nn.Module):
 
 
 class AdaptiveFocusAttention(nn.Module):
-    """Self-attention whose scores are multiplied by a matrix that the pooled picture predicts (Eq. 4-7).
+    """Self-attention whose scores are multiplied by a matrix M that the pooled image predicts (Eq. 4-7).
 
-    The paper's M is K x K, with a K that is each picture's own: here it is made for `most` clusters, from the largest
-    one down, and cut to K. It is one plus the product of two thin matrices that are linear in the pooled tokens, of
-    which one begins at zero, so that it begins as ordinary attention.
+    The paper's M is K x K, and K differs between images. Here it is made for `most` clusters, largest first, and cut to
+    K. It is one plus the product of two thin matrices that are linear in the pooled tokens. One of them starts at zero,
+    so that training starts from ordinary attention.
     """
 
     def __init__(self, width: int, heads: int, most: int, rank: int = 4):
@@ -118,7 +122,7 @@ class AdaptiveFocusAttention(nn.Module):
         nn.init.zeros_(self.rows.bias)
 
     def modulation(self, s: Tensor, used: Tensor) -> Tensor:
-        """M [B, K, K] of the tokens s [B, K, D]."""
+        """Returns M [B, K, K] of the tokens s [B, K, D]."""
         pooled = pool(s, used)
         rows, columns = (layer(pooled).unflatten(-1, (self.most, self.rank)) for layer in (self.rows, self.columns))
         K = s.shape[1]
@@ -133,10 +137,9 @@ class AdaptiveFocusAttention(nn.Module):
 
 
 class CrossModalTokenFusion(nn.Module):
-    """Cross-attention to tokens of another kind, behind a gate (Eq. 8-10). Without such tokens nothing is added.
+    """Gated cross-attention to guidance tokens (Eq. 8-10). Without guidance nothing is added.
 
-    Eq. 10 as printed adds the gate itself, which is never below 0 and says nothing of what is attended to; here, as the
-    text has it, the gate regulates what is added.
+    Eq. 10 as printed adds the gate itself. Here, as in the text, the gate scales what is added.
     """
 
     def __init__(self, width: int, heads: int):
@@ -153,7 +156,7 @@ class CrossModalTokenFusion(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, fusion with guidance, and the feed-forward layer of a transformer, on which the paper is silent."""
+    """Attention, cross-attention to guidance, and a feed-forward layer, which the paper does not specify."""
 
     def __init__(self, width: int, heads: int, most: int, focus: bool, guided: bool):
         super().__init__()
@@ -177,39 +180,68 @@ STRATEGIES = ("clusters", *TokenSelection.KINDS)
 
 
 class LinearEmbedding(nn.Module):
-    """Patches of pictures [B, 3, H, W] as tokens [B, N, width], a linear map of their pixels (section 3.1)."""
+    """Maps patches of images [B, 3, H, W] linearly to tokens [B, N, width] (section 3.1)."""
 
     def __init__(self, patch: int, width: int):
         super().__init__()
         self.proj = nn.Conv2d(3, width, patch, patch)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        return self.proj(pictures).flatten(2).mT
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).mT
+
+
+@dataclass(frozen=True)
+class Size:
+    """The size of a transformer.
+
+    Args:
+        side, patch: of the images and patches, in pixels.
+        width, depth, heads, classes: channels of a token, and numbers of layers, heads and classes.
+    """
+
+    side: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    classes: int
+
+    def __post_init__(self) -> None:
+        if self.side % self.patch:
+            raise ValueError(f"side is {self.side}; it must be a multiple of the patch's {self.patch} pixels")
+
+    @property
+    def tokens(self) -> int:
+        return (self.side // self.patch) ** 2
 
 
 class AdaptiVision(nn.Module):
-    """Pictures [B, 3, side, side] to scores [B, classes].
+    """Classifies images [B, 3, side, side]: scores [B, classes].
 
-    clusters: (least, most) super-tokens; None keeps all patches. strategy: "clusters", or "random" or "importance" to
-    keep `most` of the patches instead. focus: whether attention is modulated. guided: the width of tokens of another
-    kind [B, M, guided] that are fused, 0 for none. embed: pictures -> tokens [B, N, width], where it is not the paper's
-    linear one. temperature: of the assignment, in squared distances; the paper's 150 is far above those of models
-    trained here, whose pictures then all get `most` clusters, and 1 is near them.
+    Args:
+        size: of the transformer.
+        clusters: (fewest, most) super-tokens; None keeps all patches.
+        strategy: "clusters"; "random" or "importance" keep `most` patches instead.
+        focus: whether attention is modulated.
+        guided: width of the guidance tokens [B, M, guided]; 0 without guidance.
+        temperature: of the assignment, in squared distances. The paper's 150 is far above the distances in models
+            trained here, which gives every image `most` clusters; 1 is close to them.
+        embed: images -> tokens [B, N, width], instead of the linear embedding.
+
+    Raises:
+        ValueError: sizes or options that do not fit.
     """
 
     def __init__(
-        self, side: int, patch: int, width: int, depth: int, heads: int, classes: int,
-        clusters: tuple[int, int] | None = (16, 64), strategy: str = "clusters", focus: bool = True, guided: int = 0,
-        temperature: float = 150.0, embed: nn.Module | None = None,
+        self, size: Size, clusters: tuple[int, int] | None = (16, 64), strategy: str = "clusters", focus: bool = True,
+        guided: int = 0, temperature: float = 150.0, embed: nn.Module | None = None,
     ):  # fmt: skip
         super().__init__()
-        if side % patch:
-            raise ValueError(f"side is {side}; it must be a multiple of the patch's {patch} pixels")
-        tokens = (side // patch) ** 2
+        tokens, width = size.tokens, size.width
         if clusters is not None and not 1 <= clusters[0] <= clusters[1]:
-            raise ValueError(f"clusters is {clusters}; it must be the fewest and the most, from 1 on")
+            raise ValueError(f"clusters is {clusters}; it must be the fewest and the most, each >= 1")
         if clusters is not None and clusters[1] > tokens:
-            raise ValueError(f"clusters is {clusters}; a picture has {tokens} patches, so at most as many")
+            raise ValueError(f"clusters is {clusters}; an image has {tokens} patches, so at most as many")
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy is {strategy!r}; it must be one of {', '.join(STRATEGIES)}")
         if clusters is None and strategy != "clusters":
@@ -217,7 +249,7 @@ class AdaptiVision(nn.Module):
         if not temperature > 0:
             raise ValueError(f"temperature is {temperature}; it must be above 0")
         most = tokens if clusters is None else clusters[1]
-        self.embed = LinearEmbedding(patch, width) if embed is None else embed
+        self.embed = LinearEmbedding(size.patch, width) if embed is None else embed
         self.position = nn.Parameter(0.02 * torch.randn(tokens, width))
         self.condense: nn.Module | None = None
         if clusters is not None and strategy == "clusters":
@@ -226,12 +258,12 @@ class AdaptiVision(nn.Module):
             self.condense = TokenSelection(width, most, strategy)
         self.guide = nn.Linear(guided, width) if guided else None
         self.layers = nn.ModuleList()
-        self.layers.extend(Layer(width, heads, most, focus, bool(guided)) for _ in range(depth))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
+        self.layers.extend(Layer(width, size.heads, most, focus, bool(guided)) for _ in range(size.depth))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, size.classes))
 
-    def features(self, pictures: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Clusters | None]:
-        """(the pooled super-tokens of the last layer [B, D], the clusters)."""
-        s = self.embed(pictures) + self.position
+    def features(self, images: Tensor, guidance: Tensor | None = None) -> tuple[Tensor, Clusters | None]:
+        """Returns (the pooled super-tokens of the last layer [B, D], the clusters)."""
+        s = self.embed(images) + self.position
         clusters = None if self.condense is None else self.condense(s)
         used = torch.ones(s.shape[:2], dtype=torch.bool, device=s.device) if clusters is None else clusters.used
         s = s if clusters is None else clusters.tokens
@@ -241,38 +273,38 @@ class AdaptiVision(nn.Module):
         return pool(s, used), clusters
 
     def _guidance(self, guidance: Tensor | None) -> Tensor | None:
-        """Guidance [B, M, guided] as wide as the tokens; without any the model does what it can."""
+        """Projects guidance [B, M, guided] to the width of the tokens; None without guidance."""
         if guidance is None or self.guide is None:
             return None
         embedded: Tensor = self.guide(guidance)
         return embedded
 
-    def forward(self, pictures: Tensor, guidance: Tensor | None = None) -> Tensor:
-        scores: Tensor = self.head(self.features(pictures, guidance)[0])
+    def forward(self, images: Tensor, guidance: Tensor | None = None) -> Tensor:
+        scores: Tensor = self.head(self.features(images, guidance)[0])
         return scores
 
     def loss(
-        self, pictures: Tensor, labels: Tensor, guidance: Tensor | None = None, clustering: float = 0.01,
+        self, images: Tensor, labels: Tensor, guidance: Tensor | None = None, clustering: float = 0.01,
         alignment: float = 0.1,
     ) -> Tensor:  # fmt: skip
-        """Eq. 12: cross-entropy and, by their weights, how far tokens are from clusters and pictures from guidance."""
-        pooled, clusters = self.features(pictures, guidance)
+        """Returns the loss (Eq. 12): cross-entropy, clustering distance and alignment, weighted."""
+        pooled, clusters = self.features(images, guidance)
         total = F.cross_entropy(self.head(pooled), labels)
         if clusters is not None:
             total = total + clustering * clusters.distance
-        told = self._guidance(guidance)
-        if told is not None:
-            total = total + alignment * alignment_loss(pooled, told.mean(dim=1))
+        projected = self._guidance(guidance)
+        if projected is not None:
+            total = total + alignment * alignment_loss(pooled, projected.mean(dim=1))
         return total
 
 
 def pool(s: Tensor, used: Tensor) -> Tensor:
-    """The mean [B, D] of the tokens s [B, K, D] that are used [B, K]."""
+    """Returns the mean [B, D] of the tokens s [B, K, D] that are used [B, K]."""
     weight = used.unsqueeze(-1).to(s.dtype)
     return (s * weight).sum(dim=1) / weight.sum(dim=1)
 
 
-def alignment_loss(pictures: Tensor, guidance: Tensor, temperature: float = 0.1) -> Tensor:
-    """Eq. 15 of pooled pictures [B, D] and what belongs to each [B, D]; the others of the batch are the negatives."""
-    scores = F.normalize(pictures, dim=-1) @ F.normalize(guidance, dim=-1).mT / temperature
+def alignment_loss(images: Tensor, guidance: Tensor, temperature: float = 0.1) -> Tensor:
+    """Returns the contrastive loss (Eq. 15) of pooled images and guidance [B, D]; the rest of the batch is negative."""
+    scores = F.normalize(images, dim=-1) @ F.normalize(guidance, dim=-1).mT / temperature
     return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))

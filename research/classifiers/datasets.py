@@ -1,4 +1,4 @@
-"""Pictures with labels, to train classifiers on and to judge them by: the embedded scenes, or a folder of folders."""
+"""Labelled images, to train and evaluate classifiers: the embedded scenes, or a folder with a folder for each class."""
 
 from __future__ import annotations
 
@@ -26,34 +26,38 @@ from ..demo_training import scenes
 
 CACHE = Path("runs/scenes")
 CHUNK = 32  # scenes rendered at once
-READ = 2**30  # bytes of a folder's pictures that its key is made of, about, beside all their names and sizes
+READ = 2**30  # bytes of a folder's images that its key is made of, about, besides all names and sizes
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """pictures: a dataset of (float [3, side, side], label). classes: their names. name: for tables. key: of what the
-    pictures are: the name alone can be that of others.
+    """Images with labels.
 
-    guidance [n, M, G]: what else is known of each picture, as tokens; None for nothing.
+    Args:
+        images: a dataset of (image [3, side, side], label).
+        classes: names of the classes.
+        name: for tables.
+        key: hash of the images; several may have the same name.
+        guidance: [n, M, G], further tokens of each image, or None.
     """
 
-    pictures: Dataset[tuple[Tensor, int]]
+    images: Dataset[tuple[Tensor, int]]
     classes: tuple[str, ...]
     name: str
     key: str
     guidance: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.pictures)  # type: ignore[arg-type]
+        return len(self.images)  # type: ignore[arg-type]
 
     @property
     def labels(self) -> list[int]:
-        """Of every picture, without opening it."""
-        return self.pictures.targets  # type: ignore[attr-defined]
+        """The label of every image, without opening it."""
+        return self.images.targets  # type: ignore[attr-defined]
 
 
 class Renders(Dataset[tuple[Tensor, int]]):
-    """Rendered scenes, as many of each class; picture i is of class i mod 96, so that a part is as mixed as all."""
+    """Rendered scenes, equally many of each class. Image i has class i mod 96, so that any part is mixed."""
 
     def __init__(self, rows: np.ndarray):
         self.rows = rows
@@ -67,51 +71,52 @@ class Renders(Dataset[tuple[Tensor, int]]):
 
 
 class Noisy(Dataset[tuple[Tensor, int]]):
-    """Pictures in 0..1 under Gaussian noise of a deviation `sigma`, cut to 0..1 again; the same noise every time."""
+    """Images in 0..1 with Gaussian noise of standard deviation `sigma`, clamped to 0..1; always the same noise."""
 
-    def __init__(self, pictures: Dataset[tuple[Tensor, int]], sigma: float):
-        self.pictures, self.sigma = pictures, sigma
-        self.targets = pictures.targets  # type: ignore[attr-defined]
+    def __init__(self, images: Dataset[tuple[Tensor, int]], sigma: float):
+        self.images, self.sigma = images, sigma
+        self.targets = images.targets  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
-        return len(self.pictures)  # type: ignore[arg-type]
+        return len(self.images)  # type: ignore[arg-type]
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        picture, label = self.pictures[i]
-        noise = torch.randn(picture.shape, generator=torch.Generator().manual_seed(i))
-        return (picture + self.sigma * noise).clamp(0, 1), label
+        image, label = self.images[i]
+        noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(i))
+        return (image + self.sigma * noise).clamp(0, 1), label
 
 
 def noisy(data: Labelled, sigma: float) -> Labelled:
-    """The same pictures under noise (as in ImageNet-C, Hendrycks & Dietterich, ICLR 2019): where all are named right,
-    accuracy tells nothing apart.
-    """  # fmt: skip
-    told = f", noise {sigma:g}"
-    return replace(data, pictures=Noisy(data.pictures, sigma), name=data.name + told, key=data.key + told)
+    """Returns the same images with noise (as in ImageNet-C, Hendrycks & Dietterich, ICLR 2019).
+
+    Without it accuracy may be too close to 100 % to compare methods.
+    """
+    suffix = f", noise {sigma:g}"
+    return replace(data, images=Noisy(data.images, sigma), name=data.name + suffix, key=data.key + suffix)
 
 
 def rendered(side: int, per_class: int, first_seed: int, cache: Path = CACHE) -> Labelled:
-    """Scenes of all 96 classes, side pixels wide, seeds from `first_seed` on. Rendered once and kept in `cache`."""
-    rows = _kept(cache, f"{side}px", scenes.render, side, per_class, first_seed)
+    """Returns scenes of all 96 classes, rendered once into `cache` with seeds from `first_seed` on."""
+    rows = _cached(cache, f"{side}px", scenes.render, side, per_class, first_seed)
     key = f"scenes {digest(Path(scenes.__file__))}, {side} px, {len(rows)} from {first_seed}"
     return Labelled(Renders(rows), tuple(kind.name for kind in CLASSES), "scenes", key)
 
 
-DEPTH, PIECE = 28, 4  # pixels a side of a picture of nearness, and of a piece of it
+DEPTH, PIECE = 28, 4  # side of a nearness image and of one of its pieces, in pixels
 
 
 def guided(data: Labelled, per_class: int, first_seed: int, cache: Path = CACHE) -> Labelled:
-    """The same rendered scenes with their nearness, as a depth camera would see it: 49 tokens of 4 × 4 pixels."""
-    rows = _kept(cache, f"{DEPTH}px-near", scenes.nearness, DEPTH, per_class, first_seed)
+    """Returns the same scenes with their nearness, as from a depth camera: 49 tokens of 4 × 4 pixels."""
+    rows = _cached(cache, f"{DEPTH}px-near", scenes.nearness, DEPTH, per_class, first_seed)
     near = torch.from_numpy(np.array(rows)).float() / 255  # [n, 1, 28, 28]
     tokens = torch.nn.functional.unfold(near, PIECE, stride=PIECE).mT  # [n, 49, 16]
     return replace(data, guidance=tokens)
 
 
-def _kept(
+def _cached(
     cache: Path, what: str, draw: Callable[..., Tensor], side: int, per_class: int, first_seed: int
 ) -> np.ndarray:
-    """uint8 [96 × per_class, C, side, side] of what `draw` makes of classes and seeds, from a file if it is there."""
+    """Returns `draw(classes, seeds, side)` as uint8 [96 × per_class, C, side, side], from a file if there is one."""
     n = per_class * len(CLASSES)
     path = cache / f"{what}-{n}-from-{first_seed}-{digest(Path(scenes.__file__))}.npy"
     if not path.exists():
@@ -126,48 +131,52 @@ def _kept(
     try:
         return np.load(path, mmap_mode="r")
     except (ValueError, EOFError) as error:
-        raise EvalError(f"{path.name} in {cache} is damaged; delete it, it is rendered again") from error
+        raise EvalError(f"{path.name} in {cache} is damaged; delete it, and it is rendered again") from error
 
 
 def _render(file: Path, what: str, draw: Callable[..., Tensor], side: int, n: int, first_seed: int) -> None:
-    """Writes what `_kept` reads."""
+    """Writes the file that `_cached` reads."""
     out: Any = None
-    for begin in progress(range(0, n, CHUNK), f"{what}: {n} scenes"):
-        rows = range(begin, min(begin + CHUNK, n))
-        drawn = draw([CLASSES[i % len(CLASSES)] for i in rows], [first_seed + i for i in rows], side)
+    for start in progress(range(0, n, CHUNK), f"{what}: {n} scenes"):
+        rows = range(start, min(start + CHUNK, n))
+        images = draw([CLASSES[i % len(CLASSES)] for i in rows], [first_seed + i for i in rows], side)
         if out is None:
-            out = np.lib.format.open_memmap(file, "w+", np.uint8, (n, *drawn.shape[1:]))
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, and a crash where the map is written
+            out = np.lib.format.open_memmap(file, "w+", np.uint8, (n, *images.shape[1:]))
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # a full disk is an error here, but a crash while the memory map is written
                 with file.open("r+b") as opened:
                     os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-        out[begin : begin + len(rows)] = (drawn * 255).round().byte().numpy()
+        out[start : start + len(rows)] = (images * 255).round().byte().numpy()
     out.flush()
 
 
 class Mixed(Dataset[tuple[Tensor, int]]):
-    """A folder's pictures, the first of every class, then the second of every class, and so on: a part is as mixed as
-    all. found: torchvision's ImageFolder, which has them class by class.
-    """  # fmt: skip
+    """A folder's images: the first of every class, then the second of every class and so on; any part is mixed.
 
-    def __init__(self, found: Any):
-        self.found = found
-        seen: Counter[int] = Counter()
+    Args:
+        images: torchvision's ImageFolder, which has them class by class.
+    """
+
+    def __init__(self, images: Any):
+        self.images = images
+        count: Counter[int] = Counter()
         rank = []
-        for label in found.targets:
-            rank.append(seen[label])
-            seen[label] += 1
-        self.order = sorted(range(len(rank)), key=lambda i: (rank[i], found.targets[i]))
-        self.targets = [found.targets[i] for i in self.order]
+        for label in images.targets:
+            rank.append(count[label])
+            count[label] += 1
+        self.order = sorted(range(len(rank)), key=lambda i: (rank[i], images.targets[i]))
+        self.targets = [images.targets[i] for i in self.order]
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.found[self.order[i]]
+        return self.images[self.order[i]]
 
 
 def plain(side: int) -> Callable[[Any], Tensor]:
-    """Of a PIL image, the middle square as a float tensor [3, side, side] in 0..1."""
+    """Returns the transform of a PIL image to its middle square: float [3, side, side] in 0..1."""
     from torchvision.transforms import v2
 
     steps = [v2.RGB(), v2.Resize(side), v2.CenterCrop(side), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
@@ -175,31 +184,33 @@ def plain(side: int) -> Callable[[Any], Tensor]:
 
 
 def folder(path: Path, transform: Callable[[Any], Tensor]) -> Labelled:
-    """Pictures of a folder with a folder for each class, as torchvision's ImageFolder reads it, ImageNet's val too.
+    """Returns the images of a folder with a folder for each class, as torchvision's ImageFolder reads it.
 
-    EvalError where it is none.
+    Raises:
+        EvalError: there is no such folder.
     """
     from torchvision.datasets import ImageFolder
 
     if not path.is_dir():
-        raise EvalError(f"there is no folder {str(path)!r} of pictures; it holds a folder of them for each class")
+        raise EvalError(f"there is no folder {str(path)!r} of images; it must hold a folder for each class")
     try:
-        found = ImageFolder(str(path), transform)
+        images = ImageFolder(str(path), transform)
     except FileNotFoundError as error:
         reason = without_paths(str(error))
-        raise EvalError(f"the folder {str(path)!r} holds no folder of pictures for each class: {reason}") from error
-    key = key_of([Path(name) for name, _ in found.samples], path)
-    return Labelled(Mixed(found), tuple(found.classes), path.name, key)
+        raise EvalError(f"the folder {str(path)!r} holds no folder of images for each class: {reason}") from error
+    key = key_of([Path(name) for name, _ in images.samples], path)
+    return Labelled(Mixed(images), tuple(images.classes), path.name, key)
 
 
 def key_of(files: Sequence[Path], root: Path) -> str:
-    """Of pictures in a folder, wherever a copy of it lies: by their names, their sizes and what they hold.
+    """Returns a hash of the images in a folder, by names, sizes and content; a copy of the folder has the same.
 
-    Beyond a gibibyte, what every second of them holds, every third and so on: to read all of ImageNet takes minutes.
+    Of more than a GiB the content of every second image counts, of more every third and so on, as reading all of
+    ImageNet takes minutes.
     """
     sizes = [file.stat().st_size for file in files]
-    told = [(file.relative_to(root).as_posix(), size) for file, size in zip(files, sizes, strict=True)]
-    key = hashlib.sha256(json.dumps(told).encode())
+    names = [(file.relative_to(root).as_posix(), size) for file, size in zip(files, sizes, strict=True)]
+    key = hashlib.sha256(json.dumps(names).encode())
     for file in files[:: math.ceil(sum(sizes) / READ) or 1]:
         key.update(file.read_bytes())
     return key.hexdigest()[:16]

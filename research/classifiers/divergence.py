@@ -1,4 +1,4 @@
-"""A training that diverges ends at once, with its checkpoints as good as they were."""
+"""Stops a training that diverges at once, and keeps its last good checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def is_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def resumed_at(checkpoint: Path) -> int:
-    """The step after which a training resumes; 0 without a checkpoint. EvalError for one that cannot be used."""
+    """Returns the step after which a training resumes; 0 without a checkpoint. EvalError for an unusable one."""
     if not checkpoint.exists():
         return 0
     state = _read(checkpoint)
@@ -36,7 +36,7 @@ def resumed_at(checkpoint: Path) -> int:
 
 
 def stopped(checkpoint: Path, what: str, rate: float) -> EvalError:
-    """The error that ends a training. A checkpoint whose weights are not finite is removed: nothing resumes from it."""
+    """Returns the error that ends a training, and removes a checkpoint whose weights are not finite."""
     if checkpoint.exists() and not _is_good(_read(checkpoint)):
         checkpoint.unlink()
     return EvalError(
@@ -46,8 +46,8 @@ def stopped(checkpoint: Path, what: str, rate: float) -> EvalError:
 
 
 @contextmanager
-def written(checkpoint: Path) -> Iterator[None]:
-    """Inside, a checkpoint that cannot be written is an error of the system, and leaves no part of a file."""
+def flag(checkpoint: Path) -> Iterator[None]:
+    """Turns a checkpoint that cannot be written into an OSError, and removes its partial file."""
     try:
         yield
     except RuntimeError as error:
@@ -58,7 +58,7 @@ def written(checkpoint: Path) -> Iterator[None]:
 
 
 def _read(checkpoint: Path) -> dict[str, Any] | None:
-    """What a checkpoint holds; None where it is damaged."""
+    """Returns the content of a checkpoint; None where it is damaged."""
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError, ValueError, KeyError):

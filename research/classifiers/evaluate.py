@@ -1,13 +1,12 @@
 """What token reduction costs a classifier: the work behind `python -m research.classifiers.classify`.
 
-Accuracy, operations and images a second of each method at each r, over all classifiers that a name stands for: the
-tables of ToFu (1 to 3) and ATM (1). Thresholds, which know of no r, are set to the operations that ToMe has at it.
+It measures accuracy, FLOPs and images per second of each method at each r, over all classifiers of a name, as in the
+tables of ToFu (1 to 3) and ATM (1). Thresholds, which have no r, are set to ToMe's FLOPs at the same r.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Collection, Sequence
 from copy import deepcopy
@@ -19,7 +18,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
@@ -30,111 +28,192 @@ from eval.common.devices import pick_device, pick_dtype
 from eval.common.files import png, write, write_results
 from eval.metrics.statistics import bootstrap
 from tofu_sd.hosts import timm as host
+from tofu_sd.hosts import timm_linearity
 from tofu_sd.patching.autotune import synchronize
 
 from ..demo_training.recipe import TEST_SEED
 from . import datasets as labelled
 from . import models as classifiers
+from .calibration import calibrate_thresholds, candidate_rs, cosine_distance, largest_at_full_accuracy
 from .datasets import Labelled
 from .figures import maps, plot
 from .methods import BASELINE, Method, parse
 from .models import Classifier
-from .predictions import Bench, Judged, judge
-from .tables import CALIBRATION, CURVES, FRESH, RS, SCHEMA, spread
+from .predictions import Evaluation, Predictions
+from .tables import CALIBRATION, FRESH, RS, SCHEMA, spread
 
-SCALES, HALVINGS = (1e-6, 1.0), 10  # of a curve, on a logarithmic scale
-TAKES = {"table": ("rows", "plot"), "linearity": ("plot",)}  # what parts of a folder's results take
+APPLICABLE = {"table": ("rows", "plot"), "linearity": ("plot",)}  # the options beside --table and --linearity
 
 
 def refuse_idle(options: argparse.Namespace, typed: Collection[str]) -> None:
-    """EvalError for options that would do nothing beside what is asked for."""
-    shown = next((name for name in TAKES if getattr(options, name)), None)
+    """Raises EvalError for options that would have no effect beside the others."""
+    shown = next((name for name in APPLICABLE if getattr(options, name)), None)
     for name in sorted(typed):
-        if shown and name not in (shown, *TAKES[shown]):
-            raise EvalError(f"{flag(name)} says nothing of --{shown}")
+        if shown and name not in (shown, *APPLICABLE[shown]):
+            raise EvalError(f"{flag(name)} has no effect with --{shown}")
     if "rows" in typed and not shown:
-        raise EvalError("--rows is of --table alone")
+        raise EvalError("--rows needs --table")
     if "plot" in typed and options.stress:
-        raise EvalError("--plot draws methods at several r, and --stress finds one of each")
+        raise EvalError("--plot draws methods at several r, and --stress finds one for each")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is evaluated: checked before anything is measured.
+
+    Args:
+        models: the classifiers.
+        methods: to be evaluated; the baseline is always evaluated too.
+        tried: the r of the stress test, rising from 0; None without it.
+        evaluation: the images.
+    """
+
+    models: list[Classifier]
+    methods: list[Method]
+    tried: list[int] | None
+    evaluation: Evaluation
 
 
 def run(options: argparse.Namespace, argv: Sequence[str]) -> tuple[dict[str, Any], Path]:
-    """(what classify.json holds, the folder). EvalError for what cannot be, before anything is measured."""
+    """Returns (the content of classify.json, the folder). EvalError, before anything is measured, for bad options."""
     device = pick_device(options.device)
-    told = provenance.begin("research.classifiers.classify", argv, device)
-    dtype = pick_dtype(options.dtype, device)
-    models = classifiers.load(options.model, device, dtype)
+    record = provenance.begin("research.classifiers.classify", argv, device)
+    plan = make_plan(options, device)
+    results = evaluate(plan)
+    time_interleaved(plan.evaluation, plan.models[0], results, options.rounds)
+    groups, batch = plan.evaluation.groups(), min(plan.evaluation.n, options.batch)
+    record |= {"process_mib": None, "ended": provenance.now()}
+    content = {
+        "schema": SCHEMA, "settings": settings_of(plan, options, device),
+        "rows": [result.row(results, groups, batch) for result in results],
+        "linearity": linearity_of(plan, device), "provenance": record,
+    }  # fmt: skip
+    write_outputs(content, plan, results, options)
+    return content, plan.evaluation.out
+
+
+def make_plan(options: argparse.Namespace, device: torch.device) -> Plan:
+    """Loads classifiers and images, and checks that each method fits. EvalError where one does not."""
+    models = classifiers.load(options.model, device, pick_dtype(options.dtype, device))
     try:
         layers = min(len(host.find_blocks(one.model)) for one in models)
     except ValueError as error:
         raise EvalError(f"--model {options.model}: {error}") from error
-    tried = sorted({0, *(options.r or all_of(models[0].model))}) if options.stress else None
-    chosen = parse(options.method, [max(tried)] if tried else options.r or RS, layers)
-    for method in chosen if tried else ():
+    tried = sorted({0, *(options.r or candidate_rs(models[0].model))}) if options.stress else None
+    methods = parse(options.method, [max(tried)] if tried else options.r or RS, layers)
+    if tried:
+        _check_stress(methods)
+    data = images_for(models[0], options.data, options.noise)
+    _check_fit(models, methods, layers)
+    n = min(options.limit or len(data), len(data))
+    out = options.out or Path("runs") / f"classify-{Path(options.model.partition(',')[0]).name}"
+    return Plan(models, methods, tried, Evaluation(data, n, options.batch, device, out))
+
+
+def _check_stress(methods: Sequence[Method]) -> None:
+    """Raises EvalError for methods that set what the stress test searches."""
+    for method in methods:
         if "@r=" in method.name or (method.adaptive and method.r is None):
             what = "thresholds" if method.adaptive else "r"
-            raise EvalError(f"--stress finds {what} itself, and {method.name!r} gives it")
-    data = pictures_for(models[0], options.data, options.noise)
-    n = min(options.limit or len(data), len(data))
-    for method in chosen:
-        # thresholds are set to the operations of ToMe, which has to fit too
+            raise EvalError(f"--stress searches {what} itself, and {method.name!r} sets it")
+
+
+def _check_fit(models: Sequence[Classifier], methods: Sequence[Method], layers: int) -> None:
+    """Raises EvalError for a method that does not fit a classifier."""
+    for method in methods:
+        # thresholds are set to ToMe's FLOPs, so ToMe has to fit too
         own = [method, *(parse("tome", [method.r], layers) if method.adaptive and method.r is not None else [])]
-        for one, asked in product(models, own):
+        for one, candidate in product(models, own):
             try:
-                with asked.apply(one.model):
+                with candidate.apply(one.model):
                     pass
             except (ValueError, TypeError) as error:
                 raise EvalError(f"method {method.name!r} does not fit {one.name!r}: {error}") from error
-    out = options.out or Path("runs") / f"classify-{Path(options.model.partition(',')[0]).name}"
-    bench = Bench(data, n, options.batch, device, out)
-    if tried:
-        full = Entry.of(bench, models, BASELINE)
-        best = [most_saving(bench, models, method, full, tried) for method in chosen if method is not BASELINE]
-        entries = [full, *best]
-    else:
-        entries = [Entry.of(bench, models, method) for method in dict.fromkeys([BASELINE, *chosen])]
-    time_in_turns(bench, models[0], entries, options.rounds)
-    rows = [entry.row(entries, bench.groups(), min(n, options.batch)) for entry in entries]
-    told |= {"process_mib": None, "ended": provenance.now()}
-    settings = {
+
+
+def evaluate(plan: Plan) -> list[MethodResult]:
+    """Returns the results of all methods, the baseline first; in a stress test at the largest r of full accuracy."""
+    baseline = MethodResult.of(plan.evaluation, plan.models, BASELINE)
+    others = dict.fromkeys(method for method in plan.methods if method is not BASELINE)
+    if plan.tried:
+        return [baseline, *(max_r_at_full_accuracy(plan, method, baseline) for method in others)]
+    return [baseline, *(MethodResult.of(plan.evaluation, plan.models, method) for method in others)]
+
+
+def max_r_at_full_accuracy(plan: Plan, method: Method, baseline: MethodResult) -> MethodResult:
+    """Returns a method's result at the largest r at which its accuracy is the baseline's (ATM's table 1)."""
+    results: dict[int, MethodResult] = {}
+
+    def accuracy_at(r: int) -> float:
+        results[r] = MethodResult.of(plan.evaluation, plan.models, method.at(r))
+        return results[r].correct.mean().item()
+
+    assert plan.tried is not None
+    return results[largest_at_full_accuracy(plan.tried, accuracy_at, baseline.correct.mean().item())]
+
+
+def settings_of(plan: Plan, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Returns the settings in classify.json."""
+    models, data = plan.models, plan.evaluation.data
+    dtype = str(pick_dtype(options.dtype, device)).removeprefix("torch.")
+    return {
         "model": ", ".join(dict.fromkeys(one.name for one in models)),
         "classifiers": len(models), "seeds": [one.seed for one in models],
         "weights": [provenance.weights_hash(one.model) for one in models],
-        "data": data.name, "n": n, "classes": len(data.classes), "batch": options.batch, "side": models[0].side,
-        "stress": options.stress, "tried": tried, "rounds": options.rounds, "dtype": str(dtype).removeprefix("torch."),
-        "linearity_of": "MLP with the norm before it",
+        "data": data.name, "n": plan.evaluation.n, "classes": len(data.classes), "batch": options.batch,
+        "side": models[0].side, "stress": options.stress, "tried": plan.tried, "rounds": options.rounds,
+        "dtype": dtype, "linearity_of": "MLP with the norm before it",
         "device": provenance.device_name(device), "torch": str(torch.__version__), "timm": timm.__version__,
     }  # fmt: skip
-    held = next(iter(DataLoader(Subset(data.pictures, range(min(CALIBRATION, n))), CALIBRATION)))[0].to(device)
-    # what half precision rounds away would be taken for a bend
-    straight = [host.linearity(deepcopy(one.model).float(), held).mean(dim=1).tolist() for one in models]
-    found = {"schema": SCHEMA, "settings": settings, "rows": rows, "linearity": straight, "provenance": told}
-    write_results(out / "classify.json", found)
+
+
+def linearity_of(plan: Plan, device: torch.device) -> list[list[float]]:
+    """Returns the functional linearity of each layer's MLP on a few images, for each classifier."""
+    count = min(CALIBRATION, plan.evaluation.n)
+    images = next(iter(DataLoader(Subset(plan.evaluation.data.images, range(count)), CALIBRATION)))[0].to(device)
+    # in float32: rounding in half precision would count as curvature
+    return [timm_linearity.linearity(deepcopy(one.model).float(), images).mean(dim=1).tolist() for one in plan.models]
+
+
+def write_outputs(
+    content: dict[str, Any], plan: Plan, results: Sequence[MethodResult], options: argparse.Namespace
+) -> None:
+    """Writes classify.json, the plot and the maps."""
+    write_results(plan.evaluation.out / "classify.json", content)
     if not options.stress:
-        drawing = plot(found)
-        write(out / "plot.svg", drawing)
+        drawing = plot(content)
+        write(plan.evaluation.out / "plot.svg", drawing)
         if options.plot:
             write(options.plot, drawing)
     if options.maps:
-        write(options.maps, png(maps(bench, models[0], [entry.settled[0] for entry in entries[1:]])))
-    return found, out
+        methods = [result.calibrated[0] for result in results[1:]]
+        write(options.maps, png(maps(plan.evaluation, plan.models[0], methods)))
 
 
 def deviation(text: str) -> float:
-    """A standard deviation of noise, as an argument's type."""
+    """Parses a standard deviation of noise, for argparse."""
     sigma = finite(text)
     if sigma < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is below 0")
     return sigma
 
 
-def pictures_for(classifier: Classifier, name: str, noise: float = 0) -> Labelled:
-    """The pictures that a classifier is judged by, under noise of a deviation.
+def images_for(classifier: Classifier, name: str, noise: float = 0) -> Labelled:
+    """Returns the images that a classifier is evaluated on.
 
-    EvalError where their classes are not as many as it knows, or noise is to lie on what is no longer 0..1.
+    Args:
+        classifier: its size and transform are used.
+        name: "scenes", or a folder with a folder for each class.
+        noise: standard deviation of Gaussian noise.
+
+    Raises:
+        EvalError: the number of classes is not the classifier's, or noise is given for images that are not in 0..1.
     """
     if noise and not classifier.own:
-        raise EvalError(f"--noise is {noise:g}; it takes pictures in 0..1, which {classifier.name!r} does not")
+        raise EvalError(f"--noise is {noise:g}; it needs images in 0..1, which {classifier.name!r} does not take")
     if name == "scenes":
         data = labelled.rendered(classifier.side, FRESH, TEST_SEED)
     elif classifier.own:
@@ -142,142 +221,95 @@ def pictures_for(classifier: Classifier, name: str, noise: float = 0) -> Labelle
     else:
         config = timm.data.resolve_model_data_config(classifier.model)
         data = labelled.folder(Path(name), timm.data.create_transform(**config))
-    knows = getattr(classifier.model, "num_classes", None)
-    if knows is not None and knows != len(data.classes):
-        raise EvalError(f"{data.name!r} has {len(data.classes)} classes, and {classifier.name!r} tells {knows} apart")
+    classes = getattr(classifier.model, "num_classes", None)
+    if classes is not None and classes != len(data.classes):
+        raise EvalError(f"{data.name!r} has {len(data.classes)} classes, and {classifier.name!r} has {classes}")
     return labelled.noisy(data, noise) if noise else data
 
 
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Entry:
-    """One row in the making: a method, as it is for each classifier, and what each did under it."""
+class MethodResult:
+    """A method, as calibrated for each classifier, and its predictions.
+
+    Args:
+        method: as on the command line.
+        calibrated: for each classifier, with its thresholds.
+        predictions: of each classifier.
+        seconds: of the first classifier's timed batches.
+    """
 
     method: Method
-    settled: list[Method]
-    judged: list[Judged]
-    seconds: list[float] = field(default_factory=list)  # of the first classifier's timed batches
+    calibrated: list[Method]
+    predictions: list[Predictions]
+    seconds: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, bench: Bench, models: Sequence[Classifier], method: Method) -> Entry:
-        settled = [settle(bench, one, method) for one in models]
-        return cls(method, settled, [bench.judge(one, own) for one, own in zip(models, settled, strict=True)])
+    def of(cls, evaluation: Evaluation, models: Sequence[Classifier], method: Method) -> MethodResult:
+        """Evaluates a method on all classifiers."""
+        calibrated = [calibrate_thresholds(evaluation, one, method) for one in models]
+        pairs = zip(models, calibrated, strict=True)
+        return cls(method, calibrated, [evaluation.predictions(one, own) for one, own in pairs])
 
     @property
-    def rights(self) -> Tensor:
-        """Which pictures each classifier names right: float64 [classifiers, n] of 0 and 1."""
-        return torch.stack([each.right for each in self.judged]).double()
+    def correct(self) -> Tensor:
+        """Which images each classifier classifies correctly: float64 [classifiers, n] of 0 and 1."""
+        return torch.stack([each.correct for each in self.predictions]).double()
 
-    def moved(self, full: Entry) -> Tensor:
-        """How far what the last linear layer is shown lies from the full model's, 1 - cosine, by picture: [n].
+    def feature_shift(self, baseline: MethodResult) -> Tensor:
+        """Returns the feature shift (1 - cosine) of each image, the mean over the classifiers: [n].
 
-        The mean over the classifiers. It tells methods apart where accuracy no longer does (ATM Fig. 2 measures it).
+        Features are the input of the last linear layer. They separate methods of equal accuracy (ATM Fig. 2).
         """
-        pairs = zip(self.judged, full.judged, strict=True)
-        return torch.stack([apart(own.seen, whole.seen) for own, whole in pairs]).mean(0)
+        pairs = zip(self.predictions, baseline.predictions, strict=True)
+        return torch.stack([cosine_distance(own.features, full.features) for own, full in pairs]).mean(0)
 
-    def row(self, entries: Sequence[Entry], groups: Sequence[str], batch: int) -> dict[str, Any]:
-        """Of the results. entries: all of them, the full model's first. groups: the class of each picture."""
-        tome = next((e for e in entries if (e.method.name, e.method.r) == ("tome", self.method.r)), None)
+    def row(self, results: Sequence[MethodResult], groups: Sequence[str], batch: int) -> dict[str, Any]:
+        """Returns the row in classify.json.
+
+        Args:
+            results: all results, the baseline's first.
+            groups: the class of each image.
+            batch: images in a timed batch.
+        """
+        tome = next((e for e in results if (e.method.name, e.method.r) == ("tome", self.method.r)), None)
         rates = [batch / seconds for seconds in self.seconds]
-        ratios = [full / own for full, own in zip(entries[0].seconds, self.seconds, strict=True)]
+        ratios = [full / own for full, own in zip(results[0].seconds, self.seconds, strict=True)]
         ahead = None
         if tome is not None and tome is not self and self.method.r is not None:
-            ahead = interval((self.rights - tome.rights).mean(0), groups)
+            ahead = interval((self.correct - tome.correct).mean(0), groups)
         return {
             "method": self.method.name, "r": self.method.r, "label": self.method.label,
-            "told": [each.told for each in self.judged],
-            "accuracy": {**interval(self.rights.mean(0), groups), "by_classifier": self.rights.mean(1).tolist()},
+            "settings": [each.settings for each in self.predictions],
+            "accuracy": {**interval(self.correct.mean(0), groups), "by_classifier": self.correct.mean(1).tolist()},
             "ahead_of_tome": ahead,
-            "moved": None if self is entries[0] else interval(self.moved(entries[0]), groups),
-            "flops": mean(each.flops for each in self.judged), "tokens": mean(each.tokens for each in self.judged),
+            "moved": None if self is results[0] else interval(self.feature_shift(results[0]), groups),
+            "flops": mean(each.flops for each in self.predictions),
+            "tokens": mean(each.tokens for each in self.predictions),
             "images_per_second": spread(rates) if rates else None, "speedup": spread(ratios) if ratios else None,
         }  # fmt: skip
 
 
 def interval(values: Tensor, groups: Sequence[str]) -> dict[str, float | None]:
-    """The mean of values [n] and its 95 % interval over classes."""
+    """Returns the mean of values [n] and its 95 % interval over classes."""
     low, high = bootstrap(values, groups) or (None, None)
     return {"value": values.mean().item(), "low": low, "high": high}
 
 
 @torch.no_grad()
-def settle(bench: Bench, one: Classifier, method: Method) -> Method:
-    """A method whose thresholds are set to ToMe's operations at its r; any other as it is.
-
-    ATM's authors sweep three parameters for each amount of operations, and keep what names most pictures right. Here no
-    label is looked at: each of `CURVES` is scaled until it has ToMe's operations on pictures held apart, and the one by
-    which their features move least is taken.
-    """
-    if not method.adaptive or method.r is None:
-        return method
-    if method.r == 0:
-        return BASELINE
-    held = bench.held()
-
-    def judged(asked: Method) -> Judged:
-        return judge(one.model, asked, held)
-
-    def scaled(curve: tuple[float, float]) -> Method:
-        low, high = (math.log(scale) for scale in SCALES)  # hardly anything is fused, all that can be
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            few = judged(method.falling(curve, math.exp(middle))).flops > aim
-            low, high = (middle, high) if few else (low, middle)
-        return method.falling(curve, math.exp(high))
-
-    aim = judged(parse("tome", [method.r], len(host.find_blocks(one.model)))[0]).flops
-    full = judged(BASELINE).seen
-    tried = [(m, judged(m)) for m in map(scaled, CURVES)]
-    reached = [(m, found) for m, found in tried if found.flops <= aim]  # one that cannot fuse as much moves less
-    if not reached:
-        return min(tried, key=lambda each: each[1].flops)[0]
-    return min(reached, key=lambda each: apart(each[1].seen, full).mean().item())[0]
-
-
-def apart(own: Tensor, full: Tensor) -> Tensor:
-    """How far features [n, C] lie from the full model's, 1 - cosine: float64 [n]. Equal ones may round beyond 1."""
-    return (1 - F.cosine_similarity(own.double(), full.double(), dim=-1)).clamp_min(0)
-
-
-def most_saving(bench: Bench, models: Sequence[Classifier], method: Method, full: Entry, tried: Sequence[int]) -> Entry:
-    """A method at the largest r of those `tried`, rising from 0, at which its accuracy over all classifiers, as ATM's
-    table 1 prints it, is the full model's; thresholds at the operations that ToMe has at that r.
-
-    From the largest down, not by halving: accuracy falls and rises by a picture or two from one r to the next.
-    """
-
-    def printed(entry: Entry) -> float:
-        return round(100 * entry.rights.mean().item(), 1)
-
-    entries = (Entry.of(bench, models, method.at(r)) for r in reversed(tried))
-    return next(entry for entry in entries if printed(entry) >= printed(full))  # at 0 at last, where nothing is fused
-
-
-def all_of(model: Any) -> list[int]:
-    """The r of the stress test where none are given: each with which ToMe's patch tokens last to the last layer, and on
-    in steps of a quarter to half of the tokens.
-    """
-    tokens, most = model.patch_embed.num_patches, model.patch_embed.num_patches // 2
-    rs = list(range(1 + min(most, math.ceil(tokens / max(1, len(model.blocks) - 1)))))
-    while rs[-1] < most:
-        rs.append(min(most, math.ceil(1.25 * rs[-1])))
-    return rs
-
-
-@torch.no_grad()
-def time_in_turns(bench: Bench, one: Classifier, entries: Sequence[Entry], rounds: int) -> None:
-    """Gives each entry its seconds for one batch, once a round. All run in turns, so that what else the machine does
-    falls on all alike.
-    """  # fmt: skip
-    pictures, _ = next(iter(bench.batches(min(bench.n, bench.batch))))
-    pictures = pictures.to(next(one.model.parameters()))
+def time_interleaved(evaluation: Evaluation, one: Classifier, results: Sequence[MethodResult], rounds: int) -> None:
+    """Times one batch of each method in each round. Methods run interleaved, so that other load affects all equally."""
+    images, _ = next(iter(evaluation.batches(min(evaluation.n, evaluation.batch))))
+    images = images.to(next(one.model.parameters()))
     for turn in progress(range(rounds + 1 if rounds else 0), "rounds"):
-        for i in range(len(entries)):
-            entry = entries[(i + turn) % len(entries)]
-            with entry.settled[0].apply(one.model):
-                synchronize(bench.device)
+        for i in range(len(results)):
+            result = results[(i + turn) % len(results)]
+            with result.calibrated[0].apply(one.model):
+                synchronize(evaluation.device)
                 start = time.perf_counter()
-                one.model(pictures)
-                synchronize(bench.device)
+                one.model(images)
+                synchronize(evaluation.device)
             if turn:  # the first warms up
-                entry.seconds.append(time.perf_counter() - start)
+                result.seconds.append(time.perf_counter() - start)

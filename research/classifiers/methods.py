@@ -1,4 +1,4 @@
-"""A classifier's method by its name on the command line -> how its tokens are fused."""
+"""Methods of classifiers by their names on the command line."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ from tofu_sd.utils import did_you_mean
 from tofu_sd.vit.methods import RECIPES, AdaptiveReduction, TokenReduction
 
 LETTERS = {"P": "prune", "A": "mean", "M": "mlerp"}
-CURVE = {"alpha", "beta", "least"}  # given, thresholds are as they are told; else those of an r
+CURVE = {"alpha", "beta", "least"}  # if one is set, thresholds are fixed; else they follow from r
 PATTERN = re.compile(r"([PAM])(\1*)(?:([PAM])(\3*))?")
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row. told: None is the full model. r: tokens that leave in each layer; of thresholds, those of the method
-    whose operations they are set to.
-    """  # fmt: skip
+    """One row of the results.
+
+    Args:
+        name: as on the command line.
+        reduction: how tokens are merged; None for the baseline.
+        r: tokens merged in each layer; for thresholds, the r at which ToMe has the same FLOPs.
+    """
 
     name: str
-    told: TokenReduction | AdaptiveReduction | None = None
+    reduction: TokenReduction | AdaptiveReduction | None = None
     r: int | None = None
 
     @property
@@ -38,31 +42,31 @@ class Method:
 
     @property
     def settings(self) -> str:
-        """All that decides what it does, the same in every process."""
-        return "" if self.told is None else f"{type(self.told).__name__} {fusion_fields(self.told)}"
+        """All settings, written the same in every process."""
+        return "" if self.reduction is None else f"{type(self.reduction).__name__} {fusion_fields(self.reduction)}"
 
     @property
     def adaptive(self) -> bool:
-        return isinstance(self.told, AdaptiveReduction)
+        return isinstance(self.reduction, AdaptiveReduction)
 
     def at(self, r: int) -> Method:
-        """The same at another r."""
-        told = replace(self.told, r=r) if isinstance(self.told, TokenReduction) else self.told
-        return replace(self, told=told, r=r)
+        """Returns the method at another r."""
+        reduction = replace(self.reduction, r=r) if isinstance(self.reduction, TokenReduction) else self.reduction
+        return replace(self, reduction=reduction, r=r)
 
-    def falling(self, curve: tuple[float, float], scale: float) -> Method:
-        """The same with thresholds that begin curve[0] × `scale` below 1 and fall at a rate of curve[1] × `scale`."""
-        assert isinstance(self.told, AdaptiveReduction)
-        told = replace(self.told, alpha=1 - curve[0] * scale, beta=curve[1] * scale, least=-1.0)
-        return replace(self, told=told)
+    def with_thresholds(self, curve: tuple[float, float], scale: float) -> Method:
+        """Returns the method with thresholds from 1 - curve[0] × `scale` that fall at rate curve[1] × `scale`."""
+        assert isinstance(self.reduction, AdaptiveReduction)
+        reduction = replace(self.reduction, alpha=1 - curve[0] * scale, beta=curve[1] * scale, least=-1.0)
+        return replace(self, reduction=reduction)
 
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Inside, the model works on fewer tokens. ValueError for a method that does not fit it."""
-        if self.told is None:
+        """Applies the method to a model inside a `with` block. ValueError where it does not fit."""
+        if self.reduction is None:
             yield model
             return
-        host.apply_patch(model, self.told)
+        host.apply_patch(model, self.reduction)
         try:
             yield model
         finally:
@@ -73,18 +77,27 @@ BASELINE = Method("full")
 
 
 def parse(names: str, rs: Sequence[int], layers: int) -> list[Method]:
-    """The methods of a list such as "full,tofu,PPPPPPAAAAAA,atm@beta=0.03", each at every r, each once.
+    """Parses a list such as "full,tofu,PPPPPPAAAAAA,atm@beta=0.03".
 
-    Thresholds that are given in full or in part are as they are told, whatever r. A word of P (prune), A (average) and
-    M (MLERP), as many as the model has layers, is ToFu's table 3. EvalError for an unknown method or option, or a value
-    out of range.
+    A word of the letters P (prune), A (average) and M (MLERP), one for each layer, is a row of ToFu's table 3.
+
+    Args:
+        names: the list. Thresholds that are set, even in part, do not depend on r.
+        rs: each method is evaluated at each r.
+        layers: number of layers of the model.
+
+    Returns:
+        The methods, without duplicates.
+
+    Raises:
+        EvalError: an unknown method or option, or a value out of range.
     """
-    found: dict[str, Method] = {}
+    methods: dict[str, Method] = {}
     for name in (part.strip() for part in names.split(",")):
         for r in rs:
             method = _one(name, r, layers)
-            found.setdefault(method.label, method)
-    return list(found.values())
+            methods.setdefault(method.label, method)
+    return list(methods.values())
 
 
 def _one(name: str, r: int, layers: int) -> Method:
@@ -92,7 +105,7 @@ def _one(name: str, r: int, layers: int) -> Method:
         return BASELINE
     recipe, *changes = name.split("@")
     if recipe == BASELINE.name:
-        raise EvalError(f"{recipe!r} takes no options, and {name!r} gives some")
+        raise EvalError(f"{recipe!r} takes no options, and {name!r} sets some")
     try:
         options = dict(recipes.option(change, name) for change in changes)
         pattern = PATTERN.fullmatch(recipe)
@@ -103,22 +116,22 @@ def _one(name: str, r: int, layers: int) -> Method:
             known = [BASELINE.name, *RECIPES]
             raise EvalError(
                 f"unknown method {recipe!r}{did_you_mean(recipe, known)}; known: {', '.join(known)}, or a word of P, A "
-                "and M, a letter a layer; each with any @option=value behind it"
+                "and M, one letter for each layer; each may end in @option=value"
             )
-        told = RECIPES[recipe]
-        if isinstance(told, AdaptiveReduction):
-            return Method(name, replace(told, **options), None if CURVE & options.keys() else r)
-        told = TokenReduction.of(told, **{"r": r, **options})
-        return Method(name, told, told.r)
+        reduction = RECIPES[recipe]
+        if isinstance(reduction, AdaptiveReduction):
+            return Method(name, replace(reduction, **options), None if CURVE & options.keys() else r)
+        reduction = TokenReduction.of(reduction, **{"r": r, **options})
+        return Method(name, reduction, reduction.r)
     except (ValueError, TypeError) as error:
         raise EvalError(f"method {name!r}: {error}") from error
 
 
-def _of_pattern(word: str, found: re.Match[str], layers: int, options: dict[str, Any]) -> TokenReduction:
+def _of_pattern(word: str, match: re.Match[str], layers: int, options: dict[str, Any]) -> TokenReduction:
     if len(word) != layers:
-        raise EvalError(f"{word!r} has {len(word)} letters; the model has {layers} layers, and each takes one")
-    told = {"early", "late", "depth_split"} & options.keys()
-    if told:
-        raise EvalError(f"{word!r} says itself what {sorted(told)[0]} would")
-    early, late = LETTERS[found[1]], LETTERS[found[3] or found[1]]
-    return TokenReduction(early=early, late=late, depth_split=1 + len(found[2]), **options)
+        raise EvalError(f"{word!r} has {len(word)} letters; it must have one for each of the {layers} layers")
+    conflicts = {"early", "late", "depth_split"} & options.keys()
+    if conflicts:
+        raise EvalError(f"{word!r} already sets {sorted(conflicts)[0]}")
+    early, late = LETTERS[match[1]], LETTERS[match[3] or match[1]]
+    return TokenReduction(early=early, late=late, depth_split=1 + len(match[2]), **options)

@@ -1,4 +1,4 @@
-"""Classifiers by name: timm's, the embedded ones, and those that research.classifiers.train has left in a folder."""
+"""Classifiers by name: timm's, the embedded ones, and those in a folder of research.classifiers.train."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from eval import EvalError
 from eval.common import formats
 from eval.common.files import check_shape, read_json, without_paths
-from tofu_sd.demo.classifier import Judge
+from tofu_sd.demo.classifier import DemoClassifier
 
-from ..adaptivision.model import AdaptiVision
+from ..adaptivision.model import AdaptiVision, Size
 
 WEIGHTS, ABOUT = "model.safetensors", "model.json"
 EMBEDDED = Path(__file__).parent / "weights"
@@ -28,10 +28,10 @@ KINDS = ("vit", "adaptivision")
 
 
 class ConvolutionStem(nn.Module):
-    """Tokens from early convolutions (Xiao et al., NeurIPS 2021), with which small transformers learn much sooner.
+    """Tokens from early convolutions (Xiao et al., NeurIPS 2021), with which small transformers train much faster.
 
-    Pictures [B, 3, H, W] in 0..1 -> [B, N, width]: the first three stages of the embedded judge, which halve the
-    picture thrice, and the mean of patch / 8 of their places each way.
+    Images [B, 3, H, W] in 0..1 -> [B, N, width]: the first three stages of the demo classifier, which halve the image
+    three times, then average pooling by patch / 8.
     """
 
     STAGES, STRIDE = 3, 8
@@ -43,18 +43,18 @@ class ConvolutionStem(nn.Module):
         self.pool = patch_size // self.STRIDE
         self.grid_size = (img_size // patch_size, img_size // patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.stages = Judge().stages[: self.STAGES]
-        self.proj = nn.Conv2d(Judge.WIDTHS[self.STAGES - 1], embed_dim, 1)
+        self.stages = DemoClassifier().stages[: self.STAGES]
+        self.proj = nn.Conv2d(DemoClassifier.WIDTHS[self.STAGES - 1], embed_dim, 1)
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        x = pictures * 2 - 1
+    def forward(self, images: Tensor) -> Tensor:
+        x = images * 2 - 1
         for stage in self.stages:
             x = stage(x)
         return self.proj(F.avg_pool2d(x, self.pool)).flatten(2).mT
 
-    def begin_as(self, judge: nn.Module) -> None:
-        """Takes over the stages of a judge of scenes."""
-        self.stages.load_state_dict(judge.stages[: self.STAGES].state_dict())  # type: ignore[index, union-attr]
+    def copy_stages(self, classifier: nn.Module) -> None:
+        """Copies the stages of the demo classifier."""
+        self.stages.load_state_dict(classifier.stages[: self.STAGES].state_dict())  # type: ignore[index, union-attr]
 
 
 STEMS = {"patches": PatchEmbed, "convolutions": ConvolutionStem}
@@ -62,9 +62,17 @@ STEMS = {"patches": PatchEmbed, "convolutions": ConvolutionStem}
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that makes a classifier but its weights. stem: "patches", as in ViT, or "convolutions" before the
-    transformer. options: AdaptiVision's own, by their names there.
-    """  # fmt: skip
+    """Everything that defines a classifier except its weights.
+
+    Args:
+        kind: one of KINDS.
+        stem: "patches", as in ViT, or "convolutions" before the transformer.
+        side: of the images, in pixels.
+        patch: side of a patch, in pixels.
+        width: channels of a token.
+        depth, heads, classes: number of layers, heads and classes.
+        options: further options of AdaptiVision.
+    """
 
     kind: str = "vit"
     stem: str = "patches"
@@ -87,14 +95,14 @@ class Architecture:
             raise EvalError(f"width is {self.width}; it must be a multiple of the {self.heads} heads")
 
     def build(self) -> nn.Module:
-        """With weights as they begin, which torch's seed decides. EvalError for options that the model refuses."""
+        """Builds the model with initial weights, by torch's seed. EvalError for options that the model refuses."""
         if self.kind == "adaptivision":
             stem = None
             if self.stem == "convolutions":
                 stem = ConvolutionStem(self.side, self.patch, 3, self.width)
-            sizes = (self.side, self.patch, self.width, self.depth, self.heads, self.classes)
             try:
-                return AdaptiVision(*sizes, embed=stem, **self.options)
+                size = Size(self.side, self.patch, self.width, self.depth, self.heads, self.classes)
+                return AdaptiVision(size, embed=stem, **self.options)
             except ValueError as error:
                 raise EvalError(str(error)) from error
         return VisionTransformer(
@@ -105,9 +113,14 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Classifier:
-    """model: pictures [B, 3, side, side] -> scores [B, classes]. seed: of its training, None where it is not known.
+    """A classifier with its weights.
 
-    own: whether it takes pictures in 0..1, as those trained here do; timm's take what their transform leaves.
+    Args:
+        name: for tables.
+        model: images [B, 3, side, side] -> scores [B, classes].
+        side: of the images, in pixels.
+        seed: of its training; None where it is unknown.
+        own: whether it takes images in 0..1, as those trained here; timm's have a transform.
     """
 
     name: str
@@ -118,9 +131,13 @@ class Classifier:
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Classifier]:
-    """The classifiers of a name: "demo" is three trained here; a folder that research.classifiers.train wrote, or
-    several with commas between; else timm's of that name, with its pretrained weights.
-    """  # fmt: skip
+    """Loads the classifiers of a name.
+
+    Args:
+        name: "demo" (three trained here); folders of research.classifiers.train, separated by commas; or a model of
+            timm's, which is loaded with pretrained weights.
+        device, dtype: of the weights.
+    """
     if name == "demo":
         folders = sorted(path for path in EMBEDDED.iterdir() if path.is_dir())
     else:
@@ -133,7 +150,7 @@ def load(name: str, device: torch.device, dtype: torch.dtype = torch.float32) ->
 def _of_folder(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> Classifier:
     about = read_json(folder / ABOUT)
     if not isinstance(about, dict) or "architecture" not in about:
-        raise EvalError(f"the folder {folder.name!r} holds no classifier: {ABOUT} is not there, or is broken")
+        raise EvalError(f"the folder {folder.name!r} holds no classifier: {ABOUT} is missing or damaged")
     check_shape(about, formats.CLASSIFIER, f"{folder.name}/{ABOUT}", "research.classifiers.train")
     try:
         architecture = Architecture(**about["architecture"])
@@ -154,7 +171,7 @@ def _of_timm(name: str, device: torch.device, dtype: torch.dtype) -> Classifier:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # an unknown name, a hub that cannot be reached: timm raises many kinds
         reason = " ".join(without_paths(str(error)).split())[:200]
-        raise EvalError(f"no folder and no model of timm's that can be had is called {name!r}: {reason}") from error
+        raise EvalError(f"no folder and no available model of timm's is called {name!r}: {reason}") from error
     side = timm.data.resolve_model_data_config(model)["input_size"][-1]
     return Classifier(name, model.to(device, dtype).eval().requires_grad_(False), side, own=False)
 
@@ -162,5 +179,5 @@ def _of_timm(name: str, device: torch.device, dtype: torch.dtype) -> Classifier:
 def described(
     architecture: Architecture, seed: int, classes: tuple[str, ...], figures: dict[str, Any]
 ) -> dict[str, Any]:
-    """What stands in a classifier's folder beside its weights."""
+    """Returns the content of model.json, beside the weights."""
     return {"architecture": asdict(architecture), "seed": seed, "classes": list(classes), "figures": figures}

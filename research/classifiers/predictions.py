@@ -1,4 +1,4 @@
-"""What a classifier says of the images, with and without token reduction."""
+"""Predictions of classifiers, with and without token reduction."""
 
 from __future__ import annotations
 
@@ -27,28 +27,40 @@ from .methods import Method
 from .models import Classifier
 from .tables import CALIBRATION
 
-SHOWN = 8  # pictures of --maps
-LEAST_SPAN = 4.0  # % of accuracy that a drawing shows at least
+SHOWN = 8  # images of --maps
+MIN_SPAN = 4.0  # % of accuracy: the smallest range of the plot
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What one classifier did under one method. right [n]: bool. seen [n, C]: what its last linear layer was shown.
+class Predictions:
+    """What one classifier predicts under one method.
 
-    flops, tokens: of a picture, on average; tokens: patch tokens that come out of the last layer but one. told: the
-    method's settings, thresholds as found.
+    Args:
+        correct: [n] bool, whether each image is classified correctly.
+        features: [n, C], input of the last linear layer.
+        flops: of an image, on average.
+        tokens: patch tokens before the last layer, on average.
+        settings: of the method, with its thresholds.
     """
 
-    right: Tensor
-    seen: Tensor
+    correct: Tensor
+    features: Tensor
     flops: float
     tokens: float
-    told: str
+    settings: str
 
 
 @dataclass(frozen=True)
-class Bench:
-    """The first n pictures of the data, so many at once. What was judged is kept in `out` by all that decides it."""
+class Evaluation:
+    """The images of an evaluation, and its cache of predictions.
+
+    Args:
+        data: of which the first n images are evaluated.
+        n: how many.
+        batch: images at once.
+        device: of the classifiers.
+        out: folder of the cache.
+    """
 
     data: Labelled
     n: int
@@ -57,68 +69,71 @@ class Bench:
     out: Path
 
     def batches(self, n: int) -> DataLoader[Any]:
-        return DataLoader(Subset(self.data.pictures, range(n)), self.batch)
+        """Returns the first n images in batches."""
+        return DataLoader(Subset(self.data.images, range(n)), self.batch)
 
-    def held(self) -> list[Any]:
-        """Batches of pictures to set thresholds by, of those that are not judged if they are enough."""
+    def calibration_batches(self) -> list[Any]:
+        """Returns batches of images to set thresholds by; images that are not evaluated, if there are enough."""
         rest = range(self.n, len(self.data))
         pool = rest if len(rest) >= CALIBRATION else range(len(self.data))
         chosen = [pool[i * len(pool) // CALIBRATION] for i in range(min(CALIBRATION, len(pool)))]
-        return list(DataLoader(Subset(self.data.pictures, chosen), self.batch))
+        return list(DataLoader(Subset(self.data.images, chosen), self.batch))
 
-    def judge(self, one: Classifier, method: Method) -> Judged:
+    def predictions(self, one: Classifier, method: Method) -> Predictions:
+        """Returns the predictions of a classifier under a method, from the cache if its key is unchanged."""
         weights = provenance.weights_hash(one.model)
-        made = {
+        key = {
             "weights": weights, "method": method.settings, "data": self.data.key, "n": self.n, "batch": self.batch,
             "device": self.device.type, "torch": str(torch.__version__), "code": source_hash(),
         }  # fmt: skip
-        key = hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]
-        path = self.out / "judged" / f"{key}.safetensors"
-        kept = _kept(path, made)
-        if kept is None:
-            kept = judge(one.model, method, self.batches(self.n))
-            told = {"made": json.dumps(made), "flops": repr(kept.flops), "tokens": repr(kept.tokens)}
-            write(path, save({"right": kept.right, "seen": kept.seen}, told))
-        return kept
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+        path = self.out / "predictions" / f"{name}.safetensors"
+        cached = _cached(path, key)
+        if cached is None:
+            cached = predict(one.model, method, self.batches(self.n))
+            metadata = {"key": json.dumps(key), "flops": repr(cached.flops), "tokens": repr(cached.tokens)}
+            write(path, save({"correct": cached.correct, "features": cached.features}, metadata))
+        return cached
 
     def groups(self) -> list[str]:
-        """The class of each picture."""
+        """Returns the class of each image."""
         return [self.data.classes[label] for label in self.data.labels[: self.n]]
 
 
-def _kept(path: Path, made: dict[str, Any]) -> Judged | None:
-    """What was judged before, and by all of this; None where nothing was, or the file is broken."""
+def _cached(path: Path, key: dict[str, Any]) -> Predictions | None:
+    """Returns the predictions with this key; None if there are none or the file is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            told = file.metadata()
-            if json.loads(told["made"]) == made:
-                right, seen = file.get_tensor("right"), file.get_tensor("seen")
-                return Judged(right, seen, float(told["flops"]), float(told["tokens"]), made["method"])
+            metadata = file.metadata()
+            if json.loads(metadata["key"]) == key:
+                correct, features = file.get_tensor("correct"), file.get_tensor("features")
+                flops, tokens = float(metadata["flops"]), float(metadata["tokens"])
+                return Predictions(correct, features, flops, tokens, key["method"])
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         pass
     return None
 
 
 @torch.no_grad()
-def judge(model: nn.Module, method: Method, batches: Any) -> Judged:
-    """Shows a classifier the pictures under a method."""
-    right: list[Tensor] = []
-    seen: list[Tensor] = []
-    left: list[int] = []
+def predict(model: nn.Module, method: Method, batches: Any) -> Predictions:
+    """Runs a classifier on batches of (images, labels) under a method."""
+    correct: list[Tensor] = []
+    features: list[Tensor] = []
+    tokens: list[int] = []
     prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
     like = next(model.parameters())
-    last, head = host.find_blocks(model)[-1], cast(nn.Module, model.head)
+    last, head = host.find_blocks(model)[-1].layers["block"], cast(nn.Module, model.head)
     with method.apply(model), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         handles = [
-            last.register_forward_pre_hook(lambda m, args: left.append(len(args[0]) * args[0].shape[1])),
-            head.register_forward_pre_hook(lambda m, args: seen.append(args[0].float().cpu())),
+            last.register_forward_pre_hook(lambda m, args: tokens.append(len(args[0]) * args[0].shape[1])),
+            head.register_forward_pre_hook(lambda m, args: features.append(args[0].float().cpu())),
         ]
         try:
-            for _, (pictures, labels) in zip(progress(range(len(batches)), method.label), batches, strict=True):
-                right.append(model(pictures.to(like)).argmax(-1).cpu() == labels)
+            for _, (images, labels) in zip(progress(range(len(batches)), method.label), batches, strict=True):
+                correct.append(model(images.to(like)).argmax(-1).cpu() == labels)
         finally:
             for handle in handles:
                 handle.remove()
-    n = sum(map(len, right))
-    flops, tokens = counter.get_total_flops() / n, sum(left) / n - prefix
-    return Judged(torch.cat(right), torch.cat(seen), flops, tokens, method.settings)
+    n = sum(map(len, correct))
+    flops, mean_tokens = counter.get_total_flops() / n, sum(tokens) / n - prefix
+    return Predictions(torch.cat(correct), torch.cat(features), flops, mean_tokens, method.settings)

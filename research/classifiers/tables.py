@@ -11,62 +11,60 @@ import torch
 
 from eval import EvalError
 from eval.common import formats
-from eval.reporting.tables import RECORD, known
+from eval.reporting.tables import known
 from tofu_sd.patching.linearity import best_split
 
 from .methods import BASELINE
 
 SCHEMA = 1
-FRESH = 40  # scenes a class
-CALIBRATION = 64  # pictures by which thresholds are set; their labels are not looked at
+FRESH = 40  # scenes of each class
+CALIBRATION = 64  # images by which thresholds are set; their labels are not used
 CURVES = (
     (1.0, 0.0),
     (1.0, 0.1),
     (1.0, 0.5),
     (0.0, 1.0),
-)  # of thresholds: how far they begin below 1, how fast they fall
+)  # of thresholds: their start below 1, and how fast they fall
 THRESHOLDS = (
-    "atm: four threshold schedules are scaled to ToMe's FLOPs at the same r; the one with the smallest feature shift "
-    "on calibration images",
-    "is used. Calibration images are not evaluated where at least 64 remain.",
+    "ATM: four threshold curves are scaled to ToMe's FLOPs at the same r. The one with the smallest feature shift on "
+    "calibration images is used; these are not evaluated if at least 64 are left."
 )
 RS = [8, 12, 16, 20]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median with the 5th and 95th percentile."""
+    """Returns the median with the 5th and 95th percentile."""
     p5, median, p95 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.05, 0.5, 0.95]).double())
     return {"median": median.item(), "p5": p5.item(), "p95": p95.item()}
 
 
 def read(out: Path) -> dict[str, Any]:
-    found = formats.read(out / "classify.json", formats.CLASSIFY, SCHEMA, "research.classifiers.classify", out.name)
-    if not any(row["method"] == BASELINE.name for row in found["rows"]):
+    """Reads classify.json. EvalError where it is missing or damaged."""
+    results = formats.read(out / "classify.json", formats.CLASSIFY, SCHEMA, "research.classifiers.classify", out.name)
+    if not any(row["method"] == BASELINE.name for row in results["rows"]):
         raise EvalError(
             f"{out.name} holds no results of research.classifiers.classify: there is no row {BASELINE.name!r}"
         )
-    if len({len(layers) for layers in found["linearity"]}) > 1:
-        raise EvalError(f"{out.name} holds no results of classifiers: linearity is of classifiers of unequal depth")
-    if (out / RECORD).exists():
-        found["provenance"]["record"] = f"[{out.name}]({(out / RECORD).as_posix()})"
-    return found
+    if len({len(layers) for layers in results["linearity"]}) > 1:
+        raise EvalError(f"{out.name} holds no results of classifiers: linearity has classifiers of unequal depth")
+    return results
 
 
-def named(rows: list[dict[str, Any]], labels: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of these labels, in this order; all where none are named. The full model's always comes first."""
+def select_rows(rows: list[dict[str, Any]], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns the rows with these labels, in this order; all if there are none. The baseline's always comes first."""
     by_label = {row["label"]: row for row in rows}
     return [by_label[label] for label in dict.fromkeys([BASELINE.name, *known("row", labels, list(by_label))])]
 
 
-def cells(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(titles, the texts of each row)."""
-    full = next(row for row in found["rows"] if row["method"] == BASELINE.name)
+def cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Returns (titles, the cells of each row)."""
+    full = next(row for row in results["rows"] if row["method"] == BASELINE.name)
     titles = ["method", "accuracy, %", "feature shift, 10⁻³", "GFLOP / image", "of the baseline's", "tokens left"]
-    ahead = any(row["ahead_of_tome"] for row in found["rows"])
-    timed = any(row["speedup"] for row in found["rows"])
+    ahead = any(row["ahead_of_tome"] for row in results["rows"])
+    timed = any(row["speedup"] for row in results["rows"])
     titles += ["ahead of tome, %"] * ahead + ["images / s", "speed-up"] * timed
     lines = []
-    for row in found["rows"]:
+    for row in results["rows"]:
         a, gap = row["accuracy"], row["ahead_of_tome"]
         between = f" ({100 * a['low']:.1f}–{100 * a['high']:.1f})" if a["low"] is not None else ""
         line = [
@@ -90,51 +88,49 @@ def _moved(figure: dict[str, float] | None) -> str:
     return f"{1e3 * figure['value']:.3g}{between}"
 
 
-def straightness(found: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
-    """(titles, rows, notes) of the functional linearity of each layer (ToFu Fig. 3), and the split it suggests."""
-    layers = [list(values) for values in zip(*found["linearity"], strict=True)]
+def linearity_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Returns (titles, rows, notes): the functional linearity of each layer (ToFu Fig. 3), and the split by it."""
+    layers = [list(values) for values in zip(*results["linearity"], strict=True)]
     lines = [
         [str(layer), f"{mean(values):.5f}", f"{min(values):.5f}–{max(values):.5f}"]
         for layer, values in enumerate(layers)
     ]
     d = best_split({layer: mean(values) for layer, values in enumerate(layers)})
-    s = found["settings"]
-    note = [
-        f"Linearity of each layer's {s.get('linearity_of', 'MLP')}, between the five patch tokens that would be merged "
-        f"first and their destinations; {min(CALIBRATION, s['n'])} images.",
-        f"{s['classifiers']} classifiers, torch {s['torch']}, commit {found['provenance']['commit'] or 'unknown'}. "
-        f"By the error model of `depth_split='auto'`: d = {d}" + (", average in all layers." if d == 0 else "."),
-    ]
-    if record := found["provenance"].get("record"):
-        note.append(record)
-    return ["layer", "functional linearity", "over the classifiers"], lines, note
+    s = results["settings"]
+    note = (
+        f"Of each layer's {s.get('linearity_of', 'MLP')}, between the five patch tokens that are merged first and "
+        f"their survivors; {min(CALIBRATION, s['n'])} images, {s['classifiers']} classifiers, torch "
+        f"{s['torch']}, commit {results['provenance']['commit'] or 'unknown'}. "
+        f"By the error model of `depth_split='auto'`: d = {d}" + (", average in all layers." if d == 0 else ".")
+    )
+    return ["layer", "functional linearity", "over the classifiers"], lines, [note]
 
 
-def notes(found: dict[str, Any]) -> list[str]:
-    """Without which the figures mean nothing."""
-    s, p = found["settings"], found["provenance"]
+def notes(results: dict[str, Any]) -> list[str]:
+    """Returns the lines below a table: how it was measured."""
+    s, p = results["settings"], results["provenance"]
     trained = s["model"]
     if s["seeds"][0] is not None:
         trained += f", {s['classifiers']} classifiers of seeds {', '.join(map(str, s['seeds']))}"
     lines = [
-        f"{trained} · {s['n']} images of {s['classes']} classes ({s['data']}), {s['side']} px · "
-        f"{s.get('dtype', 'float32')} on {s['device']} · commit {p['commit'] or 'unknown'}.",
+        f"{trained} · {s['n']} images of {s['classes']} classes ({s['data']}), {s['side']} px, batches of "
+        f"{s['batch']} · {s.get('dtype', 'float32')} on {s['device']} · torch {s['torch']}, timm {s['timm']} · commit "
+        f"{p['commit'] or 'unknown'}.",
         "Accuracy: mean over the classifiers, 95 % interval over classes. Feature shift: 1 - cosine of the last linear "
-        "layer's input",
-        "to that of the baseline, with its 95 % interval. FLOPs: by torch's counter, matching included; tokens: "
-        "patches before the last layer.",
+        "layer's input to the baseline's, with the same kind of interval. FLOPs: by torch's counter, with matching. "
+        "Tokens: patch tokens before the last layer.",
     ]
-    if any(row["speedup"] for row in found["rows"]):
+    if any(row["speedup"] for row in results["rows"]):
         lines.append(f"Images / s, speed-up: medians of {s['rounds']} interleaved rounds, 5th to 95th percentile.")
     if s["stress"]:
-        tried = "those at which ToMe's patch tokens last to the last layer"  # as before they were told
+        tried = "those at which ToMe's patch tokens last to the last layer"  # of files without a list
         if s.get("tried"):
             tried = ", ".join(map(str, s["tried"]))
-        lines += [
-            "Each method at the largest r at which its accuracy, to a tenth of a percent, is at least the baseline's; "
-            f"r of {tried}.",
-            *THRESHOLDS,
-        ]
-    elif any(row["method"].startswith("atm") and row["r"] is not None for row in found["rows"]):
-        lines += THRESHOLDS
-    return [*lines, *(["", f"`{p['command']}`"] if "record" not in p else [p["record"]])]
+        lines.append(
+            "Each method at the largest r at which its accuracy, to a tenth of a percent, is the baseline's or "
+            f"higher, of {tried}. {THRESHOLDS}"
+        )
+    elif any(row["method"].startswith("atm") and row["r"] is not None for row in results["rows"]):
+        lines.append(THRESHOLDS)
+    lines += ["", f"`{p['command']}`"]
+    return lines

@@ -1,7 +1,7 @@
-"""How good the embedded model is: `python -m research.demo_training.check`.
+"""Measures the embedded model: `python -m research.demo_training.check`.
 
-Draws pictures of all classes in turn with fixed seeds, lets the judge say what each shows, and prints the share whose
-shape, material and setting are all as asked, with its 95 % Wilson interval. `--sheet` writes a contact sheet.
+It generates images of all classes in order with fixed seeds and classifies them with the demo classifier. It prints the
+share whose shape, material and setting are all those of the prompt, with its 95 % Wilson interval.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.metrics.statistics import wilson
-from tofu_sd.demo import GUIDANCE, NATIVE_SIZE, WEIGHTS, judge, load
+from tofu_sd.demo import GUIDANCE, NATIVE_SIZE, WEIGHTS, load, load_classifier
 from tofu_sd.demo.scene_classes import CLASSES, MATERIALS, SETTINGS, SHAPES
 
-from .stages import judge_accuracy
+from .stages import classifier_accuracy
 
 
 def digests() -> dict[str, str]:
-    """SHA-256 of every file of weights, so that figures can be told from those of another training."""
+    """Returns the SHA-256 of every file of weights, which identifies the training of figures."""
     files = sorted(WEIGHTS.rglob("*.safetensors"))
     return {path.relative_to(WEIGHTS).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def draw(pipe: Any, images: int, steps: int, guidance: float, size: int, batch: int) -> Tensor:
-    """Pictures of class i mod 96 with seed i for i < images: uint8 [images, 3, size, size]."""
+def generate(pipe: Any, images: int, steps: int, guidance: float, size: int, batch: int) -> Tensor:
+    """Generates images of class i mod 96 with seed i, for i < images: uint8 [images, 3, size, size]."""
     rows = []
-    for start in tqdm(range(0, images, batch), desc="draw", unit_scale=batch, unit="image"):
+    for start in tqdm(range(0, images, batch), desc="generate", unit_scale=batch, unit="image"):
         numbers = range(start, min(start + batch, images))
-        pictures = pipe(
+        generated = pipe(
             [CLASSES[i % len(CLASSES)].prompt for i in numbers],
             num_inference_steps=steps,
             guidance_scale=guidance,
@@ -45,58 +45,52 @@ def draw(pipe: Any, images: int, steps: int, guidance: float, size: int, batch: 
             generator=[torch.Generator().manual_seed(i) for i in numbers],
             output_type="pt",
         ).images
-        rows.append((pictures * 255).round().byte().cpu())
+        rows.append((generated * 255).round().byte().cpu())
     return torch.cat(rows)
 
 
-def contact_sheet(pictures: Tensor, columns: int, side: int) -> Image.Image:
-    """Pictures uint8 [n, 3, H, W] in rows of `columns`, each brought to `side` pixels."""
-    tiles = [
-        Image.fromarray(p.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.LANCZOS) for p in pictures
-    ]
+def contact_sheet(images: Tensor, columns: int, side: int) -> Image.Image:
+    """Arranges images uint8 [n, 3, H, W] in rows of `columns`, each resized to `side` pixels."""
+    tiles = [Image.fromarray(p.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.LANCZOS) for p in images]
     sheet = Image.new("RGB", (columns * side, -(-len(tiles) // columns) * side))
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (i % columns * side, i // columns * side))
     return sheet
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
         prog="python -m research.demo_training.check",
         description=(__doc__ or "").split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--images", type=int, default=240)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=GUIDANCE)
-    parser.add_argument("--size", type=int, default=NATIVE_SIZE)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--renders", type=int, default=960, help="fresh renders that the judge itself is judged by")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="where to write the figures as well, as JSON")
-    parser.add_argument("--sheet", type=Path, help="where to write the first 96 pictures as one PNG")
-    args = parser.parse_args(argv)
-    for name in ("images", "steps", "batch", "renders"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    if args.sheet and (args.sheet.suffix != ".png" or not args.sheet.parent.is_dir()):
-        parser.error(f"--sheet is {str(args.sheet)!r}; it must be a .png in a folder that exists")
-    if args.out and not args.out.parent.is_dir():
-        parser.error(f"--out is {str(args.out)!r}; its folder does not exist")
+    p.add_argument("--images", type=int, default=240)
+    p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--guidance", type=float, default=GUIDANCE)
+    p.add_argument("--size", type=int, default=NATIVE_SIZE)
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--renders", type=int, default=960, help="fresh renders that measure the classifier itself")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--out", type=Path, help="also write the figures there, as JSON")
+    p.add_argument("--sheet", type=Path, help="write the first 96 images there, as one PNG")
+    return p
 
-    pipe, net = load(args.device), judge(args.device)
+
+def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
+    """Returns (the figures, the images)."""
+    pipe, net = load(args.device), load_classifier(args.device)
     pipe.set_progress_bar_config(disable=True)
-    pictures = draw(pipe, args.images, args.steps, args.guidance, args.size, args.batch)
-    found = torch.cat([net.classify(part.to(args.device).float() / 255).cpu() for part in torch.split(pictures, 32)])
-    asked = torch.tensor([CLASSES[i % len(CLASSES)].labels for i in range(args.images)])
-    right = found == asked
+    images = generate(pipe, args.images, args.steps, args.guidance, args.size, args.batch)
+    predicted = torch.cat([net.classify(part.to(args.device).float() / 255).cpu() for part in torch.split(images, 32)])
+    prompted = torch.tensor([CLASSES[i % len(CLASSES)].labels for i in range(args.images)])
+    right = predicted == prompted
     whole = int(right.all(1).sum())
     figures = {
         "as_asked": whole / args.images,
         "interval_95": wilson(whole, args.images),
         **dict(zip(("shape", "material", "setting"), right.float().mean(0).tolist(), strict=True)),
         "worst": sorted({CLASSES[i % len(CLASSES)].name for i in range(args.images) if not right[i].all()}),
-        "judge_on_fresh_renders": judge_accuracy(net, torch.device(args.device), args.renders),
+        "judge_on_fresh_renders": classifier_accuracy(net, torch.device(args.device), args.renders),
         "chance": 1 / (len(SHAPES) * len(MATERIALS) * len(SETTINGS)),
         "n": args.images,
         "seeds": f"0..{args.images - 1}",
@@ -105,11 +99,27 @@ def main(argv: list[str] | None = None) -> None:
         "torch": torch.__version__,
         "diffusers": version("diffusers"),
     }
+    return figures, images
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures the model, and prints and writes the figures."""
+    options = parser()
+    args = options.parse_args(argv)
+    for name in ("images", "steps", "batch", "renders"):
+        if getattr(args, name) < 1:
+            options.error(f"--{name} is {getattr(args, name)}; it must be an integer >= 1")
+    if args.sheet and (args.sheet.suffix != ".png" or not args.sheet.parent.is_dir()):
+        options.error(f"--sheet is {str(args.sheet)!r}; it must be a .png in a folder that exists")
+    if args.out and not args.out.parent.is_dir():
+        options.error(f"--out is {str(args.out)!r}; its folder does not exist")
+
+    figures, images = measure(args)
     print(json.dumps(figures, indent=1))
     if args.out:
         args.out.write_text(json.dumps(figures, indent=1) + "\n")
     if args.sheet:
-        contact_sheet(pictures[: len(CLASSES)], columns=12, side=128).save(args.sheet)
+        contact_sheet(images[: len(CLASSES)], columns=12, side=128).save(args.sheet)
 
 
 if __name__ == "__main__":

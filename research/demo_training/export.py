@@ -11,17 +11,21 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from .networks import build_scheduler
+
+# isort: split
+# after .networks, which explains an installation that cannot import these
+
 from .recipe import Recipe
 from .stages import Denoiser
 
 
 def export(work: Path, target: Path, figures: dict[str, Any], recipe: Recipe) -> None:
-    """Writes pipeline and judge as float16 safetensors to `target`, in the layout of any diffusers model folder."""
+    """Writes pipeline and classifier as float16 safetensors to `target`, in the layout of a diffusers model folder."""
     model = Denoiser(recipe.shown)
     model.load_state_dict(load_file(work / f"{'large' if recipe.large else 'high'}.safetensors"))
     trained = AutoencoderKL.from_pretrained(work / "vae")
     vae = AutoencoderKL.from_config({k: v for k, v in trained.config.items() if k != "_name_or_path"})
-    vae.load_state_dict(trained.state_dict())  # a model that does not remember the folder it was loaded from
+    vae.load_state_dict(trained.state_dict())  # a model without the path of the folder it was loaded from
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=model.text_encoder,
@@ -34,16 +38,16 @@ def export(work: Path, target: Path, figures: dict[str, Any], recipe: Recipe) ->
     )
     pipe.to(torch.float16).save_pretrained(target, safe_serialization=True)
     export_for_transformers_4(target)
-    judge = load_file(work / "judge.safetensors")
-    save_file({k: v.half() for k, v in judge.items()}, target / "judge.safetensors")
+    classifier = load_file(work / "judge.safetensors")
+    save_file({k: v.half() for k, v in classifier.items()}, target / "judge.safetensors")
     (target / "figures.json").write_text(json.dumps(figures, indent=1))
 
 
 def export_for_transformers_4(target: Path) -> None:
-    """Adds what transformers 4 reads and 5 no longer writes; 5 reads both.
+    """Adds files that transformers 4 reads and 5 no longer writes; 5 reads both.
 
-    The vocabulary as files of its own, without which no CLIPTokenizer is made, and Stable Diffusion's names of the text
-    encoder's weights, without which it would start from random ones.
+    These are the vocabulary as separate files, which CLIPTokenizer needs, and Stable Diffusion's names of the text
+    encoder's weights, without which they would be random.
     """
     folder = target / "tokenizer"
     bpe = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]

@@ -7,7 +7,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from tofu_sd.environment import check_torchvision
 
-check_torchvision()  # the next two fail without saying why where it does not fit
+check_torchvision()  # explains an installation in which the models below cannot be built
 
 
 TEXT_WIDTH = 128
@@ -30,7 +30,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_vae() -> AutoencoderKL:
-    """Eight-fold autoencoder with 4 latent channels."""
+    """Builds the autoencoder: 8-fold downsampling, 4 latent channels."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -38,20 +38,20 @@ def build_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=8,
-        mid_block_add_attention=False,  # trained on crops, used on whole pictures of any size
+        mid_block_add_attention=False,  # trained on crops, used on images of any size
         sample_size=256,
     )
 
 
 def build_unet(widths: tuple[int, int, int] = (64, 112, 160)) -> UNet2DConditionModel:
-    """The upper half of Stable Diffusion 1.5's UNet: 11 transformer blocks, 5 of them at full latent resolution."""
+    """Builds the upper half of Stable Diffusion 1.5's UNet: 11 transformer blocks, 5 at full latent resolution."""
     return UNet2DConditionModel(
         sample_size=32,
         block_out_channels=widths,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         layers_per_block=2,
-        attention_head_dim=(2, 2, 2),  # heads a level, as in Stable Diffusion, whatever the argument's name says
+        attention_head_dim=(2, 2, 2),  # heads of each level, as in Stable Diffusion, despite the argument's name
         cross_attention_dim=TEXT_WIDTH,
         norm_num_groups=16,
     )

@@ -15,16 +15,19 @@ from tofu_sd.demo.scene_classes import CLASSES, MATERIALS, SETTINGS, SHAPES
 from . import textures
 from .scenes import render
 
-CROP = 96  # pixels a side of what the autoencoder is trained on, at full and at half size
-TEST_SEED = 10_000_000  # renders from here on are never trained on
+CROP = 96  # side of the autoencoder's training crops in pixels, at full and at half size
+TEST_SEED = 10_000_000  # renders with seeds from here on are never used in training
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a model is trained to show.
+    """The images that a model is trained on.
 
-    classes: with a `prompt`, a `name` and `labels` each. render(classes, seeds, size, device): images
-    [B, 3, size, size] in 0..1. answers: how many values each label has. widths: of the UNet's levels.
+    Args:
+        classes: each with a `prompt`, a `name` and `labels`.
+        render: (classes, seeds, size, device) -> images [B, 3, size, size] in 0..1.
+        answers: number of values of each label.
+        widths: of the UNet's levels.
     """
 
     classes: Sequence[Any]
@@ -47,34 +50,34 @@ CONTENTS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Sizes of the run in samples; the default is what two CPU cores do in about two and a half hours."""
+    """Samples of each stage; the default takes two CPU cores about two and a half hours."""
 
     content: str = "scenes"
-    images: int = 80  # renders a class
+    images: int = 80  # renders of each class
     size: int = 256  # pixels; latents are size / 8
     judge: int = 60_000
     vae: int = 48_000
     low: int = 60_000
     high: int = 60_000
-    large: int = 0  # on 64 × 64 latents; 0 leaves this stage out
-    large_images: int = 12  # renders a class of twice the size
+    large: int = 0  # on 64 × 64 latents; 0 skips this stage
+    large_images: int = 12  # renders of each class at twice the size
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.content not in CONTENTS:
             raise ValueError(f"content is {self.content!r}; it must be one of {', '.join(CONTENTS)}")
         if self.large < 0:
-            raise ValueError(f"large is {self.large}; it must be at least 0")
+            raise ValueError(f"large is {self.large}; it must be an integer >= 0")
         if self.size < 2 * CROP or self.size % 16:
-            raise ValueError(f"size is {self.size}; it must be a multiple of 16 of at least {2 * CROP} pixels")
+            raise ValueError(f"size is {self.size}; it must be a multiple of 16 and at least {2 * CROP} pixels")
         for name in ("images", "judge", "vae", "low", "high", "large_images"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be an integer >= 1")
 
     @property
     def shown(self) -> Content:
         return CONTENTS[self.content]
 
     def kinds(self, images: int | None = None) -> list[int]:
-        """Class index of every render, in file order."""
+        """Returns the class index of every render, in file order."""
         return [c for c in range(len(self.shown.classes)) for _ in range(images or self.images)]

@@ -1,9 +1,9 @@
-"""Lit scenes with names: the endless, licence-free photographs that the embedded model is trained on.
+"""Renders lit scenes with names, on which the embedded model is trained.
 
 A scene is one object (6 shapes × 4 materials) in one of 4 settings, 96 classes in all: "golden torus in the desert".
-`render` draws any number of them at once with torch alone: signed-distance shapes found by sphere tracing, one sun with
-soft shadows, sky light, and textures whose spectrum falls like that of natural images (amplitude ~ 1/f, Field 1987).
-Everything a class leaves open (camera, sun, colours, wear, clouds, hills) is drawn from the seed.
+`render` renders any number of them with torch: signed-distance shapes by sphere tracing, one sun with soft shadows, sky
+light, and textures with the spectrum of natural images (amplitude ~ 1/f, Field 1987). Everything else (camera, sun,
+colours, wear, clouds, hills) follows from the seed.
 
 Distances are in units of the object's bounding radius; y points up; colours are linear light until the last line.
 """
@@ -124,12 +124,12 @@ _SHAPES = {
 
 @dataclass
 class Scene:
-    """What one picture is made of, drawn from a seed. Tensors have no batch axis; `render` stacks them."""
+    """The parameters of one image, from a seed. Tensors have no batch axis; `render` stacks them."""
 
     kind: SceneClass
     eye: Tensor  # [3] camera position
     look: Tensor  # [3] point the camera looks at
-    zoom: float  # focal length over half the picture's height
+    zoom: float  # focal length over half the image's height
     roll: float  # camera roll, radians
     yaw: float  # the object's turn about the vertical, radians
     sun: Tensor  # [3] unit vector to the sun
@@ -137,7 +137,7 @@ class Scene:
 
 
 def draw_scene(kind: SceneClass, seed: int) -> Scene:
-    """The scene that belongs to `seed`. The same seed gives the same scene on every device."""
+    """Returns the scene of a seed, the same on every device."""
     g = torch.Generator().manual_seed(seed)
     u = torch.rand(32, generator=g).tolist()
 
@@ -451,20 +451,21 @@ def _nearness_of_one_shape(scenes: list[Scene], size: int, device: torch.device)
 
 @torch.no_grad()
 def nearness(kinds: list[SceneClass], seeds: list[int], size: int, device: torch.device | str = "cpu") -> Tensor:
-    """How near what a pixel of `render` shows is: 1 / its distance, 0 for the sky: float [B, 1, size, size]."""
-    drawn = _by_shape(kinds, seeds, torch.device(device), lambda scenes, on: _nearness_of_one_shape(scenes, size, on))
-    return drawn.view(-1, 1, size, size)
+    """Returns the nearness of each pixel of `render`, 1 / distance and 0 for the sky: float [B, 1, size, size]."""
+    values = _by_shape(kinds, seeds, torch.device(device), lambda scenes, on: _nearness_of_one_shape(scenes, size, on))
+    return values.view(-1, 1, size, size)
 
 
 def _by_shape(
     kinds: list[SceneClass], seeds: list[int], device: torch.device, draw: Callable[[list[Scene], torch.device], Tensor]
 ) -> Tensor:
-    """What `draw` makes of the scenes of each shape, in the order of the scenes.
+    """Calls `draw` with the scenes of each shape, and returns the results in the order of the scenes.
 
-    Raises ValueError where the two lists differ in length.
+    Raises:
+        ValueError: the two lists differ in length.
     """
     if len(kinds) != len(seeds):
-        raise ValueError(f"{len(kinds)} classes but {len(seeds)} seeds: every picture needs one of each")
+        raise ValueError(f"{len(kinds)} classes but {len(seeds)} seeds: every image needs one of each")
     scenes = [draw_scene(kind, seed) for kind, seed in zip(kinds, seeds, strict=True)]
     parts, places = [], []
     for shape in SHAPES:
@@ -477,10 +478,18 @@ def _by_shape(
 
 @torch.no_grad()
 def render(kinds: list[SceneClass], seeds: list[int], size: int = 256, device: torch.device | str = "cpu") -> Tensor:
-    """Pictures of `kinds`, one a seed: float [B, 3, size, size] in 0..1, sRGB.
+    """Renders images: float [B, 3, size, size] in 0..1, sRGB.
 
-    A picture depends on its class, its seed and the size alone, not on what else is in the batch.
-    Raises ValueError where the two lists differ in length.
+    An image depends only on its class, its seed and the size, not on the batch.
+
+    Args:
+        kinds: the class of each image.
+        seeds: the seed of each image.
+        size: side in pixels.
+        device: on which to render.
+
+    Raises:
+        ValueError: the two lists differ in length.
     """
     light = _by_shape(kinds, seeds, torch.device(device), lambda scenes, on: _render_one_shape(scenes, size, on))
     return light.clamp(0, 1).pow(1 / 2.2).reshape(-1, size, size, 3).permute(0, 3, 1, 2).contiguous()

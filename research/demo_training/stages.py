@@ -18,32 +18,42 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tofu_sd.demo.classifier import Judge, perceptual_distance
+from tofu_sd.demo.classifier import DemoClassifier, perceptual_distance
 from tofu_sd.demo.tokenizer import build_tokenizer
 
-from .fit import _autocast, _whole, fit
 from .networks import build_scheduler, build_text_encoder, build_unet, build_vae
+
+# isort: split
+# after .networks, which explains an installation that cannot import these
+
+from .fit import Schedule, _autocast, _whole, fit
 from .recipe import CONTENTS, CROP, TEST_SEED, Content, Recipe
 
 
-def _pictures(rows: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 [B, 3, H, W] -> float in 0..1."""
-    return torch.from_numpy(np.array(rows)).to(device).float() / 255  # a copy: the file's map may not be written to
+def _images(rows: np.ndarray, device: torch.device) -> Tensor:
+    """Converts uint8 [B, 3, H, W] to float in 0..1."""
+    return torch.from_numpy(np.array(rows)).to(device).float() / 255  # a copy: the memory map is read-only
 
 
 def _render_rows(recipe: Recipe, kinds: list[int], size: int, device: torch.device, rows: range) -> np.ndarray:
-    """Renders of some rows of the file, uint8 [len(rows), 3, size, size]."""
+    """Renders some rows of the file: uint8 [len(rows), 3, size, size]."""
     shown = recipe.shown
-    pictures = shown.render([shown.classes[kinds[r]] for r in rows], [recipe.seed + r for r in rows], size, device)
-    return np.asarray((pictures * 255).round().byte().cpu().numpy())
+    images = shown.render([shown.classes[kinds[r]] for r in rows], [recipe.seed + r for r in rows], size, device)
+    return np.asarray((images * 255).round().byte().cpu().numpy())
 
 
 def make_renders(
     recipe: Recipe, work: Path, device: torch.device, images: int | None = None, scale: int = 1, workers: int = 1
 ) -> np.ndarray:
-    """The training pictures, uint8 [classes × images, 3, size, size], memory-mapped. Rendered once.
+    """Returns the training images, rendered once: uint8 [classes × images, 3, size, size], memory-mapped.
 
-    scale: 2 renders at twice the recipe's size, into a file of its own. workers: processes that render (on the CPU).
+    Args:
+        recipe: sizes and seeds.
+        work: folder of the file.
+        device: on which to render, with one worker.
+        images: of each class; by default the recipe's.
+        scale: 2 renders at twice the recipe's size, into another file.
+        workers: processes that render, on the CPU.
     """
     size = scale * recipe.size
     path, kinds, chunk = work / f"renders{'' if scale == 1 else -size}.npy", recipe.kinds(images), 16
@@ -56,102 +66,111 @@ def make_renders(
         with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
             parts = map(one, chunks) if pool is None else pool.map(one, chunks)
             bar = tqdm(parts, desc=path.stem, total=len(chunks), unit_scale=chunk, unit="image", mininterval=5)
-            for rows, pictures in zip(chunks, bar, strict=True):
-                out[rows.start : rows.stop] = pictures
+            for rows, images in zip(chunks, bar, strict=True):
+                out[rows.start : rows.stop] = images
         out.flush()
         os.replace(part, path)
     return np.load(path, mmap_mode="r")
 
 
-def judge_accuracy(
-    judge: Judge, device: torch.device, images: int = 960, size: int = 256, content: str = "scenes"
+def classifier_accuracy(
+    classifier: DemoClassifier, device: torch.device, images: int = 960, size: int = 256, content: str = "scenes"
 ) -> float:
-    """Share of fresh renders (ten a class of scenes) of which all labels are recognised."""
+    """Returns the share of fresh renders of which all labels are predicted correctly."""
     right, shown = 0, CONTENTS[content]
     for i in range(0, images, 32):
         rows = range(i, min(i + 32, images))
         kinds = [shown.classes[r % len(shown.classes)] for r in rows]
-        found = judge.classify(shown.render(kinds, [TEST_SEED + r for r in rows], size, device))
-        right += int((found.cpu() == torch.tensor([k.labels for k in kinds])).all(-1).sum())
+        predicted = classifier.classify(shown.render(kinds, [TEST_SEED + r for r in rows], size, device))
+        right += int((predicted.cpu() == torch.tensor([k.labels for k in kinds])).all(-1).sum())
     return right / images
 
 
-def train_judge(recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray) -> tuple[Judge, dict[str, Any]]:
+def train_classifier(
+    recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray
+) -> tuple[DemoClassifier, dict[str, Any]]:
+    """Trains the demo classifier on renders. Returns (the classifier, the figures)."""
     torch.manual_seed(recipe.seed)
-    judge = Judge(recipe.shown.answers).to(device)
+    classifier = DemoClassifier(recipe.shown.answers).to(device)
     labels = torch.tensor([recipe.shown.classes[c].labels for c in recipe.kinds()], device=device)
     batch = 48
 
     def loss(g: torch.Generator) -> Tensor:
         rows = torch.randint(len(renders), (batch,), generator=g)
-        pictures = F.interpolate(_pictures(renders[rows.numpy()], device), (128, 128), mode="area")
+        images = F.interpolate(_images(renders[rows.numpy()], device), (128, 128), mode="area")
         if torch.rand((), generator=g) < 0.5:
-            pictures = pictures.flip(-1)
-        # blur, contrast and noise, so that it judges what is shown and not how crisply
+            images = images.flip(-1)
+        # blur, contrast and noise, so that it recognizes content and not sharpness
         gain, shift, grain = torch.rand(3, generator=g).tolist()
-        pictures = (pictures - 0.5) * (0.8 + 0.4 * gain) + 0.5 + 0.1 * (shift - 0.5)
+        images = (images - 0.5) * (0.8 + 0.4 * gain) + 0.5 + 0.1 * (shift - 0.5)
         if torch.rand((), generator=g) < 0.5:
-            pictures = F.interpolate(F.avg_pool2d(pictures, 2), (128, 128), mode="bilinear")
-        pictures = pictures + 0.06 * grain * torch.randn(pictures.shape, generator=g).to(device)
+            images = F.interpolate(F.avg_pool2d(images, 2), (128, 128), mode="bilinear")
+        images = images + 0.06 * grain * torch.randn(images.shape, generator=g).to(device)
         with _autocast(device):
-            logits = judge(pictures)
+            logits = classifier(images)
         wanted = labels[rows.to(device)]
         return sum(F.cross_entropy(lg.float(), wanted[:, i], label_smoothing=0.05) for i, lg in enumerate(logits))  # type: ignore[return-value]
 
-    figures = fit("judge", judge, loss, samples=recipe.judge, batch=batch, rate=2e-3, work=work, seed=recipe.seed + 1)
-    judge.eval().requires_grad_(False)
-    figures["accuracy"] = judge_accuracy(judge, device, 960, recipe.size, recipe.content)
-    return judge, figures
+    figures = fit("judge", classifier, loss, Schedule(recipe.judge, batch, 2e-3, recipe.seed + 1), work)
+    classifier.eval().requires_grad_(False)
+    figures["accuracy"] = classifier_accuracy(classifier, device, 960, recipe.size, recipe.content)
+    return classifier, figures
 
 
 def train_vae(
-    recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray, judge: Judge
+    recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray, classifier: DemoClassifier
 ) -> tuple[AutoencoderKL, dict[str, Any]]:
+    """Trains the autoencoder on crops of renders. Returns (the autoencoder, the figures)."""
     torch.manual_seed(recipe.seed)
     vae, batch, crop = build_vae().to(device), 8, CROP
 
     def loss(g: torch.Generator) -> Tensor:
         rows = torch.randint(len(renders), (batch,), generator=g)
         y, x = torch.randint(recipe.size - crop + 1, (2,), generator=g).tolist()
-        if torch.rand((), generator=g) < 0.2:  # at half size, which the low stage sees
+        if torch.rand((), generator=g) < 0.2:  # at half size, as in the low stage
             y, x = (at * (recipe.size // 2 - crop) // (recipe.size - crop) for at in (y, x))
-            pictures = F.avg_pool2d(_pictures(renders[rows.numpy()], device), 2)[..., y : y + crop, x : x + crop]
+            images = F.avg_pool2d(_images(renders[rows.numpy()], device), 2)[..., y : y + crop, x : x + crop]
         else:
-            pictures = _pictures(renders[rows.numpy(), :, y : y + crop, x : x + crop], device)
+            images = _images(renders[rows.numpy(), :, y : y + crop, x : x + crop], device)
         if torch.rand((), generator=g) < 0.5:
-            pictures = pictures.flip(-1)
+            images = images.flip(-1)
         with _autocast(device):
-            latents = vae.encode(pictures * 2 - 1).latent_dist
+            latents = vae.encode(images * 2 - 1).latent_dist
             mean, spread = latents.mean.float(), latents.std.float()
-            drawn = mean + spread * torch.randn(mean.shape, generator=g).to(device)
-            seen = vae.decode(drawn).sample.float() / 2 + 0.5
-            look = perceptual_distance(judge, seen, pictures, stages=4).mean()
-        wrong = seen - pictures
-        colour = F.avg_pool2d(wrong, 8).abs().mean()  # a wrong tint over a latent's cell costs twice
+            sampled = mean + spread * torch.randn(mean.shape, generator=g).to(device)
+            decoded = vae.decode(sampled).sample.float() / 2 + 0.5
+            look = perceptual_distance(classifier, decoded, images, stages=4).mean()
+        wrong = decoded - images
+        colour = F.avg_pool2d(wrong, 8).abs().mean()  # a wrong mean colour of a latent's cell counts twice
         edges = sum(wrong.diff(dim=d).abs().mean() for d in (2, 3))
         divergence = 0.5 * (mean.square() + spread.square() - 1 - 2 * spread.log()).mean()
         return wrong.abs().mean() + colour + edges + 0.04 * look + 1e-4 * divergence
 
-    figures = fit("vae", vae, loss, samples=recipe.vae, batch=batch, rate=8e-4, work=work, seed=recipe.seed + 2)
+    figures = fit("vae", vae, loss, Schedule(recipe.vae, batch, 8e-4, recipe.seed + 2), work)
     vae.eval().requires_grad_(False)
     classes = recipe.shown.classes
     fresh = [recipe.shown.render(list(classes[i : i + 8]), list(range(TEST_SEED + i, TEST_SEED + i + 8)), recipe.size,
                                  device) for i in range(0, len(classes), 8)]  # fmt: skip
-    standardise(vae, torch.cat([vae.encode(pictures * 2 - 1).latent_dist.mode() for pictures in fresh]))
-    error = []
-    for pictures in fresh:
-        seen = vae.decode(vae.encode(pictures * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
-        error.append((seen.clamp(0, 1) - pictures).square().mean(dim=(1, 2, 3)))
-    figures["psnr"] = round(float((-10 * torch.cat(error).log10()).mean()), 2)
+    standardize(vae, torch.cat([vae.encode(images * 2 - 1).latent_dist.mode() for images in fresh]))
+    figures["psnr"] = round(_psnr(vae, fresh), 2)
     return vae, figures
 
 
+def _psnr(vae: AutoencoderKL, batches: list[Tensor]) -> float:
+    """Returns the mean PSNR, in dB, of images in 0..1 after encoding and decoding."""
+    errors = []
+    for images in batches:
+        decoded = vae.decode(vae.encode(images * 2 - 1).latent_dist.mode()).sample / 2 + 0.5
+        errors.append((decoded.clamp(0, 1) - images).square().mean(dim=(1, 2, 3)))
+    return float((-10 * torch.cat(errors).log10()).mean())
+
+
 @torch.no_grad()
-def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
+def standardize(vae: AutoencoderKL, latents: Tensor) -> None:
     """Gives each latent channel mean 0 and standard deviation 1 over `latents` [B, 4, h, w].
 
-    The change is folded into the 1 × 1 convolutions on either side of the latents, so that decode(encode(x)) stays as
-    it is and the scaling factor is 1.
+    The change is folded into the 1 × 1 convolutions before and after the latents, so that decode(encode(x)) stays
+    unchanged and the scaling factor is 1.
     """
     mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     C, into, out = len(mean), vae.quant_conv, vae.post_quant_conv
@@ -167,9 +186,9 @@ def standardise(vae: AutoencoderKL, latents: Tensor) -> None:
 def make_latents(
     work: Path, device: torch.device, renders: np.ndarray, vae: AutoencoderKL, scales: Sequence[int]
 ) -> None:
-    """Scaled latents of all renders, then of their mirror images, float16 [2 × n, 4, s, s].
+    """Writes the scaled latents of all renders, then of their mirror images: float16 [2 × n, 4, s, s].
 
-    Made at full size for scale 1 and at half size for scale 2.
+    Scale 1 is the full size and scale 2 half of it.
     """
     for scale in scales:
         size, chunk = renders.shape[-1] // 8 // scale, 32 if renders.shape[-1] < 512 else 8
@@ -178,8 +197,8 @@ def make_latents(
             continue
         out = np.empty((2 * len(renders), 4, size, size), np.float16)
         for i in tqdm(range(0, len(renders), chunk), desc=path.stem, unit_scale=chunk, unit="image", mininterval=5):
-            pictures = F.interpolate(_pictures(renders[i : i + chunk], device), (8 * size,) * 2, mode="area")
-            for half, view in enumerate((pictures, pictures.flip(-1))):
+            images = F.interpolate(_images(renders[i : i + chunk], device), (8 * size,) * 2, mode="area")
+            for half, view in enumerate((images, images.flip(-1))):
                 with _autocast(device):
                     latents = vae.encode(view * 2 - 1).latent_dist.mode().float() * vae.config.scaling_factor
                 out[half * len(renders) + i :][: len(view)] = latents.cpu().numpy()
@@ -187,7 +206,7 @@ def make_latents(
 
 
 def _save(array: np.ndarray, path: Path) -> None:
-    with path.open("wb") as file:  # np.save would add .npy to a name
+    with path.open("wb") as file:  # np.save would add .npy to a path
         np.save(file, array)
 
 
@@ -207,7 +226,7 @@ class Denoiser(nn.Module):
 
 
 def velocity_loss(model: Denoiser, clean: Tensor, ids: Tensor, noising: DDIMScheduler, g: torch.Generator) -> Tensor:
-    """v-prediction under min-SNR weights with γ = 5 (Hang et al. 2023), timesteps stratified over the batch."""
+    """Returns the v-prediction loss with min-SNR weights, γ = 5 (Hang et al. 2023); timesteps are stratified."""
     B, T = len(clean), noising.config.num_train_timesteps
     t = ((torch.arange(B) + torch.rand(B, generator=g)) / B * T).long().clamp_max(T - 1).to(clean.device)
     noise = torch.randn(clean.shape, generator=g).to(clean.device)
@@ -230,10 +249,11 @@ def train_denoiser(
     samples: int,
     rate: float,
 ) -> dict[str, Any]:
+    """Trains UNet and text encoder on latents of one size. Returns the figures."""
     torch.manual_seed(recipe.seed)
     latents = torch.from_numpy(np.load(work / f"latents-{size}.npy"))
     classes = recipe.shown.classes
-    images = len(latents) // 2 // len(classes)  # a class
+    images = len(latents) // 2 // len(classes)  # of each class
     kinds = torch.tensor(recipe.kinds(images) * 2)
     texts = [c.prompt for c in classes] + [c.name for c in classes] + [""]
     ids = model.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
@@ -246,4 +266,4 @@ def train_denoiser(
         text = torch.where(u > 0.9, len(texts) - 1, text)  # no prompt, for guidance
         return velocity_loss(model, latents[rows].to(device).float(), ids[text].to(device), noising, g)
 
-    return fit(name, model, loss, samples=samples, batch=batch, rate=rate, work=work, seed=recipe.seed + 3, horizon=400)
+    return fit(name, model, loss, Schedule(samples, batch, rate, recipe.seed + 3, horizon=400), work)

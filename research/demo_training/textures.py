@@ -1,4 +1,4 @@
-"""Dense scenes with the statistics of photographs: what the second embedded model is trained on.
+"""Renders dense images with the statistics of photographs, on which the second embedded model is trained.
 
 An image is a dead-leaves composition (Lee, Mumford and Huang 2001): shapes that occlude each other, with radii r of
 density r^-3, which makes image statistics independent of scale. Each shape has its own colour, relief, light and a
@@ -387,8 +387,7 @@ def _draw(kind: TextureClass, seed: int, size: int) -> Array:
 def render(kinds: Sequence[TextureClass], seeds: Sequence[int], size: int = 256) -> Array:
     """Images of `kinds`, one for each seed: float32 [B, 3, size, size] in 0..1, sRGB.
 
-    An image depends on its class, its seed and the size alone.
-    Raises ValueError where the two lists differ in length.
+    An image depends only on its class, its seed and the size. ValueError where the two lists differ in length.
     """
     if len(kinds) != len(seeds):
         raise ValueError(f"{len(kinds)} classes but {len(seeds)} seeds: every image needs one of each")

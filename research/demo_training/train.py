@@ -1,17 +1,17 @@
 """Trains every part of an embedded model from scratch: `python -m research.demo_training.train [--content textures]`.
 
-    render   classes × images each -> renders.npy                  the training pictures, 256 × 256
-    judge    classifier on renders; accuracy on fresh ones           judge.safetensors
+    render   classes × images each                                   renders.npy, 256 × 256
+    judge    demo classifier on renders; accuracy on fresh ones      judge.safetensors
     vae      autoencoder on 96-pixel crops                           vae/
     encode   latents of the renders and their mirror images          latents-32.npy, latents-16.npy
     low      UNet and text encoder on 16 × 16 latents                unet/, text_encoder/
     high     the same weights on 32 × 32 latents
-    large    the same weights on 64 × 64 latents of 512 × 512 renders, for textures alone
+    large    the same weights on 64 × 64 latents of 512 × 512 renders, only for textures
     export   averaged weights in half precision -> tofu_sd/demo/weights
 
-Each stage leaves its result in --work and is skipped when that exists. Cut off, a training goes on from its last
-checkpoint, and renders and latents, which take minutes, begin anew. Batches are drawn from (seed, step), so an
-interrupted run sees the samples an uninterrupted one would.
+Each stage writes its result to --work and is skipped if that exists. After an interrupt, a training resumes from its
+last checkpoint; renders and latents, which take minutes, are made again. Batches depend on (seed, step), so an
+interrupted run uses the same samples.
 """
 
 from __future__ import annotations
@@ -23,77 +23,111 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from tofu_sd.demo import WEIGHTS
-from tofu_sd.demo.classifier import Judge
+from tofu_sd.demo.classifier import DemoClassifier
+
+# isort: split
+# after .stages, which explains an installation that cannot import these
 
 from .export import export
 from .fit import _whole
 from .recipe import Recipe
-from .stages import Denoiser, make_latents, make_renders, train_denoiser, train_judge, train_vae
+from .stages import Denoiser, make_latents, make_renders, train_classifier, train_denoiser, train_vae
 
 
 def train(recipe: Recipe, work: Path, out: Path, device: torch.device, workers: int = 1) -> None:
-    """Runs every stage whose result `work` does not hold yet, then writes the weights to `out`.
+    """Runs every stage whose result is not in `work` yet, then writes the weights to `out`.
 
-    ValueError for a folder that holds another recipe's results.
+    Args:
+        recipe: what is trained.
+        work: folder of renders and checkpoints.
+        out: folder of the finished weights.
+        device: of the trainings.
+        workers: processes that render.
+
+    Raises:
+        ValueError: `work` holds another recipe's results.
     """
     work.mkdir(parents=True, exist_ok=True)
-    note = work / "figures.json"
-    figures: dict[str, Any] = {"recipe": asdict(recipe), "device": str(device), "torch": torch.__version__}
-    if note.exists():
-        before = json.loads(note.read_text())
-        for name, value in figures["recipe"].items():
-            if (held := before["recipe"].get(name, getattr(Recipe(), name))) != value:
-                raise ValueError(f"{work.name} holds results for {name} {held}, not {value}")
-        figures = before | figures
-
-    def record(stage: str, values: dict[str, Any]) -> None:
-        figures[stage] = values
-        _note()
-        print(stage, json.dumps(values), flush=True)
-
-    def _note() -> None:
-        _whole(note, lambda part: part.write_text(json.dumps(figures, indent=1)))
-
-    _note()
+    training = _Training(recipe, work, device)
     renders = make_renders(recipe, work, device, workers=workers)
-    judge = Judge(recipe.shown.answers).to(device).eval().requires_grad_(False)
-    if (work / "judge.safetensors").exists():
-        judge.load_state_dict(load_file(work / "judge.safetensors"))
-    else:
-        judge, values = train_judge(recipe, work, device, renders)
-        record("judge", values)
-        _whole(work / "judge.safetensors", lambda part: save_file(judge.state_dict(), part))
-    if (work / "vae").exists():
-        vae = AutoencoderKL.from_pretrained(work / "vae").to(device)
-    else:
-        vae, values = train_vae(recipe, work, device, renders, judge)
-        record("vae", values)
-        _whole(work / "vae", vae.save_pretrained)
+    vae = training.autoencoder(renders, training.classifier(renders))
     make_latents(work, device, renders, vae, (1, 2))
-
     stages = [("low", recipe.size // 16, 5e-4), ("high", recipe.size // 8, 3e-4)]
     if recipe.large:
         large = make_renders(recipe, work, device, recipe.large_images, scale=2, workers=workers)
         make_latents(work, device, large, vae, (1,))
         stages.append(("large", recipe.size // 4, 1e-4))
-    torch.manual_seed(recipe.seed)  # of the first weights
-    model = Denoiser(recipe.shown).to(device)
-    for name, size, rate in stages:
-        done = work / f"{name}.safetensors"
-        if not done.exists():
-            samples = getattr(recipe, name)
-            record(name, train_denoiser(name, model, recipe, work, device, size=size, samples=samples, rate=rate))
-            _whole(done, lambda part: save_file(copy.deepcopy(model).cpu().state_dict(), part))
-        model.load_state_dict(load_file(done))
-    _whole(out, lambda part: export(work, part, figures, recipe))
+    training.denoiser(stages)
+    _whole(out, lambda part: export(work, part, training.figures, recipe))
+
+
+class _Training:
+    """The stages of a training, and its figures, which figures.json in the folder holds."""
+
+    def __init__(self, recipe: Recipe, work: Path, device: torch.device):
+        self.recipe, self.work, self.device = recipe, work, device
+        self.figures: dict[str, Any] = {"recipe": asdict(recipe), "device": str(device), "torch": torch.__version__}
+        file = work / "figures.json"
+        if file.exists():
+            before = json.loads(file.read_text())
+            for name, value in self.figures["recipe"].items():
+                if (held := before["recipe"].get(name, getattr(Recipe(), name))) != value:
+                    raise ValueError(f"{work.name} holds results for {name} {held}, not {value}")
+            self.figures = before | self.figures
+        self._write()
+
+    def _write(self) -> None:
+        _whole(self.work / "figures.json", lambda part: part.write_text(json.dumps(self.figures, indent=1)))
+
+    def _record(self, stage: str, values: dict[str, Any]) -> None:
+        self.figures[stage] = values
+        self._write()
+        print(stage, json.dumps(values), flush=True)
+
+    def classifier(self, renders: np.ndarray) -> DemoClassifier:
+        """Returns the demo classifier, trained or loaded."""
+        file = self.work / "judge.safetensors"
+        if file.exists():
+            classifier = DemoClassifier(self.recipe.shown.answers).to(self.device).eval().requires_grad_(False)
+            classifier.load_state_dict(load_file(file))
+            return classifier
+        classifier, values = train_classifier(self.recipe, self.work, self.device, renders)
+        self._record("judge", values)
+        _whole(file, lambda part: save_file(classifier.state_dict(), part))
+        return classifier
+
+    def autoencoder(self, renders: np.ndarray, classifier: DemoClassifier) -> AutoencoderKL:
+        """Returns the autoencoder, trained or loaded."""
+        folder = self.work / "vae"
+        if folder.exists():
+            return AutoencoderKL.from_pretrained(folder).to(self.device)
+        vae, values = train_vae(self.recipe, self.work, self.device, renders, classifier)
+        self._record("vae", values)
+        _whole(folder, vae.save_pretrained)
+        return vae
+
+    def denoiser(self, stages: list[tuple[str, int, float]]) -> None:
+        """Trains UNet and text encoder in stages of (name, size of the latents, learning rate)."""
+        torch.manual_seed(self.recipe.seed)  # of the initial weights
+        model = Denoiser(self.recipe.shown).to(self.device)
+        for name, size, rate in stages:
+            file = self.work / f"{name}.safetensors"
+            if not file.exists():
+                samples = getattr(self.recipe, name)
+                sizes = {"size": size, "samples": samples, "rate": rate}
+                self._record(name, train_denoiser(name, model, self.recipe, self.work, self.device, **sizes))
+                _whole(file, lambda part: save_file(copy.deepcopy(model).cpu().state_dict(), part))
+            model.load_state_dict(load_file(file))
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Parses the options and trains."""
     parser = argparse.ArgumentParser(
         prog="python -m research.demo_training.train", description=(__doc__ or "").split("\n")[0]
     )
@@ -112,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     work, out, device = args.pop("work"), args.pop("out"), torch.device(args.pop("device"))
     workers = args.pop("workers")
     if workers < 1:
-        parser.error(f"--workers is {workers}; it must be at least 1")
+        parser.error(f"--workers is {workers}; it must be an integer >= 1")
     try:
         train(Recipe(**args), work, out, device, workers)
     except ValueError as error:

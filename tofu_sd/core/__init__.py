@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: matching, merging and attention by group size. No model is known here."""
+"""Matching, merging and proportional attention on tensors. Nothing here depends on a model."""

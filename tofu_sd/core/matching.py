@@ -16,54 +16,76 @@ from .token_map import SoftMap, TokenMap
 
 
 class Pairs(NamedTuple):
-    """Each source with the destination it is most similar to: their cosine best [B, S], its position target [B, S]."""
+    """The most similar destination of each source.
+
+    Args:
+        best: [B, S], their cosine.
+        target: [B, S] long, raster position of the destination.
+        parts: sources and destinations.
+    """
 
     best: Tensor
     target: Tensor
     parts: Partition
 
-    def fused(self, r: int) -> TokenMap:
-        """The map by which the r most similar sources, at most S, join their destinations."""
+    def merged(self, r: int) -> TokenMap:
+        """Returns the map that merges the r most similar sources (at most S) into their destinations."""
         return TokenMap(*build_map(self.best, self.target, *self.parts, r))
 
 
 def most_similar(metric: Tensor, parts: Partition, windows: Windows | None = None) -> Pairs:
-    """The pairs of tokens metric [B, N, C], compared by cosine. Without gradient.
+    """Finds the most similar destination of each source, by cosine, without gradient.
 
-    windows: where to look for destinations, None for the whole map. Ties go to the earlier destination.
+    Ties go to the earlier destination.
+
+    Args:
+        metric: [B, N, C], tokens.
+        parts: sources and destinations.
+        windows: compares within windows; None with the whole map.
     """
     src, dst = parts
     with torch.no_grad():
         if windows is None:
-            best, target = (
-                found.flatten(1) for found in nearest_dst(metric, src.unsqueeze(0), dst.unsqueeze(0))
-            )  # [B, S]
+            best, target = (x.flatten(1) for x in nearest_dst(metric, src.unsqueeze(0), dst.unsqueeze(0)))  # [B, S]
         else:
-            best, target = (
-                found.flatten(1)[:, windows.src_index] for found in nearest_dst(metric, windows.src, windows.dst)
-            )
+            nearest = nearest_dst(metric, windows.src, windows.dst)
+            best, target = (x.flatten(1)[:, windows.src_index] for x in nearest)
         return Pairs(best, target, parts)
 
 
 def count_above_threshold(best: Tensor, threshold: float) -> Tensor:
-    """How many of the cosines best [B, S] exceed a threshold, the mean over the batch (ATM section 3.4): []."""
+    """Returns how many cosines of best [B, S] exceed a threshold, the mean over the batch (ATM section 3.4): []."""
     return (best > threshold).sum() / len(best)
 
 
 def bipartite_soft_matching(metric: Tensor, parts: Partition, r: int, windows: Windows | None = None) -> TokenMap:
-    """The r sources most similar to any destination join the destination they are most similar to.
+    """Merges the r sources of highest similarity with their most similar destinations (ToMe section 3).
 
-    metric: [B, N, C], compared by cosine. r: at most S. windows: where to look for destinations, None for the whole
-    map. Ties go to the earlier source, the earlier destination. Survivors stand in raster order. The map carries no
-    gradient (which token goes where is not differentiable).
+    Ties go to the earlier source and the earlier destination. The map has no gradient, as it is discrete.
+
+    Args:
+        metric: [B, N, C], tokens, compared by cosine.
+        parts: sources and destinations.
+        r: number of merged tokens, at most S.
+        windows: compares within windows; None with the whole map.
+
+    Returns:
+        The map; survivors are in raster order.
     """
-    return most_similar(metric, parts, windows).fused(r)
+    return most_similar(metric, parts, windows).merged(r)
 
 
 def soft_assignment(z: Tensor, centroids: Tensor, temperature: float, used: Tensor | None = None) -> Tensor:
-    """a_ik (AdaptiVision Eq. 2) of tokens z [..., N, D] to centroids [..., K, D]: [..., N, K], rows sum to 1.
+    """Soft assignment a_ik of tokens to centroids (AdaptiVision Eq. 2).
 
-    used [..., K]: centroids that take part; all if None. As the temperature goes to 0 each token goes to its nearest.
+    Args:
+        z: [..., N, D], tokens.
+        centroids: [..., K, D].
+        temperature: in squared distances; as it goes to 0, each token goes to its nearest centroid.
+        used: [..., K] bool, centroids that are used; None for all.
+
+    Returns:
+        [..., N, K]; rows sum to 1.
     """
     nearness = -torch.cdist(z, centroids).square() / temperature
     if used is not None:
@@ -72,12 +94,15 @@ def soft_assignment(z: Tensor, centroids: Tensor, temperature: float, used: Tens
 
 
 def soft_merge_map(metric: Tensor, windows: Windows, temperature: float) -> SoftMap:
-    """Every token of metric [B, N, C] is shared out among the centroids of its window, the nearer the more.
+    """Assigns every token softly to the centroids of its window (AdaptiVision section 3.2). It has gradients.
 
-    The centroids are the destinations, a token of each cell: the paper learns them with its model, and here is none to
-    train; a token has itself at distance 0, so that no centroid is ever empty. windows: of all tokens, destinations
-    included. temperature: in the variance of a window's tokens, their mean squared distance from their average, so that
-    the map does not change with the scale of the tokens. Carries gradients.
+    The centroids are the destinations, one token of each cell; the paper learns them with its model. A centroid's own
+    token is at distance 0, so that no centroid is empty.
+
+    Args:
+        metric: [B, N, C], tokens.
+        windows: of all tokens, destinations included.
+        temperature: in units of the variance of a window's tokens, so that scaling the tokens does not change the map.
     """
     src, dst, src_index, dst_index = windows
     with torch.autocast(metric.device.type, enabled=False):
@@ -88,7 +113,7 @@ def soft_merge_map(metric: Tensor, windows: Windows, temperature: float) -> Soft
         z = full[:, src]  # [B, T, M, C]
         middle = (z * share).sum(dim=2, keepdim=True)
         spread = ((z - middle).square() * share).sum(dim=(2, 3), keepdim=True)  # [B, T, 1, 1]
-        scale = spread.clamp_min(torch.finfo(full.dtype).tiny).rsqrt()  # equal tokens are at distance 0, not NaN
+        scale = spread.clamp_min(torch.finfo(full.dtype).tiny).rsqrt()  # without NaN for equal tokens
         weights = soft_assignment((z - middle) * scale, (full[:, dst] - middle) * scale, temperature, used)
         return SoftMap(weights * real.unsqueeze(-1), src, src_index, dst.flatten()[dst_index], dst_index)
 
@@ -98,11 +123,11 @@ MATCHERS: dict[str, Matcher] = {}
 
 
 def register_matcher(name: str) -> Callable[[Matcher], Matcher]:
-    """Makes a way to match tokens available as `TokenFusionConfig(matching=name)`. A decorator.
+    """Registers a matcher as `TokenFusionConfig(matching=name)`. A decorator.
 
-    The matcher takes the tokens [B, N, C] of a block, the grid of its map and the configuration, and gives a TokenMap
-    or a SoftMap. `len(grid.num_merged)` is how many tokens to merge. It runs in compiled blocks too, so it must not
-    read a tensor's values.
+    The matcher takes the tokens [B, N, C] of a block, the grid of its map and the configuration, and returns a TokenMap
+    or a SoftMap. `len(grid.num_merged)` is the number of tokens to merge. It also runs in compiled blocks, so it must
+    not read a tensor's values.
 
     Raises:
         ValueError: the name is no identifier, or another matcher has it.
@@ -120,7 +145,7 @@ def register_matcher(name: str) -> Callable[[Matcher], Matcher]:
 
 
 def get_matcher(name: str) -> Matcher:
-    """The matcher registered as `name`. ValueError for an unknown one."""
+    """Returns the matcher registered as `name`. ValueError for an unknown one."""
     if name not in MATCHERS:
         hint = did_you_mean(name, MATCHERS)
         raise ValueError(f"unknown matching {name!r}{hint}; known: {', '.join(MATCHERS)}")

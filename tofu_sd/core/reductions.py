@@ -1,7 +1,6 @@
-"""Ways to fuse: x [B, N, C] and a map give [B, K, C]. ToFu (WACV 2024), Eq. 5-10 and Algorithm 1.
+"""Reductions: tokens x [B, N, C] and a map -> [B, K, C]. ToFu (WACV 2024), Eq. 5-10 and Algorithm 1.
 
-Each reduction keeps dtype and device, carries gradients, and draws the same bits every time it is run. Averages are
-float32 at least.
+Each reduction keeps dtype and device, has gradients and is deterministic. Averages are computed at least in float32.
 """
 
 from __future__ import annotations
@@ -21,29 +20,29 @@ Reduction = Callable[[Tensor, Any], Tensor]  # of a TokenMap; `mean` of a SoftMa
 
 
 def prune(x: Tensor, map: TokenMap) -> Tensor:
-    """The survivors as they are (Alg. 1, line 9): [B, K, C]."""
+    """Keeps the survivors unchanged (Alg. 1, line 9): [B, K, C]."""
     return take(x, map.kept_idx)
 
 
 def unmerge(y: Tensor, map: TokenMap | SoftMap) -> Tensor:
-    """Every token takes what its survivor has: y [B, K, C] -> [B, N, C].
+    """Copies each survivor to the tokens that it stands for: y [B, K, C] -> [B, N, C].
 
-    prune(unmerge(y, map), map) == y, bit for bit. Of a SoftMap, y_i = sum_k a_ik y_k.
+    prune(unmerge(y, map), map) == y, bit for bit. For a SoftMap, y_i = sum_k a_ik y_k.
     """
     if isinstance(map, SoftMap):
         (B, T, _, D), C = map.weights.shape, y.shape[-1]
         with torch.autocast(y.device.type, enabled=False):
             full = y.to(map.weights.dtype)
-            seated = full.new_zeros(B, T * D, C).index_copy(1, map.dst_index, full).view(B, T, D, C)
-            return (map.weights @ seated).flatten(1, 2)[:, map.place].to(y.dtype)
+            by_window = full.new_zeros(B, T * D, C).index_copy(1, map.dst_index, full).view(B, T, D, C)
+            return (map.weights @ by_window).flatten(1, 2)[:, map.src_index].to(y.dtype)
     return take(y, map.group_idx)
 
 
 def mean(x: Tensor, map: TokenMap | SoftMap) -> Tensor:
-    """The average of each group, its survivor included (Eq. 6 and 9): [B, K, C].
+    """Averages each group, survivor included (Eq. 6 and 9): [B, K, C].
 
-    Of a SoftMap, sum_i a_ik x_i (AdaptiVision Eq. 3) divided by sum_i a_ik: the paper's sums would be as many times
-    larger than tokens as they hold tokens, which a model that is not trained on them does not know.
+    For a SoftMap, sum_i a_ik x_i (AdaptiVision Eq. 3) divided by sum_i a_ik. The paper's sums grow with the group, and
+    only a model that is trained on them can use them.
     """
     if isinstance(map, SoftMap):
         with torch.autocast(x.device.type, enabled=False):
@@ -53,7 +52,7 @@ def mean(x: Tensor, map: TokenMap | SoftMap) -> Tensor:
 
 
 def mlerp(x: Tensor, map: TokenMap) -> Tensor:
-    """The direction of each group's mean at the largest norm in the group, survivor included (Eq. 10): [B, K, C].
+    """Rescales each group's mean to the largest norm in the group, survivor included (Eq. 10): [B, K, C].
 
     A group whose mean is zero has no direction and stays zero.
     """
@@ -64,7 +63,7 @@ REDUCTIONS: dict[str, Reduction] = {"prune": prune, "mean": mean, "mlerp": mlerp
 
 
 def register_reduction(reduction: Reduction) -> Reduction:
-    """Makes a reduction available by its function's name: `TokenFusionConfig(early="mine")`. A decorator.
+    """Registers a reduction under its function's name: `TokenFusionConfig(early="mine")`. A decorator.
 
     Args:
         reduction: takes tokens [B, N, C] and a TokenMap to [B, K, C].
@@ -80,7 +79,7 @@ def register_reduction(reduction: Reduction) -> Reduction:
 
 
 def get_reduction(name: str | Reduction) -> Reduction:
-    """The reduction called `name`; a function is returned unchanged.
+    """Returns the reduction called `name`; a function is returned unchanged.
 
     Raises:
         ValueError: an unknown name, or a function without a name, which rows and folders are named after.
@@ -99,21 +98,21 @@ _NUMBERED: dict[Reduction, int] = {reduction: i for i, reduction in enumerate(RE
 
 
 def reduction_id(reduction: Reduction) -> int:
-    """The number by which `fuse` knows a reduction, from 2 on: compilers take 0 and 1 for constants.
+    """Returns the id of a reduction for `reduce_by_id`, from 2 on, as compilers treat 0 and 1 as constants.
 
-    To be asked outside of compiled code, which puts off what it changes until its graph has run.
+    It must be called outside of compiled code, which delays changes of this registry until its graph has run.
     """
     return _NUMBERED.setdefault(reduction, len(_NUMBERED) + 2)
 
 
-def _fuse_shapes(x: Tensor, kept_idx: Tensor, group_idx: Tensor, number: int) -> Tensor:
+def _reduced_shapes(x: Tensor, kept_idx: Tensor, group_idx: Tensor, id: int) -> Tensor:
     return x.new_empty(*kept_idx.shape, x.shape[-1])
 
 
-@operator("tofu_sd::fuse", "(Tensor x, Tensor kept, Tensor home, SymInt number) -> Tensor", _fuse_shapes)
-def fuse(x: Tensor, kept_idx: Tensor, group_idx: Tensor, number: int) -> Tensor:
-    """The reduction of that number, as an operator that is the same for all of them: one graph of a compiled block.
+@operator("tofu_sd::reduce", "(Tensor x, Tensor kept_idx, Tensor group_idx, SymInt id) -> Tensor", _reduced_shapes)
+def reduce_by_id(x: Tensor, kept_idx: Tensor, group_idx: Tensor, id: int) -> Tensor:
+    """Applies the reduction with this id. One operator for all reductions keeps one graph of a compiled block.
 
-    Without gradient.
+    It has no gradient.
     """
-    return list(_NUMBERED)[number - 2](x, TokenMap(kept_idx, group_idx)).contiguous()
+    return list(_NUMBERED)[id - 2](x, TokenMap(kept_idx, group_idx)).contiguous()

@@ -1,4 +1,4 @@
-"""The demo classifier, which names what a generated image shows."""
+"""The demo classifier: predicts shape, material and setting of a generated image."""
 
 from __future__ import annotations
 
@@ -12,22 +12,27 @@ from torch import Tensor, nn
 from .scene_classes import MATERIALS, SETTINGS, SHAPES
 
 
-def perceptual_distance(judge: Any, a: Tensor, b: Tensor, stages: int = 5) -> Tensor:
-    """How differently the first stages of a judge see two sets of pictures [B, 3, H, W] in 0..1: [B], at least 0.
+def perceptual_distance(classifier: Any, a: Tensor, b: Tensor, stages: int = 5) -> Tensor:
+    """Perceptual distance of two batches of images by the feature maps of a classifier: [B], >= 0.
 
-    The squared distance of the feature maps, their channels scaled to unit length, averaged over the picture and summed
-    over the stages: LPIPS's construction (Zhang et al. 2018) without its learnt weights.
+    It is LPIPS's construction (Zhang et al. 2018) without its learned weights: the squared distance of the feature
+    maps, with channels normalized, averaged over the image and summed over the stages.
+
+    Args:
+        classifier: a DemoClassifier.
+        a, b: [B, 3, H, W], images in 0..1.
+        stages: how many stages are used, from the first.
     """
-    pairs = zip(judge.maps(a)[:stages], judge.maps(b)[:stages], strict=True)
+    pairs = zip(classifier.maps(a)[:stages], classifier.maps(b)[:stages], strict=True)
     parts = [(F.normalize(u, dim=1) - F.normalize(v, dim=1)).square().sum(1).mean((1, 2)) for u, v in pairs]
     return torch.stack(parts).sum(0)
 
 
-class Judge(nn.Module):
-    """A small classifier of renders. It says what a generated picture shows, and its features compare pictures.
+class DemoClassifier(nn.Module):
+    """A small classifier of renders, for images [B, 3, H, W] in 0..1 of any size. Its features compare images.
 
-    Input: pictures [B, 3, H, W] in 0..1 of any size. labels: how many answers each of its questions has; by default
-    shapes, materials and settings.
+    Args:
+        labels: number of values of each label; by default of shapes, materials and settings.
     """
 
     WIDTHS = (24, 48, 80, 112, 144)
@@ -50,24 +55,24 @@ class Judge(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.heads = nn.ModuleList(nn.Linear(width, count) for count in labels)
 
-    def maps(self, pictures: Tensor) -> list[Tensor]:
-        """Feature maps of the five stages at the pictures' own size: the first half of it, each next half of that."""
-        x, maps = pictures * 2 - 1, []
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Returns the feature maps of the five stages; each has half the size of the one before."""
+        x, maps = images * 2 - 1, []
         for stage in self.stages:
             x = stage(x)
             maps.append(x)
         return maps
 
-    def features(self, pictures: Tensor) -> Tensor:
-        """Pooled features [B, 144] of the pictures brought to 128 × 128 by area, the size it was trained at."""
-        return self.maps(F.interpolate(pictures, (128, 128), mode="area"))[-1].mean(dim=(2, 3))
+    def features(self, images: Tensor) -> Tensor:
+        """Returns pooled features [B, 144] of the images, resized to its training size of 128 × 128."""
+        return self.maps(F.interpolate(images, (128, 128), mode="area"))[-1].mean(dim=(2, 3))
 
-    def forward(self, pictures: Tensor) -> list[Tensor]:
-        """Logits for each question; by default shape, material and setting: [B, 6], [B, 4], [B, 4]."""
-        features = self.features(pictures)
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Returns the logits of each label; by default shape, material and setting: [B, 6], [B, 4], [B, 4]."""
+        features = self.features(images)
         return [head(features) for head in self.heads]
 
     @torch.no_grad()
-    def classify(self, pictures: Tensor) -> Tensor:
-        """Most likely answers for each picture, by default (shape, material, setting): long [B, 3]."""
-        return torch.stack([logits.argmax(-1) for logits in self(pictures)], -1)
+    def classify(self, images: Tensor) -> Tensor:
+        """Returns the predicted labels of each image, by default (shape, material, setting): long [B, 3]."""
+        return torch.stack([logits.argmax(-1) for logits in self(images)], -1)

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer learnt from a few texts."""
+"""A CLIP tokenizer with a vocabulary learned from a few texts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import CLIPTokenizer
 
 
 def build_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer whose merges are learnt from `texts`: each of their words is one token, other text is bytes."""
+    """Builds a CLIP tokenizer whose merges are learned from texts: each of their words is one token."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -18,8 +18,10 @@ def build_tokenizer(texts: Iterable[str]) -> CLIPTokenizer:
         vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
     bpe.train_from_iterator((text.lower() for text in texts), trainer)
-    learnt = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    learned = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     symbols = sorted(alphabet)
-    tokens = symbols + [s + "</w>" for s in symbols] + [a + b for a, b in learnt] + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = (
+        symbols + [s + "</w>" for s in symbols] + [a + b for a, b in learned] + ["<|startoftext|>", "<|endoftext|>"]
+    )
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=learnt, pad_token="<|endoftext|>", model_max_length=77)
+    return CLIPTokenizer(vocab=vocab, merges=learned, pad_token="<|endoftext|>", model_max_length=77)

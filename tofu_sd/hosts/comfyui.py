@@ -1,7 +1,7 @@
-"""ComfyUI: the nodes "Token Fusion (ToFu)", which patches a model, and "Token Fusion Map", which shows what it does.
+"""ComfyUI: the nodes "Token Fusion (ToFu)", which patches a model, and "Token Fusion Map", which shows its maps.
 
-What the nodes take is said once, in `OPTIONS` and `SHOW`; from that they are made for the newer interface (V3), and for
-the older one where ComfyUI has no other.
+The inputs of the nodes are described once, in `OPTIONS` and `SHOW`. The nodes are made for the newer interface (V3),
+or for the older one where ComfyUI has no other.
 """
 
 from __future__ import annotations
@@ -15,46 +15,54 @@ from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
 from ..core.token_map import TokenMap, draw_merge_map
-from ._model_patcher import Options, patch_model, watch_model
-from ._ui_options import CUSTOM, OPTIONS, PRESET, Option, chosen, fusion_of
+from ..utils import show_log
 from .ldm import Place
+from .programs.call_state import Options
+from .programs.model_patcher import patch_model, record_model_maps
+from .programs.ui_options import CUSTOM, OPTIONS, PRESET, Option, apply_preset, config_of
 
 try:
     from comfy_api.latest import ComfyExtension, io
 except ImportError:
     ComfyExtension = io = None
 
-CATEGORY = "model/patch/unet"  # where the program has its own of this kind
+CATEGORY = "model/patch/unet"  # the category of the program's own nodes of this kind
 ALIASES = ["tome", "token merging", "tomesd", "tofu", "token fusion", "speed", "faster", "acceleration"]
 logger = logging.getLogger("tofu_sd")
+show_log()
 
 
 SHOW = (
-    Option("at_percent", 0.5, "At this part of the sampling.", 0.0, 1.0, 0.001),
-    Option("map_seed", 0, "Of the noise that the picture is covered with for it.", 0, 2**31 - 1, 1),
+    Option("at_percent", 0.5, "Which step to show, as a share of the sampling.", 0.0, 1.0, 0.001),
+    Option("map_seed", 0, "Seed of the noise that is added to the image for this step.", 0, 2**31 - 1, 1),
 )
 
 
 # --- what the nodes do ------------------------------------------------------------------------------------------------
 
 
-def fuse(model: Any, preset: str = CUSTOM, **options: Any) -> Any:
-    """A clone of the model that fuses tokens. An option that an older workflow lacks is the default.
+def patch_with_preset(model: Any, preset: str = CUSTOM, **options: Any) -> Any:
+    """Returns a clone of the model that merges tokens.
 
-    One from before there were presets has none, and all its options count.
+    An older workflow may lack options, which then have their defaults. One without a preset uses all its options.
+
+    Args:
+        model: the program's model patcher.
+        preset: name of a recipe, or "custom".
+        options: values of OPTIONS by name.
     """
-    values, ignored = chosen(preset, options)
+    values, ignored = apply_preset(preset, options)
     if ignored:
-        logger.warning(f"Token Fusion: {', '.join(ignored)} do not count, as preset is {preset} and not {CUSTOM}")
-    fusion = fusion_of(values)
+        logger.warning(f"Token Fusion: {', '.join(ignored)} are ignored, as preset is {preset} and not {CUSTOM}")
+    config = config_of(values)
     sampling = model.get_model_object("model_sampling")
-    clone, summary = patch_model(model, fusion, plain, sampling.percent_to_sigma)
+    clone, summary = patch_model(model, config, plain, sampling.percent_to_sigma)
     logger.info(summary.headline)
     return clone
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Options) -> Tensor:
-    """ComfyUI's own attention, whichever was chosen at its start, or what another node has put in its place."""
+    """Runs ComfyUI's own attention, as chosen when it started, or its replacement by another node."""
     override = {"transformer_options": options} if "optimized_attention_override" in options else {}
     return optimized_attention(q, k, v, heads, attn_precision=options.get("attn_precision"), **override)
 
@@ -62,11 +70,14 @@ def plain(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Options) -> Tens
 def show(
     model: Any, positive: Any, latent: dict[str, Any], at_percent: float = 0.5, map_seed: int = 0
 ) -> tuple[Tensor, str]:
-    """Which token stands for which in every fused block at one step of a picture: [blocks, H, W, 3] in 0..1.
+    """Draws which tokens each block merges in one step: a colour for each group, dark gray for a token that is alone.
 
-    With the names of the blocks, a line for each image: "1: input 1.0", side, number and number in it.
+    Returns:
+        ([blocks, H, W, 3] in 0..1, the names of the blocks). A line for each: "1: input 1.0" gives the image, the side,
+        the number of the block and the number of the transformer block in it.
 
-    A colour for each group, dark gray for a token that stands for itself. ValueError for a model that fuses nothing.
+    Raises:
+        ValueError: the model merges nothing in this step.
     """
     import comfy.sample
     import comfy.samplers
@@ -76,7 +87,7 @@ def show(
     def keep(place: Place, map: TokenMap, h: int, w: int) -> None:
         maps.setdefault(place, draw_merge_map(map, h, w)[-1].cpu())
 
-    clone, patches = watch_model(model, keep)
+    clone, patches = record_model_maps(model, keep)
     samples = comfy.sample.fix_empty_latent_channels(clone, latent["samples"][:1])
     sigma = clone.get_model_object("model_sampling").percent_to_sigma(at_percent)
     comfy.sample.sample_custom(
@@ -84,23 +95,21 @@ def show(
         torch.tensor([sigma, 0.0]), positive, positive, samples, disable_pbar=True, seed=map_seed,
     )  # fmt: skip
     if not maps:
-        raise ValueError(f"nothing is fused at {at_percent:g} of the sampling: {'; '.join(sorted(patches.reasons))}")
+        raise ValueError(f"nothing is merged at {at_percent:g} of the sampling: {'; '.join(sorted(patches.reasons))}")
     h, w = (8 * side for side in samples.shape[-2:])
-    pictures = [F.interpolate(colours[None], size=(h, w), mode="nearest")[0] for colours in maps.values()]
+    images = [F.interpolate(colours[None], size=(h, w), mode="nearest")[0] for colours in maps.values()]
     names = (f"{n}: {side} {number}.{index}" for n, (side, number, index) in enumerate(maps, 1))
-    return torch.stack(pictures).permute(0, 2, 3, 1), "\n".join(names)
+    return torch.stack(images).permute(0, 2, 3, 1), "\n".join(names)
 
 
 # --- the nodes --------------------------------------------------------------------------------------------------------
 
 ABOUT_FUSE = (
-    "Makes self-attention cheaper without training: like tokens are fused before it and unfolded after it (ToFu, WACV "
-    "2024). The picture changes a little. Works on SD 1.x, 2.x and SDXL. The middle block is never fused, and a block "
-    "whose self-attention another node replaces or changes is left to that node."
+    "Makes self-attention cheaper without training: similar tokens are merged before it and unmerged after it (ToFu, "
+    "WACV 2024). The image changes a little. Works on SD 1.x, 2.x and SDXL. The middle block is never merged, and "
+    "blocks whose self-attention another node replaces or changes are skipped."
 )
-ABOUT_SHOW = (
-    "Which token stands for which, a picture for each fused block: a colour for each group, gray for one alone."
-)
+ABOUT_SHOW = "Shows which tokens are merged, an image for each block: a colour for each group, gray for a token alone."
 
 
 def _kind(option: Option) -> str:
@@ -108,7 +117,7 @@ def _kind(option: Option) -> str:
 
 
 def _limits(option: Option) -> dict[str, Any]:
-    limits = {"min": option.least, "max": option.most, "step": option.step}
+    limits = {"min": option.low, "max": option.high, "step": option.step}
     return {name: value for name, value in limits.items() if value is not None}
 
 
@@ -119,17 +128,17 @@ if io is not None:
         inputs = []
         for option in options:
             more = {"options": list(option.names)} if option.names else _limits(option)
-            # optional, so that a workflow from before there was such an input loads
-            made = kinds[_kind(option)].Input(
+            # optional, so that older workflows without such an input load
+            entry = kinds[_kind(option)].Input(
                 option.name, default=option.default, tooltip=option.tooltip, optional=True, **more
             )
             if option.advanced:
-                made.extra_dict = {"advanced": True}  # which is no argument in older ones
-            inputs.append(made)
+                entry.extra_dict = {"advanced": True}  # older versions have no argument for it
+            inputs.append(entry)
         return inputs
 
-    # newer ones search for them
-    _found_by = {"search_aliases": ALIASES} if "search_aliases" in getattr(io.Schema, "__annotations__", ()) else {}
+    # newer versions search for them
+    _aliases = {"search_aliases": ALIASES} if "search_aliases" in getattr(io.Schema, "__annotations__", ()) else {}
 
     class TokenFusionNode(io.ComfyNode):  # type: ignore[misc]
         @classmethod
@@ -137,12 +146,12 @@ if io is not None:
             return io.Schema(
                 node_id="TokenFusion", display_name="Token Fusion (ToFu)", category=CATEGORY, description=ABOUT_FUSE,
                 inputs=[io.Model.Input("model"), *_inputs((PRESET, *OPTIONS))], outputs=[io.Model.Output()],
-                **_found_by,
+                **_aliases,
             )  # fmt: skip
 
         @classmethod
         def execute(cls, model: Any, **options: Any) -> Any:
-            return io.NodeOutput(fuse(model, **options))
+            return io.NodeOutput(patch_with_preset(model, **options))
 
     class TokenFusionMapNode(io.ComfyNode):  # type: ignore[misc]
         @classmethod
@@ -151,7 +160,7 @@ if io is not None:
                 node_id="TokenFusionMap", display_name="Token Fusion Map", category=CATEGORY, description=ABOUT_SHOW,
                 inputs=[io.Model.Input("model"), io.Conditioning.Input("positive"), io.Latent.Input("latent"),
                         *_inputs(SHOW)],
-                outputs=[io.Image.Output(), io.String.Output(display_name="blocks")], **_found_by,
+                outputs=[io.Image.Output(), io.String.Output(display_name="blocks")], **_aliases,
             )  # fmt: skip
 
         @classmethod
@@ -167,7 +176,7 @@ if io is not None:
 
 else:
 
-    def _asked(options: tuple[Option, ...]) -> dict[str, Any]:
+    def _input_types(options: tuple[Option, ...]) -> dict[str, Any]:
         def more(o: Option) -> dict[str, Any]:
             advanced = {"advanced": True} if o.advanced else {}
             return {"default": o.default, "tooltip": o.tooltip, **_limits(o), **advanced}
@@ -180,10 +189,10 @@ else:
 
         @classmethod
         def INPUT_TYPES(cls) -> dict[str, Any]:
-            return {"required": {"model": ("MODEL",)}, "optional": _asked((PRESET, *OPTIONS))}
+            return {"required": {"model": ("MODEL",)}, "optional": _input_types((PRESET, *OPTIONS))}
 
         def execute(self, model: Any, **options: Any) -> tuple[Any]:
-            return (fuse(model, **options),)
+            return (patch_with_preset(model, **options),)
 
     class TokenFusionMapNode:  # type: ignore[no-redef]
         RETURN_TYPES, FUNCTION, CATEGORY, DESCRIPTION = ("IMAGE", "STRING"), "execute", CATEGORY, ABOUT_SHOW
@@ -192,7 +201,7 @@ else:
         @classmethod
         def INPUT_TYPES(cls) -> dict[str, Any]:
             required = {"model": ("MODEL",), "positive": ("CONDITIONING",), "latent": ("LATENT",)}
-            return {"required": required, "optional": _asked(SHOW)}
+            return {"required": required, "optional": _input_types(SHOW)}
 
         def execute(self, model: Any, positive: Any, latent: Any, **options: Any) -> tuple[Tensor, str]:
             return show(model, positive, latent, **options)

@@ -1,4 +1,4 @@
-"""The steps that cost: `reference` defines each in torch, `triton` computes the same faster where `can_fuse` allows."""
+"""The expensive steps: `reference` defines each in torch, `triton` computes the same faster where `can_run`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _enabled = True
 
 @contextmanager
 def reference_only() -> Iterator[None]:
-    """Inside, no kernel runs: to compare with, and to find out whether one is at fault."""
+    """Disables all kernels inside a `with` block, to compare results or to find a faulty kernel."""
     global _enabled
     before, _enabled = _enabled, False
     try:
@@ -28,51 +28,51 @@ def reference_only() -> Iterator[None]:
         _enabled = before
 
 
-def why_not(x: Tensor) -> str | None:
-    """Why the Triton kernels cannot take the tokens x [B, N, C]; None where they can."""
+def unavailable_reason(x: Tensor) -> str | None:
+    """Returns why the Triton kernels cannot run on the tokens x [B, N, C]; None where they can."""
     if not _enabled:
-        return "reference_only() is in force"
+        return "reference_only() is active"
     if x.device.type != "cuda":
         return f"the tokens are on {x.device.type}, the kernels run on cuda"
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the tokens are {str(x.dtype).removeprefix('torch.')}, the kernels take float32, float16 and bfloat16"
     if x.requires_grad and torch.is_grad_enabled():
-        return "the tokens carry a gradient, which the kernels do not"
+        return "the tokens need a gradient, which the kernels do not have"
     return _fault(x.device, x.dtype)
 
 
-def can_fuse(x: Tensor) -> bool:
-    """Whether the Triton kernels can take the tokens x [B, N, C]; `why_not` says why they cannot."""
-    return why_not(x) is None
+def can_run(x: Tensor) -> bool:
+    """Whether the Triton kernels can run on the tokens x [B, N, C]; see `unavailable_reason`."""
+    return unavailable_reason(x) is None
 
 
 @cache
 def _fault(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with the kernels on a device, tried once: no compiler, too old a GPU, other results."""
+    """Tries the kernels once on a device, and returns what fails: no compiler, too old a GPU, other results."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    # two destinations and sources at distinct angles from them, of which some leave and some stay
+    # two destinations, and sources at distinct angles from them, of which some merge
     angles = torch.tensor([0, 90, 5, 12, 20, 29, 83, 72], device=device).deg2rad()
     x = torch.stack((angles.cos(), angles.sin()), dim=-1)[None].to(dtype)
     src, dst = torch.arange(2, 8, device=device), torch.arange(2, device=device)
 
     def steps(run: Callable[[str], Callable[..., Any]]) -> list[Tensor]:
-        best, target = (found[:, 0] for found in run("nearest_dst")(x, src[None], dst[None]))
+        best, target = (values[:, 0] for values in run("nearest_dst")(x, src[None], dst[None]))
         kept_idx, group_idx = run("build_map")(best, target, src, dst, 3)
         return [target, kept_idx, group_idx, run("take")(x, kept_idx), run("merge")(x, group_idx, 5, True)]
 
     try:
         with torch.no_grad():
             ours, theirs = steps(lambda name: _launcher(name, device)), steps(lambda name: getattr(reference, name))
-            # as near as half precision rounds; places are whole numbers, and small
+            # within rounding in half precision; positions are small integers
             same = all(torch.allclose(a, b, rtol=0.01, atol=0.01) for a, b in zip(ours, theirs, strict=True))
         return None if same else "the kernels disagree with the reference here"
-    except Exception as error:  # whatever the driver or the compiler says is the reason
+    except Exception as error:  # any message of the driver or the compiler is the reason
         return " ".join(f"the kernels do not run here: {error}".split())[:300]
 
 
 def _launcher(name: str, device: torch.device) -> Callable[..., Any]:
-    """A kernel, launched on this device: Triton itself takes the current one."""
+    """Returns a kernel that launches on this device; Triton itself uses the current one."""
 
     def launch(*args: Any) -> Any:
         from . import triton
@@ -93,8 +93,8 @@ def _nearest_shapes(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, T
 
 @operator("tofu_sd::nearest", "(Tensor metric, Tensor src, Tensor dst) -> (Tensor, Tensor)", _nearest_shapes)
 def nearest_dst(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.nearest`, as an operator: a compiler would unroll its loop over chunks for one size alone."""
-    if can_fuse(metric):
+    """Runs `reference.nearest_dst` or its kernel, as an operator: a compiler would unroll its loop for one size."""
+    if can_run(metric):
         return _launcher("nearest_dst", metric.device)(metric, src, dst)
     on_cpu = _enabled and metric.device.type == "cpu" and metric.dtype != torch.float64 and cpu.available()
     return (cpu if on_cpu else reference).nearest_dst(metric, src, dst)
@@ -110,29 +110,29 @@ def _map_shapes(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) 
     "(Tensor best, Tensor target, Tensor src, Tensor dst, SymInt r) -> (Tensor, Tensor)",
     _map_shapes,
 )
-def _assemble(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def _build_map(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return _chosen("build_map", best)(best, target, src, dst, r)
 
 
 def build_map(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """`reference.assemble`, to a compiler an operator: Inductor's own scans are slow, and failed on 12,288 sources."""
+    """Runs `reference.build_map` or its kernel; compiled, as an operator: Inductor's scans fail on 12,288 sources."""
     if is_compiling():
-        return _assemble(best, target, src, dst, r)
+        return _build_map(best, target, src, dst, r)
     return _chosen("build_map", best)(best, target, src, dst, r)
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
-    """`reference.take`."""
+    """Runs `reference.take` or its kernel."""
     return _chosen("take", x)(x, at)
 
 
 def merge(x: Tensor, group_idx: Tensor, K: int, largest_norm: bool) -> Tensor:
-    """`reference.merge`."""
+    """Runs `reference.merge` or its kernel."""
     return _chosen("merge", x)(x, group_idx, K, largest_norm)
 
 
 def _chosen(name: str, x: Tensor) -> Callable[..., Any]:
-    """The kernel where it can be launched here and now, else the reference, of which a compiler makes its own."""
-    if not is_compiling() and can_fuse(x):
+    """Returns the kernel where it can run now, else the reference, which a compiler compiles itself."""
+    if not is_compiling() and can_run(x):
         return _launcher(name, x.device)
     return getattr(reference, name)

@@ -1,4 +1,4 @@
-"""Functions that a compiler takes as they are, and whether one is at work."""
+"""Custom operators, which a compiler does not trace, and whether a compiler is tracing."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", _neve
 
 
 def refuse_export() -> None:
-    """RuntimeError where the model is being traced or exported in a way that a patch does not survive.
+    """Raises RuntimeError while a model is traced or exported in a way that does not support a patch.
 
-    A trace would keep the matching of one image size and one step. ONNX has no form of the matching. torch.compile and
-    torch.export take a patched model.
+    A trace would keep the matching of one image size and one step, and ONNX cannot express the matching. torch.compile
+    and torch.export support a patched model.
     """
     if getattr(torch.compiler, "is_dynamo_compiling", _never)():
         return
@@ -30,14 +30,19 @@ def refuse_export() -> None:
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         raise RuntimeError(
             "torch.jit.trace would keep the matching of one image size: call tofu_sd.remove_patch before tracing, or "
-            "use torch.compile or torch.export, which take a patched model"
+            "use torch.compile or torch.export, which support a patched model"
         )
 
 
 def operator(name: str, schema: str, shapes: Callable[..., Any]) -> Callable[[Function], Function]:
-    """Registers a function with torch under `name`; `shapes` gives empty tensors like its results.
+    """Registers a function as a custom operator of torch. A decorator.
 
-    Before torch 2.4, on which some web UIs still run, the function stays what it is, and a compiler looks into it.
+    Before torch 2.4, which some web UIs still use, the function stays unchanged, and a compiler traces it.
+
+    Args:
+        name: of the operator, "library::name".
+        schema: its signature.
+        shapes: takes the same arguments and returns empty tensors like the results.
     """
 
     def register(function: Function) -> Function:

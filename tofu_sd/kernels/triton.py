@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
-"""The same as Triton kernels: nothing is stored that is read once, and each step is a launch or two.
+"""Triton kernels of the expensive steps, with one or two launches each.
 
-`reference` defines what they compute; `can_fuse` says where they run. Sums are float32, in an order that repeats.
+`reference` defines what they compute; `can_run` says where they run. Sums are float32 and deterministic.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from . import reference
 
 
 def nearest_dst(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.nearest` without scores in memory: each program keeps the best destination of its sources so far.
+    """Computes `reference.nearest_dst` without scores in memory: each program keeps the best destination so far.
 
-    On an H200 the tiles below were the fastest of 48 at 4,096 and 16,384 tokens, and a launch before for the lengths of
-    all tokens saved a quarter, but for windows, whose destinations are read by few.
+    On an H200 the tiles below were the fastest of 48 at 4,096 and 16,384 tokens. Computing the lengths of all tokens in
+    a launch of its own saved a quarter, except within windows, where few sources read each destination.
     """
     (B, N, C), (T, S), D = metric.shape, src.shape, dst.shape[1]
     metric, src, dst = metric.contiguous(), src.contiguous(), dst.contiguous()
     best = torch.empty(B, T, S, dtype=torch.float32, device=metric.device)
     target = torch.empty(B, T, S, dtype=torch.long, device=metric.device)
-    wide = metric.dtype == torch.float32  # whose products run on fewer units, and whose tiles are twice as large
+    wide = metric.dtype == torch.float32  # float32 products have fewer units, and tiles of twice the size
     rows, cols = (32, 64) if wide else (64, 128)
     measured = cols < D
     length = torch.empty(B, N if measured else 0, dtype=torch.float32, device=metric.device)
@@ -60,7 +60,7 @@ def _nearest(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     src = tl.load(src_ptr + window * S + row, mask=row < S, other=0)
     best = tl.full([ROWS, COLS], float("-inf"), tl.float32)
-    order = tl.zeros([ROWS, COLS], tl.int32)  # of the destinations, of which the earlier wins
+    order = tl.zeros([ROWS, COLS], tl.int32)  # index of the destination; the earlier one wins
     length = tl.zeros([ROWS], tl.float32)
     for start in range(0, D, COLS):
         col = start + tl.arange(0, COLS)
@@ -78,9 +78,7 @@ def _nearest(
                 toward += tl.sum(b.to(tl.float32) * b.to(tl.float32), axis=1)
         toward = tl.load(length_ptr + dst, mask=col < D, other=1.0) if MEASURED else tl.sqrt(toward)
         scores = scores / tl.maximum(toward, 1.1754944e-38)[None, :]
-        scores = tl.where(
-            scores == scores, scores, 0.0
-        )  # what is no number, and does not equal itself, is like nothing
+        scores = tl.where(scores == scores, scores, 0.0)  # NaN, which does not equal itself, is similar to none
         scores = tl.where(col[None, :] < D, scores, float("-inf"))
         better = scores > best
         best = tl.where(better, scores, best)
@@ -97,14 +95,14 @@ def _nearest(
 
 
 def build_map(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """`reference.assemble` in one launch: a program for each sample goes over its sources a few times."""
+    """Computes `reference.build_map` in one launch: a program for each sample, in a few passes over its sources."""
     if not hasattr(tl, "histogram"):  # before Triton 3
         return reference.build_map(best, target, src, dst, r)
     (B, S), D = best.shape, len(dst)
     kept_idx = torch.empty(B, S + D - r, dtype=torch.long, device=best.device)
     group_idx = torch.empty(B, S + D, dtype=torch.long, device=best.device)
     block = min(4096, max(128, triton.next_power_of_2(S + D)))
-    _assemble[(B,)](
+    _build_map[(B,)](
         best.contiguous(), target.contiguous(), src.contiguous(), dst.contiguous(), kept_idx, group_idx, r, S, D,
         BLOCK=block, num_warps=min(16, block // 32),
     )  # fmt: skip
@@ -113,7 +111,7 @@ def build_map(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) ->
 
 @triton.jit
 def _sortable(best_ptr, j, S):
-    """Numbers of [0, 2³²) in the order of the cosines, of which none is negative zero; 0 behind the end."""
+    """Maps cosines to numbers of [0, 2³²) in the same order, without negative zero; 0 after the end."""
     best = tl.load(best_ptr + j, mask=j < S, other=0.0)
     bits = tl.where(best == 0.0, 0.0, best).to(tl.uint32, bitcast=True)
     number = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
@@ -121,64 +119,64 @@ def _sortable(best_ptr, j, S):
 
 
 @triton.jit
-def _assemble(best_ptr, target_ptr, src_ptr, dst_ptr, kept_ptr, home_ptr, r, S, D, BLOCK: tl.constexpr):
+def _build_map(best_ptr, target_ptr, src_ptr, dst_ptr, kept_ptr, group_ptr, r, S, D, BLOCK: tl.constexpr):
     sample = tl.program_id(0).to(tl.int64)
     best_ptr += sample * S
     target_ptr += sample * S
     kept_ptr += sample * (S + D - r)
-    home_ptr += sample * (S + D)
-    # the r-th largest cosine, found eight bits at a time: how many of those that begin like it have which bits next
-    least = tl.full([], 0, tl.int64)
-    room = r  # how many are still to be found among those that begin like it
+    group_ptr += sample * (S + D)
+    # the r-th largest cosine, by radix selection of eight bits at a time
+    prefix = tl.full([], 0, tl.int64)
+    room = r  # rank among the numbers with the same leading bits
     bins = tl.arange(0, 512)
     for digit in tl.static_range(4):
         count = tl.zeros([512], tl.int32)
         for start in range(0, S, BLOCK):
             j = start + tl.arange(0, BLOCK)
             number = _sortable(best_ptr, j, S)
-            alike = (j < S) & ((number >> (32 - 8 * digit)) == least)
-            count += tl.histogram(tl.where(alike, (number >> (24 - 8 * digit)) & 255, 511).to(tl.int32), 512)
+            same_prefix = (j < S) & ((number >> (32 - 8 * digit)) == prefix)
+            count += tl.histogram(tl.where(same_prefix, (number >> (24 - 8 * digit)) & 255, 511).to(tl.int32), 512)
         count = tl.where(bins < 256, count, 0)
         above = tl.sum(count, axis=0) - tl.cumsum(count, axis=0)  # [512] that exceed each bin
         at = tl.max(tl.where((above + count >= room) & (bins < 256), bins, 0), axis=0)
         room -= tl.sum(tl.where(bins == at, above, 0), axis=0)
-        least = least * 256 + at
-    # 1 in home for those that leave
+        prefix = prefix * 256 + at
+    # 1 in group_ptr for merged tokens
     level = 0
     for start in range(0, S, BLOCK):
         j = start + tl.arange(0, BLOCK)
         number = _sortable(best_ptr, j, S)
-        equal = ((number == least) & (j < S)).to(tl.int32)
-        leaves = (number > least) | ((equal > 0) & (level + tl.cumsum(equal, axis=0) <= room))
+        equal = ((number == prefix) & (j < S)).to(tl.int32)
+        leaves = (number > prefix) | ((equal > 0) & (level + tl.cumsum(equal, axis=0) <= room))
         level += tl.sum(equal, axis=0)
         token = tl.load(src_ptr + j, mask=j < S, other=0)
-        tl.store(home_ptr + token, leaves.to(tl.int64), mask=j < S)
+        tl.store(group_ptr + token, leaves.to(tl.int64), mask=j < S)
     for start in range(0, D, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        tl.store(home_ptr + tl.load(dst_ptr + i, mask=i < D, other=0), tl.zeros([BLOCK], tl.int64), mask=i < D)
+        tl.store(group_ptr + tl.load(dst_ptr + i, mask=i < D, other=0), tl.zeros([BLOCK], tl.int64), mask=i < D)
     tl.debug_barrier()
-    # places among the survivors; -1 for those that leave
+    # index among the survivors; -1 for merged tokens
     gone = 0
     for start in range(0, S + D, BLOCK):
         n = start + tl.arange(0, BLOCK)
-        leaves = tl.load(home_ptr + n, mask=n < S + D, other=0).to(tl.int32)
+        leaves = tl.load(group_ptr + n, mask=n < S + D, other=0).to(tl.int32)
         place = n - gone - tl.cumsum(leaves, axis=0)
-        tl.store(home_ptr + n, tl.where(leaves > 0, -1, place).to(tl.int64), mask=n < S + D)
+        tl.store(group_ptr + n, tl.where(leaves > 0, -1, place).to(tl.int64), mask=n < S + D)
         tl.store(kept_ptr + place, n.to(tl.int64), mask=(n < S + D) & (leaves == 0) & (place < S + D - r))
         gone += tl.sum(leaves, axis=0)
     tl.debug_barrier()
     for start in range(0, S, BLOCK):
         j = start + tl.arange(0, BLOCK)
         token = tl.load(src_ptr + j, mask=j < S, other=0)
-        leaves = (tl.load(home_ptr + token, mask=j < S, other=0) < 0) & (j < S)
-        joined = tl.load(home_ptr + tl.load(target_ptr + j, mask=leaves, other=0), mask=leaves, other=0)
-        tl.store(home_ptr + token, joined, mask=leaves)
+        leaves = (tl.load(group_ptr + token, mask=j < S, other=0) < 0) & (j < S)
+        joined = tl.load(group_ptr + tl.load(target_ptr + j, mask=leaves, other=0), mask=leaves, other=0)
+        tl.store(group_ptr + token, joined, mask=leaves)
 
 
 def merge(x: Tensor, group_idx: Tensor, K: int, largest_norm: bool) -> Tensor:
-    """`reference.merge`: each program adds up one group and, for MLERP, keeps its largest norm on the way."""
+    """Computes `reference.merge`: each program sums one group and, for MLERP, keeps its largest norm."""
     B, N, C = x.shape
-    # short numbers are sorted in fewer passes; with what stands alike in raster order, sums repeat
+    # short integers are sorted in fewer passes; a stable sort keeps sums deterministic
     group, token = group_idx.to(torch.int16 if K < 2**15 else torch.int32).sort(dim=1, stable=True)
     out = torch.empty(B, K, C, dtype=x.dtype, device=x.device)
     channels = triton.next_power_of_2(C)
@@ -199,7 +197,7 @@ def _merge(
     x_ptr += sample * N * C
     group_ptr += sample * N
     token_ptr += sample * N
-    # where the group begins: among every STRIDE-th of the sorted tokens, then among those between
+    # start of the group: among every STRIDE-th of the sorted tokens, then among those between
     far = tl.arange(0, 256) * STRIDE
     before = tl.sum((tl.load(group_ptr + far, mask=far < N, other=K) < k).to(tl.int32), axis=0)
     near = tl.maximum(before - 1, 0) * STRIDE + tl.arange(0, STRIDE)
@@ -218,9 +216,9 @@ def _merge(
         total += tl.sum(x, axis=0)
         if LARGEST_NORM:
             largest = tl.maximum(largest, tl.max(tl.sqrt(tl.sum(x * x, axis=1)), axis=0))
-        found = tl.sum(mine.to(tl.int32), axis=0)
-        members += found
-        more = tl.where(found == ROWS, 1, 0)
+        count = tl.sum(mine.to(tl.int32), axis=0)
+        members += count
+        more = tl.where(count == ROWS, 1, 0)
     mean = total / members.to(tl.float32)  # type: ignore[attr-defined]
     if LARGEST_NORM:
         own = tl.sqrt(tl.sum(mean * mean, axis=0))
@@ -230,7 +228,7 @@ def _merge(
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
-    """`reference.take`: each program copies a few rows."""
+    """Computes `reference.take`: each program copies a few rows."""
     (B, N, C), M = x.shape, at.shape[1]
     out = torch.empty(B, M, C, dtype=x.dtype, device=x.device)
     rows = 4

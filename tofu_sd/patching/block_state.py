@@ -13,21 +13,27 @@ from ..config import TokenFusionConfig
 from ..core.matching import count_above_threshold, get_matcher, most_similar
 from ..core.partition import PartitionTensors
 from ..core.proportional import key_bias
-from ..core.reductions import Reduction, fuse, reduction_id, unmerge
+from ..core.reductions import Reduction, reduce_by_id, reduction_id, unmerge
 from ..core.token_map import SoftMap, TokenMap
 from ..kernels.operators import is_compiling
-from .block_info import BlockInfo
+from .host import BlockInfo
 from .image_parts import ImagePart
-from .per_thread import PerThread
 from .shared_map import SharedMap
+from .threads import PerThread
+
+MergedForward = Callable[[Tensor, "Tensor | None", "TokenMap | SoftMap"], Tensor]
 
 
 @dataclass
 class ForwardState:
-    """What one forward leaves in a block for its layers.
+    """What one forward stores in a block for its layers.
 
-    as_length: [number of the reduction], from which compiled code reads it. best: [B, S], cosines of the call. alike:
-    how many exceeded the threshold in the step before.
+    Args:
+        grid: sources and destinations; None where nothing is merged.
+        map: the map of the block's tokens.
+        reduction_id_tensor: [id of the reduction]; compiled code reads the id from its length.
+        best: [B, S], largest cosine of each source in this call.
+        num_similar: how many cosines exceeded the threshold in the step before.
     """
 
     grid: PartitionTensors | None = None
@@ -39,7 +45,7 @@ class ForwardState:
 
 @dataclass
 class Counts:
-    """What a block has done since it was patched, outside of compiled code. merged: calls that ran on fewer tokens."""
+    """Calls, maps and merged calls of a block since it was patched. Compiled code does not count."""
 
     calls: int = 0
     maps: int = 0
@@ -47,45 +53,52 @@ class Counts:
 
 
 class BlockState:
-    """What the swapped-in modules of one site share: fixed choices, and what each forward leaves for its layers."""
+    """What the swapped layers of one block share: its settings, and what each forward stores for its layers.
+
+    Args:
+        config: how tokens are merged.
+        reduction: the reduction of this block.
+        shared_map: the map that it shares with other blocks or steps.
+        threshold: its cosine threshold; None merges a fixed number of tokens.
+    """
 
     def __init__(
         self,
-        fusion: TokenFusionConfig,
+        config: TokenFusionConfig,
         reduction: Reduction,
         shared_map: SharedMap | None = None,
         threshold: float | None = None,
     ):
         self.reduction = reduction
-        self.number = reduction_id(reduction)
+        self.reduction_id = reduction_id(reduction)
         self.shared_map = shared_map
-        self.proportional = fusion.proportional
-        self.kv_only = fusion.kv_only
-        self.normed = fusion.match_on == "normed"
-        self.share_across_cfg = fusion.share_across_cfg
-        self.layers = fusion.layers
-        self.config = fusion
-        self.matcher = get_matcher(fusion.matching)
+        self.proportional = config.proportional
+        self.kv_only = config.kv_only
+        self.normed = config.match_on == "normed"
+        self.share_across_cfg = config.share_across_cfg
+        self.layers = config.layers
+        self.config = config
+        self.matcher = get_matcher(config.matching)
         self.threshold = threshold
-        self.adaptive = threshold is not None  # what a block asks: it shall not depend on the number
+        self.adaptive = threshold is not None  # compiled blocks read this, and so do not depend on the number
         self.counts = Counts()
-        self.watchers: list[Callable[[TokenMap], None]] = []  # are shown every map, but by compiled code
+        self.map_callbacks: list[Callable[[TokenMap], None]] = []  # called with each map, except in compiled code
         self._current = PerThread(ForwardState)
 
     @property
     def current(self) -> ForwardState:
-        """What this thread's forward has left here."""
+        """The state of this thread's forward."""
         return self._current.get()
 
-    def begin(self, grid: PartitionTensors | None, reduction_id_tensor: Tensor | None) -> None:
-        """Takes the layout of a forward that comes to this block."""
+    def start_forward(self, grid: PartitionTensors | None, reduction_id_tensor: Tensor | None) -> None:
+        """Stores the sources and destinations of a forward that is about to run this block."""
         for current in self._current.both():
             current.grid, current.map, current.reduction_id_tensor = grid, None, reduction_id_tensor
         if not is_compiling():
             self.counts.calls += 1
 
     def update_map(self, x: Tensor) -> None:
-        """Finds the map of the tokens x [B, N, C] of the block, where the layout fits them."""
+        """Matches the block's tokens x [B, N, C], unless N is not the number of tokens in the grid."""
         current = self.current
         current.map = None
         grid = current.grid
@@ -100,9 +113,9 @@ class BlockState:
                 self.counts.maps += current.map is not None
             if slot is not None:
                 slot.map, slot.made = current.map, True
-        if self.watchers and current.map is not None and not is_compiling():
-            for watcher in list(self.watchers):
-                watcher(current.map.argmax_map())
+        if self.map_callbacks and current.map is not None and not is_compiling():
+            for on_map in list(self.map_callbacks):
+                on_map(current.map.argmax_map())
 
     def _match(self, x: Tensor, grid: PartitionTensors) -> TokenMap | SoftMap | None:
         if not self.share_across_cfg:
@@ -111,15 +124,15 @@ class BlockState:
         return None if half is None else half.repeat_for_cfg()
 
     def _map(self, x: Tensor, grid: PartitionTensors) -> TokenMap | SoftMap | None:
-        """The map of the tokens x [B, N, C]; None where a threshold lets none leave."""
+        """Returns the map of the tokens x [B, N, C]; None if no token exceeded the threshold."""
         if not self.adaptive:
             return self.matcher(x, grid, self.config)
         pairs = most_similar(x, grid.parts, grid.windows)
         self.current.best = pairs.best
-        return pairs.fused(len(grid.num_merged)) if len(grid.num_merged) else None
+        return pairs.merged(len(grid.num_merged)) if len(grid.num_merged) else None
 
-    def take(self, layer: str, x: Tensor) -> TokenMap | SoftMap | None:
-        """The map to fuse x with in the layer `layer`, if any. The last layer to take it lets go of it."""
+    def pop_map(self, layer: str, x: Tensor) -> TokenMap | SoftMap | None:
+        """Returns the map by which a layer reduces x [B, N, C], or None. The last layer that uses it clears it."""
         current = self.current
         map = current.map
         if layer == self.layers[-1]:
@@ -131,46 +144,71 @@ class BlockState:
         return map
 
     def reduce(self, x: Tensor, map: TokenMap | SoftMap) -> Tensor:
-        """The site's reduction of x [B, N, C]: [B, K, C]."""
+        """Applies the block's reduction: x [B, N, C] -> [B, K, C]."""
         gradient = x.requires_grad and torch.is_grad_enabled()
         if isinstance(map, TokenMap) and is_compiling() and not gradient:
             reduction_id_tensor = self.current.reduction_id_tensor
             if reduction_id_tensor is not None:
-                return fuse(x, map.kept_idx, map.group_idx, len(reduction_id_tensor))
+                return reduce_by_id(x, map.kept_idx, map.group_idx, len(reduction_id_tensor))
         return self.reduction(x, map)
 
     def key_bias(self, x: Tensor, map: TokenMap | SoftMap, sdpa: bool) -> Tensor | None:
-        """log(n_i) for each key as an additive mask [B, 1, K], or None where attention is not weighted."""
+        """Returns log(n_i) of each key as an additive mask [B, 1, K]; None without proportional attention."""
         return key_bias(map.size, x.dtype, sdpa) if self.proportional else None
+
+    def run_attention(
+        self, x: Tensor, full: Callable[[], Tensor], merged: MergedForward, can_merge: Callable[[], bool]
+    ) -> Tensor:
+        """Runs self-attention of the tokens x [B, N, C] on merged tokens: [B, N, C].
+
+        Args:
+            x: the normed tokens of the block.
+            full: runs the host's attention on all tokens.
+            merged: (queries, keys, map) -> output. Runs the host's attention on merged tokens; keys are None where
+                they are the queries.
+            can_merge: whether this call can run on merged tokens. Asked only if there is a map.
+        """
+        if self.normed:
+            self.update_map(x)
+        map = self.pop_map("attn", x)
+        if map is None or not can_merge():
+            return full()
+        tokens = self.reduce(x, map)
+        if self.kv_only:
+            return merged(x, tokens, map)
+        return unmerge(merged(tokens, None, map), map)
 
     def run_merged(self, layer: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Runs a token-wise layer on merged tokens: unmerge(forward(reduce(x)))."""
-        map = self.take(layer, x)
+        map = self.pop_map(layer, x)
         return forward(x) if map is None else unmerge(forward(self.reduce(x, map)), map)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "counts": Counts(), "watchers": []}
+        return {**self.__dict__, "counts": Counts(), "map_callbacks": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.number = reduction_id(self.reduction)  # in this process
+        self.reduction_id = reduction_id(self.reduction)  # of this process
 
 
 def recall_counts(blocks: Sequence[BlockState], part: ImagePart | None, first: bool) -> None:
-    """Hands each site the count of tokens above its threshold in the step before; none is known at a `first` step.
+    """Gives each block the number of tokens above its threshold in the step before.
 
-    A block that did not run in that step (a cache passed it over) keeps its count. All counts are read at once, so that
-    a device is waited for once a step.
+    A block that did not run in that step (a cache skipped it) keeps its count. All counts are read in one transfer, so
+    that a device is synchronized once a step.
+
+    Args:
+        blocks: the blocks with a threshold.
+        part: the image part of this call; None where steps are not followed.
+        first: whether this is the part's first step, in which no count is known.
     """
     counts: dict[int, float] = {}
     if part is not None and not first:
         waiting = [(i, part.best[i], blocks[i].threshold or 0) for i in sorted(part.best)]
         if waiting:
             device = waiting[0][1].device
-            found = torch.stack(
-                [count_above_threshold(best, threshold).to(device) for _, best, threshold in waiting]
-            ).tolist()
-            part.counts.update(zip((i for i, *_ in waiting), found, strict=True))
+            values = [count_above_threshold(best, threshold).to(device) for _, best, threshold in waiting]
+            part.counts.update(zip((i for i, *_ in waiting), torch.stack(values).tolist(), strict=True))
             part.best.clear()
         counts = part.counts
     for i, block in enumerate(blocks):
@@ -179,7 +217,7 @@ def recall_counts(blocks: Sequence[BlockState], part: ImagePart | None, first: b
 
 
 def keep_best(blocks: Sequence[BlockState], part: ImagePart) -> None:
-    """Leaves the cosines of this forward to the image part, for the count of its next step."""
+    """Stores the cosines of this forward in the image part, to be counted in its next step."""
     for i, block in enumerate(blocks):
         for current in block._current.both():
             if current.best is not None:
@@ -187,19 +225,19 @@ def keep_best(blocks: Sequence[BlockState], part: ImagePart) -> None:
             current.best = None
 
 
-def fusions(blocks: Sequence[BlockInfo], fusion: TokenFusionConfig) -> list[tuple[BlockInfo, BlockState]]:
-    """Those of a model's sites that are fused under `fusion`, each with what it does."""
+def block_states(blocks: Sequence[BlockInfo], config: TokenFusionConfig) -> list[tuple[BlockInfo, BlockState]]:
+    """Returns the blocks of a model that a configuration patches, each with a new state."""
     down_path = sum(block.path == "down" for block in blocks)
     shared_maps = dict[Any, SharedMap]()
 
     def shared_map(block: BlockInfo) -> SharedMap | None:
-        if not fusion.share_across_blocks and fusion.match_interval == 1:
+        if not config.share_across_blocks and config.match_interval == 1:
             return None
-        key = block.level if fusion.share_across_blocks else block.name
+        key = block.level if config.share_across_blocks else block.name
         return shared_maps.setdefault(key, SharedMap(key))
 
     def state(block: BlockInfo) -> BlockState:
-        reduction = fusion.reduction(block.depth, down_path)
-        return BlockState(fusion, reduction, shared_map(block), fusion.threshold_at(block.depth))
+        reduction = config.reduction_at(block.depth, down_path)
+        return BlockState(config, reduction, shared_map(block), config.threshold_at(block.depth))
 
-    return [(block, state(block)) for block in blocks if block.level < fusion.levels]
+    return [(block, state(block)) for block in blocks if block.level < config.levels]

@@ -1,9 +1,9 @@
-"""Recognises the steps of one image among the calls of a model, so that what one step found can serve the next.
+"""Recognizes the steps of one image among the calls of a model, so that later steps can use maps of earlier ones.
 
-A sampler may call a model several times a step: for areas with prompts of their own, tiles, context windows, a second
-guidance call, or a second evaluation (Heun). Each image part is followed by itself. A call continues a part if its
-shape, device and identifiers are equal, its conditioning is the same, its timestep moves on in the part's direction or
-repeats, and its content is correlated with the part's last content. Calls that continue none begin a new part.
+A sampler may call a model several times a step: for areas with separate prompts, tiles, context windows, a second
+guidance call, or a second evaluation (Heun). Each image part is followed independently. A call continues a part if its
+shape, device and identifiers are equal, its conditioning is the same, its timestep continues in the part's direction or
+repeats, and its content is correlated with the part's last content. Any other call starts a new part.
 """
 
 from __future__ import annotations
@@ -18,20 +18,24 @@ import torch
 from torch import Tensor
 
 SAME = 0.5  # correlation of the contents of two steps of one image part; steps of two images are near 0
-TIE = 0.01  # parts whose correlations differ by less are told apart by the order of the calls
-REMADE = 3  # equal conditioning in so many other tensors before it counts as the same
-PARTS = 128  # at most, of which the longest unvisited is dropped first
-PATIENCE = 64  # calls of other parts after which a part may be over
+TIE = 0.01  # among parts whose correlations differ by less, the order of the calls decides
+REMADE = 3  # how often equal conditioning must be another tensor before it counts as the same
+PARTS = 128  # at most; the least recently visited is dropped first
+PATIENCE = 64  # calls of other parts after which a part may have ended
 SAMPLE = 16384  # values of the content that are compared
-LATENT_CHANNELS = 4  # further ones (masks, masked images) do not change from step to step
+LATENT_CHANNELS = 4  # further channels (masks, masked images) do not change between steps
 logger = logging.getLogger("tofu_sd")
 
 
 @dataclass
 class ImagePart:
-    """What is known of an image part from its calls so far.
+    """An image part and its calls so far.
 
-    step: from 0, counted by timesteps that differ. maps, best, counts: what the blocks keep from one call to the next.
+    Args:
+        key: what the calls of a part have in common.
+        t, content, conditioning: of its last call.
+        step: from 0, counted by changes of the timestep.
+        maps, best, counts: what the blocks store from one call to the next.
     """
 
     key: Hashable
@@ -41,9 +45,9 @@ class ImagePart:
     step: int = 0
     direction: int = 0  # -1 where timesteps fall, 1 where they rise, 0 after one
     same_object: bool = False  # whether the conditioning has been one object in several calls
-    equal_objects: int = 0  # how often it could have been another object of equal content
-    visited: int = 0  # number of the tracker's call that was its last
-    gap: int = 0  # most calls of the tracker from one of its visits to the next
+    equal_objects: int = 0  # how often it was another object of equal content
+    visited: int = 0  # index of its last call, among those of the tracker
+    gap: int = 0  # most calls of the tracker between two visits
     maps: dict[Any, Any] = field(default_factory=dict)
     best: dict[Any, Tensor] = field(default_factory=dict)
     counts: dict[Any, float] = field(default_factory=dict)
@@ -52,8 +56,10 @@ class ImagePart:
 class ImagePartTracker:
     """Finds the image part that a call of the model continues.
 
-    one_sampling: the tracker lives for the sampling of one batch alone, so that conditioning of equal content belongs
-    to it even if the host makes the tensor again in each call.
+    Args:
+        option: the option that needs it, for messages.
+        one_sampling: whether the tracker lives for the sampling of one batch only. Then conditioning of equal content
+            belongs to it, even if the host makes the tensor again in each call.
     """
 
     def __init__(self, option: str = "match_interval", one_sampling: bool = False):
@@ -61,17 +67,20 @@ class ImagePartTracker:
         self.one_sampling = one_sampling
         self._parts: list[ImagePart] = []
         self._calls = 0
-        self._lost = 0  # calls in a row that continued a part in all but their content
+        self._lost = 0  # successive calls that matched a part in everything but their content
         self._reported = False
         self._lock = threading.Lock()
 
     def visit(
         self, t: float, content: Tensor, conditioning: Tensor | None, identifiers: Hashable = None
     ) -> tuple[ImagePart, bool]:
-        """(the part that a call belongs to, whether this is the first of its calls at this timestep).
+        """Returns (the part of a call, whether this is its first call at this timestep).
 
-        t: the timestep or noise level. content: the latent [B, C, h, w] or tokens [B, N, C] of the call. conditioning:
-        what the model is shown of the prompt; None where a host shows none. identifiers: what a host says of the part.
+        Args:
+            t: the timestep or noise level.
+            content: the latent [B, C, h, w] or tokens [B, N, C] of the call.
+            conditioning: the text embedding; None where a host does not provide it.
+            identifiers: identifiers of the part, where a host provides them.
         """
         key = (content.shape, content.device, content.dtype, torch.is_inference_mode_enabled(), identifiers)
         now = standardized(content)
@@ -92,18 +101,18 @@ class ImagePartTracker:
 
     def _continued(self, key: Hashable, t: float, now: Tensor, conditioning: Tensor | None) -> ImagePart | None:
         if conditioning is None and not self.one_sampling and key[-1] is None:  # type: ignore[index]
-            return None  # nothing says that two calls belong together
+            return None  # nothing connects two calls
         candidates = [p for p in self._parts if p.key == key and _moves_on(p, t) and self._same_prompt(p, conditioning)]
         if not candidates:
             return None
-        alike = torch.stack([(now * p.content).mean() for p in candidates]).tolist()
-        largest = max(alike)
+        correlations = torch.stack([(now * p.content).mean() for p in candidates]).tolist()
+        largest = max(correlations)
         if not largest > SAME:
             self._report_lost(candidates, t)
             return None
         self._lost = 0
-        ties = [p for p, value in zip(candidates, alike, strict=True) if value > largest - TIE]
-        # those that were not called at this timestep yet come first, of them the latest, in the order of their calls
+        ties = [p for p, value in zip(candidates, correlations, strict=True) if value > largest - TIE]
+        # prefer parts not yet called at this timestep, then the closest timestep, then the earliest call
         return min(ties, key=lambda p: (p.t == t, abs(p.t - t), p.visited))
 
     def _same_prompt(self, part: ImagePart, conditioning: Tensor | None) -> bool:
@@ -113,28 +122,29 @@ class ImagePartTracker:
         if known is conditioning:
             part.same_object = True
             return True
-        if part.same_object and not self.one_sampling:  # this pipeline keeps the tensor: another is another image's
+        if (
+            part.same_object and not self.one_sampling
+        ):  # this pipeline keeps the tensor, so another tensor is another image's
             return False
         if known.shape != conditioning.shape or not torch.equal(known, conditioning):
             return False
         part.equal_objects += 1
-        # a few may be other images with the same prompt; more are a pipeline that makes the tensor again in each call
+        # a few may be other images with the same prompt; with more, the pipeline makes the tensor again in each call
         return part.equal_objects > REMADE or self.one_sampling
 
     def _report_lost(self, candidates: list[ImagePart], t: float) -> None:
         if any(p.t == t for p in candidates):
-            return  # a further part of the first step
+            return  # another part in the first step
         self._lost += 1
         if self._lost == 3 and not self._reported:
             self._reported = True
             logger.warning(
-                f"{self.option}: successive steps do not show the same image part (new noise in every step, or tiles "
-                "that move), so every call is a first step: tokens are matched again in each, and a threshold merges "
-                "none"
+                f"{self.option}: successive steps are not of the same image part (new noise in every step, or moving "
+                "tiles), so every call is a first step: tokens are matched again in each, and a threshold merges none"
             )
 
     def _keep(self, part: ImagePart) -> None:
-        """Adds a part, and drops those that are over: unvisited for many times as long as ever before."""
+        """Adds a part, and drops those that have ended: unvisited much longer than ever before."""
         live = [p for p in self._parts if self._calls - p.visited <= PATIENCE + 8 * (p.gap or 8)]
         self._parts = [*sorted(live, key=lambda p: p.visited)[1 - PARTS :], part]
 
@@ -146,16 +156,17 @@ class ImagePartTracker:
 
 
 def _moves_on(part: ImagePart, t: float) -> bool:
-    """Whether a call at t can be a later one of the part; twice at a part's first timestep is two parts."""
+    """Whether a call at t can continue the part. A second call at a part's first timestep is another part."""
     if t == part.t:
         return part.step > 0
     return part.direction in (0, 1 if t > part.t else -1)
 
 
 def standardized(content: Tensor) -> Tensor:
-    """At most SAMPLE values of a latent [B, C, h, w] or of tokens [B, N, C], without each channel's mean, at norm 1.
+    """Returns up to SAMPLE values of a latent [B, C, h, w] or tokens [B, N, C], standardized.
 
-    The mean of the product of two of them is their correlation.
+    Each channel's mean is subtracted and the mean square is 1, so that the mean product of two of them is their
+    correlation.
     """
     x = content.detach()
     x = x[:, :LATENT_CHANNELS].flatten(2) if x.ndim == 4 else x[..., :: max(1, x.shape[-1] // 8)].mT

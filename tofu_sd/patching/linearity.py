@@ -1,4 +1,4 @@
-"""Functional linearity of layers (ToFu Eq. 8), and the depth split that follows from it."""
+"""Functional linearity of layers (ToFu, Eq. 8), and the depth split that follows from it."""
 
 from __future__ import annotations
 
@@ -15,42 +15,54 @@ from torch.func import functional_call
 from ..config import TokenFusionConfig
 from ..core.matching import bipartite_soft_matching
 from ..core.partition import partition
-from .block_info import BlockInfo
-from .hooks import get_argument
+from ..core.token_map import TokenMap
+from .host import ArgumentNames, BlockInfo
 from .patch import patch_of
 
 POINTS = 11  # N of Eq. 8
 PAIRS = 256  # of each sample, at most
-ROLES = ("attn", "mlp")
+LAYERS = ("attn", "mlp")
 
 
 def functional_linearity(f: Callable[[Tensor], Tensor], x1: Tensor, x2: Tensor, points: int = POINTS) -> Tensor:
-    """FL(f, x1, x2) of each pair of tokens x1, x2 [..., C]: [...], in 0..1; 1 where f is linear between the two.
+    """Functional linearity FL(f, x1, x2) of a layer between pairs of tokens (ToFu, Eq. 8).
 
-    f: takes tokens [..., C] each for itself, with one more axis of `points` before the last, to [..., C']. The way from
-    f(x1) to f(x2) along the line from x1 to x2 is measured in points - 1 pieces. 1 too where the way has no length.
+    It is the distance from f(x1) to f(x2) divided by the length of the path that f takes along the line from x1 to x2.
+
+    Args:
+        f: takes tokens [..., points, C] to [..., points, C'], each independently.
+        x1, x2: [..., C], the ends of each pair.
+        points: how many points of the line are evaluated, both ends included.
+
+    Returns:
+        [...], in 0..1; 1 where f is linear between the two, or where the path has no length.
     """
     if points < 2:
-        raise ValueError(f"points is {points}; a way needs its two ends, so at least 2")
+        raise ValueError(f"points is {points}; a line has two ends, so it must be at least 2")
     t = torch.linspace(0, 1, points, device=x1.device, dtype=x1.dtype).unsqueeze(-1)
-    # in this form equal tokens stay where they are
-    ways = f(x1.unsqueeze(-2) + t * (x2 - x1).unsqueeze(-2)).float()
-    direct = (ways[..., -1, :] - ways[..., 0, :]).norm(dim=-1)
-    along = ways.diff(dim=-2).norm(dim=-1).sum(dim=-1)
+    # written so that equal tokens give equal points
+    path = f(x1.unsqueeze(-2) + t * (x2 - x1).unsqueeze(-2)).float()
+    direct = (path[..., -1, :] - path[..., 0, :]).norm(dim=-1)
+    along = path.diff(dim=-2).norm(dim=-1).sum(dim=-1)
     return torch.where(along > 0, direct / along.clamp_min(torch.finfo(along.dtype).tiny), torch.ones_like(along))
 
 
 @dataclass(frozen=True)
 class Linearity:
-    """The mean FL of a layer over the matched pairs of one call of the model.
+    """The mean functional linearity of a layer over the matched pairs of one call of the model.
 
-    block: its name. depth: its place among all blocks. role: 'attn' or 'mlp'. call: of the model, from 0. timestep: of
-    the schedule; None in a classifier. pairs: how many.
+    Args:
+        block, depth: name and depth of the block.
+        layer: 'attn' or 'mlp'.
+        call: index of the model's call, from 0.
+        timestep: of the schedule; None in a classifier.
+        value: the mean, in 0..1.
+        pairs: how many pairs.
     """
 
     block: str
     depth: int
-    role: str
+    layer: str
     call: int
     timestep: float | None
     value: float
@@ -59,119 +71,147 @@ class Linearity:
 
 @contextmanager
 def probing(
-    unet: nn.Module, blocks: Sequence[BlockInfo], fusion: TokenFusionConfig | None = None, pairs: int = PAIRS
+    model: nn.Module,
+    blocks: Sequence[BlockInfo],
+    arguments: ArgumentNames,
+    config: TokenFusionConfig | None = None,
+    pairs: int = PAIRS,
 ) -> Iterator[list[Linearity]]:
-    """Inside, every call of the UNet measures the attention and feed-forward of its transformer blocks.
+    """Measures the attention and feed-forward of each block in every call of a UNet.
 
-    unet: ValueError for one with a patch. sites: its blocks. fusion: how tokens are matched. pairs: of
-    each sample, spread evenly over those that would be fused. Attention is taken as a function of a query, among the
-    keys and values of the whole map: what a token's own key adds to that is one of hundreds. Half precision is too
-    coarse for ways between like tokens, so layers are run in float32 for it.
+    Attention is measured as a function of a query among the keys and values of the whole map. Half precision is too
+    coarse for lines between similar tokens, so layers run in float32.
+
+    Args:
+        model: a UNet without a patch.
+        blocks: its transformer blocks.
+        arguments: where its modules take their arguments.
+        config: how tokens are matched.
+        pairs: of each sample at most, evenly spread over those that would be merged.
+
+    Yields:
+        A list to which each measurement is appended.
+
+    Raises:
+        ValueError: the model has a patch.
     """
-    fusion = fusion or TokenFusionConfig()
-    found: list[Linearity] = []
-    if patch_of(unet) is not None:
-        raise ValueError(f"{type(unet).__name__} is patched: linearity is the model's own, remove_patch comes first")
-    begin = _Begin()
-    handles = [unet.register_forward_pre_hook(begin, with_kwargs=True)]
+    results: list[Linearity] = []
+    if patch_of(model) is not None:
+        raise ValueError(f"{type(model).__name__} is patched; linearity is measured without a patch: call remove_patch")
+    start = _StartHook(arguments)
+    handles = [model.register_forward_pre_hook(start, with_kwargs=True)]
     for block in blocks:
-        probe = _Probe(block, fusion, pairs, begin, found)
-        handles.append(block.spatial_module.register_forward_pre_hook(probe.see_size, with_kwargs=True))
+        probe = _Probe(block, config or TokenFusionConfig(), pairs, start, results)
+        handles.append(block.spatial_module.register_forward_pre_hook(probe.store_size, with_kwargs=True))
         handles.append(block.layers["norm"].register_forward_pre_hook(probe.match))
         handles += [
-            block.layers[role].register_forward_pre_hook(probe.measurer(role), with_kwargs=True)
-            for role in ROLES
-            if role in block.layers
+            block.layers[layer].register_forward_pre_hook(probe.measuring(layer), with_kwargs=True)
+            for layer in LAYERS
+            if layer in block.layers
         ]
     try:
-        yield found
+        yield results
     finally:
         for handle in handles:
             handle.remove()
 
 
-class _Begin:
-    """Pre-hook of the model: which call it is, and of which timestep."""
+class _StartHook:
+    """Forward pre-hook of the model: counts calls and stores the timestep."""
 
-    def __init__(self) -> None:
+    def __init__(self, arguments: ArgumentNames) -> None:
+        self.arguments = arguments
         self.call = -1
         self.timestep = float("nan")
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.call += 1
-        timestep = get_argument(args, kwargs, 1, "timestep", "timesteps")
-        self.timestep = float(torch.as_tensor(timestep).flatten()[0])
+        self.timestep = float(torch.as_tensor(self.arguments.timestep.get(args, kwargs)).flatten()[0])
 
 
 class _Probe:
-    """The pairs of one block in one call, and the FL of its layers between them."""
+    """The matched pairs of one block in one call, and the functional linearity of its layers between them."""
 
-    def __init__(self, block: BlockInfo, fusion: TokenFusionConfig, pairs: int, begin: _Begin, found: list[Linearity]):
-        self.block, self.fusion, self.pairs, self.begin, self.found = block, fusion, pairs, begin, found
+    def __init__(
+        self, block: BlockInfo, config: TokenFusionConfig, pairs: int, start: _StartHook, results: list[Linearity]
+    ):
+        self.block, self.config, self.pairs, self.start, self.results = block, config, pairs, start, results
         self.size = (0, 0)
         self.ends: tuple[Tensor, Tensor] | None = None
         self.busy = False
 
-    def see_size(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        h, w = get_argument(args, kwargs, 0, "hidden_states", "x").shape[-2:]
+    def store_size(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        h, w = self.start.arguments.tokens.get(args, kwargs).shape[-2:]
         self.size = int(h), int(w)
 
     @torch.no_grad()
     def match(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        (h, w), leaving = self.size, self.fusion.num_merged(*self.size)
+        (h, w), num_merged = self.size, self.config.num_merged(*self.size)
         self.ends = None
-        if leaving:
-            parts = partition(h, w, self.fusion.sx, self.fusion.sy, args[0].device)
-            map = bipartite_soft_matching(args[0], parts, leaving)
-            home = map.kept_idx.gather(1, map.group_idx)  # of each token, the token that stands for it
-            gone = home != torch.arange(h * w, device=home.device)
-            token = gone.nonzero()[:, 1].view(len(home), leaving)
-            some = torch.linspace(0, leaving - 1, min(self.pairs, leaving), device=home.device).long()
-            token = token[:, some]
-            self.ends = token, home.gather(1, token)
+        if num_merged:
+            parts = partition(h, w, self.config.sx, self.config.sy, args[0].device)
+            merged, survivors = merged_pairs(bipartite_soft_matching(args[0], parts, num_merged))
+            some = torch.linspace(0, num_merged - 1, min(self.pairs, num_merged), device=merged.device).long()
+            self.ends = merged[:, some], survivors[:, some]
 
-    def measurer(self, role: str) -> Callable[..., None]:
+    def measuring(self, layer: str) -> Callable[..., None]:
+        """Returns the forward pre-hook that measures a layer."""
+
         @torch.no_grad()
         def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = get_argument(args, kwargs, 0, "hidden_states", "x")
+            arguments = self.start.arguments
+            x = arguments.tokens.get(args, kwargs)
             if self.ends is None or self.busy or x.ndim != 3:
                 return
             x = x.float()
             x1, x2 = (x.gather(1, token.unsqueeze(-1).expand(-1, -1, x.shape[-1])) for token in self.ends)
             weights = {name: weight.float() for name, weight in module.named_parameters()}
+            keys = {arguments.keys: x} if layer == "attn" else {}
 
-            def layer(ways: Tensor) -> Tensor:
-                tokens = ways.flatten(1, 2)  # [B, pairs * points, C]
-                told = {"encoder_hidden_states": x} if role == "attn" else {}
-                out: Tensor = functional_call(module, weights, (tokens,), told)
-                return out.view(*ways.shape[:3], -1)
+            def run(points: Tensor) -> Tensor:
+                tokens = points.flatten(1, 2)  # [B, pairs * points, C]
+                out: Tensor = functional_call(module, weights, (tokens,), keys)
+                return out.view(*points.shape[:3], -1)
 
             self.busy = True  # the layer's hooks are called again
             try:
-                value = functional_linearity(layer, x1, x2)
+                values = functional_linearity(run, x1, x2)
             finally:
                 self.busy = False
-            self.found.append(
-                Linearity(self.block.name, self.block.depth, role, self.begin.call, self.begin.timestep,
-                          value.mean().item(), value.numel())
-            )  # fmt: skip
+            self._append(layer, values)
 
         return measure
 
+    def _append(self, layer: str, values: Tensor) -> None:
+        call, timestep = self.start.call, self.start.timestep
+        mean_value, pairs = values.mean().item(), values.numel()
+        self.results.append(Linearity(self.block.name, self.block.depth, layer, call, timestep, mean_value, pairs))
 
-def by_depth(found: Sequence[Linearity], roles: Sequence[str]) -> dict[int, float]:
-    """The mean FL of each block's layers, over all calls."""
-    depths = sorted({one.depth for one in found})
-    values = {depth: [one.value for one in found if one.depth == depth and one.role in roles] for depth in depths}
+
+def merged_pairs(map: TokenMap) -> tuple[Tensor, Tensor]:
+    """Returns the positions of the tokens that a map merges, and of the survivor of each: two of [B, N - K]."""
+    survivor = map.kept_idx.gather(1, map.group_idx)  # [B, N]
+    moved = survivor != torch.arange(survivor.shape[1], device=survivor.device)
+    merged = moved.nonzero()[:, 1].view(len(survivor), -1)
+    return merged, survivor.gather(1, merged)
+
+
+def by_depth(results: Sequence[Linearity], layers: Sequence[str]) -> dict[int, float]:
+    """Returns the mean functional linearity of these layers over all calls, for each depth."""
+    depths = sorted({one.depth for one in results})
+    values = {depth: [one.value for one in results if one.depth == depth and one.layer in layers] for depth in depths}
     return {depth: mean(value) for depth, value in values.items() if value}
 
 
 def best_split(linearity: Mapping[int, float]) -> int:
-    """d: the depth from which on blocks average, by the FL of each block that is fused, given by its depth.
+    """Returns the depth split d: blocks before it should prune, blocks from it on should average.
 
-    Of a pair whose outputs lie D apart, pruning makes one wrong by D. The average comes out wrong by half its way to
-    each, if it lies half-way, and ways are D / FL long: squared and summed, D² against D² / (2 FL²). So averaging is
-    the better one above an FL of 1/√2, and d the depth that makes the sum over all blocks least, the lowest if many do.
+    Let D be the distance between the two outputs of a pair. Pruning makes one of them wrong by D: error D². The average
+    lies half-way along a path of length D / FL, and is wrong by half of it for each: error D² / (2 FL²). So averaging
+    is better above FL = 1/√2, and d minimizes the sum of the errors over all blocks. Ties go to the lowest d.
+
+    Args:
+        linearity: the functional linearity of each merged block, by its depth.
     """
     depths = sorted(linearity)
 

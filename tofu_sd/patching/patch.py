@@ -1,101 +1,151 @@
-"""Site + policy + clock -> fused attention. Knows no host: a host says where the sites are and what to swap in.
+"""Plans, attaches and detaches a patch. A host says where the blocks are and which class replaces each layer's class.
 
-A site's modules keep their weights, names and processors; only their class is swapped for a subclass of it that finds
-its `BlockState` under the attribute `_tofu`. `detach` swaps it back and removes the attribute and the hooks.
+A block's layers keep their weights, names and processors. Only their class is swapped for a subclass, which finds its
+state in the attribute `_tofu`. `detach` swaps it back and removes the attribute and the hooks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import TokenFusionConfig
-from .block_info import ATTRIBUTE, BlockInfo
-from .block_state import BlockState, fusions
+from .block_state import BlockState, block_states
 from .hooks import Hook, _GuidanceHook, _PartitionHook, _StepEndHook, _StepHook
+from .host import ATTRIBUTE, ArgumentNames, BlockInfo, Host
+from .shared_map import SharedMap
 from .step_tracker import StepTracker
 
 
 @dataclass(frozen=True)
-class Patch:
-    """Everything `attach` does to a model, said before it is done."""
+class ModulePatch:
+    """What `attach` does to a model, of any host.
 
-    fusion: TokenFusionConfig
-    blocks: tuple[BlockInfo, ...]  # the fused ones
-    swaps: tuple[tuple[nn.Module, type[nn.Module], type[nn.Module], BlockState], ...]  # layer, its class, the new one
-    hooks: tuple[tuple[nn.Module, Hook], ...]  # run before a module
-    after: tuple[tuple[nn.Module, _StepEndHook], ...] = ()  # run after it
-    handles: tuple[RemovableHandle, ...] = ()  # of the hooks, once attached
+    Args:
+        swaps: (layer, its class, the new class, its state) for each layer.
+        hooks: (module, forward pre-hook with keywords).
+        after: (module, forward hook).
+        handles: the handles of the hooks, once attached.
+    """
+
+    swaps: tuple[tuple[nn.Module, type[nn.Module], type[nn.Module], Any], ...]
+    hooks: tuple[tuple[nn.Module, Callable[..., None]], ...] = ()
+    after: tuple[tuple[nn.Module, Callable[..., None]], ...] = ()
+    handles: tuple[RemovableHandle, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patch(ModulePatch):
+    """The patch of a UNet: its configuration, the patched blocks and the names of the host's arguments."""
+
+    config: TokenFusionConfig
+    blocks: tuple[BlockInfo, ...]
+    arguments: ArgumentNames
 
 
 def plan(
     model: nn.Module,
     blocks: Sequence[BlockInfo],
-    fusion: TokenFusionConfig,
-    swap: Callable[[BlockInfo, str], type[nn.Module]],
+    config: TokenFusionConfig,
+    host: Host,
+    *,
     train_steps: int | None,
-    latent: tuple[int, int] | None = None,
+    swapped: Collection[nn.Module] = (),
     one_sampling: bool = False,
 ) -> Patch:
-    """The patch that fuses the tokens of `blocks` under `fusion`; touches nothing.
+    """Plans the patch that merges tokens in the blocks of a model. Changes nothing.
 
-    swap(site, role) gives the class to swap in or raises. train_steps: where the timesteps count down from; None where
-    they do not, which a step window refuses with ValueError. latent: height and width of the latent to expect, where
-    the model may be compiled. one_sampling: the patch is put on for the sampling of one batch alone.
+    Args:
+        model: the UNet.
+        blocks: all its transformer blocks, from `host.find_blocks`.
+        config: how tokens are merged.
+        host: gives the classes, the names of arguments and the size of the latent.
+        train_steps: the timestep at which the schedule starts; None where timesteps do not count down to 0.
+        swapped: layers that an earlier patch has swapped.
+        one_sampling: whether the patch lives for the sampling of one batch only.
+
+    Raises:
+        ValueError: a step window where timesteps do not count down; or raised by the host.
+        RuntimeError: raised by the host, for a layer that something else has wrapped.
     """
-    if train_steps is None and (fusion.start, fusion.end) != (0, 1):
+    if train_steps is None and (config.start, config.end) != (0, 1):
         raise ValueError(
-            f"start is {fusion.start:g} and end is {fusion.end:g}: they measure progress by timestep, which this "
-            "pipeline's scheduler does not count down to 0; leave them off or take another scheduler"
+            f"start is {config.start:g} and end is {config.end:g}: they measure progress by timestep, which this "
+            "pipeline's scheduler does not count down to 0; leave them off or use another scheduler"
         )
-    roles = {"attn", *fusion.layers} | ({"norm"} if fusion.match_on == "hidden" else set())
-    steps = StepTracker(fusion, train_steps or 1, one_sampling)
-    fused = fusions(blocks, fusion)
-    swaps, canvases = [], dict[nn.Module, list[BlockState]]()
-    for block, state in fused:
-        canvases.setdefault(block.spatial_module, []).append(state)
-        swaps += [
-            (part, type(part), swap(block, layer), state) for layer, part in block.layers.items() if layer in roles
-        ]
-    shared_maps = tuple(dict.fromkeys(state.shared_map for _, state in fused if state.shared_map is not None))
+    steps = StepTracker(config, train_steps or 1, one_sampling)
+    states = block_states(blocks, config)
+    layers = {"attn", *config.layers} | ({"norm"} if config.match_on == "hidden" else set())
+    swaps = tuple(
+        (layer, type(layer), host.swap_class(block, name, swapped), state)
+        for block, state in states
+        for name, layer in block.layers.items()
+        if name in layers
+    )
+    hooks, after = _hooks(model, states, steps, host.ARGUMENTS)
+    _prepare_grids(model, states, steps, host.latent_size(model))
+    return Patch(
+        swaps, hooks, after, config=config, blocks=tuple(block for block, _ in states), arguments=host.ARGUMENTS
+    )
+
+
+Pair = tuple[BlockInfo, BlockState]
+
+
+def _hooks(
+    model: nn.Module, states: Sequence[Pair], steps: StepTracker, arguments: ArgumentNames
+) -> tuple[tuple[tuple[nn.Module, Hook], ...], tuple[tuple[nn.Module, _StepEndHook], ...]]:
+    """Returns the hooks before and after modules, in the order in which they run."""
+    config = steps.config
+    shared_maps: tuple[SharedMap, ...] = tuple(
+        dict.fromkeys(state.shared_map for _, state in states if state.shared_map is not None)
+    )
     hooks: list[tuple[nn.Module, Hook]] = []
-    if fusion.share_across_cfg and fusion.ratio:
-        hooks.append((model, _GuidanceHook()))
     after: list[tuple[nn.Module, _StepEndHook]] = []
-    if fusion.needs_timestep or shared_maps:
-        tick = _StepHook(steps, shared_maps, [state for _, state in fused if state.adaptive])
-        hooks.append((model, tick))
+    if config.share_across_cfg and config.ratio:
+        hooks.append((model, _GuidanceHook(arguments)))
+    if config.needs_timestep or shared_maps:
+        step_hook = _StepHook(steps, shared_maps, [state for _, state in states if state.adaptive], arguments)
+        hooks.append((model, step_hook))
         if steps.follows_steps:
-            after.append((model, _StepEndHook(tick)))
-    least = 0 if fusion.min_tokens == "auto" else int(fusion.min_tokens)
-    levels = {block.spatial_module: block.level for block, _ in fused}
-    hooks += [
-        (spatial_module, _PartitionHook(steps, states, levels[spatial_module], least))
-        for spatial_module, states in canvases.items()
-    ]
+            after.append((model, _StepEndHook(step_hook)))
+    by_module = dict[nn.Module, list[Pair]]()
+    for block, state in states:
+        by_module.setdefault(block.spatial_module, []).append((block, state))
+    min_tokens = 0 if config.min_tokens == "auto" else int(config.min_tokens)
+    for module, pairs in by_module.items():
+        own = [state for _, state in pairs]
+        hooks.append((module, _PartitionHook(steps, own, pairs[-1][0].level, min_tokens, arguments)))
+    return tuple(hooks), tuple(after)
+
+
+def _prepare_grids(
+    model: nn.Module, states: Sequence[Pair], steps: StepTracker, latent: tuple[int, int] | None
+) -> None:
+    """Makes the grids of the latent size that a compiled model is expected to run at."""
     if latent is not None:
         device = next(model.parameters()).device
-        for size in sorted({block.map_size(latent) for block, _ in fused}):
-            steps.expect(*size, device)
-    return Patch(fusion, tuple(block for block, _ in fused), tuple(swaps), tuple(hooks), tuple(after))
+        for size in sorted({block.map_size(latent) for block, _ in states}):
+            steps.prepare_grid(*size, device)
 
 
 def patch_of(model: nn.Module) -> Patch | None:
-    """The patch a model carries, if any."""
+    """Returns the patch of a UNet, or None."""
     patch = vars(model).get(ATTRIBUTE)
     return patch if isinstance(patch, Patch) else None
 
 
-def attach(model: nn.Module, patch: Patch) -> None:
-    """Puts a planned patch on the model, which has none: all of it, or whatever interrupts, nothing."""
+def attach(model: nn.Module, patch: ModulePatch) -> None:
+    """Attaches a planned patch to a model that has none. An error or interrupt leaves nothing of it."""
     handles: list[RemovableHandle] = []
     try:
-        for part, _, fused, state in patch.swaps:
-            part.__class__ = fused
-            setattr(part, ATTRIBUTE, state)
+        for layer, _, new_class, state in patch.swaps:
+            layer.__class__ = new_class
+            setattr(layer, ATTRIBUTE, state)
         handles += (module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in patch.hooks)
         handles += (module.register_forward_hook(hook) for module, hook in patch.after)
         setattr(model, ATTRIBUTE, replace(patch, handles=tuple(handles)))
@@ -105,34 +155,34 @@ def attach(model: nn.Module, patch: Patch) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Undoes `attach`: every class, attribute and hook is what it was before."""
-    patch: Patch = getattr(model, ATTRIBUTE)
+    """Undoes `attach`: restores every class, attribute and hook."""
+    patch: ModulePatch = getattr(model, ATTRIBUTE)
     _undo(patch, patch.handles)
     delattr(model, ATTRIBUTE)
 
 
-def _undo(patch: Patch, handles: Sequence[RemovableHandle]) -> None:
+def _undo(patch: ModulePatch, handles: Sequence[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
-    for part, original, _, _ in patch.swaps:
-        vars(part).pop(ATTRIBUTE, None)
-        part.__class__ = original
+    for layer, original, _, _ in patch.swaps:
+        vars(layer).pop(ATTRIBUTE, None)
+        layer.__class__ = original
 
 
 def states_of(patch: Patch) -> dict[str, BlockState]:
-    """The state of each patched block, by its name."""
-    owners = {part: block.name for block in patch.blocks for part in block.layers.values()}
-    return {owners[part]: state for part, _, _, state in patch.swaps}
+    """Returns the state of each patched block, by the block's name."""
+    owners = {layer: block.name for block in patch.blocks for layer in block.layers.values()}
+    return {owners[layer]: state for layer, _, _, state in patch.swaps}
 
 
-def set_min_tokens(model: nn.Module, least: dict[int, int]) -> None:
-    """From now on the patch of a model fuses maps of at least so many tokens, given for each level."""
+def set_min_tokens(model: nn.Module, min_tokens: dict[int, int]) -> None:
+    """Sets, for each level, from how many tokens on the patch of a model merges a map."""
     patch = patch_of(model)
     for _, hook in patch.hooks if patch else ():
         if isinstance(hook, _PartitionHook):
-            hook.least = least[hook.level]
+            hook.min_tokens = min_tokens[hook.level]
 
 
 def min_tokens_by_level(patch: Patch) -> dict[int, int]:
-    """Of how many tokens a map is fused from on under a patch, for each level."""
-    return {hook.level: hook.least for _, hook in patch.hooks if isinstance(hook, _PartitionHook)}
+    """Returns, for each level, from how many tokens on a patch merges a map."""
+    return {hook.level: hook.min_tokens for _, hook in patch.hooks if isinstance(hook, _PartitionHook)}

@@ -13,14 +13,20 @@ from typing import Any
 from torch import nn
 
 from ..core.token_map import TokenMap
-from .block_info import BlockInfo
-from .hooks import get_argument
+from .host import BlockInfo
 from .patch import Patch, states_of
 
 
 @dataclass(frozen=True)
 class MapRecord:
-    """A map as a block made it. call: of the model, from 0. h, w: of the tokens; the map's tensors are on the CPU."""
+    """A map as a block made it.
+
+    Args:
+        block: name of the block.
+        call: index of the model's call, from 0.
+        h, w: height and width of the map.
+        map: on the CPU.
+    """
 
     block: str
     call: int
@@ -31,33 +37,34 @@ class MapRecord:
 
 @contextmanager
 def recording(model: nn.Module, patch: Patch) -> Iterator[list[MapRecord]]:
-    """Inside, every map that the patch of a model makes is added to what this gives."""
-    seen: list[MapRecord] = []
-    numbers = itertools.count()
-    here = threading.local()  # of a thread: the number of its call, and the sizes of the maps in it
+    """Yields a list to which every map that the patch of a model makes is appended."""
+    records: list[MapRecord] = []
+    calls = itertools.count()
+    local = threading.local()  # of each thread: the index of its call, and the sizes of the maps in it
 
-    def begin(*_: Any) -> None:
-        here.call, here.sizes = next(numbers), {}
+    def start_call(*_: Any) -> None:
+        local.call, local.sizes = next(calls), {}
 
-    def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        here.sizes[module] = tuple(get_argument(args, kwargs, 0, "hidden_states", "x").shape[-2:])
+    def store_size(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        local.sizes[module] = tuple(patch.arguments.tokens.get(args, kwargs).shape[-2:])
 
-    def watch(block: BlockInfo, map: TokenMap) -> None:
-        h, w = here.sizes[block.spatial_module]
-        seen.append(MapRecord(block.name, here.call, h, w, TokenMap(map.kept_idx.cpu(), map.group_idx.cpu())))
+    def on_map(block: BlockInfo, map: TokenMap) -> None:
+        h, w = local.sizes[block.spatial_module]
+        records.append(MapRecord(block.name, local.call, h, w, TokenMap(map.kept_idx.cpu(), map.group_idx.cpu())))
 
     states = states_of(patch)
-    handles = [model.register_forward_pre_hook(begin)]
+    handles = [model.register_forward_pre_hook(start_call)]
     handles += [
-        c.register_forward_pre_hook(measure, with_kwargs=True) for c in {block.spatial_module for block in patch.blocks}
+        module.register_forward_pre_hook(store_size, with_kwargs=True)
+        for module in {block.spatial_module for block in patch.blocks}
     ]
-    watchers = {block.name: partial(watch, block) for block in patch.blocks}
-    for name, watcher in watchers.items():
-        states[name].watchers.append(watcher)
+    callbacks = {block.name: partial(on_map, block) for block in patch.blocks}
+    for name, callback in callbacks.items():
+        states[name].map_callbacks.append(callback)
     try:
-        yield seen
-    finally:  # its own and no other's: contexts may end in any order
-        for name, watcher in watchers.items():
-            states[name].watchers.remove(watcher)
+        yield records
+    finally:  # only its own: contexts may end in any order
+        for name, callback in callbacks.items():
+            states[name].map_callbacks.remove(callback)
         for handle in handles:
             handle.remove()

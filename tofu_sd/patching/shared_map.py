@@ -7,36 +7,37 @@ from dataclasses import dataclass
 
 from ..core.token_map import SoftMap, TokenMap
 from .image_parts import ImagePart
-from .per_thread import PerThread
 from .step_tracker import StepState
+from .threads import PerThread
 
 
 @dataclass
 class MapSlot:
-    """A map that blocks share. made: whether a block has made it in this forward."""
+    """A shared map, and whether a block has made it in this forward."""
 
     map: TokenMap | SoftMap | None = None
     made: bool = False
 
 
 class SharedMap:
-    """Hands the map of the first site that matches to all sites after it, and to later steps of an image part.
+    """Gives the map of the first block that matches to all later blocks, and to later steps of the same image part.
 
-    key: by which an image part keeps it.
+    Args:
+        key: the key under which an image part stores the map.
     """
 
     def __init__(self, key: Hashable = None) -> None:
         self.key = key
         self.slots = PerThread(MapSlot)
 
-    def begin(self, now: StepState) -> None:
-        """Takes the map of the image part's last call, if it still holds."""
-        known = None if now.should_match or now.part is None else now.part.maps.get(self.key)
+    def load(self, now: StepState) -> None:
+        """Starts a forward with the map of the image part's last call, if it is still valid."""
+        stored = None if now.should_match or now.part is None else now.part.maps.get(self.key)
         for slot in self.slots.both():
-            slot.map, slot.made = known, False
+            slot.map, slot.made = stored, False
 
-    def end(self, part: ImagePart) -> None:
-        """Leaves a map that was made in this forward to the image part."""
+    def store(self, part: ImagePart) -> None:
+        """Ends a forward: a map that was made in it is stored in the image part."""
         for slot in self.slots.both():
             if slot.made:
                 part.maps[self.key] = slot.map

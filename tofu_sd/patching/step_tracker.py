@@ -1,4 +1,4 @@
-"""What a block cannot know: where in the sampling it is, and the map its tokens lie on."""
+"""What a block cannot know: the step of the sampling, and the map on which its tokens lie."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from ..config import TokenFusionConfig
 from ..core.partition import Partition, PartitionTensors, partition, windows
 from ..kernels.operators import is_compiling
 from .image_parts import ImagePart, ImagePartTracker
-from .per_thread import PerThread
+from .threads import PerThread
 
 
 @dataclass
 class StepState:
-    """The step of one forward of the model, and the image part that it goes on with.
+    """The step of one forward of the model, and the image part that it belongs to.
 
-    open: whether the step lies in the window. first: whether an image part begins, as far as is known. anew: whether
-    maps of earlier calls are out of date. part: None where steps are not followed. layouts: those drawn for this step.
+    Args:
+        timestep: of the call, where destinations are drawn.
+        is_active: whether the step lies between start and end.
+        is_first_step: whether the call starts a new image part.
+        should_match: whether maps of earlier calls are out of date.
+        part: the image part; None where steps are not followed.
+        grids: the grids that were drawn for this step.
     """
 
     timestep: Tensor | None = None
@@ -33,23 +38,25 @@ class StepState:
 
 
 class StepTracker:
-    """Knows the step and lays out each map's sources and destinations.
+    """Keeps the step, and makes the grid of each map: its sources and destinations.
 
-    A model's forward pre-hook calls `tick` with the timestep; each transformer's pre-hook asks for `grid`. Nothing
-    here depends on what was generated before: the same timestep and size give the same tensors. Each thread that runs
-    the model has a step of its own.
+    A model's forward pre-hook calls `start_step` with the timestep; each spatial module's pre-hook calls `grid`. The
+    same timestep and size give the same tensors, whatever ran before. Each thread that runs the model has its own step.
 
-    one_sampling: as of ImagePartTracker.
+    Args:
+        config: how tokens are merged.
+        train_steps: the timestep at which the schedule starts.
+        one_sampling: see ImagePartTracker.
     """
 
-    def __init__(self, fusion: TokenFusionConfig, train_steps: int = 1000, one_sampling: bool = False):
-        self.fusion = fusion
+    def __init__(self, config: TokenFusionConfig, train_steps: int = 1000, one_sampling: bool = False):
+        self.config = config
         self.train_steps = train_steps
-        self.tracker = ImagePartTracker("match_interval" if fusion.threshold is None else "threshold", one_sampling)
+        self.tracker = ImagePartTracker("match_interval" if config.threshold is None else "threshold", one_sampling)
         self._forward = PerThread(StepState)
         self._grids: dict[tuple[int, int, torch.device], PartitionTensors] = {}
         self._lengths: dict[tuple[int, torch.device], Tensor] = {}
-        self._expected: tuple[tuple[int, int, PartitionTensors], ...] = ()
+        self._prepared: tuple[tuple[int, int, PartitionTensors], ...] = ()
 
     @property
     def now(self) -> StepState:
@@ -58,98 +65,106 @@ class StepTracker:
 
     @property
     def follows_steps(self) -> bool:
-        """Whether one step of an image hands something to the next."""
-        return self.fusion.match_interval > 1 or self.fusion.threshold is not None
+        """Whether one step of an image stores something for the next."""
+        return self.config.match_interval > 1 or self.config.threshold is not None
 
-    def expect(self, h: int, w: int, device: torch.device) -> None:
-        """Lays out an h × w map before any call, for compiled code, which would otherwise do it in every call.
+    def prepare_grid(self, h: int, w: int, device: torch.device) -> None:
+        """Makes the grid of an h x w map before any call, for compiled code, which would make it in every call.
 
-        Nothing is laid out where it depends on the step, or no token leaves.
+        Makes none where the grid depends on the step, or where no token is merged.
         """
-        if self.fusion.seed is None and self.fusion.num_merged(h, w):
-            with torch.inference_mode(False):  # else it could not be used in training
+        if self.config.seed is None and self.config.num_merged(h, w):
+            with torch.inference_mode(False):  # inference tensors cannot be used in training
                 grid = self._make_grid(h, w, device)
             for index in (*grid.parts, *(grid.windows or ())):
-                torch._dynamo.mark_static_address(index)  # a CUDA graph reads it where it is
-            self._expected = (*self._expected, (h, w, grid))
+                torch._dynamo.mark_static_address(index)  # CUDA graphs read it in place
+            self._prepared = (*self._prepared, (h, w, grid))
 
-    def tick(
+    def start_step(
         self,
         timestep: Any,
         content: Tensor | None = None,
         conditioning: Tensor | None = None,
         identifiers: Hashable = None,
     ) -> StepState:
-        """Notes the timestep of this call of the model: a number or a tensor, of which the first value counts.
+        """Sets the step of this call of the model.
 
-        content, conditioning, identifiers: by which the steps of an image are followed, as of ImagePartTracker.visit.
-        ValueError for a step window and a timestep outside train_steps..0.
+        Args:
+            timestep: a number or a tensor, of which the first value counts.
+            content, conditioning, identifiers: see ImagePartTracker.visit.
+
+        Raises:
+            ValueError: a step window is set and the timestep is outside 0..train_steps.
+            RuntimeError: the step matters, and the whole model is compiled.
         """
-        fusion, now = self.fusion, self.now
-        if fusion.seed is not None:
+        config, now = self.config, self.now
+        if config.seed is not None:
             now.timestep = timestep if isinstance(timestep, Tensor) else torch.as_tensor(timestep)
             now.grids = {}
-        windowed = (fusion.start, fusion.end) != (0.0, 1.0)
+        windowed = (config.start, config.end) != (0.0, 1.0)
         if not windowed and not self.follows_steps:
             return now
         if is_compiling():
-            needs = "match_interval needs" if fusion.threshold is None else "threshold needs"
+            needs = "match_interval needs" if config.threshold is None else "threshold needs"
             raise RuntimeError(
                 f"{'start and end need' if windowed else needs} the timestep as a number, which a "
-                "compiled model cannot read: compile the blocks alone with compile_repeated_blocks()"
+                "compiled model cannot read: compile only the blocks, with compile_repeated_blocks()"
             )
         t = float(torch.as_tensor(timestep).flatten()[0])
         if self.follows_steps:
             self._follow(now, t, content, conditioning, identifiers)
         if windowed:
-            if not 0 <= t <= self.train_steps:
-                raise ValueError(
-                    f"timestep {t:g} is outside 0..{self.train_steps}: start and end measure progress by timestep, "
-                    "which this scheduler does not count that way"
-                )
-            progress = 1 - t / self.train_steps
-            now.is_active = fusion.start <= progress and (progress < fusion.end or fusion.end == 1)  # many end at t = 0
+            now.is_active = self._in_window(t)
         return now
+
+    def _in_window(self, t: float) -> bool:
+        if not 0 <= t <= self.train_steps:
+            raise ValueError(
+                f"timestep {t:g} is outside 0..{self.train_steps}: start and end measure progress by timestep, "
+                "which this scheduler does not count that way"
+            )
+        progress = 1 - t / self.train_steps
+        return self.config.start <= progress and (progress < self.config.end or self.config.end == 1)  # t = 0 counts
 
     def _follow(
         self, now: StepState, t: float, content: Tensor | None, conditioning: Tensor | None, identifiers: Hashable
     ) -> None:
-        """Decides whether maps are out of date: every so many steps of an image part, and whenever another begins."""
+        """Sets whether to match again: every `match_interval` steps of an image part, and in the first of each."""
         if content is None:
             now.part, now.is_first_step, now.should_match = None, True, True
             return
         now.part, moved = self.tracker.visit(t, content, conditioning, identifiers)
         now.is_first_step = now.part.step == 0
-        now.should_match = moved and now.part.step % self.fusion.match_interval == 0
+        now.should_match = moved and now.part.step % self.config.match_interval == 0
 
     def grid(self, h: int, w: int, device: torch.device) -> PartitionTensors | None:
-        """The layout of an h × w map at this step; None where no token leaves, or outside the step window."""
+        """Returns the grid of an h x w map in this step; None where no token is merged or outside the step window."""
         now = self.now
-        if not now.is_active or self.fusion.num_merged(h, w) == 0:
+        if not now.is_active or self.config.num_merged(h, w) == 0:
             return None
-        if is_compiling():  # sizes may be symbols, which no dictionary should hold
-            for its_h, its_w, grid in self._expected:
-                if h == its_h and w == its_w and device == grid.num_merged.device:
+        if is_compiling():  # sizes may be symbols, which cannot be keys
+            for grid_h, grid_w, grid in self._prepared:
+                if h == grid_h and w == grid_w and device == grid.num_merged.device:
                     return grid
             return self._make_grid(h, w, device)
-        known = self._grids if self.fusion.seed is None else now.grids
-        if (h, w, device) not in known:
+        grids = self._grids if self.config.seed is None else now.grids
+        if (h, w, device) not in grids:
             grid = self._make_grid(h, w, device)
             for index in (*grid.parts, grid.num_merged, *(grid.windows or ())):
                 # one graph of a compiled block for every size and ratio
                 torch._dynamo.maybe_mark_dynamic(index, list(range(index.ndim)))
-            if len(known) > 16:  # another thread may be about to read one
-                known = self._grids = {}
-            known[h, w, device] = grid
-        return known[h, w, device]
+            if len(grids) > 16:  # a new dictionary: another thread may be reading this one
+                grids = self._grids = {}
+            grids[h, w, device] = grid
+        return grids[h, w, device]
 
     def limited(self, grid: PartitionTensors, num_similar: float) -> PartitionTensors:
-        """The grid with at most `num_similar` tokens to merge, in one of a few numbers; a length of 0 for none."""
+        """Returns the grid with at most `num_similar` tokens to merge, rounded down to a bucket; length 0 for none."""
         most, device = len(grid.num_merged), grid.num_merged.device
-        return grid._replace(num_merged=self.length(self.fusion.bucket(most, num_similar), device))
+        return grid._replace(num_merged=self.length(self.config.bucket(most, num_similar), device))
 
     def length(self, n: int, device: torch.device) -> Tensor:
-        """A number as the length of a tensor [n], for a block whose graph shall not depend on it."""
+        """Returns a tensor [n], whose length carries a number into a block without its graph depending on it."""
         if is_compiling():
             return torch.empty(n, device=device)
         length = self._lengths.get((n, device))
@@ -160,15 +175,15 @@ class StepTracker:
         return length
 
     def _make_grid(self, h: int, w: int, device: torch.device) -> PartitionTensors:
-        fusion, draw, timestep = self.fusion, None, self.now.timestep
-        if fusion.seed is not None and timestep is not None:
-            draw = timestep.flatten()[0].float().mul(1000).long() + fusion.seed * 1_000_003
-        parts = partition(h, w, fusion.sx, fusion.sy, device, draw)
+        config, draw, timestep = self.config, None, self.now.timestep
+        if config.seed is not None and timestep is not None:
+            draw = timestep.flatten()[0].float().mul(1000).long() + config.seed * 1_000_003
+        parts = partition(h, w, config.sx, config.sy, device, draw)
         near = None
-        if fusion.window is not None:
+        if config.window is not None:
             everyone = Partition(torch.arange(h * w, device=device), parts.dst)
-            near = windows(parts if fusion.temperature is None else everyone, h, w, fusion.sx, fusion.sy, fusion.window)
-        return PartitionTensors(parts, torch.empty(fusion.num_merged(h, w), device=device), near)
+            near = windows(parts if config.temperature is None else everyone, h, w, config.sx, config.sy, config.window)
+        return PartitionTensors(parts, torch.empty(config.num_merged(h, w), device=device), near)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layouts": {}, "_lengths": {}, "_expected": ()}
+        return {**self.__dict__, "_grids": {}, "_lengths": {}, "_prepared": ()}

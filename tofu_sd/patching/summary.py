@@ -6,15 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..config import TokenFusionConfig
-from .block_info import BlockInfo
-from .block_state import Counts, fusions
+from .block_state import Counts, block_states
+from .host import BlockInfo
 
 
 @dataclass(frozen=True)
 class Row:
-    """One patched block in a Summary. least: fewer tokens than that are left alone.
+    """One patched block in a Summary.
 
-    after: what is left of `before` tokens, under a threshold at the least. counts: what the block has done so far.
+    Args:
+        name, depth: of the block.
+        size: height and width of its map.
+        before, after: tokens before and after merging; under a threshold `after` is the fewest.
+        reduction: name of the reduction.
+        min_tokens: maps of fewer tokens are skipped.
+        threshold: cosine above which tokens merge; None merges a fixed number.
+        counts: calls of the block so far.
     """
 
     name: str
@@ -23,58 +30,59 @@ class Row:
     before: int
     after: int
     reduction: str
-    least: int = 0
+    min_tokens: int = 0
     threshold: float | None = None
     counts: Counts = field(default_factory=Counts)
 
     @property
-    def alone(self) -> bool:
-        return self.before < self.least
+    def skipped(self) -> bool:
+        return self.before < self.min_tokens
 
     @property
-    def how(self) -> str:
-        return self.reduction if self.threshold is None else f"{self.reduction}, what is above {self.threshold:g}"
+    def method(self) -> str:
+        return self.reduction if self.threshold is None else f"{self.reduction}, above {self.threshold:g}"
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a patch does to a model whose latent is `latent` tokens high and wide. `print` it."""
+    """What a patch does to a model whose latent is `latent` (height, width). `print` it."""
 
     model: str
     latent: tuple[int, int]
     blocks: int
-    fusion: TokenFusionConfig | None
+    config: TokenFusionConfig | None
     rows: tuple[Row, ...]
 
     @property
     def headline(self) -> str:
-        if self.fusion is None:
+        """One line: model, method, number of blocks, tokens before and after."""
+        if self.config is None:
             return f"{self.model}: not patched, {self.blocks} transformer blocks"
-        fused = [row for row in self.rows if not row.alone]
-        counts = sorted({(row.before, row.after) for row in fused}, reverse=True)
-        tokens = ", ".join(f"{before} -> {after}" for before, after in counts)
-        tokens += " at the least" * (self.fusion.threshold is not None)
-        what = f", {'keys and values' if self.fusion.kv_only else 'tokens'} {tokens}" if fused else ""
-        alone = sorted({(row.before, row.least) for row in self.rows if row.alone}, reverse=True)
-        left = "".join(f", {before} left alone (fewer than {least})" for before, least in alone)
+        merged = [row for row in self.rows if not row.skipped]
+        arrow = " -> " if self.config.threshold is None else " -> at least "
+        pairs = sorted({(row.before, row.after) for row in merged}, reverse=True)
+        tokens = ", ".join(f"{before}{arrow}{after}" for before, after in pairs)
+        what = f", {'keys and values' if self.config.kv_only else 'tokens'} {tokens}" if merged else ""
+        small = sorted({(row.before, row.min_tokens) for row in self.rows if row.skipped}, reverse=True)
+        skipped = "".join(f", {before} skipped (fewer than {fewest})" for before, fewest in small)
         h, w = self.latent
         return (
-            f"{self.model}: {self.fusion.slug} on {len(fused)} of {self.blocks} transformer blocks"
-            f"{what}{left} at a {h} x {w} latent"
+            f"{self.model}: {self.config.slug} on {len(merged)} of {self.blocks} transformer blocks"
+            f"{what}{skipped} at a {h} x {w} latent"
         )
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.rows), default=0)
         lines = [
             f"  {row.depth:>3}  {row.name:<{width}}  {row.size[0]:>4} x {row.size[1]:<4} "
-            f"{row.before:>6} -> {row.after:<6} {'left alone' if row.alone else row.how}"
+            f"{row.before:>6} -> {row.after:<6} {'skipped' if row.skipped else row.method}"
             for row in self.rows
         ]
         return "\n".join([self.headline, *lines, *self.observed])
 
     @property
     def observed(self) -> list[str]:
-        """What has happened since the model was patched, in a line; nothing before the first call."""
+        """One line on the calls since the model was patched; none before the first call."""
         calls = max((row.counts.calls for row in self.rows), default=0)
         if not calls:
             return []
@@ -86,26 +94,34 @@ class Summary:
 def summarize(
     model: str,
     blocks: Sequence[BlockInfo],
-    fusion: TokenFusionConfig | None,
-    least: dict[int, int],
+    config: TokenFusionConfig | None,
+    min_tokens: dict[int, int],
     latent: tuple[int, int],
     counts: Mapping[str, Counts] | None = None,
 ) -> Summary:
-    """The Summary of a model with these sites under `fusion` at a latent of this height and width.
+    """Returns the Summary of a model.
 
-    least: for each level, fewer tokens than that are left alone. counts: what each block has done, by its name.
-    ValueError for a latent without area.
+    Args:
+        model: name of the model's class.
+        blocks: all its transformer blocks.
+        config: how tokens are merged; None for a model without a patch.
+        min_tokens: for each level, maps of fewer tokens are skipped.
+        latent: height and width of the latent.
+        counts: calls of each block so far, by its name.
+
+    Raises:
+        ValueError: the latent has no area.
     """
     if len(latent) != 2 or min(latent) < 1:
         raise ValueError(f"latent is {latent}; it must be a height and a width of at least 1 (pixels / 8)")
-    if fusion is None:
+    if config is None:
         return Summary(model, latent, len(blocks), None, ())
     rows = []
-    for block, state in fusions(blocks, fusion):
+    for block, state in block_states(blocks, config):
         h, w = block.map_size(latent)
-        fewest = least.get(block.level, 0)
-        leaving = fusion.num_merged(h, w) if h * w >= fewest else 0
-        how = state.reduction.__name__, fewest, state.threshold
+        fewest = min_tokens.get(block.level, 0)
+        num_merged = config.num_merged(h, w) if h * w >= fewest else 0
+        settings = state.reduction.__name__, fewest, state.threshold
         done = (counts or {}).get(block.name, Counts())
-        rows.append(Row(block.name, block.depth, (h, w), h * w, h * w - leaving, *how, done))
-    return Summary(model, latent, len(blocks), fusion, tuple(rows))
+        rows.append(Row(block.name, block.depth, (h, w), h * w, h * w - num_merged, *settings, done))
+    return Summary(model, latent, len(blocks), config, tuple(rows))

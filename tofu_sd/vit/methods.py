@@ -1,7 +1,7 @@
-"""Token reduction in classifiers: tokens are fused between attention and MLP, and stay fused to the end.
+"""Token reduction in classifiers: tokens are merged between attention and MLP, and stay merged to the last layer.
 
-The attention's keys tell what to fuse. How much is a number of tokens for each layer (ToMe, ICLR 2023; ToFu, WACV 2024,
-sections 3 and 4.1), or what is alike enough (ATM, arXiv 2505.15160).
+Tokens are compared by the attention's keys. The number of merged tokens is fixed for each layer (ToMe, ICLR 2023; ToFu,
+WACV 2024, sections 3 and 4.1) or follows from a similarity threshold (ATM, arXiv 2505.15160).
 """
 
 from __future__ import annotations
@@ -18,144 +18,161 @@ from ..core.partition import Partition
 from ..core.reductions import Reduction, get_reduction, mean, mlerp, prune
 from ..core.token_map import TokenMap
 from ..kernels import take
+from ..options import check_options, option
 
 SCHEDULES = ("constant", "decreasing")
+REDUCTIONS = ("prune", "mean", "mlerp")
+_PROPORTIONAL = (
+    "Proportional attention: log(n) is added to the logit of a key that stands for n tokens (ToMe section 3)."
+)
 
 
 @dataclass(frozen=True)
 class TokenReduction:
-    """How a classifier's tokens are fused. The default is the paper's: 8 of each layer, pruned in the first six.
+    """How a classifier's tokens are merged. The default is ToFu's: 8 in each layer, pruned in the first six.
 
-    r: tokens that leave in each layer, or as many as its sources are (half of what is there). 0 changes nothing.
-    schedule: "constant"; "decreasing" takes 2 r in the first layer and falls in a line to none in the last.
-    early, late: reductions of the layers before and from `depth_split` on (ToFu Eq. 7): `prune`, `mean`, `mlerp`.
-    proportional: give a fused token the attention of all it stands for, log(n_i) on its key (ToMe section 3).
-
-    Raises ValueError naming the value and the limit.
+    Raises:
+        ValueError: a value is out of range. Names the value and the limit.
     """
 
-    r: int = 8
-    schedule: str = "constant"
-    early: Reduction | str = prune
-    late: Reduction | str = mlerp
-    depth_split: int = 6
-    proportional: bool = True
+    r: int = option(
+        8,
+        "integer",
+        low=0,
+        help="Tokens merged in each layer, at most half of those that are left. 0 changes nothing.",
+    )
+    schedule: str = option(
+        "constant",
+        "choice",
+        choices=lambda: SCHEDULES,
+        help="'constant' merges r in every layer; 'decreasing' 2 r in the first, falling linearly to 0 in the last.",
+    )
+    early: Reduction | str = option(
+        "prune", "function", choices=lambda: REDUCTIONS, help="Reduction of the layers before depth_split (ToFu Eq. 7)."
+    )
+    late: Reduction | str = option(
+        "mlerp", "function", choices=lambda: REDUCTIONS, help="Reduction of the layers from depth_split on."
+    )
+    depth_split: int = option(6, "integer", low=0, help="d: the first layer with the late reduction.")
+    proportional: bool = option(True, "switch", help=_PROPORTIONAL)
 
     def __post_init__(self) -> None:
         for name in ("early", "late"):
             reduction = get_reduction(getattr(self, name))
             if reduction not in (prune, mean, mlerp):
-                raise ValueError(f"{name} is {reduction!r}; it must be prune, mean or mlerp, which know of sizes")
+                raise ValueError(f"{name} is {reduction!r}; it must be prune, mean or mlerp, which use sizes")
             object.__setattr__(self, name, reduction)
-        for name in ("r", "depth_split"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 0")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}; it must be {' or '.join(SCHEDULES)}")
-        if not isinstance(self.proportional, bool):
-            raise ValueError(f"proportional is {self.proportional!r}; it must be True or False")
+        check_options(self)
 
     @classmethod
     def of(cls, r: int | TokenReduction = 8, /, **options: Any) -> TokenReduction:
-        """A TokenReduction from r, or from another one, with any options changed. TypeError for an unknown option."""
+        """Returns a TokenReduction from r, or another one with options changed. TypeError for an unknown option."""
         return replace(r, **options) if isinstance(r, cls) else cls(r, **options)  # type: ignore[arg-type]
 
     def num_merged(self, layers: int, tokens: int) -> list[int]:
-        """How many of `tokens` patch tokens leave in each of so many layers."""
-        wanted = [self.r] * layers
+        """Returns how many of the `tokens` patch tokens are merged in each layer."""
+        requested = [self.r] * layers
         if self.schedule == "decreasing":
-            wanted = [round(2 * self.r * (1 - layer / max(1, layers - 1))) for layer in range(layers)]
-        left = []
-        for r in wanted:
-            left.append(min(r, tokens // 2))
-            tokens -= left[-1]
-        return left
+            requested = [round(2 * self.r * (1 - layer / max(1, layers - 1))) for layer in range(layers)]
+        merged = []
+        for r in requested:
+            merged.append(min(r, tokens // 2))
+            tokens -= merged[-1]
+        return merged
 
-    def reduction(self, layer: int) -> Reduction:
-        """Eq. 7."""
+    def reduction_at(self, layer: int) -> Reduction:
+        """Returns the reduction of a layer (ToFu Eq. 7)."""
         return get_reduction(self.early if layer < self.depth_split else self.late)
 
-    def map(self, layer: int, layers: int, begun: int, keys: Tensor, total: TokenMap | None) -> TokenMap | None:
-        """Which of the patch tokens with these keys [B, N, d] are fused in a layer, of `begun` at first; None if none.
+    def map(self, layer: int, layers: int, initial: int, keys: Tensor, total: TokenMap | None) -> TokenMap | None:
+        """Returns the map of a layer's patch tokens, or None where none is merged.
 
-        total: the map of all layers before it.
+        Args:
+            layer: index of the layer.
+            layers: number of layers.
+            initial: number of patch tokens before the first layer.
+            keys: [B, N, d], keys of the patch tokens, averaged over the heads.
+            total: the map of all layers before it.
         """
-        r = self.num_merged(layers, begun)[layer]
+        r = self.num_merged(layers, initial)[layer]
         parts = alternating(keys.shape[1], keys.device)
         return bipartite_soft_matching(keys, parts, r) if r else None
 
-    def ends(self, layer: int, layers: int) -> bool:
-        """Whether only the class token goes on from a layer."""
+    def drops_patches(self, layer: int, layers: int) -> bool:
+        """Whether only the prefix tokens leave a layer."""
         return False
 
 
 @dataclass(frozen=True)
 class AdaptiveReduction:
-    """Adaptive token merging (ATM): in each layer what is alike enough is averaged, however many tokens it is.
+    """Adaptive token merging (ATM): each layer averages what exceeds a similarity threshold.
 
-    alpha, beta, least: two tokens are merged if the cosine of their keys exceeds max(alpha - (exp(beta l) - 1), least)
-    in the layer l from 0 (Eq. 1); a batch merges the mean number of all its pictures, rounded. The paper sweeps alpha
-    from 0.945 to 1, beta from 0.015 to 0.05 and least from 0.8 to 0.945 for each model and each amount of operations
-    (appendix D); the defaults are those of its DeiT-S of 3.26 instead of 4.6 GFLOP. What suits a model depends on how
-    alike its keys are.
-    split: the share of the layers, from the first, whose tokens take turns as sources and destinations; after it the
-    smaller half by size are sources (section 3.3).
-    proportional: as of `TokenReduction`. class_only: patch tokens end in the last layer (appendix A), for models that
-    classify by the class token.
+    Two tokens merge if the cosine of their keys exceeds max(alpha - (exp(beta l) - 1), least) in layer l, from 0
+    (Eq. 1). A batch merges the mean number of its images, rounded. The paper sweeps alpha from 0.945 to 1, beta from
+    0.015 to 0.05 and least from 0.8 to 0.945 for each model and each number of FLOPs (appendix D). The defaults are
+    those of its DeiT-S with 3.26 instead of 4.6 GFLOP. What suits a model depends on how similar its keys are.
 
-    Raises ValueError naming the value and the limit.
+    Raises:
+        ValueError: a value is out of range. Names the value and the limit.
     """
 
-    alpha: float = 0.99
-    beta: float = 0.04
-    least: float = 0.88
-    split: float = 0.75
-    proportional: bool = True
-    class_only: bool = True
+    alpha: float = option(0.99, "number", low=-1, high=2, help="Threshold of the first layer.")
+    beta: float = option(0.04, "number", low=0, high=1, help="How fast thresholds fall with the layer.")
+    least: float = option(0.88, "number", low=-1, high=1, help="The lowest threshold of any layer.")
+    split: float = option(
+        0.75,
+        "number",
+        low=0,
+        high=1,
+        help="Share of the layers, from the first, in which every other token is a source; in later layers the smaller "
+        "half by size are sources (section 3.3).",
+    )
+    proportional: bool = option(True, "switch", help=_PROPORTIONAL)
+    class_only: bool = option(
+        True, "switch", help="Drop patch tokens in the last layer (appendix A), for models that use the class token."
+    )
 
     def __post_init__(self) -> None:
-        for name, low, high in (("alpha", -1, 2), ("beta", 0, 1), ("least", -1, 1), ("split", 0, 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                raise ValueError(f"{name} is {value!r}; it must be a number from {low} to {high}")
-        for name in ("proportional", "class_only"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        check_options(self)
 
     def threshold(self, layer: int) -> float:
-        """Eq. 1, of a layer from 0."""
+        """Returns the threshold of a layer, from 0 (Eq. 1)."""
         return layer_threshold(self.alpha, self.beta, self.least, layer)
 
-    def reduction(self, layer: int) -> Reduction:
+    def reduction_at(self, layer: int) -> Reduction:
+        """Returns the average: the reduction of every layer."""
         return mean
 
-    def map(self, layer: int, layers: int, begun: int, keys: Tensor, total: TokenMap | None) -> TokenMap | None:
-        """As of `TokenReduction` (Algorithm 1)."""
+    def map(self, layer: int, layers: int, initial: int, keys: Tensor, total: TokenMap | None) -> TokenMap | None:
+        """Returns the map of a layer's patch tokens (Algorithm 1). See `TokenReduction.map`."""
         N = keys.shape[1]
-        if N < 2 or self.ends(layer, layers):
+        if N < 2 or self.drops_patches(layer, layers):
             return None
         if layer < round(self.split * layers) or total is None:
-            return self._alike(layer, keys, alternating(N, keys.device))
-        order = total.size.argsort(dim=1, stable=True)  # the small ones first
+            return self._match(layer, keys, alternating(N, keys.device))
+        order = total.size.argsort(dim=1, stable=True)  # small ones first
         n = torch.arange(N, device=keys.device)
-        map = self._alike(layer, take(keys, order), Partition(n[: N // 2], n[N // 2 :]))
-        if map is None:
-            return None
-        kept = order.gather(1, map.kept_idx)
-        raster = kept.argsort(dim=1)  # survivors stand as their tokens did
-        place = raster.argsort(dim=1)
-        home = torch.empty_like(map.group_idx).scatter(1, order, place.gather(1, map.group_idx))
-        return TokenMap(kept.gather(1, raster), home)
+        map = self._match(layer, take(keys, order), Partition(n[: N // 2], n[N // 2 :]))
+        return None if map is None else _reordered(map, order)
 
-    def _alike(self, layer: int, keys: Tensor, parts: Partition) -> TokenMap | None:
-        """The pairs of the highest cosines, as many as exceed the layer's threshold in a picture of the batch."""
+    def _match(self, layer: int, keys: Tensor, parts: Partition) -> TokenMap | None:
+        """Merges the pairs of highest cosine: as many as exceed the layer's threshold, the mean over the batch."""
         pairs = most_similar(keys, parts)
         r = round(count_above_threshold(pairs.best, self.threshold(layer)).item())
-        return pairs.fused(r) if r else None
+        return pairs.merged(r) if r else None
 
-    def ends(self, layer: int, layers: int) -> bool:
+    def drops_patches(self, layer: int, layers: int) -> bool:
+        """Whether only the prefix tokens leave a layer."""
         return self.class_only and layer == layers - 1
+
+
+def _reordered(map: TokenMap, order: Tensor) -> TokenMap:
+    """Returns a map of tokens in the order [B, N] as a map of the tokens themselves; survivors keep their order."""
+    kept = order.gather(1, map.kept_idx)
+    raster = kept.argsort(dim=1)
+    rank = raster.argsort(dim=1)
+    group_idx = torch.empty_like(map.group_idx).scatter(1, order, rank.gather(1, map.group_idx))
+    return TokenMap(kept.gather(1, raster), group_idx)
 
 
 RECIPES: dict[str, TokenReduction | AdaptiveReduction] = {
@@ -169,10 +186,11 @@ RECIPES: dict[str, TokenReduction | AdaptiveReduction] = {
 
 
 def merging_error(x1: Tensor, x2: Tensor, n1: Tensor, n2: Tensor) -> Tensor:
-    """What is lost by merging tokens x1, x2 [..., C] of sizes n1, n2 [...] (ATM definition 2): [...].
+    """Error of merging tokens x1, x2 [..., C] of sizes n1, n2 [...] (ATM definition 2): [...].
 
-    n1 and n2 times the cosine distances to the weighted average of the two directions: between n1 n2 / (n1 + n2) and
-    twice that, times the cosine distance of the two (theorem 1), so that merging large ones costs more.
+    It is the sum of the cosine distances to the weighted average of the two directions, weighted by n1 and n2. It lies
+    between n1 n2 / (n1 + n2) and twice that, times the cosine distance of the two (theorem 1), so that merging large
+    groups costs more.
     """
     x1, x2 = (torch.nn.functional.normalize(x, dim=-1) for x in (x1, x2))
     merged = (n1.unsqueeze(-1) * x1 + n2.unsqueeze(-1) * x2) / (n1 + n2).unsqueeze(-1)
@@ -184,6 +202,6 @@ def merging_error(x1: Tensor, x2: Tensor, n1: Tensor, n2: Tensor) -> Tensor:
 
 
 def alternating(tokens: int, device: torch.device) -> Partition:
-    """Every other token is a source, beginning with the second (ToMe section 3)."""
+    """Makes every other token a source, starting with the second (ToMe section 3)."""
     n = torch.arange(tokens, device=device)
     return Partition(n[1::2], n[::2])
