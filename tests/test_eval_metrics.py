@@ -608,7 +608,7 @@ def test_class_accuracy_counts_images_with_all_labels_right():
     assert metric.compute(shown, asked).tolist() == [1, 1, 0]
 
 
-def test_the_embedded_classifier_fits_its_metrics():
+def test_demo_classifier_works_with_its_metrics():
     from tofu_sd.demo.classifier import DemoClassifier
     from tofu_sd.demo.scene_classes import CLASSES
 

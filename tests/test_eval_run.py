@@ -281,10 +281,10 @@ def test_later_method_is_added_to_the_folder_and_timed_against_the_baseline(tiny
     assert "mlerp 50%: no times, the baseline was not timed beside it" in capsys.readouterr().out
 
 
-def test_pictures_of_known_classes_are_classed(tiny, monkeypatch, pipe):
+def test_class_accuracy_is_measured_for_demo_prompts(tiny, monkeypatch, pipe):
     from tofu_sd.demo.classifier import DemoClassifier
 
-    monkeypatch.setattr(plan, "load_model", lambda *_: (pipe, DemoClassifier().eval()))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (pipe, DemoClassifier().eval()))
     assert run_module.main([*tiny, "--prompts", "demo", "--limit", "2", "--method", "tofu", "--out", "out"]) == 0
     for row in files.read_json(Path("out/results.json"))["rows"]:
         assert row["metrics"]["class accuracy"]["n"] == 2
