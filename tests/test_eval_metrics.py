@@ -613,7 +613,7 @@ def test_demo_classifier_works_with_its_metrics():
     from tofu_sd.demo.scene_classes import CLASSES
 
     asked = [kind.prompt for kind in CLASSES[:2]]
-    pair, of_sets, share = metrics.judged(DemoClassifier().eval(), asked, CPU)
+    pair, of_sets, share = demo_classifier.demo_classifier_metrics(DemoClassifier().eval(), asked, CPU)
     assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
     assert of_sets.features.compute(pictures()).shape == (2, 144)
     assert share.compute(pictures(), asked).shape == (2,)
