@@ -10,7 +10,6 @@ APPLY = "tofu_sd.apply_patch(None)"
 USES = [
     APPLY,
     "tofu_sd.demo.load()",
-    "tofu_sd.demo.load_classifier()",
     "import research.demo_training.check",
     "import research.demo_training.train",
 ]
@@ -52,7 +51,12 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import tofu_sd
+<<<<<<< HEAD
 from tofu_sd.hosts import _model_patcher, _ui_options, ldm
+=======
+from tofu_sd.hosts import ldm
+from tofu_sd.hosts.programs import model_patcher, ui_options
+>>>>>>> lib
 print("imported")
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -5,11 +5,6 @@ from __future__ import annotations
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tofu_sd.environment import check_torchvision
-
-check_torchvision()  # explains an installation in which the models below cannot be built
-
-
 TEXT_WIDTH = 128
 
 
