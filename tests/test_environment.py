@@ -51,12 +51,8 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 import tofu_sd
-<<<<<<< HEAD
-from tofu_sd.hosts import _model_patcher, _ui_options, ldm
-=======
 from tofu_sd.hosts import ldm
 from tofu_sd.hosts.programs import model_patcher, ui_options
->>>>>>> lib
 print("imported")
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
