@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from anatomy import anatomy
 from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
@@ -17,7 +18,6 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from test_patch import anatomy
 from torch import Tensor
 
 import tofu_sd

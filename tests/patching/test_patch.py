@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from anatomy import anatomy
 from diffusers import (
     DDIMScheduler,
     EDMEulerScheduler,
@@ -21,7 +22,7 @@ from diffusers import (
     StableDiffusionImg2ImgPipeline,
     UNet2DConditionModel,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 import tofu_sd
 from tofu_sd import TokenFusionConfig
@@ -44,18 +45,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "shared maps": {"share_across_blocks": True, "match_interval": 2, "levels": 2},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-
-
-def anatomy(model: nn.Module) -> dict[str, Any]:
-    """Class, attributes and hooks of every module: keys and identities, so that nothing left behind goes unseen."""
-
-    def look(module: nn.Module) -> Any:
-        inside = {
-            k: {n: id(x) for n, x in v.items()} if isinstance(v, dict) else id(v) for k, v in vars(module).items()
-        }
-        return type(module), inside
-
-    return {name: look(module) for name, module in model.named_modules()}
 
 
 def fused_calls(unet: Any) -> list[bool]:
@@ -378,7 +367,7 @@ tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
     ],
 )
 def test_log_reports_what_was_patched_at_info_and_only_where_the_program_shows_it(setup: str, shown: bool) -> None:
-    code = LOG.format(tests=str(Path(__file__).parent), setup=setup)
+    code = LOG.format(tests=str(Path(__file__).parents[1] / "helpers"), setup=setup)
     stderr = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
     expected = "UNet2DConditionModel: tofu-r50 on 5 of 16 transformer blocks, tokens 256 -> 128 at a 16 x 16 latent"
     lines = [line.removeprefix("INFO:tofu_sd:") for line in stderr.splitlines() if "tofu" in line]

@@ -1,6 +1,6 @@
 """The ComfyUI nodes beside node packs of other people, where there are checkouts of these and of ComfyUI.
 
-COMFYUI=/folder/of/ComfyUI COMFYUI_PACKS=/folder pytest tests/test_hosts_comfyui_packs.py: the folder holds
+COMFYUI=/folder/of/ComfyUI COMFYUI_PACKS=/folder pytest tests/hosts/test_comfyui_packs.py: the folder holds
 ComfyUI-AnimateDiff-Evolved, sd-perturbed-attention and ComfyUI-Advanced-ControlNet, each only if it is to be run. By
 COMFYUI_PYTHON, if the packages are another environment's.
 """
@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 import pytest
-from test_hosts_comfyui import ran
+from comfyui import run_in_comfyui
 
 PACKS = os.environ.get("COMFYUI_PACKS")
 REPLACED = "Token Fusion skips blocks: another node replaces its self-attention (as PAG, SEG and SAG do)"
@@ -22,7 +22,7 @@ def beside(name, part, tmp_path_factory):
     """What was found beside a pack."""
     if not PACKS or not (Path(PACKS) / name).is_dir():
         pytest.skip(f"COMFYUI_PACKS names no folder with {name}")
-    return ran("comfyui_packs.py", tmp_path_factory.mktemp("packs"), PACKS, part)[part]
+    return run_in_comfyui("comfyui_packs.py", tmp_path_factory.mktemp("packs"), PACKS, part)[part]
 
 
 @pytest.fixture(scope="module")

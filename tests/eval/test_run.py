@@ -16,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from eval_run import COMMAND, ToyJudge
 from PIL import Image, ImageFont
 from rich.console import Console
 from tiny import SHALLOW, sd15_pipe
@@ -39,17 +40,6 @@ from eval.reporting import results as results_module
 from tofu_sd import demo
 
 PROMPTS = ['a <script>alert("x")</script> & co', "a bee", "an old oak", "a kite", "a pond"]
-COMMAND = ["--model", "tiny", "--steps", "1", "--size", "64", "--batch", "2", "--metrics", "psnr,ms-ssim,judge"]
-
-
-class ToyJudge(torch.nn.Module):
-    """A feature net with the classifier's interface."""
-
-    def maps(self, pictures):
-        return [pictures, pictures[:, :, ::4, ::4]]
-
-    def features(self, pictures):
-        return pictures.mean((2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +130,7 @@ def test_results_match_the_json_schema(finished):
     assert schema["properties"]["schema"] == {"const": results_module.SCHEMA}
     checks = jsonschema.Draft202012Validator(schema)
     checks.validate(finished[1])
-    committed = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*/results.json"))
+    committed = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*/results.json"))
     assert committed
     for path in committed:
         checks.validate(convert(files.read_json(path)))
@@ -1507,7 +1497,7 @@ def test_examples_of_help_can_be_parsed(name, capsys):
 
 
 def test_every_command_has_examples():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     files = [path for folder in ("eval", "research") for path in (root / folder).rglob("*.py")]
     programs = {path for path in files if "__main__" in path.read_text() and "common.cli import" in path.read_text()}
     assert {".".join(path.relative_to(root).with_suffix("").parts) for path in programs} == set(PROGRAMS)
@@ -1570,7 +1560,7 @@ def test_written_files_have_default_permissions(tmp_path):
 @pytest.mark.parametrize("width", [120, 130])
 def test_a_terminal_shows_every_figure(capsys, width):
     """The last column was cropped: 1.000 stood there as 1.0."""
-    found, _ = results_module.read(Path(__file__).parents[1] / "benchmarks" / "results" / "demo-sweep")
+    found, _ = results_module.read(Path(__file__).parents[2] / "benchmarks" / "results" / "demo-sweep")
     columns, rows = tables.table(tables.with_rows(found, ["tofu 50%", "baseline, other seeds"]))
     assert len(columns) > 8
     tables.terminal(tables.with_rows(found, ["tofu 50%", "baseline, other seeds"]), Console(width=width))

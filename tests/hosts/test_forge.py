@@ -1,6 +1,6 @@
 """The adapter in Forge's own UNet, and in Forge Neo's and reForge's, where there is a checkout of it.
 
-FORGE=/folder/of/forge pytest tests/test_hosts_forge.py, by FORGE_PYTHON if its packages are another environment's;
+FORGE=/folder/of/forge pytest tests/hosts/test_forge.py, by FORGE_PYTHON if its packages are another environment's;
 NEO and REFORGE likewise.
 """
 
@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import twins
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+HELPERS = ROOT / "tests" / "helpers"
 LAWS = ["ratio 0 is bit-equal", "the model beside it is bit-equal", "two clones at once", "the same seed", "the window",
         "odd latents run", "a map made smaller in between",
         "beside the built-in merging tokens are not merged twice"]  # fmt: skip
@@ -28,10 +29,10 @@ def said(request, tmp_path_factory):
     if not program:
         pytest.skip(f"{request.param} names no checkout")
     packages = ("packages_3rdparty", "modules_forge/packages", "repositories/huggingface_guess")
-    paths = [program, *(f"{program}/{folder}" for folder in packages), str(ROOT), str(ROOT / "tests")]
+    paths = [program, *(f"{program}/{folder}" for folder in packages), str(ROOT), str(HELPERS)]
     folder = tmp_path_factory.mktemp("forge")
     ran = subprocess.run(
-        [python, str(ROOT / "tests" / "forge_run.py"), str(folder)], capture_output=True, text=True, cwd=program,
+        [python, str(HELPERS / "forge_run.py"), str(folder)], capture_output=True, text=True, cwd=program,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}, timeout=1500,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -15,7 +15,7 @@ import comfyui_torchvision  # noqa: F401
 import torch
 import twins
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
 import comfy.options  # noqa: E402  (its command line is left unread)
 from comfy.cli_args import args  # noqa: E402

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from anatomy import anatomy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import blocks
-from test_patch import anatomy
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 

@@ -1,6 +1,6 @@
 """The ComfyUI nodes, in a stand-in of the program and, where there is a checkout of it, in the program itself.
 
-COMFYUI=/folder/of/ComfyUI pytest tests/test_hosts_comfyui.py runs the second kind, by COMFYUI_PYTHON if its packages
+COMFYUI=/folder/of/ComfyUI pytest tests/hosts/test_comfyui.py runs the second kind, by COMFYUI_PYTHON if its packages
 are another environment's. (A folder called comfy would hide the program's package.)
 """
 
@@ -21,13 +21,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from comfyui import run_in_comfyui
 from patcher_host import Patcher, UNetModel, attention
 
 from tofu_sd import TokenFusionConfig
 from tofu_sd.hosts.programs.model_patcher import patches_of
 from tofu_sd.recipes import RECIPES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM, PYTHON = os.environ.get("COMFYUI"), os.environ.get("COMFYUI_PYTHON", sys.executable)
 MODULE = "tofu_sd.hosts.comfyui"
 
@@ -354,27 +355,14 @@ def test_the_package_is_imported_in_the_folder_above_a_clone_of_its_name(tmp_pat
 # --- in the program itself --------------------------------------------------------------------------------------------
 
 
-def ran(script, folder, *arguments):
-    """What a script found, in a process of its own, where ComfyUI may do to Python what it likes."""
-    if not PROGRAM:
-        pytest.skip("COMFYUI names no checkout of ComfyUI")
-    environment = {**os.environ, "PYTHONPATH": f"{PROGRAM}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [PYTHON, str(ROOT / "tests" / script), *arguments], env=environment, capture_output=True, text=True,
-        cwd=folder, timeout=900,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    return ran("comfyui_run.py", tmp_path_factory.mktemp("comfyui"))
+    return run_in_comfyui("comfyui_run.py", tmp_path_factory.mktemp("comfyui"))
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    return ran("comfyui_server.py", tmp_path_factory.mktemp("server"), str(PROGRAM))
+    return run_in_comfyui("comfyui_server.py", tmp_path_factory.mktemp("server"), str(PROGRAM))
 
 
 @pytest.mark.parametrize(("kind", "blocks"), [("sd15", "5 of 16"), ("sdxl", "10 of 70")])

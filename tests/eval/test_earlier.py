@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_eval_run import COMMAND, ToyJudge
+from eval_run import COMMAND, ToyJudge
 from tiny import SHALLOW, sd15_pipe
 
 from eval import run

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_eval_run import COMMAND, ToyJudge
+from eval_run import COMMAND, ToyJudge
 from tiny import SHALLOW, sd15_pipe
 
 from eval import EvalError, run
@@ -29,7 +29,7 @@ from eval.methods import registry as methods
 from eval.reporting import earlier_results, spreadsheet
 from eval.reporting import results as results_module
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-cat", "@SUM(A1)", "\t=1", "'=1+1", "''=1"]
 PROMPTS = [*(text for text in FORMULAS if text[0] != "\t"), "a bee", 'an old, "quoted" oak', "-5"]
 ODD = ["", "[]", "null", "1", '"x"', "{}", "{", "[" * 100_000, "NaN", '{"schema": 1}', '{"schema": 1, "rows": {}}',

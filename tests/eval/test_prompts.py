@@ -15,7 +15,7 @@ from eval import EvalError
 from eval import prompts as prompts_module
 from eval.images import requests as requests_module
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_the_demo_list_has_every_class_once_under_its_own_seed():

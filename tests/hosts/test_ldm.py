@@ -1,6 +1,6 @@
 """UNets in latent diffusion's layout, patched in place: the same pictures as in diffusers, and nothing left behind.
 
-A1111=/folder/of/stable-diffusion-webui pytest tests/test_hosts_ldm.py also tries those that AUTOMATIC1111 draws with,
+A1111=/folder/of/stable-diffusion-webui pytest tests/hosts/test_ldm.py also tries those that AUTOMATIC1111 draws with,
 by A1111_PYTHON if its packages are another environment's.
 """
 
@@ -25,6 +25,8 @@ import tofu_sd
 from tofu_sd import TokenFusionConfig
 from tofu_sd.core import matching
 from tofu_sd.hosts import ldm
+
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 
 OPTIONS = [
     {},
@@ -165,10 +167,10 @@ def said(tmp_path_factory):
     there = Path(program or "") / "repositories"
     if not program or not there.exists():
         pytest.skip("A1111 names no checkout of AUTOMATIC1111 that has its repositories/")
-    folder, root = tmp_path_factory.mktemp("ldm"), Path(__file__).resolve().parents[1]
-    paths = [there / "stable-diffusion-stability-ai", there / "generative-models", root, root / "tests"]
+    folder, root = tmp_path_factory.mktemp("ldm"), Path(__file__).resolve().parents[2]
+    paths = [there / "stable-diffusion-stability-ai", there / "generative-models", root, HELPERS]
     ran = subprocess.run(
-        [python, str(root / "tests" / "ldm_run.py"), str(folder)], capture_output=True, text=True, cwd=folder,
+        [python, str(HELPERS / "ldm_run.py"), str(folder)], capture_output=True, text=True, cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}, timeout=900,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]

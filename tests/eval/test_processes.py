@@ -15,7 +15,7 @@ from tiny import SHALLOW, sd15_pipe
 
 from eval import run as run_module
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a red fox", "a bee", "an old oak", "a kite", "a pond", "a boat", "a hill"]
 METHODS = ["baseline-other-seeds", "baseline", "tofu-r50"]
 

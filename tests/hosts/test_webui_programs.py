@@ -1,6 +1,6 @@
 """The extension in web UIs themselves, wherever there is a checkout of one that has been started once.
 
-A1111=/folder/of/stable-diffusion-webui pytest tests/test_hosts_webui_programs.py, by A1111_PYTHON if its packages are
+A1111=/folder/of/stable-diffusion-webui pytest tests/hosts/test_webui_programs.py, by A1111_PYTHON if its packages are
 another environment's; FORGE, NEO (Forge Neo) and REFORGE likewise. Each is started with this repository in its
 extensions/, and asked for pictures.
 """
@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import sd15_file
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+HELPERS = ROOT / "tests" / "helpers"
 
 
 @pytest.fixture(scope="module", params=["A1111", "FORGE", "NEO", "REFORGE"])
@@ -28,7 +29,7 @@ def server(request):
     if request.param != "NEO" and not (Path(program) / "repositories").exists():
         pytest.skip(f"{program} has no repositories/: it was never started")
     ran = subprocess.run(
-        [python, str(ROOT / "tests" / "webui_server.py")], capture_output=True, text=True, cwd=program, timeout=2400,
+        [python, str(HELPERS / "webui_server.py")], capture_output=True, text=True, cwd=program, timeout=2400,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -16,7 +16,7 @@ import torch
 import tofu_sd
 from tofu_sd import recipes
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "invokeai.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "invokeai.md"
 
 
 class DenoiseLatentsInvocation:

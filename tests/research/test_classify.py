@@ -593,7 +593,7 @@ def test_it_is_timed_in_turns_and_drawn(trained, pictures, tmp_path):
 
 def test_a_narrow_terminal_loses_no_figure(capsys):
     """Cells were cut to end in three dots."""
-    found = tables.read(Path(__file__).parents[1] / "benchmarks" / "results" / "classify-demo")
+    found = tables.read(Path(__file__).parents[2] / "benchmarks" / "results" / "classify-demo")
     table.terminal_rows("", *tables.cells(found), [], Console(width=100))
     shown = capsys.readouterr().out
     assert "…" not in shown

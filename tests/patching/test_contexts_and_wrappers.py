@@ -11,10 +11,10 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from anatomy import anatomy
 from diffusers import StableDiffusionAttendAndExcitePipeline, StableDiffusionSAGPipeline
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
-from test_patch import anatomy
 from torch import Tensor, nn
 
 import tofu_sd

@@ -22,7 +22,7 @@ from tofu_sd.hosts.programs.model_patcher import patch_model
 from tofu_sd.hosts.programs.ui_options import config_of
 from tofu_sd.recipes import RECIPES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODULE = "tofu_sd.hosts.webui"
 NAMES = [
     "ratio", "hires_ratio", "early", "late", "depth_split", "proportional", "kv_only", "levels", "start_percent",

@@ -1,6 +1,6 @@
 """The web UIs' script in SD.Next: patches the diffusers pipeline of a request, and leaves nothing behind.
 
-In a stand-in; SDNEXT=/folder/of/it pytest tests/test_hosts_sdnext.py draws in the program's own code too.
+In a stand-in; SDNEXT=/folder/of/it pytest tests/hosts/test_sdnext.py draws in the program's own code too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import webui_host
 import tofu_sd
 from tofu_sd.recipes import FAITHFUL
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+HELPERS = ROOT / "tests" / "helpers"
 MODULE = "tofu_sd.hosts.webui"
 
 
@@ -165,9 +166,9 @@ def drawn(tmp_path_factory):
     if not folder:
         pytest.skip("SDNEXT names no checkout of SD.Next")
     ran = subprocess.run(
-        [python, str(ROOT / "tests" / "sdnext_run.py"), str(tmp_path_factory.mktemp("sdnext"))], cwd=folder, text=True,
+        [python, str(HELPERS / "sdnext_run.py"), str(tmp_path_factory.mktemp("sdnext"))], cwd=folder, text=True,
         capture_output=True, timeout=900,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(HELPERS), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(ran.stdout.splitlines()[-1])

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+HELPERS = ROOT / "tests" / "helpers"
 LOADER = """
 import torch
 from comfyui_run import SHAPES, random_flux, random_model
@@ -117,7 +118,7 @@ def main(program, folder):
     log = (base / "log.txt").open("w")
     server = subprocess.Popen(
         [sys.executable, "-c", start, *options], cwd=program, stdout=log, stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": f"{program}{os.pathsep}{ROOT / 'tests'}"},
+        env={**os.environ, "PYTHONPATH": f"{program}{os.pathsep}{HELPERS}"},
     )  # fmt: skip
     try:
         for _ in range(240):
@@ -168,7 +169,7 @@ def main(program, folder):
             "after": [drawn(plain), drawn(fused)],
         }
         made = base / "models" / "checkpoints" / example["1"]["inputs"]["ckpt_name"]
-        subprocess.run([sys.executable, str(ROOT / "tests" / "sd15_file.py"), str(made)], check=True, stdout=sys.stderr)
+        subprocess.run([sys.executable, str(HELPERS / "sd15_file.py"), str(made)], check=True, stdout=sys.stderr)
         whole = quick(example, steps=2)
         found["file"] = {**run(port, whole), "pictures": [drawn(whole), drawn(without(whole))]}
         log.flush()

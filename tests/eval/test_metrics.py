@@ -21,7 +21,7 @@ from eval.metrics import base, cache, clip, demo_classifier, dino, pairwise, sta
 from eval.metrics import registry as metrics
 from eval.reporting import tables
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "shared" / "weights" / "squeeze.backbone.pth"
+WEIGHTS = Path(__file__).resolve().parents[3] / "shared" / "weights" / "squeeze.backbone.pth"
 CPU = torch.device("cpu")
 
 
