@@ -233,11 +233,10 @@ def notes(results: dict[str, Any]) -> list[str]:
     s, p = results["settings"], results["provenance"]
     return [
         f"Trainings of seeds {', '.join(map(str, s['seeds']))}, {s['samples']:,} images each · {s['n']} fresh scenes "
-        f"of {s['classes']} classes · {s['depth']} layers, clusters {s['clusters']} · float32 on {s['device']} · torch "
-        f"{s['torch']} · commit {p['commit'] or 'unknown'}.",
-        "Accuracy: mean over the trainings, 95 % interval over classes; tokens and FLOPs: of a single image.",
-        "",
-        f"`{p['command']}`",
+        f"of {s['classes']} classes · {s['depth']} layers, clusters {s['clusters']}.",
+        f"float32 on {s['device']} · torch {s['torch']} · commit {p['commit'] or 'unknown'}.",
+        "Accuracy: mean over the trainings, 95 % interval over classes; tokens and FLOPs: of one image.",
+        *(["", f"`{p['command']}`"] if "record" not in p else [p["record"]]),
     ]
 
 

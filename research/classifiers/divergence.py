@@ -46,7 +46,7 @@ def stopped(checkpoint: Path, what: str, rate: float) -> EvalError:
 
 
 @contextmanager
-def flag(checkpoint: Path) -> Iterator[None]:
+def explain_save_errors(checkpoint: Path) -> Iterator[None]:
     """Turns a checkpoint that cannot be written into an OSError, and removes its partial file."""
     try:
         yield

@@ -11,7 +11,7 @@ import torch
 
 from eval import EvalError
 from eval.common import formats
-from eval.reporting.tables import known
+from eval.reporting.tables import RECORD, known
 from tofu_sd.patching.linearity import best_split
 
 from .methods import BASELINE
@@ -27,7 +27,8 @@ CURVES = (
 )  # of thresholds: their start below 1, and how fast they fall
 THRESHOLDS = (
     "ATM: four threshold curves are scaled to ToMe's FLOPs at the same r. The one with the smallest feature shift on "
-    "calibration images is used; these are not evaluated if at least 64 are left."
+    "calibration images",
+    "is used. Calibration images are not evaluated if at least 64 are left.",
 )
 RS = [8, 12, 16, 20]
 
@@ -41,6 +42,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def read(out: Path) -> dict[str, Any]:
     """Reads classify.json. EvalError where it is missing or damaged."""
     results = formats.read(out / "classify.json", formats.CLASSIFY, SCHEMA, "research.classifiers.classify", out.name)
+    if (out / RECORD).exists():
+        results["provenance"]["record"] = f"[{out.name}]({(out / RECORD).as_posix()})"
     if not any(row["method"] == BASELINE.name for row in results["rows"]):
         raise EvalError(
             f"{out.name} holds no results of research.classifiers.classify: there is no row {BASELINE.name!r}"
@@ -97,13 +100,15 @@ def linearity_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]
     ]
     d = best_split({layer: mean(values) for layer, values in enumerate(layers)})
     s = results["settings"]
-    note = (
-        f"Of each layer's {s.get('linearity_of', 'MLP')}, between the five patch tokens that are merged first and "
-        f"their survivors; {min(CALIBRATION, s['n'])} images, {s['classifiers']} classifiers, torch "
-        f"{s['torch']}, commit {results['provenance']['commit'] or 'unknown'}. "
-        f"By the error model of `depth_split='auto'`: d = {d}" + (", average in all layers." if d == 0 else ".")
-    )
-    return ["layer", "functional linearity", "over the classifiers"], lines, [note]
+    note = [
+        f"Linearity of each layer's {s.get('linearity_of', 'MLP')}, between the five patch tokens that are merged "
+        f"first and their survivors; {min(CALIBRATION, s['n'])} images.",
+        f"{s['classifiers']} classifiers, torch {s['torch']}, commit {results['provenance']['commit'] or 'unknown'}. "
+        f"By the error model of `depth_split='auto'`: d = {d}" + (", average in all layers." if d == 0 else "."),
+    ]
+    if record := results["provenance"].get("record"):
+        note.append(record)
+    return ["layer", "functional linearity", "over the classifiers"], lines, note
 
 
 def notes(results: dict[str, Any]) -> list[str]:
@@ -113,12 +118,12 @@ def notes(results: dict[str, Any]) -> list[str]:
     if s["seeds"][0] is not None:
         trained += f", {s['classifiers']} classifiers of seeds {', '.join(map(str, s['seeds']))}"
     lines = [
-        f"{trained} · {s['n']} images of {s['classes']} classes ({s['data']}), {s['side']} px, batches of "
-        f"{s['batch']} · {s.get('dtype', 'float32')} on {s['device']} · torch {s['torch']}, timm {s['timm']} · commit "
-        f"{p['commit'] or 'unknown'}.",
+        f"{trained} · {s['n']} images of {s['classes']} classes ({s['data']}), {s['side']} px · "
+        f"{s.get('dtype', 'float32')} on {s['device']} · commit {p['commit'] or 'unknown'}.",
         "Accuracy: mean over the classifiers, 95 % interval over classes. Feature shift: 1 - cosine of the last linear "
-        "layer's input to the baseline's, with the same kind of interval. FLOPs: by torch's counter, with matching. "
-        "Tokens: patch tokens before the last layer.",
+        "layer's input",
+        "to the baseline's, with its 95 % interval. FLOPs: by torch's counter, with matching; tokens: patch tokens "
+        "before the last layer.",
     ]
     if any(row["speedup"] for row in results["rows"]):
         lines.append(f"Images / s, speed-up: medians of {s['rounds']} interleaved rounds, 5th to 95th percentile.")
@@ -126,11 +131,11 @@ def notes(results: dict[str, Any]) -> list[str]:
         tried = "those at which ToMe's patch tokens last to the last layer"  # of files without a list
         if s.get("tried"):
             tried = ", ".join(map(str, s["tried"]))
-        lines.append(
-            "Each method at the largest r at which its accuracy, to a tenth of a percent, is the baseline's or "
-            f"higher, of {tried}. {THRESHOLDS}"
-        )
+        lines += [
+            "Each method at the largest r at which its accuracy, to a tenth of a percent, is at least the baseline's; "
+            f"r of {tried}.",
+            *THRESHOLDS,
+        ]
     elif any(row["method"].startswith("atm") and row["r"] is not None for row in results["rows"]):
-        lines.append(THRESHOLDS)
-    lines += ["", f"`{p['command']}`"]
-    return lines
+        lines += THRESHOLDS
+    return [*lines, *(["", f"`{p['command']}`"] if "record" not in p else [p["record"]])]

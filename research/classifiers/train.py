@@ -181,7 +181,7 @@ class _Stages:
                 raise divergence.stopped(checkpoint, f"the loss is {value.item()} at step {step} of {name}", rate)
             return value
 
-        with divergence.flag(checkpoint):
+        with divergence.explain_save_errors(checkpoint):
             figures = fit(name, model, loss, Schedule(samples, BATCH, rate, self.options.seed), self.options.out)
         if not divergence.is_finite(model.state_dict().values()):
             raise divergence.stopped(checkpoint, f"weights are not finite after the last step of {name}", rate)

@@ -203,7 +203,7 @@ def test_a_kernel_without_masks_is_refused_under_proportional(function: Any, ker
     """Before and after the patch; without weights it may run."""
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, proportional=True)
     kernel(function)
-    message = rf"{function.__name__}, which has taken scaled_dot_product_attention's place, ignores masks"
+    message = rf"{function.__name__}, which replaces scaled_dot_product_attention, ignores masks"
     with pytest.raises(RuntimeError, match=message):
         tiny.predict(unet)
     with pytest.raises(RuntimeError, match=message):

@@ -239,7 +239,7 @@ def test_new_noise_in_every_step_is_matched_again_and_reported_once(monkeypatch:
     found = [tracker.visit(t, tiny.noise(1, 4, 8, 8, seed=int(t)), PROMPT) for t in range(9, 0, -1)]
     assert all(part.step == 0 and first for part, first in found)
     assert len(messages) == 1
-    assert messages[0].startswith("match_interval: successive steps do not show the same image part")
+    assert messages[0].startswith("match_interval: successive steps are not of the same image part")
 
 
 def visits(tracker: ImagePartTracker, *calls: tuple[float, Tensor, Tensor]) -> list[ImagePart]:

@@ -92,7 +92,7 @@ def test_its_tables_stand_in_a_page(few, trained):
     filled = pages.filled(page)
     assert "**How tokens become fewer (table 5)**" in filled
     assert filled.count("\n| ") == 1 + 4
-    assert "Trainings of seeds 0, 32 pictures each · 96 fresh scenes of 96 classes" in filled
+    assert "Trainings of seeds 0, 32 images each · 96 fresh scenes of 96 classes" in filled
 
 
 def test_guidance_is_of_the_pictures_beside_it(few, tmp_path):
@@ -108,7 +108,7 @@ def test_guidance_is_of_the_pictures_beside_it(few, tmp_path):
     ("options", "said"),
     [
         (["--of", "colours"], "unknown table 'colours'"),
-        (["--seeds", "one"], "'one' is not a whole number"),
+        (["--seeds", "one"], "'one' is not an integer"),
         (["--clusters", "48"], "'48' is neither two numbers such as 16,64 nor none"),
         (["--clusters", "48,12"], "clusters is (48, 12); it must be the fewest and the most"),
         (["--table", "nowhere"], "nowhere holds no results of research.adaptivision.ablations"),

@@ -640,7 +640,7 @@ def test_the_table_of_a_folder_is_a_page_s(trained, pictures, tmp_path, capsys):
     ("options", "said"),
     [
         (["--method", "tofou"], "unknown method 'tofou' (did you mean 'tofu'?)"),
-        (["--r", "many"], "argument --r: 'many' is not a whole number, nor several"),
+        (["--r", "many"], "argument --r: 'many' is not an integer, nor several"),
         (["--r", "33"], "r is 33; of 64 patch tokens at most 32 can be merged in a layer"),
         (["--data", "nowhere"], "there is no folder 'nowhere' of images"),
         (["--noise", "-1"], "argument --noise: '-1' is below 0"),

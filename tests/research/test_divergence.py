@@ -75,7 +75,7 @@ def test_a_full_disk_below_a_checkpoint_is_an_error_of_the_system(tmp_path, monk
     model = torch.nn.Linear(1, 1)
     with (
         pytest.raises(OSError, match="the checkpoint cannot be written") as raised,
-        divergence.written(tmp_path / "a.ckpt"),
+        divergence.explain_save_errors(tmp_path / "a.ckpt"),
     ):
         fit(
             "a",
@@ -89,7 +89,7 @@ def test_a_full_disk_below_a_checkpoint_is_an_error_of_the_system(tmp_path, monk
 
 
 def test_another_error_of_a_training_is_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(RuntimeError, match="a bug"), divergence.written(tmp_path / "a.ckpt"):
+    with pytest.raises(RuntimeError, match="a bug"), divergence.explain_save_errors(tmp_path / "a.ckpt"):
         raise RuntimeError("a bug")
 
 
