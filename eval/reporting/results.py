@@ -1,7 +1,7 @@
-"""Files in, files out: results.json and per_image.csv, and from them and the pictures report.html, grid.png, tables.
+"""Writes and reads results.json and per_image.csv; makes report.html and grid.png from them and the images.
 
-`python -m eval.report OUT` draws the report anew; with --markdown it prints the table for a README instead, with
---against ROW each method's difference from that one, and --grid draws some of the pictures.
+`python -m eval.report OUT` writes the report again. --markdown prints the table for a page, --against ROW the
+difference of each method to that row, --grid draws some of the images.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ AGAIN = "the same command of eval.run writes it again"
 def results(
     settings: Settings, scores: Scores, metrics: list[dict[str, Any]], provenance: dict[str, Any], of: int
 ) -> dict[str, Any]:
-    """What results.json holds. of: how many pictures the whole list of prompts asks for."""
+    """What results.json holds. of: how many images the whole list of prompts asks for."""
     n = next(row["n"] for row in scores.rows if "n" in row)
     return {
         "schema": SCHEMA,
@@ -48,25 +48,25 @@ def results(
     }
 
 
-def save(out: Path, found: dict[str, Any], scores: Scores) -> dict[str, Any]:
-    """Writes the figures, then everything that is drawn from them; returns what results.json holds.
+def save(out: Path, report: dict[str, Any], scores: Scores) -> dict[str, Any]:
+    """Writes the figures, then the report made from them; returns what results.json holds.
 
-    It goes last and names the table's hash: of a run that is killed between the two neither passes for whole.
+    results.json is written last and holds the hash of the table, so that an interrupted write is noticed.
     """
-    names = [metric["name"] for metric in found["metrics"] if metric.get("per_image")]
+    names = [metric["name"] for metric in report["metrics"] if metric.get("per_image")]
     content = spreadsheet.to_csv([*FIELDS, *names], scores.images)
-    found = {**found, "per_image_sha256": spreadsheet.digest(content)}
+    report = {**report, "per_image_sha256": spreadsheet.digest(content)}
     write(out / PER_IMAGE, content)
-    write(out / RESULTS, to_json(found))
+    write(out / RESULTS, to_json(report))
     write_report(out)
-    return found
+    return report
 
 
 def write_report(out: Path) -> None:
     """report.html and grid.png from the files in `out`."""
-    found, images = read(out)
-    write(out / "grid.png", png(grid(out, found, images, GRID_ROWS)))
-    write(out / "report.html", html(out, found, images))
+    report, images = read(out)
+    write(out / "grid.png", png(grid(out, report, images, GRID_ROWS)))
+    write(out / "report.html", html(out, report, images))
 
 
 def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
@@ -74,34 +74,34 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     if not (out / RESULTS).exists():
         raise EvalError(f"{out.name} holds no {RESULTS}: python -m eval.run --out {out.name} writes one")
     try:
-        found = convert(parse_json(read_text(out / RESULTS)))
+        report = convert(parse_json(read_text(out / RESULTS)))
     except OSError as error:
         raise EvalError(f"cannot read {out.name}/{RESULTS}: {error.strerror}") from error
     except ValueError as error:
         raise EvalError(f"{out.name}/{RESULTS} is damaged: it holds no JSON: {AGAIN} ({error})") from error
-    schema = found.get("schema") if isinstance(found, dict) else None
+    schema = report.get("schema") if isinstance(report, dict) else None
     if schema != SCHEMA:
         raise EvalError(f"{out.name}/{RESULTS} has schema {schema}, this program reads {SCHEMA}")
-    wrong = best_match(_schema().iter_errors(found))
+    wrong = best_match(_schema().iter_errors(report))
     if wrong is not None:
         at = "".join(f"[{part!r}]" for part in wrong.absolute_path)
         message = " ".join(wrong.message.split())[:200]
         raise EvalError(f"{out.name}/{RESULTS} is damaged: {at and f'in {at} '}{message}: {AGAIN}")
-    rows = [row for row in found["rows"] if "skipped" not in row]
+    rows = [row for row in report["rows"] if "skipped" not in row]
     if not any(row["key"] == BASELINE.slug for row in rows):
         raise EvalError(f"{out.name}/{RESULTS} is damaged: it has no row of the baseline: {AGAIN}")
     for figure in (figure for row in rows for figure in row["metrics"].values()):
         ends = [figure["low"] is None, figure["high"] is None]
         if ends[0] != ends[1] or (figure["value"] is None and not all(ends)):
             raise EvalError(f"{out.name}/{RESULTS} is damaged: it has one end of an interval: {AGAIN}")
-    images = _images(out, found)
+    images = _images(out, report)
     ids = {row["key"]: sorted(image["id"] for image in images if image["key"] == row["key"]) for row in rows}
     if other := [key for key, own in ids.items() if own != ids[BASELINE.slug] or not own]:
         raise EvalError(f"{out.name}: {PER_IMAGE} lacks images of {listed(other)}, which {RESULTS} has: {AGAIN}")
-    return found, images
+    return report, images
 
 
-def _images(out: Path, found: dict[str, Any]) -> list[dict[str, str]]:
+def _images(out: Path, report: dict[str, Any]) -> list[dict[str, str]]:
     """The rows of per_image.csv. EvalError where it is not the table of these results."""
     try:
         content = read_text(out / PER_IMAGE)
@@ -112,9 +112,9 @@ def _images(out: Path, found: dict[str, Any]) -> list[dict[str, str]]:
         raise EvalError(f"cannot read {out.name}/{PER_IMAGE}: {error.strerror}") from error
     except ValueError as error:
         raise EvalError(f"{out.name}/{PER_IMAGE} cannot be read: {error}: {AGAIN}") from error
-    if found.get("per_image_sha256") not in (None, digest):  # older ones do not name it
+    if report.get("per_image_sha256") not in (None, digest):  # older ones do not name it
         raise EvalError(f"{out.name}: {RESULTS} and {PER_IMAGE} are of two runs, or the table was edited: {AGAIN}")
-    numbers = [metric["name"] for metric in found["metrics"] if metric.get("per_image")]
+    numbers = [metric["name"] for metric in report["metrics"] if metric.get("per_image")]
     lacking = [name for name in (*FIELDS, *numbers) if rows and name not in rows[0]]
     if not rows or lacking:
         raise EvalError(f"{out.name}/{PER_IMAGE} has no {f'column {lacking[0]!r}' if lacking else 'rows'}: {AGAIN}")
@@ -143,7 +143,7 @@ def check_comparable(a: Path, first: dict[str, Any], b: Path, second: dict[str, 
     measured, differ."""
     cannot = f"{a.name} and {b.name} cannot be compared"
     for name in names:
-        ours, theirs = (found["settings"].get(name) for found in (first, second))
+        ours, theirs = (report["settings"].get(name) for report in (first, second))
         untold = name == "tokenizers" and None in (ours, theirs)  # by an older run
         if ours != theirs and not untold:
             raise EvalError(f"{cannot}: {name} is {ours!r} in one, {theirs!r} in the other")
@@ -158,44 +158,51 @@ def check_comparable(a: Path, first: dict[str, Any], b: Path, second: dict[str, 
 
 
 def merge_runs(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """The rows of several runs of the same settings as those of one; of a method that two have, the first one's.
+    """Joins the rows of several runs with the same settings; where two have a method, the first one's row counts.
 
-    A row keeps the speed-up over the baseline of its own run, beside which its seconds are of another one. EvalError
-    where settings differ.
+    A row keeps the speed-up over the baseline of its own run.
+
+    Raises:
+        EvalError: settings, images or metrics differ.
     """
-    found, images = committed(outs[0], *read(outs[0]))
+    report, images = committed(outs[0], *read(outs[0]))
     for out in outs[1:]:
         other, its_images = committed(out, *read(out))
-        check_comparable(outs[0], found, out, other, list(found["settings"]))
+        check_comparable(outs[0], report, out, other, list(report["settings"]))
         ids, others = ({image["id"] for image in some} for some in (images, its_images))
         if ids != others:
-            raise EvalError(f"{outs[0].name} and {out.name} are of other pictures: {listed(sorted(ids ^ others))}")
-        if (mine := _measured(found)) != (its := _measured(other)):
+            raise EvalError(f"{outs[0].name} and {out.name} are of other images: {listed(sorted(ids ^ others))}")
+        if (mine := _measured(report)) != (its := _measured(other)):
             raise EvalError(
                 f"{outs[0].name} and {out.name} cannot be compared: {', '.join(sorted(mine ^ its))} is measured in "
                 "one alone; measure the other again with --metrics-only"
             )
-        keys = {row["key"] for row in found["rows"] if "skipped" not in row}
+        keys = {row["key"] for row in report["rows"] if "skipped" not in row}
         own = {row["key"] for row in other["rows"] if "skipped" not in row}
         more = [{**row, "same_run": False} for row in other["rows"] if row["key"] in own - keys]
-        told, also = found["provenance"], other["provenance"]
-        tokenizers = [name for run in (found, other) if (name := run["settings"].get("tokenizers"))]  # older: untold
-        found = {
-            **found,
-            "settings": {**found["settings"], "tokenizers": tokenizers[0] if tokenizers else None},
+        record, other_record = report["provenance"], other["provenance"]
+        tokenizers = [
+            name for run in (report, other) if (name := run["settings"].get("tokenizers"))
+        ]  # older runs name none
+        report = {
+            **report,
+            "settings": {**report["settings"], "tokenizers": tokenizers[0] if tokenizers else None},
             "rows": [
-                *(row for row in found["rows"] if row["key"] in keys or row["key"] not in own),
+                *(row for row in report["rows"] if row["key"] in keys or row["key"] not in own),
                 *more,
             ],
             "provenance": {
-                **told,
-                "generated": [*(told.get("generated") or [told]), *(also.get("generated") or [also])],
-                "joined": [*told.get("joined", []), also["command"]],
+                **record,
+                "generated": [
+                    *(record.get("generated") or [record]),
+                    *(other_record.get("generated") or [other_record]),
+                ],
+                "joined": [*record.get("joined", []), other_record["command"]],
             },
         }
         images += [image for image in its_images if image["key"] not in keys]
-    found["provenance"] = {**found["provenance"], "folders": [str(out) for out in outs]}
-    return found, images
+    report["provenance"] = {**report["provenance"], "folders": [str(out) for out in outs]}
+    return report, images
 
 
 CHANGED = "+changes"
@@ -203,7 +210,7 @@ CHANGED = "+changes"
 
 
 def committed(
-    out: Path, found: dict[str, Any], images: list[dict[str, str]]
+    out: Path, report: dict[str, Any], images: list[dict[str, str]]
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Of a published folder, which has a README.md: only the rows whose images a committed tree generated.
 
@@ -212,32 +219,32 @@ def committed(
     Raises:
         EvalError: no row of a published folder is of a committed tree.
     """
-    keys = committed_keys(found)
+    keys = committed_keys(report)
     if not (out / RECORD).exists() or keys is None:
-        return found, images
-    rows = [row for row in found["rows"] if row["key"] in keys]
+        return report, images
+    rows = [row for row in report["rows"] if row["key"] in keys]
     if not any(row["key"] == BASELINE.slug for row in rows):
         raise EvalError(f"{out.name} was generated with uncommitted changes: measure it again from a commit")
-    provenance = found["provenance"]
+    provenance = report["provenance"]
     runs = [run for run in provenance["generated"] if not str(run.get("commit")).endswith(CHANGED)]
-    found = {**found, "rows": rows, "provenance": {**provenance, "generated": runs}}
-    return found, [image for image in images if image["key"] in keys]
+    report = {**report, "rows": rows, "provenance": {**provenance, "generated": runs}}
+    return report, [image for image in images if image["key"] in keys]
 
 
-def committed_keys(found: dict[str, Any]) -> set[str] | None:
+def committed_keys(report: dict[str, Any]) -> set[str] | None:
     """The rows whose images a committed tree generated; None where that is all of them.
 
     A run names its methods in its command. The rows of the committed runs count only if they are as many as these runs
     have generated images.
     """
-    provenance = found["provenance"]
+    provenance = report["provenance"]
     runs = provenance.get("generated") or [provenance]
     clean = [run for run in runs if not str(run.get("commit")).endswith(CHANGED)]
     if len(clean) == len(runs):
         return None
     keys = set().union(*(_keys_of(run["command"]) for run in clean))
     generated = sum(run.get("images", 0) for run in clean)
-    return keys if generated == len(keys) * found["settings"]["n"] else set()
+    return keys if generated == len(keys) * report["settings"]["n"] else set()
 
 
 def _keys_of(command: str) -> set[str]:
@@ -249,32 +256,33 @@ def _keys_of(command: str) -> set[str]:
     return keys | ({OTHER_SEEDS.slug} if "--seed-baseline" in words else set())
 
 
-def with_times(found: dict[str, Any], out: Path, times: Path) -> dict[str, Any]:
-    """The results of `out` with the times of another run of the same settings, whatever its machine and its number of
-    pictures: the same pictures come of any machine, up to rounding, but not in the same time.
+def with_times(report: dict[str, Any], out: Path, times: Path) -> dict[str, Any]:
+    """Returns the results of `out` with the times of another run, in which all methods were timed side by side.
 
-    For a grid that grew by several runs: one in which all its methods took turns tells how fast they are. A row that it
-    has not timed has no times. EvalError where settings differ.
+    The other run may be on another machine and of fewer images. A row that it did not time has no times.
+
+    Raises:
+        EvalError: settings differ.
     """
     other, _ = read(times)
     check_comparable(
-        out, found, times, other, [name for name in found["settings"] if name not in ("n", "of", "device")]
+        out, report, times, other, [name for name in report["settings"] if name not in ("n", "of", "device")]
     )
     timed = {row["key"]: row for row in other["rows"]}
     rows = [
         row if "skipped" in row else {**row, **dict.fromkeys(TIMES), **_times(timed.get(row["key"], {}))}
-        for row in found["rows"]
+        for row in report["rows"]
     ]
-    told = found["provenance"]
-    joined = [*told.get("joined", []), other["provenance"]["command"]]
+    record = report["provenance"]
+    joined = [*record.get("joined", []), other["provenance"]["command"]]
     timing = {"commit": commits(other), "device": other["settings"]["device"]}
-    folders = [*told.get("folders", []), str(times)]
-    return {**found, "rows": rows, "provenance": {**told, "joined": joined, "timing": timing, "folders": folders}}
+    folders = [*record.get("folders", []), str(times)]
+    return {**report, "rows": rows, "provenance": {**record, "joined": joined, "timing": timing, "folders": folders}}
 
 
 def _times(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in TIMES if name in row}
 
 
-def _measured(found: dict[str, Any]) -> set[str]:
-    return {metric["name"] for metric in found["metrics"] if "skipped" not in metric}
+def _measured(report: dict[str, Any]) -> set[str]:
+    return {metric["name"] for metric in report["metrics"] if "skipped" not in metric}

@@ -40,9 +40,9 @@ class Cell:
         return f"{self.value} ({self.interval})" if self.interval else self.value
 
 
-def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any], list[Cell]]]]:
+def table(results: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any], list[Cell]]]]:
     """Columns, and for each row of the results its cells (none for a method that was skipped)."""
-    rows = [row for row in found["rows"] if "skipped" not in row]
+    rows = [row for row in results["rows"] if "skipped" not in row]
     columns = [Column("speed-up", "median over batches, baseline / method; 5th to 95th percentile"),
                Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
     cells = [[_spread(row["speedup"], 2, "×"), _spread(_of_one_run(row, "seconds"), 2)] for row in rows]
@@ -58,7 +58,7 @@ def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any
         columns.append(Column("memory", "peak of a batch over the weights"))
         for row, line in zip(rows, cells, strict=True):
             line.append(Cell("–" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB"))
-    for metric in found["metrics"]:
+    for metric in results["metrics"]:
         if "skipped" in metric:
             continue
         arrow = "↓" if metric["lower_is_better"] else "↑"
@@ -67,7 +67,7 @@ def table(found: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, Any
         for row, line in zip(rows, cells, strict=True):
             line.append(_figure(row["metrics"].get(metric["name"]), metric["digits"], extent))
     by_key = {row["key"]: line for row, line in zip(rows, cells, strict=True)}
-    return columns, [(row, by_key.get(row["key"], [])) for row in found["rows"]]
+    return columns, [(row, by_key.get(row["key"], [])) for row in results["rows"]]
 
 
 def label(row: dict[str, Any]) -> str:
@@ -133,14 +133,14 @@ def _extent(rows: list[dict[str, Any]], metric: str) -> tuple[float, float] | No
     return (low, high) if high > low else None
 
 
-def run_header(found: dict[str, Any], short: bool | None = None) -> str:
+def run_header(results: dict[str, Any], short: bool | None = None) -> str:
     """One line of provenance: model, n, prompts, steps, size, guidance, dtype, device and commit.
 
     short: leave out seeds, batch and versions, which the README.md of a published folder holds; by default where
     there is one.
     """
-    s = found["settings"]
-    short = bool(records(found)) if short is None else short
+    s = results["settings"]
+    short = bool(records(results)) if short is None else short
     guidance = "default" if s["guidance"] is None else s["guidance"]
     sampling = f"{s['steps']} steps, {s['size']} px, guidance {guidance}"
     parts = [
@@ -149,23 +149,23 @@ def run_header(found: dict[str, Any], short: bool | None = None) -> str:
         sampling if short else f"{sampling}, batch {s['batch']}",
         f"{s['dtype']} on {s['device']}",
         *([] if short else [f"torch {s['torch']}, diffusers {s['diffusers']}"]),
-        f"commit {commits(found)}",
+        f"commit {commits(results)}",
     ]
     return " · ".join(parts)
 
 
-def commits(found: dict[str, Any]) -> str:
+def commits(results: dict[str, Any]) -> str:
     """The commits whose code generated the images."""
-    provenance = found["provenance"]
+    provenance = results["provenance"]
     runs = provenance.get("generated") or [provenance]
     return ", ".join(dict.fromkeys(run.get("commit") or "unknown" for run in runs))
 
 
-def commands(found: dict[str, Any]) -> str:
+def commands(results: dict[str, Any]) -> str:
     """How the figures were made, for a page: links to the records of published folders, else the commands."""
-    if links := records(found):
+    if links := records(results):
         return "\n".join(" · ".join(links[i : i + 2]) for i in range(0, len(links), 2))
-    provenance = found["provenance"]
+    provenance = results["provenance"]
     return "\n\n".join(f"`{command}`" for command in (provenance["command"], *provenance.get("joined", [])))
 
 
@@ -173,9 +173,9 @@ RECORD = "README.md"
 """The file of a published results folder that holds its commands and circumstances."""
 
 
-def records(found: dict[str, Any]) -> list[str]:
+def records(results: dict[str, Any]) -> list[str]:
     """A link to the record of each results folder; none unless all folders are published, with a record."""
-    files = [Path(folder) / RECORD for folder in found["provenance"].get("folders", [])]
+    files = [Path(folder) / RECORD for folder in results["provenance"].get("folders", [])]
     if not all(file.exists() for file in files):
         return []
     return [f"[{file.parent.name}]({file.as_posix()})" for file in files]
@@ -184,45 +184,45 @@ def records(found: dict[str, Any]) -> list[str]:
 SECONDS = frozenset({"s/image", "denoising"})
 
 
-def footnotes(found: dict[str, Any], shown: Collection[str] | None = None) -> list[str]:
+def footnotes(results: dict[str, Any], shown: Collection[str] | None = None) -> list[str]:
     """Lines below the table. shown: the titles of its columns, where it has not all of them."""
     seconds = shown is None or not SECONDS.isdisjoint(shown)
     timed = seconds or "speed-up" in (shown or ())
-    if records(found):
+    if records(results):
         return [
-            *([timing(found)] if timed else []),
-            *image_warnings(found),
-            *batch_warnings(found),
-            *_untimed(found, seconds, timed),
+            *([timing(results)] if timed else []),
+            *image_warnings(results),
+            *batch_warnings(results),
+            *_untimed(results, seconds, timed),
         ]
     lines = ["Against the baseline's images under the same seeds; intervals of the metrics: 95 %."]
     if timed:
-        lines[0] += f" {timing(found)}"
-    lines += measured(found["metrics"])
-    lines += [f"{label(row)}: skipped: {row['skipped']}" for row in found["rows"] if "skipped" in row]
-    lines += [*image_warnings(found), *batch_warnings(found)]
-    lines += _untimed(found, seconds, timed)
-    lines += _runtimes(found["provenance"]) if seconds else []
-    lines += _set_distances(found)
-    if shown is None and all(row.get("peak_bytes") is None for row in found["rows"]):
-        used = found["provenance"]["process_mib"]
+        lines[0] += f" {timing(results)}"
+    lines += measured(results["metrics"])
+    lines += [f"{label(row)}: skipped: {row['skipped']}" for row in results["rows"] if "skipped" in row]
+    lines += [*image_warnings(results), *batch_warnings(results)]
+    lines += _untimed(results, seconds, timed)
+    lines += _runtimes(results["provenance"]) if seconds else []
+    lines += _set_distances(results)
+    if shown is None and all(row.get("peak_bytes") is None for row in results["rows"]):
+        used = results["provenance"]["process_mib"]
         whole = f"; the whole process took {used:,} MiB at most" if used else ""
         lines.append(f"Memory by method: n/a off CUDA{whole}.")
-    elif (shown is None or "memory" in shown) and (held := max(row.get("held_bytes") or 0 for row in found["rows"])):
+    elif (shown is None or "memory" in shown) and (held := max(row.get("held_bytes") or 0 for row in results["rows"])):
         lines.append(f"Memory: the most of any batch, beyond the {held / 2**20:,.0f} MiB that the model itself holds.")
     return lines
 
 
-def _untimed(found: dict[str, Any], seconds: bool, timed: bool) -> list[str]:
+def _untimed(results: dict[str, Any], seconds: bool, timed: bool) -> list[str]:
     """Which rows have no times, and why."""
     lacking = (
         "it is not in the run that times are of"
-        if "timing" in found["provenance"]
+        if "timing" in results["provenance"]
         else "the baseline was not timed beside it"
     )
-    untimed = [label(row) for row in found["rows"] if timed and "skipped" not in row and row["speedup"] is None]
+    untimed = [label(row) for row in results["rows"] if timed and "skipped" not in row and row["speedup"] is None]
     lines = [f"{', '.join(untimed)}: no times, {lacking}"] if untimed else []
-    others = [label(r) for r in found["rows"] if seconds and r.get("speedup") and r.get("same_run") is False]
+    others = [label(r) for r in results["rows"] if seconds and r.get("speedup") and r.get("same_run") is False]
     return lines + (
         [f"{', '.join(others)}: seconds of another run than the baseline's are not shown"] if others else []
     )
@@ -236,34 +236,34 @@ def measured(metrics: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def batch_warnings(found: dict[str, Any]) -> list[str]:
+def batch_warnings(results: dict[str, Any]) -> list[str]:
     """Warnings about images that differ from the baseline's by more than their method."""
     return [
         f"{label(row)}: {row['other_batch']} of {row['n']} images were generated in another batch than the "
         "baseline's, which changes the last bits, and more where a method decides for a batch at once"
-        for row in found["rows"]
+        for row in results["rows"]
         if row.get("other_batch")
     ]
 
 
-def image_warnings(found: dict[str, Any]) -> list[str]:
+def image_warnings(results: dict[str, Any]) -> list[str]:
     """Warnings about images that are flat or hold NaN, whose metrics say nothing: two black ones are equal.
 
     The baseline's are named wherever others are compared with them.
     """
-    rows = found["rows"]
+    rows = results["rows"]
     return [
         f"{label(row)}: {row[name]} of {row['n']} images {what}"
-        for row in ([found["full"]] if "full" in found and found["full"] not in rows else []) + rows
+        for row in ([results["full"]] if "full" in results and results["full"] not in rows else []) + rows
         for name, what in (("flat", "are one flat colour"), ("nan", "hold NaN, saved as black"))
         if row.get(name)
     ]
 
 
-def timing(found: dict[str, Any]) -> str:
+def timing(results: dict[str, Any]) -> str:
     """Of how many batches the times are, whose and where. Rows of more or fewer than most are named with their own
     number."""
-    numbers = {label(row): row["speedup"]["n"] for row in found["rows"] if row.get("speedup")}
+    numbers = {label(row): row["speedup"]["n"] for row in results["rows"] if row.get("speedup")}
     if not numbers:
         return "No times."
     usual = Counter(numbers.values()).most_common(1)[0][0]
@@ -272,23 +272,23 @@ def timing(found: dict[str, Any]) -> str:
         for n in sorted(set(numbers.values()) - {usual}, reverse=True)
     ]
     but = f" ({'; '.join(others)})" if others else ""
-    coarse = [label(row) for row in found["rows"] if row.get("speedup") and not row.get("interleaved")]
+    coarse = [label(row) for row in results["rows"] if row.get("speedup") and not row.get("interleaved")]
     if coarse and len(coarse) < len(numbers):
         but += f", step by step but for {', '.join(coarse)}, which were timed by turns"
     elif not coarse:
         but += ", step by step"
     said = f"Speed-up: median of {usual} batches{but}; it and s/image with the 5th to 95th percentile"
-    other = found["provenance"].get("timing")
-    if records(found):
+    other = results["provenance"].get("timing")
+    if records(results):
         of = f" on {other['device']}, commit {other['commit']}" if other else ""
         return f"Speed-up: median of {usual} batches{but}{of}; 5th to 95th percentile."
     return said + (f"; all of another run, on {other['device']}, of commit {other['commit']}." if other else ".")
 
 
-def _runtimes(told: dict[str, Any]) -> list[str]:
-    """A folder of pictures can outlive a driver, which is no setting of theirs. (Joined runs show no seconds.)"""
-    drawn = [] if "joined" in told else told.get("generated") or []
-    runtimes = [run["runtime"] for run in drawn if run.get("runtime")]
+def _runtimes(provenance: dict[str, Any]) -> list[str]:
+    """A line if the images of a run were generated under several drivers; joined runs show no seconds."""
+    generated = [] if "joined" in provenance else provenance.get("generated") or []
+    runtimes = [run["runtime"] for run in generated if run.get("runtime")]
     several = dict.fromkeys(", ".join(f"{name} {value}" for name, value in one.items()) for one in runtimes)
     return [f"Seconds are of images generated under {'; and '.join(several)}."] if len(several) > 1 else []
 
@@ -296,17 +296,17 @@ def _runtimes(told: dict[str, Any]) -> list[str]:
 FEW_FOR_KID = 1000
 
 
-def _set_distances(found: dict[str, Any]) -> list[str]:
+def _set_distances(results: dict[str, Any]) -> list[str]:
     """A Fréchet distance is biased upwards at small n; a kernel distance is not, but has a wide spread."""
     sizes = {
         name: (figure["n"], figure["features"])
-        for row in found["rows"]
+        for row in results["rows"]
         for name, figure in row.get("metrics", {}).items()
         if "features" in figure
     }
     lines = [
         f"{name}: from n={n} images in {width} dimensions. It is biased upwards and comparable at this n only; its "
-        "interval is its spread at this n, not where it would come to with more pictures."
+        "interval is its spread at this n, not where it would come to with more images."
         for name, (n, width) in sizes.items()
         if name.startswith(("FID", "FD"))
     ]
@@ -315,7 +315,7 @@ def _set_distances(found: dict[str, Any]) -> list[str]:
         for name, (n, _) in sizes.items()
         if name.startswith(("KID", "KD")) and n < FEW_FOR_KID
     ]
-    shown = {metric["name"] for metric in found["metrics"]}
+    shown = {metric["name"] for metric in results["metrics"]}
     return [line for line in lines if line.partition(":")[0] in shown]
 
 
@@ -332,24 +332,24 @@ def planned(plan: dict[str, Any]) -> list[str]:
 LONG_NAME = 17  # of a method, in the terminal: longer ones are folded
 
 
-def terminal(found: dict[str, Any], console: Console) -> None:
-    columns, rows = table(found)
-    drawn = RichTable(title=f"{found['settings']['model']}: methods against the baseline", box=SIMPLE_HEAD)
-    method_column(drawn, [label(row) for row, _ in rows])
+def terminal(results: dict[str, Any], console: Console) -> None:
+    columns, rows = table(results)
+    generated = RichTable(title=f"{results['settings']['model']}: methods against the baseline", box=SIMPLE_HEAD)
+    method_column(generated, [label(row) for row, _ in rows])
     for column in columns:
-        drawn.add_column(column.title, justify="right", overflow="fold")
+        generated.add_column(column.title, justify="right", overflow="fold")
     for row, cells in rows:
         # the space lets an interval break where the terminal is narrow
         texts = [Text.assemble(c.value, "\n", (c.interval.replace("–", " – "), "dim")) for c in cells]
-        drawn.add_row(label(row), *(texts or [Text("skipped", "dim")]))
-    console.print(drawn)
-    for line in (run_header(found), *footnotes(found)):
+        generated.add_row(label(row), *(texts or [Text("skipped", "dim")]))
+    console.print(generated)
+    for line in (run_header(results), *footnotes(results)):
         console.print(line, style="dim", highlight=False, markup=False)
 
 
-def method_column(drawn: RichTable, names: Sequence[str]) -> None:
+def method_column(generated: RichTable, names: Sequence[str]) -> None:
     """The first column. It has a width: given a least one instead, a table that is too wide is cropped at its right."""
-    drawn.add_column("method", width=min(max(map(len, names)), LONG_NAME), overflow="fold")
+    generated.add_column("method", width=min(max(map(len, names)), LONG_NAME), overflow="fold")
 
 
 def markdown_rows(titles: Sequence[str], lines: Sequence[Sequence[str]], footnotes: Sequence[str]) -> str:
@@ -362,12 +362,12 @@ def terminal_rows(
     title: str, titles: Sequence[str], lines: Sequence[Sequence[str]], footnotes: Sequence[str], console: Console
 ) -> None:
     """The same for the terminal."""
-    drawn = RichTable(title=title or None, box=SIMPLE_HEAD)
+    generated = RichTable(title=title or None, box=SIMPLE_HEAD)
     for i, name in enumerate(titles):
-        drawn.add_column(name, justify="right" if i else "left", overflow="fold")
+        generated.add_column(name, justify="right" if i else "left", overflow="fold")
     for line in lines:
-        drawn.add_row(*map(_below, line))
-    console.print(drawn)
+        generated.add_row(*map(_below, line))
+    console.print(generated)
     for note in footnotes:
         console.print(note, style="dim", highlight=False, markup=False)
 
@@ -378,24 +378,24 @@ def _below(text: str) -> str:
     return f"{figure}\n({interval.replace('–', ' – ')}" if opened else text
 
 
-def with_rows(found: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+def with_rows(results: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
     """The results with these rows alone, in this order; all of them where none are named."""
-    rows = {label(row): row for row in found["rows"]}
-    return {**found, "rows": [rows[name] for name in known("row", labels, list(rows))], "full": baseline_row(found)}
+    rows = {label(row): row for row in results["rows"]}
+    return {**results, "rows": [rows[name] for name in known("row", labels, list(rows))], "full": baseline_row(results)}
 
 
-def baseline_row(found: dict[str, Any]) -> dict[str, Any]:
+def baseline_row(results: dict[str, Any]) -> dict[str, Any]:
     """The baseline's row, whether or not it is among those that are shown."""
-    row: dict[str, Any] = found.get("full") or next(row for row in found["rows"] if row["key"] == BASELINE.slug)
+    row: dict[str, Any] = results.get("full") or next(row for row in results["rows"] if row["key"] == BASELINE.slug)
     return row
 
 
-def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
+def markdown(results: dict[str, Any], columns: Sequence[str] = ()) -> str:
     """The table for a page, with its provenance.
 
     columns: the titles of those to show, without the arrow; all where none are named.
     """
-    all_columns, rows = table(found)
+    all_columns, rows = table(results)
     titles = [column.title.rstrip(" ↓↑") for column in all_columns]
     chosen = [titles.index(title) for title in known("column", columns, titles)]
     lines = [
@@ -406,9 +406,9 @@ def markdown(found: dict[str, Any], columns: Sequence[str] = ()) -> str:
         texts = [str(cell) for cell in cells]
         lines.append(f"| {label(row)} | {' | '.join(texts[i] if texts else 'skipped' for i in chosen)} |")
     shown = {titles[i] for i in chosen}
-    metrics = [m for m in found["metrics"] if not columns or m["name"] in shown or "skipped" in m]
-    lines += ["", run_header(found) + ".", *footnotes({**found, "metrics": metrics}, shown if columns else None)]
-    return "\n".join([*lines, *([] if records(found) else [""]), commands(found)]) + "\n"
+    metrics = [m for m in results["metrics"] if not columns or m["name"] in shown or "skipped" in m]
+    lines += ["", run_header(results) + ".", *footnotes({**results, "metrics": metrics}, shown if columns else None)]
+    return "\n".join([*lines, *([] if records(results) else [""]), commands(results)]) + "\n"
 
 
 def known(what: str, asked: Sequence[str], there: Sequence[str]) -> Sequence[str]:
@@ -419,19 +419,19 @@ def known(what: str, asked: Sequence[str], there: Sequence[str]) -> Sequence[str
     return asked or there
 
 
-def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], base: str) -> str:
+def markdown_against(results: dict[str, Any], images: Sequence[dict[str, str]], base: str) -> str:
     """Each method minus `base` (a label or a key), image by image, so that what is hard for both cancels out.
 
-    The intervals of two rows of `markdown` can overlap although one method is better on nearly every picture.
+    The intervals of two rows of `markdown` can overlap although one method is better on nearly every image.
     """
-    names = {row["key"]: label(row) for row in found["rows"] if "skipped" not in row}
+    names = {row["key"]: label(row) for row in results["rows"] if "skipped" not in row}
     methods = [key for key in names if key not in (BASELINE.slug, OTHER_SEEDS.slug)]
     if base not in methods:
         base = next((key for key in methods if names[key] == base), base)
     if base not in methods:
         known = [names[key] for key in methods]
         raise EvalError(f"this run has no method {base!r}{did_you_mean(base, known)}; it has {', '.join(known)}")
-    metrics = [m for m in found["metrics"] if m.get("per_image")]
+    metrics = [m for m in results["metrics"] if m.get("per_image")]
     titles = [f"Δ {m['name']} {'↓' if m['lower_is_better'] else '↑'}" for m in metrics]
     lines = ["| method | " + " | ".join(titles) + " |", "|---|" + "--:|" * len(metrics)]
     reference = {image["id"]: image for image in images if image["key"] == base}
@@ -441,21 +441,21 @@ def markdown_against(found: dict[str, Any], images: Sequence[dict[str, str]], ba
             f"| {names[key]} | {' | '.join(paired_difference(own, reference, metric) for metric in metrics)} |"
         )
     lines += ["", f"Each method minus {names[base]} on the same image: mean and its 95 % interval.", ""]
-    lines += [run_header(found) + ".", *image_warnings(found), *batch_warnings(found)]
-    return "\n".join([*lines, *([commands(found)] if records(found) else measured(metrics))]) + "\n"
+    lines += [run_header(results) + ".", *image_warnings(results), *batch_warnings(results)]
+    return "\n".join([*lines, *([commands(results)] if records(results) else measured(metrics))]) + "\n"
 
 
 def paired_difference(
     own: Sequence[dict[str, str]], reference: dict[str, dict[str, str]], metric: dict[str, Any]
 ) -> str:
-    """The mean of own minus reference on the same pictures, by their ids, with its 95 % interval."""
+    """The mean of own minus reference on the same images, by their ids, with its 95 % interval."""
     name, digits = metric["name"], metric["digits"]
     gaps = {image["id"]: float(image[name]) - float(reference[image["id"]][name]) for image in own}
-    kept = [image for image in own if math.isfinite(gaps[image["id"]])]  # equal pictures have an infinite PSNR
+    kept = [image for image in own if math.isfinite(gaps[image["id"]])]  # equal images have an infinite PSNR
     if not kept:
         return "–"
     values = torch.tensor([gaps[image["id"]] for image in kept], dtype=torch.float64)
     interval = bootstrap(values, [image["prompt"] for image in kept])
     between = f" ({interval[0]:+.{digits}f} to {interval[1]:+.{digits}f})" if interval else ""
-    fewer = f", {len(kept)} of {len(own)} pictures" if len(kept) < len(own) else ""
+    fewer = f", {len(kept)} of {len(own)} images" if len(kept) < len(own) else ""
     return f"{values.mean().item():+.{digits}f}{between}{fewer}"

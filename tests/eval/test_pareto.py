@@ -337,7 +337,7 @@ def test_merge_refuses_other_images(
     moved = [{**image, "id": image["id"].replace("0004", "0009")} for image in images]
     results_module.save(other, found, Scores(found["rows"], moved, []))
     assert report_module.main([str(low), str(other), "--against", "tofu 25%"]) == 2
-    assert "low and other are of other pictures: 0004, 0009" in capsys.readouterr().err
+    assert "low and other are of other images: 0004, 0009" in capsys.readouterr().err
 
 
 def test_merge_refuses_other_settings_or_metrics(

@@ -234,7 +234,7 @@ def test_paired_differences_between_methods(finished, capsys):
     assert "| tomesd 50% | +0.50 (+0.50 to +0.50) |" in text
     made[-1]["PSNR"] = "inf"  # an image equal to the baseline's has no PSNR to subtract from
     text = tables.markdown_against({**found, "metrics": [metric], "rows": rows_of_both}, made, "tofu 50%")
-    assert "| tomesd 50% | +0.50, 4 of 5 pictures |" in text
+    assert "| tomesd 50% | +0.50, 4 of 5 images |" in text
 
 
 def test_against_an_unknown_method_suggests_a_name(finished, capsys):
