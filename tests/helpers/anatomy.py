@@ -1,4 +1,4 @@
-"""What a model is made of, so that nothing a patch leaves behind goes unseen."""
+"""The structure of a model, to detect anything that a patch leaves behind."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import nn
 
 
 def anatomy(model: nn.Module) -> dict[str, Any]:
-    """Class, attributes and hooks of every module: keys and identities, so that nothing left behind goes unseen."""
+    """Returns class, attributes and hooks of each module, by name and identity."""
 
-    def look(module: nn.Module) -> Any:
+    def describe(module: nn.Module) -> Any:
         inside = {
             k: {n: id(x) for n, x in v.items()} if isinstance(v, dict) else id(v) for k, v in vars(module).items()
         }
         return type(module), inside
 
-    return {name: look(module) for name, module in model.named_modules()}
+    return {name: describe(module) for name, module in model.named_modules()}

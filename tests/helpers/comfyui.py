@@ -15,7 +15,7 @@ PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
 
 
 def run_in_comfyui(script, folder, *arguments):
-    """What a script found, in a process of its own, where ComfyUI may do to Python what it likes."""
+    """Runs a script in a process of its own, as ComfyUI changes global state, and returns its JSON results."""
     if not PROGRAM:
         pytest.skip("COMFYUI names no checkout of ComfyUI")
     environment = {**os.environ, "PYTHONPATH": f"{PROGRAM}{os.pathsep}{HELPERS}", "OMP_NUM_THREADS": "1"}

@@ -1,7 +1,7 @@
-"""Runs the nodes in ComfyUI, on a CPU, and prints what it found as JSON. See test_hosts_comfyui.py.
+"""Runs the nodes in ComfyUI, on a CPU, and prints the results as JSON. See tests/hosts/test_comfyui.py.
 
-Models are ComfyUI's own classes at small widths with random weights, sampled by its own sampler; and the embedded
-model's UNet in its layout.
+The models are ComfyUI's own classes at small widths with random weights, run by ComfyUI's sampler, and the embedded
+model's UNet in ComfyUI's layout.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import twins
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
-import comfy.options  # noqa: E402  (its command line is left unread)
+import comfy.options  # noqa: E402  (ComfyUI must not parse this command line)
 from comfy.cli_args import args  # noqa: E402
 
-args.cpu = True  # before it looks for a device
+args.cpu = True  # before ComfyUI selects a device
 import comfy.model_base  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.ops  # noqa: E402
@@ -45,18 +45,18 @@ SHAPES = {
 
 
 def node(kind):
-    """A node as a function that gives its first output, whichever interface it was written for."""
+    """Returns a node of either interface as a function that returns its first output."""
 
     def call(*values, **options):
         run = kind.execute if hasattr(kind, "define_schema") else getattr(kind(), kind.FUNCTION)
-        given = run(*values, **options)
-        return (given if isinstance(given, tuple) else given.result)[0]
+        outputs = run(*values, **options)
+        return (outputs if isinstance(outputs, tuple) else outputs.result)[0]
 
     return call
 
 
 def nodes():
-    """The two nodes, as the program loads them from custom_nodes/."""
+    """Returns the two nodes, loaded as ComfyUI loads them from custom_nodes/."""
     import asyncio
 
     spec = importlib.util.spec_from_file_location("custom_nodes_tofu", ROOT / "__init__.py")
@@ -75,14 +75,15 @@ def random_model(kind):
     config = type("Small", (base,), {"unet_extra_config": {"num_heads": 4, "num_head_channels": -1}})(SHAPES[kind])
     config.set_inference_dtype(torch.float32, None)
     model = (comfy.model_base.BaseModel if kind == "sd15" else comfy.model_base.SDXL)(config).eval()
-    twins.randomize(model)  # the program leaves them as memory was
+    twins.randomize(model)  # ComfyUI leaves the weights uninitialized
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
 def sample(model, kind, h=16, w=16, steps=3, callback=None, frames=1, words=None):
-    """A sampling by the program's own sampler, which begins with the same global generator every time.
+    """Samples with ComfyUI's own sampler and the global generator at seed 0.
 
-    words: given both prompts, gives what takes their place.
+    Args:
+        words: a function that replaces both prompts.
     """
     torch.manual_seed(0)
     latent, g, add = torch.zeros(frames, 4, h, w), torch.Generator().manual_seed(2), words
@@ -103,89 +104,95 @@ def sample(model, kind, h=16, w=16, steps=3, callback=None, frames=1, words=None
     )
 
 
-def look(kind, fuse):
+def run_checks(kind, patch):
     import tofu_sd.hosts.comfyui as adapter
     from tofu_sd.hosts.ldm import find_places
 
     model = random_model(kind)
-    plain, told = sample(model, kind), []
-    dice = torch.get_rng_state()
-    adapter.logger.info = told.append
-    half, three = fuse(model, ratio=0.5), fuse(model, ratio=0.75, kv_only=True, proportional=True)
+    plain, messages = sample(model, kind), []
+    generator_state = torch.get_rng_state()
+    adapter.logger.info = messages.append
+    half, three = patch(model, ratio=0.5), patch(model, ratio=0.75, kv_only=True, proportional=True)
     first = sample(half, kind)
     other = sample(three, kind)
-    drawn = [sample(fuse(model, grid_seed=3), kind) for _ in range(2)]
-    same_dice = torch.equal(torch.get_rng_state(), dice)
-    late = sample(fuse(model, start_percent=0.5), kind)
-    laws = {
-        "ratio 0 is bit-equal": torch.equal(sample(fuse(model, ratio=0.0, proportional=True), kind), plain),
+    images = [sample(patch(model, grid_seed=3), kind) for _ in range(2)]
+    same_generator = torch.equal(torch.get_rng_state(), generator_state)
+    late = sample(patch(model, start_percent=0.5), kind)
+    checks = {
+        "ratio 0 is bit-equal": torch.equal(sample(patch(model, ratio=0.0, proportional=True), kind), plain),
         "two clones at once": torch.equal(sample(half, kind), first) and torch.equal(sample(three, kind), other),
-        "the same seed": torch.equal(*drawn) and not torch.equal(drawn[0], first),
-        "nobody else's dice": same_dice,
+        "the same seed": torch.equal(*images) and not torch.equal(images[0], first),
+        "the global generator is unchanged": same_generator,
         "odd latents run": sample(half, kind, 17, 23).shape == (1, 4, 17, 23),
         "the window": not (torch.equal(late, plain) or torch.equal(late, first)),
-        **beside(kind, fuse, model),
-        **guided(kind, fuse, model),
-        **(compiled(kind, fuse, model) if kind == "sd15" else {}),
-        **stopped(kind, half, first),
-        "the model beside it is bit-equal": torch.equal(sample(model, kind), plain),
+        **check_other_nodes(kind, patch, model),
+        **check_guidance(kind, patch, model),
+        **(check_compiled(kind, patch, model) if kind == "sd15" else {}),
+        **check_interrupt(kind, half, first),
+        "the unpatched model is bit-equal": torch.equal(sample(model, kind), plain),
     }
     assert len(find_places(model.model.diffusion_model)) == (16 if kind == "sd15" else 70)
     changed = float((first - plain).abs().max())
-    return {"headline": told[0], "changed": changed, "laws": laws, "diffusers": twin(kind, model)}
+    return {
+        "headline": messages[0],
+        "changed": changed,
+        "checks": checks,
+        "diffusers": compare_with_diffusers(kind, model),
+    }
 
 
-def beside(kind, fuse, model):
-    """With the program's own nodes, in both orders."""
+def check_other_nodes(kind, patch, model):
+    """Checks combinations with ComfyUI's own nodes, in both orders."""
     from comfy_extras.nodes_hypertile import HyperTile
     from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
     from comfy_extras.nodes_tomesd import TomePatchModel
 
     from tofu_sd.hosts.programs.model_patcher import patches_of
 
-    size = 32 if kind == "sd15" else 64  # so that HyperTile's tiles are smaller than the highest map with attention
+    size = 32 if kind == "sd15" else 64  # HyperTile's tiles are smaller than the largest map with attention
     depth = 0 if kind == "sd15" else 1
 
     def tiled(model):
         return node(HyperTile)(model=model, tile_size=64, swap_size=1, max_depth=depth, scale_depth=False)
 
-    def shrunk(model):  # within the blocks that are fused, to a size that no halved latent has
+    def shrunk(model):  # within the merged blocks, to a size that is no halved latent
         block = 1 if kind == "sd15" else 3
         return node(PatchModelAddDownscale)(model, block, 1.6, 0.0, 1.0, True, "bicubic", "bicubic")
 
     def merged(model):
         return node(TomePatchModel)(model=model, ratio=0.5)
 
-    def draw(model):
+    def generate(model):
         return sample(model, kind, size, size, steps=1)
 
     def both_act(together, *alone):
         return bool(together.isfinite().all()) and not any(torch.equal(together, one) for one in alone)
 
-    half = fuse(model)
-    plain, ours = draw(model), draw(half)
-    tiles, small, tome = draw(tiled(model)), draw(shrunk(model)), draw(merged(model))
-    two = fuse(model, levels=2)
-    maps, watched = set(), fuse(shrunk(model))
+    half = patch(model)
+    plain, ours = generate(model), generate(half)
+    tiles, small, tome = generate(tiled(model)), generate(shrunk(model)), generate(merged(model))
+    two = patch(model, levels=2)
+    maps, watched = set(), patch(shrunk(model))
     patches_of(watched).on_map = lambda place, map, h, w: maps.add((h, w))
-    fused_and_small = draw(watched)
+    fused_and_small = generate(watched)
     return {
-        # a block that HyperTile cuts into tiles is its own, in either order
-        "HyperTile after it": torch.equal(draw(tiled(half)), tiles) and not torch.equal(tiles, plain),
-        "HyperTile before it": torch.equal(draw(fuse(tiled(model))), tiles),
-        "HyperTile on other blocks": both_act(draw(tiled(two)), tiles, draw(two)),
-        "Deep Shrink beside it": both_act(fused_and_small, ours, small)
-        and torch.equal(draw(shrunk(half)), fused_and_small) and maps == {(32, 32), (20, 20)},
-        # which does nothing on SDXL
-        "beside the built-in merging tokens are not merged twice": all(
-            torch.equal(draw(both), tome if kind == "sd15" else ours) for both in (merged(half), fuse(merged(model)))
+        # a block that HyperTile tiles stays unmerged, in either order
+        "HyperTile after it": torch.equal(generate(tiled(half)), tiles) and not torch.equal(tiles, plain),
+        "HyperTile before it": torch.equal(generate(patch(tiled(model))), tiles),
+        "HyperTile on other blocks": both_act(generate(tiled(two)), tiles, generate(two)),
+        "with Deep Shrink": both_act(fused_and_small, ours, small)
+        and torch.equal(generate(shrunk(half)), fused_and_small) and maps == {(32, 32), (20, 20)},
+        # the built-in merging does nothing on SDXL
+        "with the built-in merging tokens are merged once": all(
+            torch.equal(generate(both), tome if kind == "sd15" else ours)
+            for both in (merged(half), patch(merged(model)))
         )
         and torch.equal(tome, plain) == (kind == "sdxl"),
     }  # fmt: skip
 
 
-def guided(kind, fuse, model):
-    """With guidance that replaces self-attention, a sampling that is changed after it, and as the program compiles."""
+def check_guidance(kind, patch, model):
+    """Checks guidance that replaces self-attention, and a sampling that is changed after the patch."""
     from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
     from comfy_extras.nodes_pag import PerturbedAttentionGuidance
     from comfy_extras.nodes_sag import SelfAttentionGuidance
@@ -199,24 +206,24 @@ def guided(kind, fuse, model):
     def lcm(model):
         return node(ModelSamplingDiscrete)(model=model, sampling="lcm", zsnr=True)
 
-    def draw(model):
+    def generate(model):
         return sample(model, kind, 32, 32, steps=2)
 
-    whole = fuse(model, preset="faithful", levels=4)
+    whole = patch(model, preset="faithful", levels=4)
     window = {"start_percent": 0.3, "end_percent": 0.8}
-    ours, guides = draw(whole), {"PAG": pag, "SAG": sag}
+    ours, guides = generate(whole), {"PAG": pag, "SAG": sag}
     return {
-        **{f"{name} acts beside four levels": not torch.equal(draw(guide(whole)), ours)
-           and torch.equal(draw(guide(whole)), draw(fuse(guide(model), preset="faithful", levels=4)))
+        **{f"{name} acts with four levels": not torch.equal(generate(guide(whole)), ours)
+           and torch.equal(generate(guide(whole)), generate(patch(guide(model), preset="faithful", levels=4)))
            for name, guide in guides.items()},
         "the window is that of the sampling": torch.equal(
-            draw(lcm(fuse(model, **window))), draw(fuse(lcm(model), **window))
+            generate(lcm(patch(model, **window))), generate(patch(lcm(model), **window))
         ),
     }  # fmt: skip
 
 
-def compiled(kind, fuse, model):
-    """Compiled without guards on what patches it, as the program's newer node does it."""
+def check_compiled(kind, patch, model):
+    """Checks a model compiled without guards on its patches, as ComfyUI's newer node compiles."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     def fast(model):
@@ -225,23 +232,23 @@ def compiled(kind, fuse, model):
         set_torch_compile_wrapper(model=clone, backend="eager", options=options)
         return clone
 
-    def draw(model):
+    def generate(model):
         return sample(model, kind, steps=1)
 
-    models = {"plain": model, "half": fuse(model), "most": fuse(model, ratio=0.75),
-              "weighted": fuse(model, preset="faithful")}  # fmt: skip
-    expected = {name: draw(one) for name, one in models.items()}
-    found = {}
+    models = {"plain": model, "half": patch(model), "most": patch(model, ratio=0.75),
+              "weighted": patch(model, preset="faithful")}  # fmt: skip
+    expected = {name: generate(one) for name, one in models.items()}
+    checks = {}
     for order in (("plain", "half", "plain"), ("half", "most", "half"), ("weighted", "half", "weighted"),
                   ("half", "plain")):  # fmt: skip
         torch._dynamo.reset()
-        same = [torch.allclose(draw(fast(models[name])), expected[name], atol=1e-4) for name in order]
-        found[f"compiled, {' then '.join(order)}"] = all(same)
-    return found
+        same = [torch.allclose(generate(fast(models[name])), expected[name], atol=1e-4) for name in order]
+        checks[f"compiled, {' then '.join(order)}"] = all(same)
+    return checks
 
 
-def stopped(kind, half, first):
-    """A person stops it in the middle."""
+def check_interrupt(kind, half, first):
+    """Checks the image after an interrupted one."""
     from comfy.model_management import InterruptProcessingException
 
     def callback(step, *rest):
@@ -251,55 +258,55 @@ def stopped(kind, half, first):
     try:
         sample(half, kind, callback=callback)
     except InterruptProcessingException:
-        return {"interrupted it is the same again": torch.equal(sample(half, kind), first)}
-    return {"interrupted it is the same again": False}
+        return {"the same image after an interrupt": torch.equal(sample(half, kind), first)}
+    return {"the same image after an interrupt": False}
 
 
-def drawn_by(patcher, x, t, context, y=None):
-    """What the program's UNet predicts, plain and fused by every method."""
+def predict_all(patcher, x, t, context, y=None):
+    """Returns the predictions of ComfyUI's UNet: unpatched and with every method."""
     from tofu_sd.hosts.comfyui import plain
     from tofu_sd.hosts.programs.model_patcher import patch_model
 
     models = {"plain": patcher} | {f.slug: patch_model(patcher, f, plain)[0] for f in twins.methods()}
-    told, drawn = {"cond_or_uncond": [1, 0], "sigmas": torch.ones(2)}, {}
+    step_options, predictions = {"cond_or_uncond": [1, 0], "sigmas": torch.ones(2)}, {}
     for name, model in models.items():
-        options = {**model.model_options["transformer_options"], **told}
+        options = {**model.model_options["transformer_options"], **step_options}
         with torch.no_grad():
-            drawn[name] = model.model.diffusion_model(x, t, context=context, y=y, transformer_options=options)
-    return drawn
+            predictions[name] = model.model.diffusion_model(x, t, context=context, y=y, transformer_options=options)
+    return predictions
 
 
-def twin(kind, model):
-    """How far one call of the model is from diffusers' with its weights, plain and fused."""
-    given = twins.inputs(kind)
-    drawn = drawn_by(model, given["x"], given["t"], given["context"], given.get("y"))
-    return twins.distances(kind, model.model.diffusion_model.state_dict(), drawn, match_on="normed")
+def compare_with_diffusers(kind, model):
+    """Returns the distances between one call of the model and diffusers with the same weights."""
+    inputs = twins.inputs(kind)
+    predictions = predict_all(model, inputs["x"], inputs["t"], inputs["context"], inputs.get("y"))
+    return twins.distances(kind, model.model.diffusion_model.state_dict(), predictions, match_on="normed")
 
 
 def random_flux():
-    """A diffusion transformer."""
+    """Returns a diffusion transformer with random weights."""
     shape = {"image_model": "flux", "in_channels": 4, "out_channels": 4, "vec_in_dim": 8, "context_in_dim": 8,
              "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2, "depth": 1, "depth_single_blocks": 1,
              "axes_dim": [4, 6, 6], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": False,
              "dtype": torch.float32}  # fmt: skip
-    if "txt_ids_dims" in FluxParams.__dataclass_fields__:  # in newer ones
+    if "txt_ids_dims" in FluxParams.__dataclass_fields__:  # in newer versions
         shape["txt_ids_dims"] = []
     config = comfy.supported_models.Flux(shape)
     config.set_inference_dtype(torch.float32, None)
     return comfy.model_patcher.ModelPatcher(comfy.model_base.Flux(config), load_device=CPU, offload_device=CPU)
 
 
-def without_a_unet(fuse):
-    """What is said of a diffusion transformer."""
+def reject_transformer(patch):
+    """Returns the error message for a diffusion transformer."""
     model = random_flux()
     try:
-        fuse(model)
+        patch(model)
     except ValueError as error:
-        return {"said": str(error), "left as it was": not model.model_options["transformer_options"]}
+        return {"message": str(error), "unchanged": not model.model_options["transformer_options"]}
 
 
 class Widths(float):
-    """A multiple of the first level's channels that is no whole number, of which the channels are."""
+    """A fractional multiple of the first level's channels; the product is an integer."""
 
     def __mul__(self, other):
         return int(float(self) * other)
@@ -308,7 +315,7 @@ class Widths(float):
 
 
 class SixteenGroups(comfy.ops.disable_weight_init):
-    """The program's layers but for the number of groups, which it has fixed at 32."""
+    """ComfyUI's layers with 16 groups; ComfyUI fixes the number at 32."""
 
     class GroupNorm(comfy.ops.disable_weight_init.GroupNorm):
         def __init__(self, num_groups, *rest, **more):
@@ -316,7 +323,7 @@ class SixteenGroups(comfy.ops.disable_weight_init):
 
 
 def embedded():
-    """How far the program's UNet with the embedded model's weights is from diffusers', plain and fused."""
+    """Returns the distances between ComfyUI's UNet and diffusers' with the embedded model's weights."""
     from tofu_sd import demo
 
     pipe = demo.load()
@@ -337,19 +344,19 @@ def embedded():
     context = torch.cat(words[::-1])
     x = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
 
-    def draw():
+    def generate():
         with torch.no_grad():
             return unet(x, 500.0, encoder_hidden_states=context).sample
 
-    drawn = drawn_by(patcher, x, torch.tensor([500.0, 500.0]), context)
-    return twins.compared(unet, draw, drawn, match_on="normed")
+    predictions = predict_all(patcher, x, torch.tensor([500.0, 500.0]), context)
+    return twins.compare(unet, generate, predictions, match_on="normed")
 
 
 if __name__ == "__main__":
-    fuse, show = nodes()
-    found = {kind: look(kind, fuse) for kind in SHAPES}
-    found["flux"] = without_a_unet(fuse)
+    patch, show = nodes()
+    results = {kind: run_checks(kind, patch) for kind in SHAPES}
+    results["flux"] = reject_transformer(patch)
     try:
-        found["embedded"] = embedded()
+        results["embedded"] = embedded()
     finally:
-        print(json.dumps(found))
+        print(json.dumps(results))

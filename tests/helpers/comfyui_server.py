@@ -1,8 +1,8 @@
-"""Runs the example workflow through ComfyUI's own server, on a CPU, and prints what it found as JSON.
+"""Runs the example workflow through ComfyUI's own server, on a CPU, and prints the results as JSON.
 
-The repository lies in custom_nodes/ as a user would have cloned it. Once the workflow loads a checkpoint file of SD
-1.5's layout and size, with random weights; for the rest a second folder there has a loader of small models, which take
-less time. See test_hosts_comfyui.py.
+The repository lies in custom_nodes/, like a user's clone. One run loads a checkpoint file of SD 1.5's layout and size,
+with random weights. The other runs use a loader of small models from a second folder there, to save time. See
+tests/hosts/test_comfyui.py.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Words:
 
 class Decoder:
     def decode(self, samples):
-        picture = samples.movedim(1, -1)[..., :3].sigmoid()
-        return picture.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        image = samples.movedim(1, -1)[..., :3].sigmoid()
+        return image.repeat_interleave(8, 1).repeat_interleave(8, 2)
 
 class SmallCheckpoint:
     RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL", "CLIP", "VAE"), "load", "tests"
@@ -52,7 +52,7 @@ NODE_CLASS_MAPPINGS = {"SmallCheckpoint": SmallCheckpoint}
 
 
 def quick(workflow, **more):
-    """The workflow with a smaller picture and fewer steps."""
+    """Returns the workflow with a smaller image and fewer steps."""
     workflow = copy.deepcopy(workflow)
     for node in workflow.values():
         for name, value in {"width": 128, "height": 192, "steps": 3, **more}.items():
@@ -62,7 +62,7 @@ def quick(workflow, **more):
 
 
 def small(workflow, **more):
-    """The same with the loader of small models."""
+    """Returns the workflow of `quick` with the loader of small models."""
     workflow = quick(workflow, **more)
     for node in workflow.values():
         if node["class_type"] == "CheckpointLoaderSimple":
@@ -70,7 +70,7 @@ def small(workflow, **more):
     return workflow
 
 
-def ask(port, path, body=None):
+def request_json(port, path, body=None):
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
     try:
@@ -80,19 +80,19 @@ def ask(port, path, body=None):
         return {"refused": json.loads(error.read())}
 
 
-def run(port, workflow, patience=600, meanwhile=None):
-    """How a prompt ended, with what, and what was said; meanwhile() is done once the server is at it."""
-    queued = ask(port, "/prompt", {"prompt": workflow})
+def run(port, workflow, timeout=600, meanwhile=None):
+    """Returns the status, outputs and error of a prompt. meanwhile() is called once the server runs it."""
+    queued = request_json(port, "/prompt", {"prompt": workflow})
     if "prompt_id" not in queued:
         return {"refused": queued["refused"]}
-    for _ in range(patience * 2):
-        if meanwhile is not None and ask(port, "/queue")["queue_running"]:
-            time.sleep(3)  # the models are made, and sampling has begun
+    for _ in range(timeout * 2):
+        if meanwhile is not None and request_json(port, "/queue")["queue_running"]:
+            time.sleep(3)  # the models are loaded, and sampling has started
             meanwhile()
             meanwhile = None
-        done = ask(port, f"/history/{queued['prompt_id']}").get(queued["prompt_id"])
+        done = request_json(port, f"/history/{queued['prompt_id']}").get(queued["prompt_id"])
         if done:
-            errors = [told for kind, told in done["status"]["messages"] if kind == "execution_error"]
+            errors = [details for kind, details in done["status"]["messages"] if kind == "execution_error"]
             return {"status": done["status"]["status_str"], "outputs": done["outputs"],
                     "error": errors[0]["exception_message"] if errors else None,
                     "interrupted": any(kind == "execution_interrupted" for kind, _ in done["status"]["messages"]),
@@ -123,7 +123,7 @@ def main(program, folder):
     try:
         for _ in range(240):
             try:
-                ask(port, "/queue")
+                request_json(port, "/queue")
                 break
             except OSError:
                 assert server.poll() is None, (base / "log.txt").read_text()[-3000:]
@@ -131,51 +131,51 @@ def main(program, folder):
         example = json.loads((ROOT / "examples" / "comfyui" / "token-fusion-api.json").read_text())
         (saving,) = (name for name, node in example.items() if node["inputs"].get("filename_prefix") == "token-fusion")
 
-        def drawn(workflow):
-            """The pixels of its picture."""
-            ended = run(port, workflow)
-            assert ended["status"] == "success", f"{ended}\n{(base / 'log.txt').read_text()[-3000:]}"
-            (picture,) = ended["outputs"][saving]["images"]
-            pixels = Image.open(base / "output" / picture["filename"]).tobytes()
+        def image_hash(workflow):
+            """Returns a hash of the image's pixels."""
+            result = run(port, workflow)
+            assert result["status"] == "success", f"{result}\n{(base / 'log.txt').read_text()[-3000:]}"
+            (image,) = result["outputs"][saving]["images"]
+            pixels = Image.open(base / "output" / image["filename"]).tobytes()
             return hashlib.sha256(pixels).hexdigest()
 
         def without(workflow):
-            """The same but for our nodes."""
-            kept = {name: node for name, node in copy.deepcopy(workflow).items() if name not in ("2", "9", "10")}
-            for node in kept.values():
+            """Returns the workflow without the Token Fusion nodes."""
+            others = {name: node for name, node in copy.deepcopy(workflow).items() if name not in ("2", "9", "10")}
+            for node in others.values():
                 if node["inputs"].get("model") == ["2", 0]:
                     node["inputs"]["model"] = ["1", 0]
-            return kept
+            return others
 
         fused, older, wrong, flux = (small(example) for _ in range(4))
         plain = without(fused)
-        older["2"]["inputs"] = {"model": ["1", 0], "ratio": 0.5}  # before there were other inputs
+        older["2"]["inputs"] = {"model": ["1", 0], "ratio": 0.5}  # as saved before there were other inputs
         wrong["2"]["inputs"]["ratio"] = 0.9
         wrong["9"]["inputs"]["model"] = ["1", 0]
         flux["1"]["inputs"]["ckpt_name"] = "flux"
         unfused = copy.deepcopy(older)
         unfused["9"]["inputs"]["model"] = ["1", 0]
-        found = {
-            "nodes": sorted(name for name in ask(port, "/object_info") if name.startswith("TokenFusion")),
-            "about": ask(port, "/object_info/TokenFusion")["TokenFusion"],
+        results = {
+            "nodes": sorted(name for name in request_json(port, "/object_info") if name.startswith("TokenFusion")),
+            "about": request_json(port, "/object_info/TokenFusion")["TokenFusion"],
             "example": run(port, fused),
             "plain": run(port, plain),
             "older": run(port, older),
             "wrong": run(port, wrong),
             "unfused": run(port, unfused),
             "flux": run(port, flux),
-            "before": [drawn(plain), drawn(fused)],
-            "stopped": run(port, small(example, steps=2000), meanwhile=lambda: ask(port, "/interrupt", {})),
-            "after": [drawn(plain), drawn(fused)],
+            "before": [image_hash(plain), image_hash(fused)],
+            "stopped": run(port, small(example, steps=2000), meanwhile=lambda: request_json(port, "/interrupt", {})),
+            "after": [image_hash(plain), image_hash(fused)],
         }
         made = base / "models" / "checkpoints" / example["1"]["inputs"]["ckpt_name"]
         subprocess.run([sys.executable, str(HELPERS / "sd15_file.py"), str(made)], check=True, stdout=sys.stderr)
         whole = quick(example, steps=2)
-        found["file"] = {**run(port, whole), "pictures": [drawn(whole), drawn(without(whole))]}
+        results["file"] = {**run(port, whole), "images": [image_hash(whole), image_hash(without(whole))]}
         log.flush()
-        found["log"] = [line for line in (base / "log.txt").read_text().splitlines() if "transformer blocks" in line]
-        found["pictures"] = sorted(path.name for path in (base / "output").glob("*.png"))
-        print(json.dumps(found))
+        results["log"] = [line for line in (base / "log.txt").read_text().splitlines() if "transformer blocks" in line]
+        results["images"] = sorted(path.name for path in (base / "output").glob("*.png"))
+        print(json.dumps(results))
     finally:
         server.terminate()
         server.wait(20)

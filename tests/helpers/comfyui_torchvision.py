@@ -1,7 +1,7 @@
-"""Lets ComfyUI import where packages beside torch do not fit it.
+"""Lets ComfyUI import with packages that do not match torch.
 
-A torchvision built for CUDA beside a torch for CPUs: two of its operators are declared. No torchaudio for this torch:
-an empty module stands in for it, as nothing here makes a sound.
+For a torchvision built for CUDA and a torch for CPUs, two of its operators are declared. An empty module replaces a
+missing torchaudio, as no test uses audio.
 """
 
 import importlib.util
@@ -17,4 +17,4 @@ if "+cpu" in torch.__version__:
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 if importlib.util.find_spec("torchaudio") is None:
     sys.modules["torchaudio"] = types.ModuleType("torchaudio")
-    sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)  # whoever looks for it finds one
+    sys.modules["torchaudio"].__spec__ = ModuleSpec("torchaudio", None)  # importlib.util.find_spec reads it

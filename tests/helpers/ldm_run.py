@@ -1,7 +1,7 @@
-"""Runs the adapter in the UNets that AUTOMATIC1111 draws with, on a CPU. See test_hosts_ldm.py.
+"""Runs the adapter in AUTOMATIC1111's UNets, on a CPU. See tests/hosts/test_ldm.py.
 
-Those are ldm's (SD 1.x, 2.x) and sgm's (SDXL), from its repositories/. What they drew is written to a folder, what was
-found is printed as JSON.
+These are ldm's (SD 1.x, 2.x) and sgm's (SDXL), from its repositories/. The predictions are written to a folder, the
+results are printed as JSON.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ def unet(kind):
                      use_linear_in_transformer=True, legacy=False)  # fmt: skip
 
 
-def look(kind, folder):
-    model, given = twins.randomize(unet(kind)), twins.inputs(kind)
+def run_checks(kind, folder):
+    model, inputs = twins.randomize(unet(kind)), twins.inputs(kind)
 
-    def draw():
+    def predict():
         with torch.no_grad():
-            return model(given["x"], timesteps=given["t"], context=given["context"], y=given.get("y"))
+            return model(inputs["x"], timesteps=inputs["t"], context=inputs["context"], y=inputs.get("y"))
 
     def state():
         return [(name, type(module), sorted(vars(module)), len(module._forward_pre_hooks))
                 for name, module in model.named_modules()]  # fmt: skip
 
-    before, drawn = state(), {"plain": draw()}
+    before, predictions = state(), {"plain": predict()}
     headlines = []
     for fusion in twins.methods():
         headlines.append(ldm.apply(model, fusion).headline)
-        drawn[fusion.slug] = draw()
+        predictions[fusion.slug] = predict()
         ldm.restore(model)
-    save_file({f"weights.{k}": v.contiguous() for k, v in model.state_dict().items()} | drawn, f"{folder}/{kind}")
-    laws = {
-        "restored it is bit-equal": torch.equal(draw(), drawn["plain"]),
+    save_file({f"weights.{k}": v.contiguous() for k, v in model.state_dict().items()} | predictions, f"{folder}/{kind}")
+    checks = {
+        "restored it is bit-equal": torch.equal(predict(), predictions["plain"]),
         "nothing is left": state() == before,
     }
-    return {"headline": headlines[0], "class": type(model).__module__, "laws": laws}
+    return {"headline": headlines[0], "class": type(model).__module__, "checks": checks}
 
 
 if __name__ == "__main__":
-    print(json.dumps({kind: look(kind, sys.argv[1]) for kind in twins.UNETS}))
+    print(json.dumps({kind: run_checks(kind, sys.argv[1]) for kind in twins.UNETS}))

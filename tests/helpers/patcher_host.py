@@ -24,35 +24,39 @@ class BasicTransformerBlock(nn.Module):
         self.norm3, self.ff = block.norm3, block.ff
 
     def forward(self, x: Tensor, context: Tensor, options: dict[str, Any]) -> Tensor:
-        told = {k: v for k, v in options.items() if k not in ("patches", "patches_replace")}
-        told |= {"n_heads": self.attn1.heads, "dim_head": self.attn1.inner_dim // self.attn1.heads}
+        block_options = {k: v for k, v in options.items() if k not in ("patches", "patches_replace")}
+        block_options |= {"n_heads": self.attn1.heads, "dim_head": self.attn1.inner_dim // self.attn1.heads}
         patches = options.get("patches", {})
         q = k = v = self.norm1(x)
         for patch in patches.get("attn1_patch", ()):
-            q, k, v = patch(q, k, v, told)
+            q, k, v = patch(q, k, v, block_options)
         q, k, v = self.attn1.to_q(q), self.attn1.to_k(k), self.attn1.to_v(v)
         place, replaced = (
             (*options["block"], options["block_index"]),
             options.get("patches_replace", {}).get("attn1", {}),
         )
         instead = replaced.get(place, replaced.get(place[:2]))
-        out = attention(q, k, v, told["n_heads"], told) if instead is None else instead(q, k, v, told)
+        out = (
+            attention(q, k, v, block_options["n_heads"], block_options)
+            if instead is None
+            else instead(q, k, v, block_options)
+        )
         out = self.attn1.to_out[0](out)
         for patch in patches.get("attn1_output_patch", ()):
-            out = patch(out, told)
+            out = patch(out, block_options)
         x = out + x
         x = self.attn2(self.norm2(x), encoder_hidden_states=context) + x
         return self.ff(self.norm3(x)) + x
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Any) -> Tensor:
-    """The program's own."""
+    """The program's own attention."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class CrossAttention(nn.Module):
-    """Attention as latent diffusion has it: forward(x, context, mask)."""
+    """Attention of latent diffusion: forward(x, context, mask)."""
 
     def __init__(self, inner: Any):
         super().__init__()
@@ -161,7 +165,7 @@ class UNetModel(nn.Module):
                 for modifier in options.get("block_inner_modifiers", ()):
                     x = modifier(x, "before", layer, 0, layers, options)
                 if isinstance(layer, SpatialTransformer):
-                    if silent:  # as programs did that do not tell the size
+                    if silent:  # older programs do not pass the size
                         options["tells_size"] = False
                     x = layer(x, context, options)
                 elif isinstance(layer, Upsample):
@@ -184,7 +188,7 @@ class UNetModel(nn.Module):
 
 
 class OlderPatcher:
-    """What these programs hand from node to node: a model and what is to be done to it, copied before it is changed."""
+    """The object that nodes pass on: a model and its patches, cloned before it is changed."""
 
     def __init__(self, unet: Any):
         self.model = SimpleNamespace(diffusion_model=unet)
@@ -208,9 +212,13 @@ class OlderPatcher:
         replaced = self.model_options["transformer_options"].setdefault("patches_replace", {}).setdefault("attn1", {})
         replaced[(side, number) if index is None else (side, number, index)] = patch
 
-    def predict(self, x: Tensor, t: float, context: Tensor, added: Any = None, **told: Any) -> Tensor:
-        """One call of the model, with what samplers tell patches."""
-        options = {**self.model_options["transformer_options"], "sigmas": torch.full((len(x),), t / 100), **told}
+    def predict(self, x: Tensor, t: float, context: Tensor, added: Any = None, **more_options: Any) -> Tensor:
+        """Calls the model with the options that samplers pass to patches."""
+        options = {
+            **self.model_options["transformer_options"],
+            "sigmas": torch.full((len(x),), t / 100),
+            **more_options,
+        }
         options.setdefault("cond_or_uncond", [1, 0])
         with torch.no_grad():
             return self._apply(x, torch.tensor(float(t)), context, options, added)
@@ -220,7 +228,7 @@ class OlderPatcher:
 
 
 class Executor:
-    """Runs the wrappers of a call one inside the other, and then the model."""
+    """Runs nested wrappers around a model call."""
 
     def __init__(self, model: Any, run: Any, wrappers: list[Any]):
         self.class_obj, self.run, self.wrappers = model, run, wrappers
@@ -232,7 +240,7 @@ class Executor:
 
 
 class Patcher(OlderPatcher):
-    """One that wraps the call of the model, as ComfyUI does since the end of 2024."""
+    """A patcher with wrappers around the model call, as in ComfyUI since the end of 2024."""
 
     def add_wrapper_with_key(self, kind: str, key: str, wrapper: Any) -> None:
         wrappers = self.model_options["transformer_options"].setdefault("wrappers", {}).setdefault(kind, {})
@@ -249,10 +257,10 @@ class Patcher(OlderPatcher):
 
 
 class ForgePatcher(OlderPatcher):
-    """One that shows patches the map before every layer, and does not tell its size."""
+    """A patcher that calls modifiers with the map before each layer and does not pass its size."""
 
     def add_block_inner_modifier(self, modifier: Any) -> None:
         self.model_options["transformer_options"].setdefault("block_inner_modifiers", []).append(modifier)
 
-    def predict(self, *args: Any, **told: Any) -> Tensor:
-        return super().predict(*args, silent=True, **told)
+    def predict(self, *args: Any, **more_options: Any) -> Tensor:
+        return super().predict(*args, silent=True, **more_options)

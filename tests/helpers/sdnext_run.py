@@ -1,7 +1,7 @@
-"""Draws in SD.Next's own code, on a CPU, and prints what came as JSON. See test_hosts_sdnext.py.
+"""Generates images in SD.Next's own code, on a CPU, and prints the results as JSON. See tests/hosts/test_sdnext.py.
 
-Run in the program's folder, with the packages that it names. Its scripts, its screen and its processing are its own;
-the pipeline is small and has random weights, and no server is started.
+Run it in SD.Next's folder, with SD.Next's packages. Scripts, UI and processing are SD.Next's own. The pipeline is small
+and has random weights; no server is started.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 
-def begin():
-    """Starts the program but for its server, with a pipeline in the place of a checkpoint."""
+def start_sdnext():
+    """Starts SD.Next without its server, with a pipeline instead of a checkpoint."""
     import installer
     import launch
 
@@ -57,8 +57,8 @@ def begin():
     return pipe
 
 
-class Screen:
-    """The tab for pictures from words."""
+class Txt2ImgTab:
+    """The txt2img tab."""
 
     def __init__(self):
         import gradio
@@ -68,67 +68,67 @@ class Screen:
         with gradio.Blocks():
             self.runner.initialize_scripts(is_img2img=False)
             self.fields = self.runner.setup_ui(parent="txt2img")
-        named = {script.title(): script for script in self.runner.alwayson_scripts}
-        self.ours, self.grid = named["Token Fusion (ToFu)"], named["XYZ Grid"]
+        by_title = {script.title(): script for script in self.runner.alwayson_scripts}
+        self.ours, self.grid = by_title["Token Fusion (ToFu)"], by_title["XYZ Grid"]
         self.axes = [axis.label for axis in self.grid.current_axis_options]
 
-    def draw(self, args=(), axis=None, interrupted=False, **more):
-        """The pictures, the parameters of the first, and what stands below. axis: its label and values."""
+    def generate(self, args=(), axis=None, interrupted=False, **more):
+        """Returns hashes of the images, the parameters of the first, and the comments. axis: its label and values."""
         from modules import processing, processing_class, shared
 
         values = [getattr(field, "value", None) for field in self.fields]
-        values[0] = 0  # no script that is chosen
+        values[0] = 0  # no selected script
         values[self.ours.args_from : self.ours.args_from + len(args)] = args
         if axis:
-            label, given = axis
-            told = {0: True, 1: self.axes.index(label), 2: given, 10: True, 11: False, 13: True, 15: True}
-            for place, value in told.items():  # on, axis, values, as text, no legend, the grid, its images
+            label, axis_values = axis
+            grid_values = {0: True, 1: self.axes.index(label), 2: axis_values, 10: True, 11: False, 13: True, 15: True}
+            for place, value in grid_values.items():  # on, axis, values, as text, no legend, the grid, its images
                 values[self.grid.args_from + place] = value
-        told = {"prompt": "a fox", "seed": 1, "steps": 3, "width": 128, "height": 128, "sampler_name": "Default"}
-        p = processing_class.StableDiffusionProcessingTxt2Img(**{**told, "cfg_scale": 5, "vae_type": "Full", **more})
+        options = {"prompt": "a fox", "seed": 1, "steps": 3, "width": 128, "height": 128, "sampler_name": "Default"}
+        p = processing_class.StableDiffusionProcessingTxt2Img(**{**options, "cfg_scale": 5, "vae_type": "Full", **more})
         p.scripts, p.script_args = self.runner, values
         p.do_not_save_samples = p.do_not_save_grid = p.disable_extra_networks = True
 
-        def interrupt(*told):  # by a person, after the first call of the UNet
+        def interrupt(*call):  # as a user would, after the first UNet call
             shared.state.interrupted = True
 
         hook = shared.sd_model.unet.register_forward_hook(interrupt) if interrupted else None
-        drawn = processing.process_images(p)
+        processed = processing.process_images(p)
         if hook is not None:
             assert shared.state.interrupted
             hook.remove()
             shared.state.interrupted = False
-        pictures = [hashlib.sha256(image.tobytes()).hexdigest() for image in drawn.images]
-        return {"pictures": pictures, "saved": drawn.info, "below": drawn.comments}
+        hashes = [hashlib.sha256(image.tobytes()).hexdigest() for image in processed.images]
+        return {"hashes": hashes, "saved": processed.info, "below": processed.comments}
 
 
-def look():
-    pipe = begin()
+def run_checks():
+    pipe = start_sdnext()
     from modules import shared
 
-    screen = Screen()
+    tab = Txt2ImgTab()
     before = [(name, type(module)) for name, module in pipe.unet.named_modules()]
     faithful = {"early": "mean", "late": "mean", "proportional": True, "window": 8}
-    drawn = {
-        "off": screen.draw(), "on": screen.draw([True]), "off again": screen.draw(),
-        "quarter": screen.draw([True, 0.25]), "ratio 0": screen.draw([True, 0.0]),
-        "faithful": screen.draw([faithful]), "keys": screen.draw([{"kv_only": True}]),
-        "out of range": screen.draw([True, 0.9]),
-        "grid": screen.draw(axis=("[ToFu] Ratio", "0,0.25,0.5")),
-        "grid of words": screen.draw(axis=("[ToFu] Kv only", "False,True")),
-        "grid out of range": screen.draw(axis=("[ToFu] Ratio", "0.25,0.9")),
-        "interrupted": screen.draw([True], interrupted=True), "off after it": screen.draw(),
+    images = {
+        "off": tab.generate(), "on": tab.generate([True]), "off again": tab.generate(),
+        "quarter": tab.generate([True, 0.25]), "ratio 0": tab.generate([True, 0.0]),
+        "faithful": tab.generate([faithful]), "keys": tab.generate([{"kv_only": True}]),
+        "out of range": tab.generate([True, 0.9]),
+        "grid": tab.generate(axis=("[ToFu] Ratio", "0,0.25,0.5")),
+        "grid of words": tab.generate(axis=("[ToFu] Kv only", "False,True")),
+        "grid out of range": tab.generate(axis=("[ToFu] Ratio", "0.25,0.9")),
+        "interrupted": tab.generate([True], interrupted=True), "off after it": tab.generate(),
     }  # fmt: skip
     shared.opts.data.update(token_merging_method="ToMe", tome_ratio=0.3)
-    drawn |= {"built-in": screen.draw(), "both": screen.draw([True])}
+    images |= {"built-in": tab.generate(), "both": tab.generate([True])}
     shared.opts.data.update(token_merging_method="None", tome_ratio=0.0)
-    drawn["off at last"] = screen.draw()
-    left = before == [(name, type(module)) for name, module in pipe.unet.named_modules()]
-    shown = screen.ours.args_to - screen.ours.args_from
-    return {"axes": screen.axes, "shown": shown, "drawn": drawn, "nothing is left": left}
+    images["off at last"] = tab.generate()
+    restored = before == [(name, type(module)) for name, module in pipe.unet.named_modules()]
+    shown = tab.ours.args_to - tab.ours.args_from
+    return {"axes": tab.axes, "shown": shown, "images": images, "restored": restored}
 
 
 if __name__ == "__main__":
-    with contextlib.redirect_stdout(sys.stderr):  # which is the program's log
-        found = look()
-    print(json.dumps(found))
+    with contextlib.redirect_stdout(sys.stderr):  # SD.Next logs to stdout
+        results = run_checks()
+    print(json.dumps(results))

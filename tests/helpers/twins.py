@@ -1,6 +1,6 @@
-"""A program's UNet and diffusers' with the same weights: what is drawn is to be the same, plain and fused.
+"""Compares a program's UNet with diffusers' at the same weights: predictions have to match, unpatched and merged.
 
-The program writes down what it drew, in an environment of its own; the tests draw it again.
+The program saves its predictions in an environment of its own. The tests predict them again with diffusers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COMMON = {"layers_per_block": 2, "attention_head_dim": 4, "norm_num_groups": 32}  # which is the number of heads
+COMMON = {
+    "layers_per_block": 2,
+    "attention_head_dim": 4,
+    "norm_num_groups": 32,
+}  # in diffusers, attention_head_dim is the number of heads
 UNETS = {
     "sd15": {**COMMON, "block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 32},
     "sdxl": {**COMMON, "block_out_channels": (32, 64, 64), "cross_attention_dim": 64, "use_linear_projection": True,
@@ -24,7 +28,7 @@ UNETS = {
 
 
 def methods() -> list[Any]:
-    from tofu_sd import TokenFusionConfig  # here, as ComfyUI itself is to load it first
+    from tofu_sd import TokenFusionConfig  # imported here, as ComfyUI has to load the package first
 
     mean = {"early": "mean", "late": "mean", "proportional": True}
     return [TokenFusionConfig(0.5), TokenFusionConfig(0.75), TokenFusionConfig(0.5, window=8, **mean),
@@ -32,20 +36,20 @@ def methods() -> list[Any]:
 
 
 def inputs(kind: str) -> dict[str, Tensor]:
-    """What one call of such a model is given. Two different prompts, a map that is no square."""
+    """Returns the inputs of one call: two different prompts and a map that is not square."""
     g = torch.Generator().manual_seed(5)
-    given = {"x": torch.randn(2, 4, 16, 24, generator=g), "t": torch.tensor([500.0, 500.0])}
-    given["context"] = torch.randn(2, 7, UNETS[kind]["cross_attention_dim"], generator=g)
-    if kind == "sdxl":  # the words' summary, and sizes as sines and cosines
+    call = {"x": torch.randn(2, 4, 16, 24, generator=g), "t": torch.tensor([500.0, 500.0])}
+    call["context"] = torch.randn(2, 7, UNETS[kind]["cross_attention_dim"], generator=g)
+    if kind == "sdxl":  # the pooled text embedding, and sizes as sines and cosines
         frequencies = torch.exp(-torch.log(torch.tensor(10000.0)) * torch.arange(128) / 128)
         sizes = torch.full((2, 6), 128.0)[..., None] * frequencies
         sizes = torch.cat([sizes.cos(), sizes.sin()], dim=-1).flatten(1)
-        given["y"] = torch.cat([torch.randn(2, 32, generator=g), sizes], dim=1)
-    return given
+        call["y"] = torch.cat([torch.randn(2, 32, generator=g), sizes], dim=1)
+    return call
 
 
 def randomize(unet: Any) -> Any:
-    """Weights of a size that keeps what is drawn of the same size; as they come, the last layers of blocks are zero."""
+    """Sets random weights that keep the scale of the output. By default the last layers of blocks are zero."""
     g = torch.Generator().manual_seed(0)
     for name, weight in unet.named_parameters():
         if weight.ndim > 1:
@@ -55,10 +59,12 @@ def randomize(unet: Any) -> Any:
     return unet.eval()
 
 
-def distances(kind: str, weights: dict[str, Tensor], drawn: dict[str, Tensor], match_on: str) -> dict[str, Any]:
-    """The largest differences between what a program drew and what diffusers draws; and the least effect of fusing.
+def distances(kind: str, weights: dict[str, Tensor], predictions: dict[str, Tensor], match_on: str) -> dict[str, Any]:
+    """Returns the largest differences between a program's predictions and diffusers', and the smallest merging effect.
 
-    weights: by the program's names. drawn: "plain" and the key of every method.
+    Args:
+        weights: by the program's names.
+        predictions: tensors by "plain" and the slug of every method.
     """
     from diffusers import UNet2DConditionModel
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
@@ -66,38 +72,40 @@ def distances(kind: str, weights: dict[str, Tensor], drawn: dict[str, Tensor], m
     unet = UNet2DConditionModel(**UNETS[kind]).eval()
     named = {f"model.diffusion_model.{name}": weight for name, weight in weights.items()}
     unet.load_state_dict(convert_ldm_unet_checkpoint(named, dict(unet.config)))
-    given = inputs(kind)
-    added = {"text_embeds": given["y"][:, :32], "time_ids": torch.full((2, 6), 128.0)} if kind == "sdxl" else None
+    call = inputs(kind)
+    added = {"text_embeds": call["y"][:, :32], "time_ids": torch.full((2, 6), 128.0)} if kind == "sdxl" else None
 
-    def draw() -> Tensor:
+    def predict() -> Tensor:
         with torch.no_grad():
-            return unet(given["x"], 500.0, encoder_hidden_states=given["context"], added_cond_kwargs=added).sample
+            return unet(call["x"], 500.0, encoder_hidden_states=call["context"], added_cond_kwargs=added).sample
 
-    return compared(unet, draw, drawn, match_on)
+    return compare(unet, predict, predictions, match_on)
 
 
 def read(kind: str, file: Path, match_on: str) -> dict[str, Any]:
-    """`distances` of what a program has written down: its weights and what it drew."""
+    """Returns `distances` for a file with a program's weights and predictions."""
     from safetensors.torch import load_file
 
-    there = load_file(file)
-    weights = {name.removeprefix("weights."): there.pop(name) for name in list(there) if name.startswith("weights.")}
-    return distances(kind, weights, there, match_on)
+    tensors = load_file(file)
+    weights = {
+        name.removeprefix("weights."): tensors.pop(name) for name in list(tensors) if name.startswith("weights.")
+    }
+    return distances(kind, weights, tensors, match_on)
 
 
-def compared(unet: Any, draw: Callable[[], Tensor], drawn: dict[str, Tensor], match_on: str) -> dict[str, Any]:
-    """The same for a diffusers UNet with those weights; draw() is one call of it."""
+def compare(unet: Any, predict: Callable[[], Tensor], predictions: dict[str, Tensor], match_on: str) -> dict[str, Any]:
+    """Returns `distances` for a diffusers UNet with those weights; predict() is one call of it."""
     import tofu_sd
 
     def distance(a: Tensor, b: Tensor) -> float:
         return float((a - b).abs().max())
 
-    base, fused, effects = draw(), {}, []
+    base, fused, effects = predict(), {}, []
     for fusion in methods():
         if fusion.levels > 1 and unet.config.get("addition_embed_type"):
             continue  # diffusers merges the middle block too, which lies on SDXL's second level
         with tofu_sd.patched(unet, fusion, match_on=match_on):
-            expected = draw()
-        fused[fusion.slug] = distance(drawn[fusion.slug], expected)
+            expected = predict()
+        fused[fusion.slug] = distance(predictions[fusion.slug], expected)
         effects.append(distance(expected, base))
-    return {"plain": distance(drawn["plain"], base), "fused": fused, "effect": min(effects)}
+    return {"plain": distance(predictions["plain"], base), "fused": fused, "effect": min(effects)}

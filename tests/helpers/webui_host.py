@@ -1,7 +1,7 @@
-"""A web UI as far as scripts see it: AUTOMATIC1111 with a model patched in place, Forge with a patcher.
+"""A stand-in of a web UI: AUTOMATIC1111 with a model patched in place, Forge with a patcher.
 
-What they promise to scripts is here: when they are called and with what, how parameters are saved and pasted, and that
-an error in a script is logged and the picture made without it.
+It implements what scripts rely on: when hooks are called and with which arguments, and how parameters are saved and
+pasted. An error in a script is recorded, and the image is generated without it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ T = (900.0, 500.0, 100.0)  # the timesteps of a sampling
 
 
 class Component:
-    """A field of gradio's, or a place to put them."""
+    """A gradio field or layout block."""
 
-    def __init__(self, *args: Any, **told: Any):
-        self.args, self.told, self.click_told = args, told, {}
-        self.value, self.label = told.get("value"), told.get("label")
+    def __init__(self, *args: Any, **options: Any):
+        self.args, self.options, self.click_options = args, options, {}
+        self.value, self.label = options.get("value"), options.get("label")
 
     def __enter__(self) -> Component:
         return self
@@ -32,8 +32,8 @@ class Component:
     def __exit__(self, *error: Any) -> None:
         pass
 
-    def click(self, **told: Any) -> None:
-        self.click_told = told
+    def click(self, **options: Any) -> None:
+        self.click_options = options
 
 
 class Script:
@@ -51,12 +51,12 @@ class AxisOptionTxt2Img(AxisOption):
 
 
 def modules(forge: bool) -> dict[str, Any]:
-    """What the script imports, by name."""
+    """Returns the modules that the script imports, by name."""
     buttons: list[Component] = []
 
     class Button(Component):
-        def __init__(self, *args: Any, **told: Any):
-            super().__init__(*args, **told)
+        def __init__(self, *args: Any, **options: Any):
+            super().__init__(*args, **options)
             buttons.append(self)
 
     kinds = {
@@ -64,26 +64,26 @@ def modules(forge: bool) -> dict[str, Any]:
     }
     gradio = {**kinds, "Button": Button, "buttons": buttons}
     scripts = {"Script": type("Script", (Script,), {}), "AlwaysVisible": object(), "scripts_data": []}
-    made = {
+    contents = {
         "gradio": gradio, "modules": {}, "modules.scripts": scripts,
         "modules.shared": {"loaded_hypernetworks": [], "opts": types.SimpleNamespace(upcast_attn=False)},
-        "modules.ui_components": {"InputAccordion": lambda value, **told: Component(value=value, **told)},
+        "modules.ui_components": {"InputAccordion": lambda value, **options: Component(value=value, **options)},
     }  # fmt: skip
     if forge:
-        made |= {
+        contents |= {
             "backend": {},
             "backend.attention": {"attention_function": lambda q, k, v, heads: attention(q, k, v, heads, None)},
         }
-    found = {}
-    for name, content in made.items():
-        found[name] = types.ModuleType(name)
-        vars(found[name]).update(content)
-    vars(found["modules"]).update(scripts=found["modules.scripts"], shared=found["modules.shared"])
-    return found
+    installed = {}
+    for name, content in contents.items():
+        installed[name] = types.ModuleType(name)
+        vars(installed[name]).update(content)
+    vars(installed["modules"]).update(scripts=installed["modules.scripts"], shared=installed["modules.shared"])
+    return installed
 
 
 class Sampler:
-    """AUTOMATIC1111's: everything that runs the UNet goes through launch_sampling."""
+    """AUTOMATIC1111's sampler: every UNet call goes through launch_sampling."""
 
     def __init__(self) -> None:
         self.model: Any = None
@@ -93,7 +93,7 @@ class Sampler:
 
 
 class Processing:
-    """What a picture is made with."""
+    """The settings of one image."""
 
     def __init__(self, program: Any, **options: Any):
         self.sd_model = program.sd_model
@@ -102,7 +102,7 @@ class Processing:
         self.built_in: dict[bool, float] = {}
         self.extra_generation_params: dict[str, Any] = {}
         self.comments: dict[str, int] = {}
-        self.fails_at: tuple[bool, float] | None = None  # in the second pass?, at which timestep
+        self.fails_at: tuple[bool, float] | None = None  # (in the second pass, at which timestep)
         vars(self).update(options)
 
     def comment(self, text: str) -> None:
@@ -113,11 +113,11 @@ class Processing:
 
 
 class Program:
-    """draw() makes a latent in one or two passes with one script beside."""
+    """Runs one script; draw() generates a latent in one or two passes."""
 
     def __init__(self, unet: Any, forge: bool):
         self.forge = forge
-        self.errors: list[Exception] = []  # that a script has not caught
+        self.errors: list[Exception] = []  # that the script does not catch
         self.model = UNetModel(unet) if forge else UNetModel(unet, PlainBlock)
         self.script: Any = None
         if forge:
@@ -142,7 +142,7 @@ class Program:
             x = self._sample(p, args, tiny.noise(2, 4, 16, 16))
             if p.enable_hr:
                 p.is_hr_pass, p.sampler = True, Sampler()
-                if self.forge:  # which asks once more, before it takes a model of its own for the pass
+                if self.forge:  # Forge calls the hook once more before it selects the pass's model
                     self._call("process_before_every_sampling", p, args, x=x, noise=x, c=None, uc=None)
                 x = self._sample(p, args, torch.nn.functional.interpolate(x, scale_factor=2))
         return x, p
@@ -165,12 +165,12 @@ class Program:
                         y = y - 0.1 * self.model(y, torch.full((len(y),), t), context, None)
             return y
 
-        found: torch.Tensor = run() if self.forge else p.sampler.launch_sampling(len(T), run)
-        return found
+        latent: torch.Tensor = run() if self.forge else p.sampler.launch_sampling(len(T), run)
+        return latent
 
 
 class PipelineProgram:
-    """SD.Next: generates with a diffusers pipeline; what was not interrupted is told to scripts at its end."""
+    """SD.Next: generates with a diffusers pipeline. Scripts get a postprocess call unless it is interrupted."""
 
     def __init__(self, pipe: Any):
         self.sd_model, self.script, self.processed = pipe, None, types.SimpleNamespace()
@@ -201,7 +201,7 @@ class PipelineProgram:
 
 
 def saved(p: Processing) -> str:
-    """The parameters below a picture."""
+    """Returns the parameters saved with an image."""
 
     def quoted(value: Any) -> str:
         return f'"{value}"' if re.search(r"[,:\n]", str(value)) else str(value)
@@ -210,26 +210,26 @@ def saved(p: Processing) -> str:
 
 
 def paste(script: Any, text: str) -> dict[str, Any]:
-    """What the fields are set to by a picture's parameters, by their labels; without those that stay as they are."""
-    found = dict(re.findall(r"(\w[\w \-/]+): ([^,]*)(?:, |$)", text))
-    pasted = {field.label: target(found) for field, target in script.infotext_fields}
+    """Returns the values that an image's parameters set, by field label. Unchanged fields are omitted."""
+    parameters = dict(re.findall(r"(\w[\w \-/]+): ([^,]*)(?:, |$)", text))
+    pasted = {field.label: target(parameters) for field, target in script.infotext_fields}
     return {label: value for label, value in pasted.items() if value is not None}
 
 
 def state(program: Program) -> list[Any]:
-    """All that a patch could be left in: the layers and, in Forge, the patcher that each sampling begins with."""
+    """Returns all state that a patch could change: the layers and, in Forge, the patcher of each sampling."""
     options = program.patcher.model_options if program.forge else None
     return [copy.deepcopy(options), *((name, type(module), sorted(vars(module)), len(module._forward_pre_hooks))
             for name, module in program.model.named_modules())]  # fmt: skip
 
 
 def cell(p: Processing) -> Processing:
-    """A grid's copy of what a picture is made with."""
+    """Returns a grid's copy of the settings of an image."""
     return copy.copy(p)
 
 
 def install(monkeypatch: Any, forge: bool) -> dict[str, Any]:
-    found = modules(forge)
-    for name, module in found.items():
+    installed = modules(forge)
+    for name, module in installed.items():
         monkeypatch.setitem(sys.modules, name, module)
-    return found
+    return installed

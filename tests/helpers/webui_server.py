@@ -1,9 +1,9 @@
-"""Starts a web UI with this repository as an extension, on a CPU, asks it for pictures, and prints what came as JSON.
+"""Starts a web UI with this repository as an extension, on a CPU, requests images and prints the results as JSON.
 
-It is the one whose folder this is run in: AUTOMATIC1111, Forge, Forge Neo or reForge. It needs all that the program
-needs (requirements_versions.txt, its repositories/, the tokenizer that AUTOMATIC1111 loads from the hub's cache). What
-is drawn with is a random model in SD 1.5's layout and size, as no checkpoint can be had. See
-test_hosts_webui_programs.py.
+Run it in the folder of AUTOMATIC1111, Forge, Forge Neo or reForge. It needs the program's requirements
+(requirements_versions.txt, its repositories/, the tokenizer that AUTOMATIC1111 loads from the hub's cache). The
+checkpoint has SD 1.5's layout and size and random weights, as published ones are unavailable offline. See
+tests/hosts/test_webui_programs.py.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 HELPERS = ROOT / "tests" / "helpers"
 PROGRAM = Path.cwd()
-FORGES = (PROGRAM / "modules_forge").exists()  # and reForge's
+IS_FORGE = (PROGRAM / "modules_forge").exists()  # Forge or reForge
 NEO = (PROGRAM / "modules_forge" / "packages").exists()
 ARGUMENTS = ["--skip-prepare-environment", "--skip-torch-cuda-test", "--no-hashing", "--api",
              *([] if NEO else ["--no-download-sd-model"]),
-             *(["--cpu", "--force-fp32"] if NEO else ["--always-cpu", "--all-in-fp32"] if FORGES else
+             *(["--cpu", "--force-fp32"] if NEO else ["--always-cpu", "--all-in-fp32"] if IS_FORGE else
                ["--use-cpu", "all", "--no-half", "--precision", "full", "--do-not-download-clip"])]  # fmt: skip
 START = ["launch.py"]
 if NEO:  # it imports torchvision, which may not fit a torch for CPUs
     START = ["-c", "import comfyui_torchvision, runpy; runpy.run_path('launch.py', run_name='__main__')"]
-PICTURE = {"prompt": "a torus", "seed": 1, "steps": 2, "width": 128, "height": 128, "sampler_name": "Euler"}
+IMAGE = {"prompt": "a torus", "seed": 1, "steps": 2, "width": 128, "height": 128, "sampler_name": "Euler"}
 FAITHFUL = {"early": "mean", "late": "mean", "proportional": True, "window": 8}
 
 
 class Server:
-    """The program, until the end of the block; its folder of settings, models and extensions is a new one."""
+    """Runs the program inside the block, with a new folder of settings, models and extensions."""
 
     def __enter__(self) -> Server:
         self.folder = tempfile.TemporaryDirectory()
@@ -51,10 +51,10 @@ class Server:
         (home / "extensions").mkdir()
         (home / "extensions" / "tofu_sd").symlink_to(ROOT)
         (home / "models" / "Stable-diffusion").mkdir(parents=True)
-        settings = {"live_previews_enable": False}  # they need a net of their own
-        if NEO:  # which asks whoever has settings of an earlier version to install it anew
-            told = re.search(r'VERSION_UID\b.*= "(\w+)"', (PROGRAM / "modules" / "launch_utils.py").read_text())
-            settings |= {"VERSION_UID": told[1]} if told else {}
+        settings = {"live_previews_enable": False}  # previews need a model of their own
+        if NEO:  # Forge Neo rejects settings of an earlier version
+            version = re.search(r'VERSION_UID\b.*= "(\w+)"', (PROGRAM / "modules" / "launch_utils.py").read_text())
+            settings |= {"VERSION_UID": version[1]} if version else {}
         (home / "config.json").write_text(json.dumps(settings))
         saved = {f"customscript/tofu_sd_webui.py/{tab}/Hires ratio/value": 0.25 for tab in ("txt2img", "img2img")}
         (home / "ui-config.json").write_text(json.dumps(saved))  # as Settings, Defaults writes it
@@ -81,11 +81,11 @@ class Server:
             except (urllib.error.URLError, ConnectionError):
                 continue
             if NEO and "Startup time" not in self.log.read_text():
-                continue  # it answers before it knows what its scripts ask for
+                continue  # the API answers before the scripts are loaded
             return self
-        said = self.log.read_text()[-3000:]
+        log = self.log.read_text()[-3000:]
         self.__exit__()
-        raise RuntimeError(said)
+        raise RuntimeError(log)
 
     def __exit__(self, *error: object) -> None:
         self.process.kill()
@@ -106,43 +106,45 @@ class Server:
             raise RuntimeError(error.read().decode()) from None
 
     def stop(self, at: int, **more: object) -> int:
-        """Begins a picture, interrupts it at a step, and gives the step that it had come to."""
-        with ThreadPoolExecutor(1) as beside:
-            begun = beside.submit(self.draw, steps=50, **more)
+        """Starts an image, interrupts it at a step, and returns the step it had reached."""
+        with ThreadPoolExecutor(1) as executor:
+            request = executor.submit(self.generate, steps=50, **more)
             while (step := self.call("/sdapi/v1/progress")["state"]["sampling_step"]) < at:
-                assert not begun.done()
+                assert not request.done()
                 time.sleep(0.1)
             self.call("/sdapi/v1/interrupt", {})
-            begun.result()
+            request.result()
         return step
 
-    def draw(self, args: list | None = None, kind: str = "txt2img", beside: dict | None = None, **more: object) -> dict:
-        """The pictures, the parameters of the first, and what the log said. beside: the arguments of other scripts."""
+    def generate(
+        self, args: list | None = None, kind: str = "txt2img", beside: dict | None = None, **more: object
+    ) -> dict:
+        """Returns hashes of the images, the parameters of the first, log lines. beside: other scripts' arguments."""
         before = len(self.log.read_text())
-        body = {**PICTURE, "override_settings": {"token_merging_ratio": 0.0}, **more}
-        body["alwayson_scripts"] = {name: {"args": told} for name, told in (beside or {}).items()}
+        body = {**IMAGE, "override_settings": {"token_merging_ratio": 0.0}, **more}
+        body["alwayson_scripts"] = {name: {"args": arguments} for name, arguments in (beside or {}).items()}
         if args is not None:
             body["alwayson_scripts"]["token fusion (tofu)"] = {"args": args}
         answer = self.call(f"/sdapi/v1/{kind}", body)
         saved = json.loads(answer["info"])["infotexts"][0].partition("Steps: ")[2]
-        said = [line for line in self.log.read_text()[before:].splitlines() if "transformer blocks" in line
+        log = [line for line in self.log.read_text()[before:].splitlines() if "transformer blocks" in line
                 or "Token Fusion" in line]  # fmt: skip
-        return {"pictures": [pixels(image) for image in answer["images"]], "saved": saved, "said": said}
+        return {"hashes": [pixels(image) for image in answer["images"]], "saved": saved, "log": log}
 
 
 def pixels(image: str) -> str:
-    """A picture's, without what is saved beside them."""
+    """Returns a hash of an image's pixels, without its metadata."""
     return hashlib.sha256(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB").tobytes()).hexdigest()
 
 
-def start() -> str:
-    """A picture to begin with."""
+def input_image() -> str:
+    """Returns an input image for img2img."""
     content = io.BytesIO()
     Image.radial_gradient("L").resize((128, 128)).convert("RGB").save(content, "png")
     return base64.b64encode(content.getvalue()).decode()
 
 
-def look() -> dict:
+def run_checks() -> dict:
     with Server() as server:
         scripts = server.call("/sdapi/v1/script-info")
         ours = next(script for script in scripts if script["name"] == "token fusion (tofu)")
@@ -152,47 +154,47 @@ def look() -> dict:
         hires = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "Latent", "denoising_strength": 0.5}
         if not server.call("/sdapi/v1/latent-upscale-modes"):  # Forge Neo has none
             hires["hr_upscaler"] = "None"
-        if (PROGRAM / "backend").exists():  # Forge asks which text encoder
+        if (PROGRAM / "backend").exists():  # Forge needs a text encoder here
             hires["hr_additional_modules"] = ["Use same choices"]
         x, nothing = [axes.index("[ToFu] Ratio"), "0,0.5", []], [axes.index("Nothing"), "", []]
         wanted = {"Draw legend": False, "Include Sub Images": True}
         rest = [wanted.get(arg["label"], arg["value"]) for arg in grid["args"][9:]]
-        drawn = {
-            "off": server.draw(),
-            "off again": server.draw([False]),
-            "on": server.draw([True]),
-            "by name": server.draw([FAITHFUL]),
-            "by place": server.draw(faithful),
-            "ratio 0": server.draw([{"ratio": 0}]),
-            "hires": server.draw([{**FAITHFUL, "hires_ratio": 0.25}], **hires),
-            "out of range": server.draw([{"ratio": 0.9}]),
-            "built-in": server.draw([{}], override_settings={"token_merging_ratio": 0.3}),
-            "built-in alone": server.draw(override_settings={"token_merging_ratio": 0.3}),
-            "img2img off": server.draw(kind="img2img", init_images=[start()]),
-            "img2img": server.draw([True], "img2img", init_images=[start()]),
-            "odd off": server.draw(width=136, height=120),
-            "odd": server.draw([True], width=136, height=120),
-            "grid": server.draw(script_name="x/y/z plot", script_args=[*x, *nothing, *nothing, *rest]),
+        images = {
+            "off": server.generate(),
+            "off again": server.generate([False]),
+            "on": server.generate([True]),
+            "by name": server.generate([FAITHFUL]),
+            "by place": server.generate(faithful),
+            "ratio 0": server.generate([{"ratio": 0}]),
+            "hires": server.generate([{**FAITHFUL, "hires_ratio": 0.25}], **hires),
+            "out of range": server.generate([{"ratio": 0.9}]),
+            "built-in": server.generate([{}], override_settings={"token_merging_ratio": 0.3}),
+            "built-in alone": server.generate(override_settings={"token_merging_ratio": 0.3}),
+            "img2img off": server.generate(kind="img2img", init_images=[input_image()]),
+            "img2img": server.generate([True], "img2img", init_images=[input_image()]),
+            "odd off": server.generate(width=136, height=120),
+            "odd": server.generate([True], width=136, height=120),
+            "grid": server.generate(script_name="x/y/z plot", script_args=[*x, *nothing, *nothing, *rest]),
         }  # fmt: skip
         stopped = server.stop(2, args=[True])
-        drawn["off at last"] = server.draw()
+        images["off at last"] = server.generate()
         tiled = {}
         if "hypertile_enable_unet" in server.call("/sdapi/v1/options"):  # AUTOMATIC1111's
             tiling = {"hypertile_enable_unet": True, "hypertile_max_tile_unet": 128}
             tiled = {"override_settings": {"token_merging_ratio": 0.0, **tiling}}
         elif "hypertile integrated" in [script["name"] for script in scripts]:  # reForge's
             tiled = {"beside": {"hypertile integrated": [True, 64, 1, 0, False]}}
-        if tiled:  # last, as AUTOMATIC1111's own does not give the layers back
+        if tiled:  # last, as AUTOMATIC1111's HyperTile does not restore the layers
             large = {"width": 256, "height": 256}  # no tile is smaller than 128 pixels
-            drawn["untiled"] = server.draw(**large)
-            drawn["tiled alone"] = server.draw(**tiled, **large)
-            drawn["tiled"] = server.draw([True], **tiled, **large)
+            images["untiled"] = server.generate(**large)
+            images["tiled alone"] = server.generate(**tiled, **large)
+            images["tiled"] = server.generate([True], **tiled, **large)
         fields = [part["props"] for part in server.call("/config")["components"]]
         return {
-            "arguments": [arg["label"] for arg in ours["args"]], "axes": axes, "drawn": drawn, "stopped at": stopped,
+            "arguments": [arg["label"] for arg in ours["args"]], "axes": axes, "images": images, "stopped at": stopped,
             "saved default": [field["value"] for field in fields if field.get("label") == "Hires ratio"],
         }  # fmt: skip
 
 
 if __name__ == "__main__":
-    print(json.dumps(look()))
+    print(json.dumps(run_checks()))

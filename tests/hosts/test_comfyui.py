@@ -1,7 +1,7 @@
-"""The ComfyUI nodes, in a stand-in of the program and, where there is a checkout of it, in the program itself.
+"""The ComfyUI nodes in a stand-in of ComfyUI and, if COMFYUI names a checkout, in ComfyUI itself.
 
-COMFYUI=/folder/of/ComfyUI pytest tests/hosts/test_comfyui.py runs the second kind, by COMFYUI_PYTHON if its packages
-are another environment's. (A folder called comfy would hide the program's package.)
+COMFYUI=/folder/of/ComfyUI pytest tests/hosts/test_comfyui.py runs both. COMFYUI_PYTHON names the interpreter if
+ComfyUI's packages are in another environment. (A folder called comfy would hide the program's package.)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODULE = "tofu_sd.hosts.comfyui"
 
 
 class Fields:
-    """Whatever it is made with, as attributes."""
+    """Stores its arguments as attributes."""
 
     def __init__(self, *values, **fields):
         self.values = values
@@ -46,8 +46,8 @@ class Input(Fields):
         super().__init__(name, name=name, **fields)
 
 
-def newer_interface():
-    """What of ComfyUI's V3 interface the nodes use."""
+def v3_interface():
+    """Returns the part of ComfyUI's V3 interface that the nodes use."""
     io = types.SimpleNamespace(ComfyNode=object, NodeOutput=Fields)
     io.Schema = type("Schema", (Fields,), {"__annotations__": {"search_aliases": list}})
     for kind in ("Combo", "Boolean", "Int", "Float", "String", "Model", "Conditioning", "Latent", "Image"):
@@ -63,7 +63,7 @@ class Model(Patcher):
 
 @pytest.fixture
 def comfy(monkeypatch):
-    """The modules of ComfyUI that the nodes use; `comfy("V1")` imports the nodes anew under that interface."""
+    """Installs the ComfyUI modules that the nodes use. `comfy("V1")` imports the nodes again under that interface."""
 
     def own(q, k, v, heads, attn_precision=None, transformer_options=None):
         override = (transformer_options or {}).get("optimized_attention_override")
@@ -93,7 +93,7 @@ def comfy(monkeypatch):
     def nodes(interface):
         if interface == "V3":
             monkeypatch.setitem(sys.modules, "comfy_api", types.ModuleType("comfy_api"))
-            monkeypatch.setitem(sys.modules, "comfy_api.latest", newer_interface())
+            monkeypatch.setitem(sys.modules, "comfy_api.latest", v3_interface())
         else:
             monkeypatch.setitem(sys.modules, "comfy_api.latest", None)
         monkeypatch.delitem(sys.modules, MODULE, raising=False)
@@ -113,8 +113,8 @@ def predict(model):
     return model.predict(inputs["sample"], 500, inputs["encoder_hidden_states"])
 
 
-def both(nodes, interface):
-    """(fuse, show) as the program calls the two nodes, giving what they give."""
+def node_functions(nodes, interface):
+    """Returns (patch, show): functions that call the two nodes as the program does and return their results."""
     if interface == "V3":
         extension = asyncio.run(nodes.comfy_entrypoint())
         first, second = asyncio.run(extension.get_node_list())
@@ -124,79 +124,79 @@ def both(nodes, interface):
 
 
 @pytest.mark.parametrize("interface", ["V1", "V3"])
-def test_the_nodes_patch_a_copy_and_show_its_maps(comfy, model, interface):
-    fuse, show = both(comfy(interface), interface)
+def test_nodes_patch_a_clone_and_show_its_merge_maps(comfy, model, interface):
+    patch, show = node_functions(comfy(interface), interface)
     before = predict(model)
-    patched = fuse(model, ratio=0.5, early="mean", late="mean", proportional=True)
+    patched = patch(model, ratio=0.5, early="mean", late="mean", proportional=True)
     assert (predict(patched) - before).abs().max() > 1e-3
     assert torch.equal(predict(model), before)
     context = tiny.inputs(model.model.diffusion_model.unet)["encoder_hidden_states"][:1]
-    pictures, names = show(patched, context, {"samples": torch.zeros(2, 4, 16, 12)})
-    assert pictures.shape == (5, 128, 96, 3)
-    assert 0 <= pictures.min() < pictures.max() <= 1
-    assert torch.equal(pictures, show(patched, context, {"samples": torch.zeros(2, 4, 16, 12)})[0])
+    images, names = show(patched, context, {"samples": torch.zeros(2, 4, 16, 12)})
+    assert images.shape == (5, 128, 96, 3)
+    assert 0 <= images.min() < images.max() <= 1
+    assert torch.equal(images, show(patched, context, {"samples": torch.zeros(2, 4, 16, 12)})[0])
     assert names.splitlines()[0] == "1: input 1.0"
     assert names.splitlines()[4] == "5: output 11.0"
 
 
-def test_the_same_is_asked_under_both_interfaces(comfy):
+def test_v1_and_v3_interfaces_declare_the_same_inputs(comfy):
     older = comfy("V1")
-    asked = older.TokenFusionNode.INPUT_TYPES()["optional"]
+    fields = older.TokenFusionNode.INPUT_TYPES()["optional"]
     newer = comfy("V3")
     inputs = newer.TokenFusionNode.define_schema().inputs[1:]
-    assert [i.name for i in inputs] == list(asked)
+    assert [i.name for i in inputs] == list(fields)
     kinds = {"Combo": list, "Boolean": "BOOLEAN", "Int": "INT", "Float": "FLOAT"}
     for one in inputs:
-        kind, told = asked[one.name]
+        kind, options = fields[one.name]
         assert kinds[type(one).__name__] in (kind, type(kind))
-        assert (one.default, one.tooltip, one.optional) == (told["default"], told["tooltip"], True)
-        assert getattr(one, "max", None) == told.get("max")
-        assert getattr(one, "extra_dict", {}).get("advanced") == told.get("advanced")
+        assert (one.default, one.tooltip, one.optional) == (options["default"], options["tooltip"], True)
+        assert getattr(one, "max", None) == options.get("max")
+        assert getattr(one, "extra_dict", {}).get("advanced") == options.get("advanced")
     schemas = [newer.TokenFusionNode.define_schema(), newer.TokenFusionMapNode.define_schema()]
     for schema, node in zip(schemas, (older.TokenFusionNode, older.TokenFusionMapNode), strict=True):
         assert (schema.category, schema.search_aliases) == (node.CATEGORY, node.SEARCH_ALIASES)
         assert node.CATEGORY == "model/patch/unet"
         assert {"tome", "token merging", "speed"} <= set(node.SEARCH_ALIASES)
-    assert not {"seed", "noise_seed"} & set(asked)  # the program would put a widget of its own beside them
+    assert not {"seed", "noise_seed"} & set(fields)  # ComfyUI would add a widget of its own to such a name
 
 
-def test_what_nobody_changes_is_the_default_of_the_package(comfy, model):
+def test_default_inputs_equal_the_package_defaults(comfy, model):
     nodes = comfy("V1")
-    asked = nodes.TokenFusionNode.INPUT_TYPES()["optional"]
-    untouched = nodes.patch_with_preset(model, **{name: told["default"] for name, (_, told) in asked.items()})
+    fields = nodes.TokenFusionNode.INPUT_TYPES()["optional"]
+    untouched = nodes.patch_with_preset(model, **{name: options["default"] for name, (_, options) in fields.items()})
     assert patches_of(untouched).config == patches_of(nodes.patch_with_preset(model)).config == TokenFusionConfig()
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"ratio": 0.9}, "ratio is 0.9; it must be a number from 0 to 0.75"),
         ({"start_percent": 0.8, "end_percent": 0.2}, "start must come before end"),
         ({"early": "average"}, "unknown reduction 'average'"),
     ],
 )
-def test_bad_input_is_told_in_words_and_patches_nothing(comfy, model, options, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_input_raises_and_patches_nothing(comfy, model, options, message):
+    with pytest.raises(ValueError, match=message):
         comfy("V1").patch_with_preset(model, **options)
     assert model.model_options == {"transformer_options": {}}
 
 
-def test_a_person_meets_a_preset_and_a_ratio_first(comfy):
-    asked = comfy("V1").TokenFusionNode.INPUT_TYPES()["optional"]
-    assert [name for name, (_, told) in asked.items() if not told.get("advanced")] == ["preset", "ratio"]
-    assert next(iter(asked)) == "preset"
-    assert asked["preset"][0] == ["tofu", "tofu-fast", "faithful", "tome", "custom"]
+def test_only_preset_and_ratio_are_not_advanced_inputs(comfy):
+    fields = comfy("V1").TokenFusionNode.INPUT_TYPES()["optional"]
+    assert [name for name, (_, options) in fields.items() if not options.get("advanced")] == ["preset", "ratio"]
+    assert next(iter(fields)) == "preset"
+    assert fields["preset"][0] == ["tofu", "tofu-fast", "faithful", "tome", "custom"]
 
 
 @pytest.mark.parametrize("name", ["tofu", "tofu-fast", "faithful", "tome"])
-def test_a_preset_is_the_recipe_of_its_name_at_any_ratio(comfy, model, name, caplog):
+def test_preset_equals_its_recipe_at_any_ratio(comfy, model, name, caplog):
     nodes = comfy("V1")
     fusion = patches_of(nodes.patch_with_preset(model, preset=name, ratio=0.25, levels=2, start_percent=0.2)).config
     assert fusion == TokenFusionConfig.of(RECIPES[name], ratio=0.25, levels=2, start=0.2)
     assert not caplog.text
 
 
-def test_an_input_that_does_not_count_is_named_in_the_log(comfy, model, caplog):
+def test_log_names_inputs_that_a_preset_ignores(comfy, model, caplog):
     nodes = comfy("V1")
     fusion = patches_of(nodes.patch_with_preset(model, preset="tofu", window=4, early="mean", late="mlerp")).config
     assert fusion == TokenFusionConfig()
@@ -205,32 +205,47 @@ def test_an_input_that_does_not_count_is_named_in_the_log(comfy, model, caplog):
     assert "early, late, depth_split, proportional, kv_only, window; their inputs are used only with custom" in tooltip
 
 
-def test_an_unknown_preset_is_refused_by_name(comfy, model):
+def test_unknown_preset_raises_with_a_suggestion(comfy, model):
     with pytest.raises(ValueError, match=r"unknown preset 'faithfull' \(did you mean 'faithful'\?\); known: tofu,"):
         comfy("V1").patch_with_preset(model, preset="faithfull")
 
 
-OLDER = [0.5, "mean", "mean", -1, True, False, 1, 0.0, 1.0, -1, 8, 1, False, 0]  # as the screen saved them
+VALUES_BEFORE_PRESETS = [
+    0.5,
+    "mean",
+    "mean",
+    -1,
+    True,
+    False,
+    1,
+    0.0,
+    1.0,
+    -1,
+    8,
+    1,
+    False,
+    0,
+]  # as the screen saved them
 
 
-def test_a_workflow_from_before_there_were_presets_gives_the_same(comfy, model):
+def test_workflow_saved_before_presets_keeps_its_config(comfy, model):
     nodes = comfy("V1")
     names = list(nodes.TokenFusionNode.INPUT_TYPES()["optional"])
-    before = dict(zip(names[1:], OLDER, strict=True))
+    before = dict(zip(names[1:], VALUES_BEFORE_PRESETS, strict=True))
     assert patches_of(nodes.patch_with_preset(model, **before)).config == RECIPES["faithful"]
     assert patches_of(nodes.patch_with_preset(model, ratio=0.25)).config == TokenFusionConfig(0.25)
     assert patches_of(nodes.patch_with_preset(model, preset="custom", **before)).config == RECIPES["faithful"]
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
-def test_the_screen_reads_such_a_workflow(tmp_path):
-    """Where values are stored by their order alone."""
+def test_web_extension_converts_workflow_saved_before_presets(tmp_path):
+    """Workflows store the values of widgets by order only."""
     code = (ROOT / "web" / "token_fusion.js").read_text().replace('import { app } from "../../scripts/app.js";', "")
     code = "const app = { registerExtension() {} };" + code
     (tmp_path / "fusion.mjs").write_text(code)
-    node = {"type": "TokenFusion", "widgets_values": OLDER}
+    node = {"type": "TokenFusion", "widgets_values": VALUES_BEFORE_PRESETS}
     graph = {
-        "nodes": [node, {"type": "Note", "widgets_values": OLDER}],
+        "nodes": [node, {"type": "Note", "widgets_values": VALUES_BEFORE_PRESETS}],
         "definitions": {"subgraphs": [{"nodes": [node]}]},
     }
     (tmp_path / "run.mjs").write_text(
@@ -240,29 +255,31 @@ def test_the_screen_reads_such_a_workflow(tmp_path):
     done = subprocess.run(["node", "run.mjs"], cwd=tmp_path, capture_output=True, text=True, check=True)
     read = json.loads(done.stdout)
     ours = [read["nodes"][0], read["definitions"]["subgraphs"][0]["nodes"][0]]
-    assert all(node["widgets_values"] == ["custom", *OLDER] for node in ours)
-    assert read["nodes"][1]["widgets_values"] == OLDER
+    assert all(node["widgets_values"] == ["custom", *VALUES_BEFORE_PRESETS] for node in ours)
+    assert read["nodes"][1]["widgets_values"] == VALUES_BEFORE_PRESETS
 
 
-def test_the_example_sets_what_the_node_asks_for_and_no_node_covers_another(comfy):
-    """Where the program looks for it; a row is up to 36 pixels high there, and a title 40."""
+def test_example_workflow_has_valid_values_and_no_overlapping_nodes(comfy):
+    """In ComfyUI's folder for examples. A row is up to 36 pixels high, a title 40."""
     workflow = json.loads((ROOT / "example_workflows" / "token-fusion.json").read_text())
-    asked = comfy("V1").TokenFusionNode.INPUT_TYPES()["optional"]
+    fields = comfy("V1").TokenFusionNode.INPUT_TYPES()["optional"]
     [ours] = [node for node in workflow["nodes"] if node["type"] == "TokenFusion"]
-    for (name, (kind, told)), value in zip(asked.items(), ours["widgets_values"], strict=True):
-        assert value in kind if isinstance(kind, list) else told.get("min", 0) <= value <= told.get("max", 1), name
+    for (name, (kind, options)), value in zip(fields.items(), ours["widgets_values"], strict=True):
+        assert value in kind if isinstance(kind, list) else options.get("min", 0) <= value <= options.get("max", 1), (
+            name
+        )
     boxes = {}
     for node in workflow["nodes"]:
         rows = max(len(node.get("inputs", ())), len(node.get("outputs", ()))) + len(node.get("widgets_values", ()))
         if node["type"] == "TokenFusion":
-            rows = 4  # the others are hidden until they are asked for
+            rows = 4  # the advanced inputs are hidden by default
         (x, y), (w, h) = node["pos"], node["size"]
         boxes[node["id"]] = (x, y, x + w, y + max(h, 40 + 36 * rows))
     for a, b in itertools.combinations(boxes.values(), 2):
         assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
 
 
-def test_a_map_of_a_model_whose_blocks_another_node_has_says_so(comfy, model):
+def test_map_node_reports_blocks_changed_by_another_node(comfy, model):
     nodes, context = comfy("V1"), torch.zeros(1, 7, 16)
     patched = nodes.patch_with_preset(model)
     patched.set_model_attn1_patch(lambda q, k, v, options: (q, k[:, ::2], v[:, ::2]))
@@ -270,8 +287,8 @@ def test_a_map_of_a_model_whose_blocks_another_node_has_says_so(comfy, model):
         nodes.show(patched, context, {"samples": torch.zeros(1, 4, 16, 16)})
 
 
-def test_attention_that_another_node_overrides_runs_where_nothing_is_merged(comfy, model):
-    """The weighted blocks take the place of the program's attention, and hand on what they do not merge."""
+def test_attention_override_runs_only_where_nothing_is_merged(comfy, model):
+    """Proportional attention replaces ComfyUI's attention in merged blocks. Unmerged calls go to the override."""
     nodes, sizes = comfy("V1"), []
     inputs = tiny.inputs(model.model.diffusion_model.unet)
 
@@ -280,8 +297,8 @@ def test_attention_that_another_node_overrides_runs_where_nothing_is_merged(comf
         return function(q, k, v, heads, None)
 
     patched = nodes.patch_with_preset(model, preset="faithful", min_tokens=64, start_percent=0.6)
-    told = patched.model_options["transformer_options"]
-    told["optimized_attention_override"] = override
+    transformer_options = patched.model_options["transformer_options"]
+    transformer_options["optimized_attention_override"] = override
     patched.predict(inputs["sample"], 500, inputs["encoder_hidden_states"])
     assert sizes.count(256) == 5
     sizes.clear()
@@ -289,14 +306,14 @@ def test_attention_that_another_node_overrides_runs_where_nothing_is_merged(comf
     assert not sizes
 
 
-def test_the_log_does_not_name_a_size(comfy, model, monkeypatch):
-    nodes, said = comfy("V1"), []
-    monkeypatch.setattr(nodes.logger, "info", said.append)
+def test_log_message_names_no_map_size(comfy, model, monkeypatch):
+    nodes, messages = comfy("V1"), []
+    monkeypatch.setattr(nodes.logger, "info", messages.append)
     nodes.patch_with_preset(model, ratio=0.25)
-    assert said == ["UNetModel: tofu-r25 on 5 of 16 transformer blocks"]
+    assert messages == ["UNetModel: tofu-r25 on 5 of 16 transformer blocks"]
 
 
-def test_a_model_that_fuses_nothing_has_no_maps(comfy, model):
+def test_map_node_rejects_a_model_that_merges_nothing(comfy, model):
     nodes, context = comfy("V1"), torch.zeros(1, 7, 16)
     with pytest.raises(ValueError, match="this model merges no tokens: put Token Fusion"):
         nodes.show(model, context, {"samples": torch.zeros(1, 4, 16, 16)})
@@ -306,8 +323,8 @@ def test_a_model_that_fuses_nothing_has_no_maps(comfy, model):
 
 
 @pytest.mark.parametrize("interface", ["V1", "V3"])
-def test_the_folder_is_loaded_as_the_program_loads_it(comfy, monkeypatch, interface):
-    """Under a name made of its path, with one of the two interfaces; tofu_sd stays one package."""
+def test_comfyui_loads_the_repository_as_a_custom_node(comfy, monkeypatch, interface):
+    """ComfyUI imports the folder under its path, with one of the two interfaces. tofu_sd is not imported twice."""
     before = sys.modules["tofu_sd"]
     comfy(interface)
     spec = importlib.util.spec_from_file_location("/custom_nodes/tofu", ROOT / "__init__.py")
@@ -320,8 +337,8 @@ def test_the_folder_is_loaded_as_the_program_loads_it(comfy, monkeypatch, interf
     assert sys.modules["tofu_sd"] is before
 
 
-def test_the_folder_is_nothing_to_who_else_comes_by(monkeypatch):
-    """As pytest does, which takes it for a package that the tests are in."""
+def test_repository_init_exports_no_nodes_outside_comfyui(monkeypatch):
+    """pytest imports the file too: it treats the repository as a package."""
     monkeypatch.delitem(sys.modules, "comfy", raising=False)
     spec = importlib.util.spec_from_file_location("rootfolder", ROOT / "__init__.py")
     module = importlib.util.module_from_spec(spec)
@@ -340,8 +357,8 @@ def test_the_folder_is_nothing_to_who_else_comes_by(monkeypatch):
         "import tofu_sd, importlib; importlib.reload(tofu_sd)",
     ],
 )
-def test_the_package_is_imported_in_the_folder_above_a_clone_of_its_name(tmp_path, code):
-    """Where Python finds this folder's own file first, in a script as at the prompt."""
+def test_package_imports_from_the_parent_folder_of_its_clone(tmp_path, code):
+    """There Python finds the `__init__.py` of the clone before the package."""
     (tmp_path / "tofu_sd").symlink_to(ROOT)
     look = f"{code}; import tofu_sd; print(callable(tofu_sd.apply_patch), tofu_sd.__file__)"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -356,99 +373,99 @@ def test_the_package_is_imported_in_the_folder_above_a_clone_of_its_name(tmp_pat
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
+def results(tmp_path_factory):
     return run_in_comfyui("comfyui_run.py", tmp_path_factory.mktemp("comfyui"))
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def server_results(tmp_path_factory):
     return run_in_comfyui("comfyui_server.py", tmp_path_factory.mktemp("server"), str(PROGRAM))
 
 
 @pytest.mark.parametrize(("kind", "blocks"), [("sd15", "5 of 16"), ("sdxl", "10 of 70")])
-def test_in_comfyui_the_blocks_of_the_highest_resolution_are_fused(said, kind, blocks):
-    assert f"on {blocks} transformer blocks" in said[kind]["headline"]
-    assert said[kind]["changed"] > 1e-4
+def test_comfyui_merges_blocks_of_the_highest_resolution(results, kind, blocks):
+    assert f"on {blocks} transformer blocks" in results[kind]["headline"]
+    assert results[kind]["changed"] > 1e-4
 
 
-LAWS = [
-    "ratio 0 is bit-equal", "the model beside it is bit-equal", "two clones at once", "the same seed", "the window",
-    "nobody else's dice", "odd latents run", "interrupted it is the same again", "HyperTile before it",
-    "HyperTile after it", "HyperTile on other blocks", "Deep Shrink beside it",
-    "beside the built-in merging tokens are not merged twice", "PAG acts beside four levels",
-    "SAG acts beside four levels", "the window is that of the sampling",
+CHECKS = [
+    "ratio 0 is bit-equal", "the unpatched model is bit-equal", "two clones at once", "the same seed", "the window",
+    "the global generator is unchanged", "odd latents run", "the same image after an interrupt", "HyperTile before it",
+    "HyperTile after it", "HyperTile on other blocks", "with Deep Shrink",
+    "with the built-in merging tokens are merged once", "PAG acts with four levels",
+    "SAG acts with four levels", "the window is that of the sampling",
 ]  # fmt: skip
 COMPILED = ["plain then half then plain", "half then most then half", "weighted then half then weighted",
             "half then plain"]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
-@pytest.mark.parametrize("law", LAWS)
-def test_in_comfyui_the_laws_hold(said, kind, law):
-    assert said[kind]["laws"][law] is True
+@pytest.mark.parametrize("check", CHECKS)
+def test_comfyui_checks_pass(results, kind, check):
+    assert results[kind]["checks"][check] is True
 
 
 @pytest.mark.parametrize("order", COMPILED)
-def test_in_comfyui_a_compiled_model_gives_the_image_of_its_settings(said, order):
-    assert said["sd15"]["laws"][f"compiled, {order}"] is True
+def test_comfyui_compiled_model_follows_its_config(results, order):
+    assert results["sd15"]["checks"][f"compiled, {order}"] is True
 
 
 @pytest.mark.parametrize("model", ["sd15", "sdxl", "embedded"])
-def test_in_comfyui_is_drawn_what_diffusers_draws(said, model):
-    """The same weights, latent and words, one call of the model; both compare normed tokens."""
-    found = said["embedded"] if model == "embedded" else said[model]["diffusers"]
-    assert found["plain"] < 1e-4
-    for method, distance in found["fused"].items():
+def test_comfyui_prediction_matches_diffusers(results, model):
+    """One call of the model with the same weights, latent and prompt. Both match on normed tokens."""
+    distances = results["embedded"] if model == "embedded" else results[model]["diffusers"]
+    assert distances["plain"] < 1e-4
+    for method, distance in distances["fused"].items():
         assert distance < 1e-4, method
-    assert found["effect"] > 1e-2
+    assert distances["effect"] > 1e-2
 
 
-def test_comfyuis_diffusion_transformers_are_refused_in_words(said):
-    assert said["flux"]["said"].startswith("no eligible block in Flux: looked in input_blocks")
-    assert said["flux"]["left as it was"] is True
+def test_comfyui_rejects_diffusion_transformers(results):
+    assert results["flux"]["message"].startswith("no eligible block in Flux: looked in input_blocks")
+    assert results["flux"]["unchanged"] is True
 
 
-def test_the_server_runs_the_example_workflow(served):
-    """The repository as it is in custom_nodes/, the workflow file as it is but for its checkpoint, size and steps."""
-    assert served["nodes"] == ["TokenFusion", "TokenFusionMap"]
-    assert served["example"]["status"] == "success"
-    assert len(served["example"]["outputs"]["10"]["images"]) == 5  # a map for each fused block
-    assert "mean-r50-w8+p on 5 of 16 transformer blocks" in served["log"][0]
-    assert served["plain"]["status"] == "success"
+def test_server_runs_the_example_workflow(server_results):
+    """The repository lies in custom_nodes/. Only the workflow's checkpoint, size and steps are changed."""
+    assert server_results["nodes"] == ["TokenFusion", "TokenFusionMap"]
+    assert server_results["example"]["status"] == "success"
+    assert len(server_results["example"]["outputs"]["10"]["images"]) == 5  # a map for each merged block
+    assert "mean-r50-w8+p on 5 of 16 transformer blocks" in server_results["log"][0]
+    assert server_results["plain"]["status"] == "success"
 
 
-def test_the_server_runs_a_workflow_that_lacks_newer_inputs(served):
-    assert served["older"]["status"] == "success"
-    assert "tofu-r50 on 5 of 16 transformer blocks" in served["log"][1]
+def test_server_runs_a_workflow_without_newer_inputs(server_results):
+    assert server_results["older"]["status"] == "success"
+    assert "tofu-r50 on 5 of 16 transformer blocks" in server_results["log"][1]
 
 
-def test_the_server_tells_what_is_wrong_in_words(served):
-    [error] = served["wrong"]["refused"]["node_errors"]["2"]["errors"]
+def test_server_reports_errors(server_results):
+    [error] = server_results["wrong"]["refused"]["node_errors"]["2"]["errors"]
     assert error["message"] == "Value 0.9 bigger than max of 0.75"
-    assert served["unfused"]["error"].startswith("this model merges no tokens: put Token Fusion (ToFu) before")
-    assert served["flux"]["error"].startswith("no eligible block in Flux")
+    assert server_results["unfused"]["error"].startswith("this model merges no tokens: put Token Fusion (ToFu) before")
+    assert server_results["flux"]["error"].startswith("no eligible block in Flux")
 
 
-def test_the_server_shows_the_node_beside_its_own_patches(served):
-    assert served["about"]["display_name"] == "Token Fusion (ToFu)"
-    assert served["about"]["category"] == "model/patch/unet"
-    inputs = served["about"]["input"]["optional"]
+def test_server_lists_the_node_with_the_built_in_unet_patches(server_results):
+    assert server_results["about"]["display_name"] == "Token Fusion (ToFu)"
+    assert server_results["about"]["category"] == "model/patch/unet"
+    inputs = server_results["about"]["input"]["optional"]
     assert inputs["ratio"][1]["max"] == 0.75
-    assert all(told["tooltip"] for _, told in inputs.values())
+    assert all(options["tooltip"] for _, options in inputs.values())
 
 
-def test_the_server_draws_the_same_after_a_picture_that_was_interrupted(served):
-    """And what is drawn without the node is not touched by what was drawn with it."""
-    assert served["stopped"]["status"] == "error"  # which is what the program calls it
-    assert served["stopped"]["interrupted"] is True
-    assert served["before"] == served["after"]
-    assert len(set(served["before"])) == 2
+def test_server_generates_the_same_image_after_an_interrupt(server_results):
+    """Images without the node are unchanged after images with it."""
+    assert server_results["stopped"]["status"] == "error"  # ComfyUI reports an interrupt as an error
+    assert server_results["stopped"]["interrupted"] is True
+    assert server_results["before"] == server_results["after"]
+    assert len(set(server_results["before"])) == 2
 
 
-def test_the_server_runs_the_example_with_a_checkpoint_file(served):
-    """Of SD 1.5's layout and size, which the program's own loader takes for what it is."""
-    assert served["file"]["status"] == "success"
-    assert len(served["file"]["outputs"]["8"]["images"]) == 1
-    assert len(served["file"]["outputs"]["10"]["images"]) == 5
-    assert len(set(served["file"]["pictures"])) == 2  # another picture than without the node
-    assert "UNetModel: mean-r50-w8+p on 5 of 16 transformer blocks" in served["log"][-1]
+def test_server_runs_the_example_with_a_checkpoint_file(server_results):
+    """The file has SD 1.5's layout and size, so ComfyUI's loader detects it as SD 1.5."""
+    assert server_results["file"]["status"] == "success"
+    assert len(server_results["file"]["outputs"]["8"]["images"]) == 1
+    assert len(server_results["file"]["outputs"]["10"]["images"]) == 5
+    assert len(set(server_results["file"]["images"])) == 2  # the node changes the image
+    assert "UNetModel: mean-r50-w8+p on 5 of 16 transformer blocks" in server_results["log"][-1]

@@ -1,8 +1,8 @@
-"""The ComfyUI nodes beside node packs of other people, where there are checkouts of these and of ComfyUI.
+"""The ComfyUI nodes together with third-party node packs, if there are checkouts of the packs and of ComfyUI.
 
-COMFYUI=/folder/of/ComfyUI COMFYUI_PACKS=/folder pytest tests/hosts/test_comfyui_packs.py: the folder holds
-ComfyUI-AnimateDiff-Evolved, sd-perturbed-attention and ComfyUI-Advanced-ControlNet, each only if it is to be run. By
-COMFYUI_PYTHON, if the packages are another environment's.
+Run COMFYUI=/folder/of/ComfyUI COMFYUI_PACKS=/folder pytest tests/hosts/test_comfyui_packs.py. The folder holds
+ComfyUI-AnimateDiff-Evolved, sd-perturbed-attention and ComfyUI-Advanced-ControlNet; a missing pack is skipped.
+COMFYUI_PYTHON names the interpreter if ComfyUI's packages are in another environment.
 """
 
 from __future__ import annotations
@@ -18,86 +18,88 @@ REPLACED = "Token Fusion skips blocks: another node replaces its self-attention 
 ALTERED = "Token Fusion skips blocks: another node replaces a `forward` in it (as reference ControlNets do)"
 
 
-def beside(name, part, tmp_path_factory):
-    """What was found beside a pack."""
+def run_with_pack(name, part, tmp_path_factory):
+    """Returns the results of one part of comfyui_packs.py with a pack loaded."""
     if not PACKS or not (Path(PACKS) / name).is_dir():
         pytest.skip(f"COMFYUI_PACKS names no folder with {name}")
     return run_in_comfyui("comfyui_packs.py", tmp_path_factory.mktemp("packs"), PACKS, part)[part]
 
 
 @pytest.fixture(scope="module")
-def animated(tmp_path_factory):
-    return beside("ComfyUI-AnimateDiff-Evolved", "animated", tmp_path_factory)
+def animatediff(tmp_path_factory):
+    return run_with_pack("ComfyUI-AnimateDiff-Evolved", "animatediff", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def guided(tmp_path_factory):
-    return beside("sd-perturbed-attention", "guided", tmp_path_factory)
+def guidance(tmp_path_factory):
+    return run_with_pack("sd-perturbed-attention", "guidance", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def steered(tmp_path_factory):
-    return beside("sd-perturbed-attention", "steered", tmp_path_factory)
+def other_guidance(tmp_path_factory):
+    return run_with_pack("sd-perturbed-attention", "other_guidance", tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def referenced(tmp_path_factory):
-    return beside("ComfyUI-Advanced-ControlNet", "referenced", tmp_path_factory)
+def reference(tmp_path_factory):
+    return run_with_pack("ComfyUI-Advanced-ControlNet", "reference", tmp_path_factory)
 
 
-def test_beside_motion_modules_the_settings_change_between_runs(animated):
-    """They stay in the loaded model, where they are not taken for blocks of its own."""
-    blocks = animated.pop("blocks")
-    assert all(animated.values()), animated
+def test_config_changes_between_runs_with_motion_modules(animatediff):
+    """Motion modules stay in the loaded model and must not count as its transformer blocks."""
+    blocks = animatediff.pop("blocks")
+    assert all(animatediff.values()), animatediff
     assert blocks == 5
 
 
 @pytest.mark.parametrize("preset", ["faithful", "tofu"])
 @pytest.mark.parametrize("where", ["middle", "one", "all", "by number"])
 @pytest.mark.parametrize("kind", ["PAG", "SEG"])
-def test_guidance_is_called_as_often_as_without_and_sees_the_whole_map(guided, kind, where, preset):
-    found = guided[f"{kind}, {where}, {preset}"]
-    alone, after, before = (found[order] for order in ("alone", "after", "before"))
+def test_pag_and_seg_run_as_often_as_unpatched_on_the_whole_map(guidance, kind, where, preset):
+    results = guidance[f"{kind}, {where}, {preset}"]
+    alone, after, before = (results[order] for order in ("alone", "after", "before"))
     assert alone["calls"] == after["calls"] == before["calls"] > 0
     assert alone["sizes"] == after["sizes"] == before["sizes"]
-    assert found["either order"] is found["acts"] is found["fuses"] is found["finite"] is True
-    assert after["said"] == before["said"] == ([] if where == "middle" else [REPLACED])
+    assert results["either order"] is results["acts"] is results["merges"] is results["finite"] is True
+    assert after["messages"] == before["messages"] == ([] if where == "middle" else [REPLACED])
 
 
 @pytest.mark.parametrize("preset", ["faithful", "tofu"])
-def test_so_is_the_built_in_one(guided, preset):
-    found = guided[f"PAG, built in, {preset}"]
-    assert found["alone"] == found["after"] == found["before"]
-    assert found["alone"]["calls"] > 0
-    assert found["either order"] is found["acts"] is found["fuses"] is True
+def test_built_in_pag_runs_as_often_as_unpatched(guidance, preset):
+    results = guidance[f"PAG, built in, {preset}"]
+    assert results["alone"] == results["after"] == results["before"]
+    assert results["alone"]["calls"] > 0
+    assert results["either order"] is results["acts"] is results["merges"] is True
 
 
 @pytest.mark.parametrize("kind", ["NAG", "PLADIS", "SWG", "FDG", "Momentum", "SMC", "TPG, one", "TPG, all"])
-def test_its_other_nodes_act_in_either_order(steered, kind):
-    """TPG wraps blocks, which are left to it; all others leave self-attention alone."""
-    if kind not in steered:
+def test_other_guidance_nodes_act_in_either_order(other_guidance, kind):
+    """TPG wraps blocks, which stay unmerged. All other nodes leave self-attention unchanged."""
+    if kind not in other_guidance:
         pytest.skip("an older pack")
-    found = steered[kind]
-    blocks, said = {"TPG, one": (4, [ALTERED]), "TPG, all": (0, [ALTERED])}.get(kind, (5, []))
-    assert (found.pop("blocks"), found.pop("said")) == (blocks, said)
-    assert found.pop("fuses") is (blocks > 0)
-    assert all(found.values()), found
+    results = other_guidance[kind]
+    blocks, messages = {"TPG, one": (4, [ALTERED]), "TPG, all": (0, [ALTERED])}.get(kind, (5, []))
+    assert (results.pop("blocks"), results.pop("messages")) == (blocks, messages)
+    assert results.pop("merges") is (blocks > 0)
+    assert all(results.values()), results
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 @pytest.mark.parametrize("kind", ["reference_attn", "reference_adain", "reference_attn+adain"])
-def test_beside_a_reference_blocks_are_left_to_it_and_that_is_said(referenced, kind, strength):
-    found = referenced[f"{kind}, {strength}"]
-    assert found["acts"] is found["finite"] is found["as without"] is found["without it"] is True
-    assert found["fused"] == 0
-    assert found["said"] == [ALTERED]
+def test_reference_controlnet_blocks_are_skipped_with_a_message(reference, kind, strength):
+    results = reference[f"{kind}, {strength}"]
+    assert (
+        results["acts"] is results["finite"] is results["same as without Token Fusion"] is results["restored"] is True
+    )
+    assert results["merged"] == 0
+    assert results["messages"] == [ALTERED]
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_so_they_are_beside_a_node_that_adds_keys_of_another_picture(referenced, order):
-    """As ReferenceOnlySimple does."""
-    found = referenced[f"doubled keys, {order}"]
-    assert found["as without"] is True
-    assert found["fused"] == 0
-    [line] = found["said"]
+def test_blocks_with_keys_of_a_reference_image_are_skipped_with_a_message(reference, order):
+    """ReferenceOnlySimple adds such keys."""
+    results = reference[f"doubled keys, {order}"]
+    assert results["same as without Token Fusion"] is True
+    assert results["merged"] == 0
+    [line] = results["messages"]
     assert "another node changes the tokens of its self-attention first" in line

@@ -1,4 +1,4 @@
-"""The patch among everything else that diffusers does to a UNet: each row acts, and equals the same fusion by hand."""
+"""The patch combined with other diffusers features: each combination acts and equals the oracle's merging."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ CPU = torch.device("cpu")
 Call = dict[str, Any]
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit: the same operations run on the same numbers."""
+def bit_equal(a: Tensor, b: Tensor) -> bool:
+    """Returns whether two tensors are bit-equal and finite."""
     return bool(torch.equal(a, b)) and bool(a.isfinite().all())
 
 
 # --- pipelines --------------------------------------------------------------------------------------------------------
 
-PICTURE = tiny.noise(1, 3, 128, 128).sigmoid()
+IMAGE = tiny.noise(1, 3, 128, 128).sigmoid()
 MASK = torch.ones(1, 1, 128, 128).tril()
 
 
@@ -59,25 +59,25 @@ PIPELINES: dict[str, tuple[Callable[[], Any], Call]] = {
     "136 x 200 pixels": (tiny.sd15_pipe, {"height": 136, "width": 200}),
     "img2img": (
         lambda: tiny.sd15_pipe(StableDiffusionImg2ImgPipeline),
-        {"image": PICTURE, "strength": 0.6, "num_inference_steps": 4},
+        {"image": IMAGE, "strength": 0.6, "num_inference_steps": 4},
     ),
     "inpaint, 4 channels": (
         lambda: tiny.sd15_pipe(StableDiffusionInpaintPipeline),
-        {"image": PICTURE, "mask_image": MASK, "height": 128, "width": 128, "strength": 1.0},
+        {"image": IMAGE, "mask_image": MASK, "height": 128, "width": 128, "strength": 1.0},
     ),
     "inpaint, 9 channels": (
         lambda: tiny.sd15_pipe(StableDiffusionInpaintPipeline, with_unet={"in_channels": 9}),
-        {"image": PICTURE, "mask_image": MASK, "height": 128, "width": 128, "strength": 1.0},
+        {"image": IMAGE, "mask_image": MASK, "height": 128, "width": 128, "strength": 1.0},
     ),
     "ControlNet": (
         lambda: tiny.sd15_pipe(StableDiffusionControlNetPipeline, controlnet=tiny.controlnet()),
-        {"image": PICTURE},
+        {"image": IMAGE},
     ),
     "two ControlNets": (
         lambda: tiny.sd15_pipe(
             StableDiffusionControlNetPipeline, controlnet=[tiny.controlnet(), tiny.controlnet(seed=4)]
         ),
-        {"image": [PICTURE, PICTURE]},
+        {"image": [IMAGE, IMAGE]},
     ),
     "latent consistency, 2 steps": (_lcm, {"guidance_scale": 3.0}),
     "perturbed attention guidance": (
@@ -87,11 +87,11 @@ PIPELINES: dict[str, tuple[Callable[[], Any], Call]] = {
     "SDXL": (tiny.sdxl_pipe, {}),
     "SDXL inpaint": (
         lambda: tiny.sdxl_pipe(StableDiffusionXLInpaintPipeline),
-        {"image": PICTURE, "mask_image": MASK, "height": 128, "width": 128, "strength": 1.0},
+        {"image": IMAGE, "mask_image": MASK, "height": 128, "width": 128, "strength": 1.0},
     ),
     "SDXL img2img": (
         lambda: tiny.sdxl_pipe(StableDiffusionXLImg2ImgPipeline),
-        {"image": PICTURE, "strength": 0.6, "num_inference_steps": 4},
+        {"image": IMAGE, "strength": 0.6, "num_inference_steps": 4},
     ),
 }
 
@@ -103,35 +103,35 @@ FORMS: dict[str, Call] = {
     "tofu, normed": {"match_on": "normed"},
 }
 forms = pytest.mark.parametrize("form", FORMS)
-KEYS_OF_ITS_OWN = ("perturbed attention guidance", "fused QKV")  # their processors choose the keys themselves
+OWN_KEYS = ("perturbed attention guidance", "fused QKV")  # their processors select the keys themselves
 
 
 @forms
 @pytest.mark.parametrize("name", PIPELINES)
-def test_a_patched_pipeline_fuses_and_a_restored_one_does_not(name: str, form: str) -> None:
-    """Every pipeline that calls a UNet: no pipeline's own way of calling it may pass fusion by."""
+def test_patched_pipeline_equals_the_oracle_and_is_restored(name: str, form: str) -> None:
+    """Pipelines call the UNet in different ways; none may bypass merging."""
     build, call = PIPELINES[name]
-    if name in KEYS_OF_ITS_OWN and "proportional" in FORMS[form]:
+    if name in OWN_KEYS and "proportional" in FORMS[form]:
         pytest.skip("refused, as another test shows")
     pipe = build()
     plain = tiny.images(pipe, **call)
     with oracle(pipe.unet, **FORMS[form]):
         expected = tiny.images(pipe, **call)
-    assert not same(plain, expected)
-    assert same(tiny.images(tofu_sd.apply_patch(pipe, 0.5, **FORMS[form]), **call), expected)
-    assert same(tiny.images(tofu_sd.remove_patch(pipe), **call), plain)
+    assert not bit_equal(plain, expected)
+    assert bit_equal(tiny.images(tofu_sd.apply_patch(pipe, 0.5, **FORMS[form]), **call), expected)
+    assert bit_equal(tiny.images(tofu_sd.remove_patch(pipe), **call), plain)
 
 
 @pytest.mark.parametrize("option", ["proportional", "kv_only"])
-def test_a_processor_with_keys_of_its_own_is_told(option: str) -> None:
-    """Perturbed attention splits its batch and ignores the keys it is given: the option would fail or do nothing."""
+def test_processor_with_its_own_keys_raises(option: str) -> None:
+    """Perturbed attention splits its batch and ignores the keys it gets: the option would fail or do nothing."""
     build, call = PIPELINES["perturbed attention guidance"]
     pipe = tofu_sd.apply_patch(build(), 0.5, **{option: True})
     with pytest.raises(RuntimeError, match=rf"{option} does not work with PAG\w+, which uses keys of its own"):
         tiny.images(pipe, **call)
 
 
-# --- features, put on before the patch and after it -------------------------------------------------------------------
+# --- features enabled before or after the patch -----------------------------------------------------------------------
 
 
 def _lora(pipe: Any) -> None:
@@ -152,8 +152,8 @@ IP_CALL = {"ip_adapter_image_embeds": [tiny.noise(2, 1, 8)]}
 IP_MASKS = {"cross_attention_kwargs": {"ip_adapter_masks": [MASK[None, :, 0]]}}
 
 
-class _Twice(ModelHook):
-    """What a cache or a guidance hook looks like: it calls what it found and does something with it."""
+class _DoubleOutput(ModelHook):
+    """Calls the original forward and changes its output, as cache and guidance hooks do."""
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return 2 * self.fn_ref.original_forward(*args, **kwargs)
@@ -161,7 +161,7 @@ class _Twice(ModelHook):
 
 def _hook_on_the_feed_forward(pipe: Any) -> None:
     for _, block in _top(pipe.unet):
-        HookRegistry.check_if_exists_or_initialize(block.ff).register_hook(_Twice(), "twice")
+        HookRegistry.check_if_exists_or_initialize(block.ff).register_hook(_DoubleOutput(), "twice")
 
 
 def _chunked(pipe: Any, dim: int = 1) -> None:
@@ -170,7 +170,7 @@ def _chunked(pipe: Any, dim: int = 1) -> None:
 
 
 def _replaced_forwards(pipe: Any) -> None:
-    """DeepCache's way: the forwards of the UNet, its stages and its transformers are replaced on the instance."""
+    """Replaces `forward` on the instances of the UNet, its stages and its transformers, as DeepCache does."""
 
     def replace(module: nn.Module) -> None:
         original = module.forward
@@ -186,7 +186,7 @@ def _replaced_forwards(pipe: Any) -> None:
 
 
 def _top(unet: Any) -> list[tuple[Any, Any]]:
-    """(transformer, its block) at the highest resolution."""
+    """Returns (transformer, its block) pairs at the highest resolution."""
     return [(a, a.transformer_blocks[0]) for a in (*unet.down_blocks[0].attentions, *unet.up_blocks[3].attentions)]
 
 
@@ -222,10 +222,10 @@ FEATURES: dict[str, tuple[Callable[[Any], Any], Call]] = {
     [("feature first", "tofu"), ("patch first", "tofu"), ("feature first", "tofu+p"), ("patch first", "kv:tofu+p")],
 )
 @pytest.mark.parametrize("name", FEATURES)
-def test_a_feature_and_the_patch_add_up_in_either_order(name: str, order: str, form: str) -> None:
-    """People load adapters and switch on offloading before and after a patch; neither may undo the other."""
+def test_feature_and_patch_combine_in_either_order(name: str, order: str, form: str) -> None:
+    """Users load adapters and enable offloading before or after the patch. Neither may undo the other."""
     enable, call = FEATURES[name]
-    if name in KEYS_OF_ITS_OWN and "kv_only" in FORMS[form]:
+    if name in OWN_KEYS and "kv_only" in FORMS[form]:
         pytest.skip("refused, as another test shows")
     pipe = tiny.sd15_pipe()
     if order == "patch first":
@@ -233,18 +233,18 @@ def test_a_feature_and_the_patch_add_up_in_either_order(name: str, order: str, f
     enable(pipe)
     if order == "feature first":
         tofu_sd.apply_patch(pipe, 0.5, **FORMS[form])
-    fused = tiny.images(pipe, **call)
+    merged = tiny.images(pipe, **call)
     tofu_sd.remove_patch(pipe)
     plain = tiny.images(pipe, **call)
     with oracle(pipe.unet, **FORMS[form]):
         expected = tiny.images(pipe, **call)
-    assert not same(plain, expected)
-    assert same(fused, expected)
+    assert not bit_equal(plain, expected)
+    assert bit_equal(merged, expected)
 
 
 @pytest.mark.parametrize("name", ["LoRA", "IP-Adapter", "IP-Adapter with masks", "another processor", "FreeU"])
-def test_the_features_do_something(name: str) -> None:
-    """Else the test above would show nothing."""
+def test_features_change_the_output(name: str) -> None:
+    """Otherwise the previous test would show nothing."""
     enable, call = FEATURES[name]
     pipe = tiny.sd15_pipe()
     plain = tiny.images(pipe)
@@ -254,7 +254,7 @@ def test_the_features_do_something(name: str) -> None:
         assert isinstance(_top(pipe.unet)[0][1].attn1.processor, AttnProcessor)
     else:
         enable(pipe)
-        assert not same(tiny.images(pipe, **call), plain)
+        assert not bit_equal(tiny.images(pipe, **call), plain)
 
 
 @pytest.mark.parametrize(
@@ -265,35 +265,35 @@ def test_the_features_do_something(name: str) -> None:
         ("feed-forward a sample at a time", "merge_mlp"),
     ],
 )
-def test_a_layer_that_wants_the_whole_map_gets_it(name: str, option: str) -> None:
-    """Masks are laid over all tokens and chunks are cut from them: such a layer runs unfused, the others stay fused."""
+def test_layer_that_needs_all_tokens_runs_unmerged(name: str, option: str) -> None:
+    """Masks and chunks need all tokens: such a layer runs unmerged, the others stay merged."""
     enable, call = FEATURES[name]
     pipe = tiny.sd15_pipe()
     enable(pipe)
     usual = tiny.images(tofu_sd.apply_patch(pipe, 0.5), **call)
-    assert same(tiny.images(tofu_sd.apply_patch(pipe, 0.5, **{option: True}), **call), usual)
+    assert bit_equal(tiny.images(tofu_sd.apply_patch(pipe, 0.5, **{option: True}), **call), usual)
     pipe = tiny.sd15_pipe()
     usual = tiny.images(tofu_sd.apply_patch(pipe, 0.5))
-    assert not same(tiny.images(tofu_sd.apply_patch(pipe, 0.5, **{option: True})), usual)
+    assert not bit_equal(tiny.images(tofu_sd.apply_patch(pipe, 0.5, **{option: True})), usual)
 
 
-def test_a_hook_on_a_patched_layer_outlives_the_patch() -> None:
-    """An attention cache set after the patch holds the patched layer's method; it must go on without the patch."""
+def test_hook_on_a_patched_layer_works_after_removal() -> None:
+    """A cache hook set after the patch holds the patched layer's method. It must still work without the patch."""
     plain, unet = tiny.sd15_unet(), tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
     for model in (plain, unet):
         for _, block in _top(model):
-            HookRegistry.check_if_exists_or_initialize(block.attn1).register_hook(_Twice(), "twice")
-    assert not same(tiny.predict(unet), tiny.predict(plain))
-    assert same(tiny.predict(tofu_sd.remove_patch(unet)), tiny.predict(plain))
+            HookRegistry.check_if_exists_or_initialize(block.attn1).register_hook(_DoubleOutput(), "twice")
+    assert not bit_equal(tiny.predict(unet), tiny.predict(plain))
+    assert bit_equal(tiny.predict(tofu_sd.remove_patch(unet)), tiny.predict(plain))
 
 
 # --- ControlNet -------------------------------------------------------------------------------------------------------
 
 
-def test_a_controlnet_is_patched_only_when_asked_for() -> None:
+def test_controlnet_is_patched_only_explicitly() -> None:
     pipe = tofu_sd.apply_patch(tiny.sd15_pipe(StableDiffusionControlNetPipeline, controlnet=tiny.controlnet()), 0.5)
     assert not any("_tofu" in vars(module) for module in pipe.controlnet.modules())
-    call = {"image": PICTURE}
+    call = {"image": IMAGE}
     unet_only = tiny.images(pipe, **call)
     tofu_sd.apply_patch(pipe.controlnet, 0.5)
     both = tiny.images(pipe, **call)
@@ -301,12 +301,12 @@ def test_a_controlnet_is_patched_only_when_asked_for() -> None:
     tofu_sd.remove_patch(pipe.controlnet)
     assert isinstance(pipe.controlnet, ControlNetModel)
     with oracle(pipe.unet), oracle(pipe.controlnet):
-        assert same(both, tiny.images(pipe, **call))
-    assert not same(both, unet_only)
+        assert bit_equal(both, tiny.images(pipe, **call))
+    assert not bit_equal(both, unet_only)
 
 
-def _fuses_as_by_hand(unet: Any, call: Call) -> None:
-    """The patch is the oracle's fusion, and removed it is nothing."""
+def _check_against_oracle(unet: Any, call: Call) -> None:
+    """Checks that the patch equals the oracle, and that removing it restores the model."""
 
     def run() -> Tensor:
         with torch.no_grad():
@@ -315,15 +315,15 @@ def _fuses_as_by_hand(unet: Any, call: Call) -> None:
     plain = run()
     with oracle(unet):
         expected = run()
-    assert not same(plain, expected)
+    assert not bit_equal(plain, expected)
     tofu_sd.apply_patch(unet, 0.5)
-    assert same(run(), expected)
+    assert bit_equal(run(), expected)
     tofu_sd.remove_patch(unet)
-    assert same(run(), plain)
+    assert bit_equal(run(), plain)
 
 
-def test_controlnet_xs_fuses_its_unet_and_not_its_control() -> None:
-    """Its stages hold two of everything, under names of their own."""
+def test_controlnet_xs_merges_its_unet_and_not_its_control() -> None:
+    """Its stages hold two of each layer, under their own names."""
     unet = tiny.lively(
         UNetControlNetXSModel(
             sample_size=16, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D",
@@ -335,10 +335,10 @@ def test_controlnet_xs_fuses_its_unet_and_not_its_control() -> None:
     )  # fmt: skip
     call = {"sample": tiny.noise(2, 4, 16, 16), "timestep": 500, "encoder_hidden_states": tiny.noise(2, 7, 16)}
     call["controlnet_cond"] = tiny.noise(2, 3, 32, 32)
-    _fuses_as_by_hand(unet, call)
+    _check_against_oracle(unet, call)
 
 
-# --- UNets called by themselves ---------------------------------------------------------------------------------------
+# --- UNets without a pipeline -----------------------------------------------------------------------------------------
 
 
 def _motion() -> Any:
@@ -353,11 +353,11 @@ def _motion() -> Any:
     )  # fmt: skip
 
 
-def test_a_video_unet_fuses_its_spatial_blocks_alone() -> None:
-    """A motion module's tokens are frames of one place: to fuse them over a map would mix up space and time."""
+def test_video_unet_merges_only_spatial_blocks() -> None:
+    """A motion module's tokens are frames of one position: merging them over a map would mix space and time."""
     unet = _motion()
     call = {"sample": tiny.noise(1, 4, 3, 16, 16), "timestep": 10, "encoder_hidden_states": tiny.noise(3, 7, 16)}
-    _fuses_as_by_hand(unet, call)
+    _check_against_oracle(unet, call)
     names = [row.name for row in tofu_sd.summary(tofu_sd.apply_patch(unet, 0.5)).rows]
     assert names
     assert not any("motion" in name for name in names)
@@ -366,32 +366,32 @@ def test_a_video_unet_fuses_its_spatial_blocks_alone() -> None:
 @pytest.mark.parametrize(
     ("h", "w"), [(17, 13), (16, 16), (1, 16), (16, 1), (2, 2), (1, 1), (3, 50), (75, 128)], ids=lambda side: str(side)
 )
-def test_any_latent(h: int, w: int) -> None:
-    """Odd sides and sides thinner than a cell; a map of one token has nothing to fuse."""
+def test_any_latent_size(h: int, w: int) -> None:
+    """Odd sides and sides smaller than a cell; a map of one token has nothing to merge."""
     unet = tiny.shallow_unet()
     plain = tiny.predict(unet, h, w, batch=1)
     with tofu_sd.patched(unet, 0.5):
-        fused = tiny.predict(unet, h, w, batch=1)
-    if min(h, w) > 1:  # where a side is 1 a cell is 1 x 2, of which exactly half can go; the oracle has no such limit
+        merged = tiny.predict(unet, h, w, batch=1)
+    if min(h, w) > 1:  # at side 1 a cell is 1 x 2, so at most half can merge; the oracle has no such limit
         with oracle(unet):
-            assert same(fused, tiny.predict(unet, h, w, batch=1))
-    assert same(fused, plain) == (h * w == 1)
+            assert bit_equal(merged, tiny.predict(unet, h, w, batch=1))
+    assert bit_equal(merged, plain) == (h * w == 1)
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
-def test_an_odd_full_hd_latent_in_sdxl(ratio: float) -> None:
-    """135 x 240 is 68 x 120 at the first attention: the map is what the layer sees, not the latent over 2."""
+def test_odd_full_hd_latent_in_sdxl(ratio: float) -> None:
+    """135 x 240 is 68 x 120 at the first attention: the map is the layer's input, not half the latent."""
     unet = tiny.sdxl_unet(layers=(1, 1, 1))
     with tofu_sd.patched(unet, ratio):
-        fused = tiny.predict(unet, 135, 240, batch=1)
+        merged = tiny.predict(unet, 135, 240, batch=1)
         assert tofu_sd.summary(unet, (135, 240)).rows[0].size == (68, 120)
     with oracle(unet, ratio):
-        assert same(fused, tiny.predict(unet, 135, 240, batch=1))
+        assert bit_equal(merged, tiny.predict(unet, 135, 240, batch=1))
 
 
 @pytest.mark.parametrize("make", [tiny.sd15_unet, tiny.sdxl_unet], ids=["SD 1.5", "SDXL"])
-def test_the_blocks_of_each_model(make: Callable[[], Any]) -> None:
-    """5 of 16 and 10 of 70: the highest resolution that has attention, which in SDXL is not the latent's own."""
+def test_patched_blocks_of_sd15_and_sdxl(make: Callable[[], Any]) -> None:
+    """5 of 16 and 10 of 70: the highest resolution with attention, which in SDXL is not the latent's."""
     unet = make()
     summary = tofu_sd.summary(tofu_sd.apply_patch(unet, 0.5))
     assert (len(summary.rows), summary.blocks) == ((5, 16) if make is tiny.sd15_unet else (10, 70))
@@ -400,18 +400,18 @@ def test_the_blocks_of_each_model(make: Callable[[], Any]) -> None:
     assert reductions == ["prune"] * down + ["mlerp"] * (len(reductions) - down)
 
 
-def test_arguments_by_name_and_by_place() -> None:
-    """Pipelines pass the sample first, ControlNet's and users' code passes it by name."""
+def test_arguments_by_keyword_and_by_position() -> None:
+    """Pipelines pass the sample by position; ControlNet pipelines and user code pass it by name."""
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
     call = tiny.inputs(unet)
     with torch.no_grad():
         placed = unet(call["sample"], call["timestep"], call["encoder_hidden_states"]).sample
-    assert same(placed, tiny.predict(unet))
+    assert bit_equal(placed, tiny.predict(unet))
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_only": True}, {"proportional": True}, {"merge_mlp": True}])
-def test_gradient_checkpointing_leaves_the_gradients_alone(options: Call) -> None:
-    """A checkpointed block runs again in the backward pass and has to match the same tokens again."""
+def test_gradient_checkpointing_keeps_the_gradients(options: Call) -> None:
+    """A checkpointed block runs again in the backward pass and has to merge the same tokens."""
     unet = tofu_sd.apply_patch(tiny.shallow_unet().train(), 0.5, **options)
 
     def gradients() -> list[Tensor]:
@@ -422,13 +422,13 @@ def test_gradient_checkpointing_leaves_the_gradients_alone(options: Call) -> Non
     whole = gradients()
     unet.enable_gradient_checkpointing()
     assert whole
-    assert all(same(a, b) for a, b in zip(whole, gradients(), strict=True))
+    assert all(bit_equal(a, b) for a, b in zip(whole, gradients(), strict=True))
     tofu_sd.remove_patch(unet)
-    assert not all(same(a, b) for a, b in zip(whole, gradients(), strict=True))
+    assert not all(bit_equal(a, b) for a, b in zip(whole, gradients(), strict=True))
 
 
 def gligen() -> tuple[Any, Call]:
-    """A UNet with GLIGEN's gated self-attention, gates open, and the boxes it is to look at."""
+    """Returns a UNet with GLIGEN's gated self-attention (open gates) and its boxes."""
     unet = tiny.shallow_unet(attention_type="gated")
     for name, parameter in unet.named_parameters():
         if "alpha_" in name:
@@ -442,53 +442,53 @@ def gligen() -> tuple[Any, Call]:
 
 
 def test_gligen_keeps_its_boxes() -> None:
-    """Retyped block forwards lose GLIGEN's layer; here the block is the host's own."""
+    """A reimplemented block forward would lose GLIGEN's layer; the patch keeps diffusers' block."""
     unet, call = gligen()
     plain = tiny.predict(unet, **call)
     boxless = tiny.predict(unet)
     with tofu_sd.patched(unet, 0.0):
-        assert same(tiny.predict(unet, **call), plain)
+        assert bit_equal(tiny.predict(unet, **call), plain)
     with tofu_sd.patched(unet, 0.5):
-        fused, fused_boxless = tiny.predict(unet, **call), tiny.predict(unet)
+        merged, merged_boxless = tiny.predict(unet, **call), tiny.predict(unet)
     with oracle(unet):
-        assert same(fused, tiny.predict(unet, **call))
-    assert not same(fused, plain)
-    assert not same(plain, boxless)
-    assert not same(fused, fused_boxless)
+        assert bit_equal(merged, tiny.predict(unet, **call))
+    assert not bit_equal(merged, plain)
+    assert not bit_equal(plain, boxless)
+    assert not bit_equal(merged, merged_boxless)
 
 
-def test_fused_qkv_and_keys_only_exclude_each_other() -> None:
+def test_kv_only_with_fused_qkv_raises() -> None:
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, kv_only=True)
     separate = tiny.predict(unet)
     unet.fuse_qkv_projections()
     with pytest.raises(RuntimeError, match=r"kv_only .* unfuse_qkv_projections\(\)"):
         tiny.predict(unet)
     unet.unfuse_qkv_projections()
-    assert same(tiny.predict(unet), separate)
+    assert bit_equal(tiny.predict(unet), separate)
 
 
 @pytest.mark.parametrize("enable", [lambda unet: unet.set_attn_processor(AttnProcessor()), lambda unet: None])
-def test_weights_for_keys_fit_attention_that_computes_in_float32(enable: Callable[[Any], Any]) -> None:
-    """Stable Diffusion 2 upcasts its scores; a bias in the tokens' own precision would not add to them."""
+def test_proportional_attention_works_with_upcast_attention(enable: Callable[[Any], Any]) -> None:
+    """Stable Diffusion 2 upcasts its scores; a bias in the tokens' dtype could not be added to them."""
     unet = tiny.shallow_unet(upcast_attention=True).to(torch.bfloat16)
     enable(unet)
     call = {name: value.bfloat16() if value.ndim else value for name, value in tiny.inputs(unet).items()}
     weighted = tiny.predict(tofu_sd.apply_patch(unet, 0.5, proportional=True), **call)
     assert weighted.isfinite().all()
-    assert not same(weighted, tiny.predict(tofu_sd.apply_patch(unet, 0.5), **call))
+    assert not bit_equal(weighted, tiny.predict(tofu_sd.apply_patch(unet, 0.5), **call))
 
 
-def test_only_cross_attention_blocks_are_left_alone() -> None:
-    """The upscaler's attn1 looks at the text: there are no tokens of a map to fuse among its keys."""
+def test_only_cross_attention_blocks_are_skipped() -> None:
+    """The upscaler's attn1 attends to the text: its keys are not tokens of a map."""
     unet = tiny.shallow_unet(only_cross_attention=(True, False))
     with pytest.raises(ValueError, match="no eligible block"):
-        # the mid block of a UNet with only_cross_attention at its last level is plain; here nothing but it is left
+        # without a mid block, all blocks of this UNet have only cross-attention
         tofu_sd.apply_patch(tiny.shallow_unet(only_cross_attention=True, mid_block_type=None), 0.5)
     names = [row.name for row in tofu_sd.summary(tofu_sd.apply_patch(unet, 0.5)).rows]
     assert names == ["mid_block.attentions.0.transformer_blocks.0"]
 
 
-def test_a_pipeline_made_from_another_shares_the_patch() -> None:
+def test_pipeline_from_pipe_shares_the_patch() -> None:
     pipe = tofu_sd.apply_patch(tiny.sd15_pipe(), 0.5)
     other = tiny.quiet(StableDiffusionPipeline.from_pipe(pipe))
     assert other.unet is pipe.unet
@@ -503,7 +503,7 @@ def test_any_dtype_and_memory_layout(dtype: torch.dtype, layout: torch.memory_fo
     plain = tiny.predict(unet, **call)
     with oracle(unet):
         expected = tiny.predict(unet, **call)
-    fused = tiny.predict(tofu_sd.apply_patch(unet, 0.5), **call)
-    assert fused.dtype == dtype
-    assert same(fused, expected)
-    assert not same(fused, plain)
+    merged = tiny.predict(tofu_sd.apply_patch(unet, 0.5), **call)
+    assert merged.dtype == dtype
+    assert bit_equal(merged, expected)
+    assert not bit_equal(merged, plain)

@@ -1,6 +1,6 @@
-"""Token Fusion in ComfyUI and Forge beside other nodes, in several threads, and in compiled models.
+"""Token Fusion in ComfyUI and Forge with other nodes, in several threads, and in compiled models.
 
-Other nodes always run as they do without it. A block that both want stays unmerged, and the log says so once.
+Other nodes run unchanged. A block that another node changes too stays unmerged, and one warning is logged.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ def call(patcher, h=16, w=16, t=500, seed=1, **more):
 
 
 def merged_places(patcher, *size, **more):
-    """Places of the blocks that are merged in one call."""
-    seen = []
-    watched, _ = record_model_maps(patcher, lambda place, map, h, w: seen.append(place))
-    call(watched, *size, **more)
-    return seen
+    """Returns the places of the blocks that one call merges."""
+    places = []
+    recording, _ = record_model_maps(patcher, lambda place, map, h, w: places.append(place))
+    call(recording, *size, **more)
+    return places
 
 
-# --- which blocks are sites -------------------------------------------------------------------------------------------
+# --- which blocks are eligible ----------------------------------------------------------------------------------------
 
 
 class MotionBlock(nn.Module):
-    """As in AnimateDiff's motion modules: attention over frames, under names of its own."""
+    """Attention over frames under its own names, as in AnimateDiff's motion modules."""
 
     def __init__(self):
         super().__init__()
@@ -81,7 +81,7 @@ def block_of(unet):
 
 
 @pytest.mark.parametrize("kind", ["without norm1", "no layers", "temporal by its module", "temporal by its name"])
-def test_motion_modules_in_the_unet_are_no_sites(unet, kind):
+def test_motion_modules_are_not_eligible_blocks(unet, kind):
     model = UNetModel(unet)
     before = ldm.find_places(model)
     other = {
@@ -99,7 +99,7 @@ def test_motion_modules_in_the_unet_are_no_sites(unet, kind):
     assert list(ldm.find_places(model)) == list(before)
 
 
-def test_the_node_changes_after_motion_modules_were_left_in_the_model(unet):
+def test_config_changes_with_motion_modules_left_in_the_model(unet):
     model = Patcher(UNetModel(unet))
     merge(model)
     for number in (1, 2, 4, 10):
@@ -108,22 +108,22 @@ def test_the_node_changes_after_motion_modules_were_left_in_the_model(unet):
     assert "on 5 of 16 transformer blocks" in summary.headline
 
 
-def test_blocks_over_time_are_not_taken_for_a_map_of_as_many_tokens(unet):
-    """Stable Video Diffusion calls the patches for its time stack too, under the place of the block before it."""
+def test_temporal_blocks_with_as_many_tokens_as_the_map_are_not_merged(unet):
+    """Stable Video Diffusion also calls the patches for its time stack, with the place of the preceding block."""
     model = Patcher(UNetModel(unet))
     transformer = next(m for m in model.model.diffusion_model.input_blocks[1] if isinstance(m, SpatialTransformer))
     transformer.time_stack = nn.ModuleList()
     patches = patches_of(merge(model))
     q = tiny.noise(16, 16, 16)  # 16 tokens of 16 frames: space and time have the same shape
-    told = {"block": ("input", 1), "block_index": 0, "activations_shape": [16, 16, 4, 4]}
-    assert patches.before(q, q, q, dict(told))[0].shape == (16, 8, 16)
-    assert patches.before(q, q, q, dict(told))[0] is q
+    block_options = {"block": ("input", 1), "block_index": 0, "activations_shape": [16, 16, 4, 4]}
+    assert patches.before(q, q, q, dict(block_options))[0].shape == (16, 8, 16)
+    assert patches.before(q, q, q, dict(block_options))[0] is q
     q = tiny.noise(32, 16, 16)
-    assert patches.before(q, q, q, dict(told))[0] is q
+    assert patches.before(q, q, q, dict(block_options))[0] is q
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4])
-def test_the_middle_block_is_never_merged(patcher, levels):
+def test_middle_block_is_never_merged(patcher, levels):
     model = merge(patcher, levels=levels)
     places = merged_places(model, 64, 64)
     assert len(places) == {1: 5, 2: 10, 4: 15}[levels]
@@ -138,7 +138,7 @@ def test_the_middle_block_is_never_merged(patcher, levels):
 # --- nodes that replace self-attention --------------------------------------------------------------------------------
 
 
-def counting(calls):
+def count_calls(calls):
     def replacement(q, k, v, options):
         calls.append((q.shape[1], options["block"]))
         return own(q, k, v, options["n_heads"], options)
@@ -146,68 +146,72 @@ def counting(calls):
     return replacement
 
 
-def replaced_at(options, function, place):
-    """What guidance nodes do to the options of one call of the model."""
+def replace_attention_at(options, function, place):
+    """Replaces attention in the options of one model call, as guidance nodes do."""
     options = dict(options)
-    there = options["patches_replace"] = dict(options.get("patches_replace", {}))
-    there["attn1"] = {**there.get("attn1", {}), place: function}
+    replacements = options["patches_replace"] = dict(options.get("patches_replace", {}))
+    replacements["attn1"] = {**replacements.get("attn1", {}), place: function}
     return options
 
 
 @pytest.mark.parametrize("options", [{}, FAITHFUL], ids=["plain", "proportional"])
 @pytest.mark.parametrize("place", [("input", 1), ("input", 1, 0), ("output", 10)])
 @pytest.mark.parametrize("order", ["before", "after", "sampling"])
-def test_a_node_that_replaces_self_attention_runs_on_the_whole_map(patcher, order, place, options, caplog):
+def test_replaced_self_attention_runs_on_the_whole_map(patcher, order, place, options, caplog):
     calls = []
     if order == "before":
         other = patcher.clone()
-        other.set_model_attn1_replace(counting(calls), *place)
+        other.set_model_attn1_replace(count_calls(calls), *place)
         model = merge(other, **options)
     else:
         model = merge(patcher, **options)
         usual = call(model)
         if order == "after":
             model = model.clone()
-            model.set_model_attn1_replace(counting(calls), *place)
+            model.set_model_attn1_replace(count_calls(calls), *place)
         else:
-            told = model.model_options["transformer_options"]
+            transformer_options = model.model_options["transformer_options"]
             model = model.clone()
-            model.model_options["transformer_options"] = replaced_at(told, counting(calls), place)
-    found = call(model)
+            model.model_options["transformer_options"] = replace_attention_at(
+                transformer_options, count_calls(calls), place
+            )
+    result = call(model)
     assert [tokens for tokens, _ in calls] == [256]
     assert len(merged_places(model)) == 4
-    assert caplog.text.count("another node replaces its self-attention") == 2  # the second is the watched clone's
+    assert caplog.text.count("another node replaces its self-attention") == 2  # the second is the recording clone's
     call(model)
     assert caplog.text.count("another node replaces its self-attention") == 2
     assert len(merged_places(merge(patcher, **options))) == 5
     if order != "before":
-        assert not torch.equal(found, usual)
+        assert not torch.equal(result, usual)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_another_nodes_function_is_never_overwritten(patcher, order):
+def test_attention_replaced_by_another_node_is_kept(patcher, order):
     calls, other = [], patcher.clone()
     for number in (1, 2):
-        other.set_model_attn1_replace(counting(calls), "input", number)
+        other.set_model_attn1_replace(count_calls(calls), "input", number)
     model = merge(other, **FAITHFUL)
-    there = model.model_options["transformer_options"]["patches_replace"]["attn1"]
-    mine = {place for place, function in there.items() if getattr(function, "__self__", None) is patches_of(model)}
-    assert mine == {("output", 9), ("output", 10), ("output", 11)}
+    replacements = model.model_options["transformer_options"]["patches_replace"]["attn1"]
+    ours = {
+        place for place, function in replacements.items() if getattr(function, "__self__", None) is patches_of(model)
+    }
+    assert ours == {("output", 9), ("output", 10), ("output", 11)}
     call(merge(model, ratio=0.25, **FAITHFUL) if order == "after" else model)
     assert [block for _, block in calls] == [("input", 1), ("input", 2)]
 
 
-def test_a_program_that_does_not_show_who_replaced_attention_is_refused_in_words(unet):
+def test_replaced_attention_in_older_programs_raises(unet):
     other = OlderPatcher(UNetModel(unet))
-    other.set_model_attn1_replace(counting([]), "input", 1)
+    other.set_model_attn1_replace(count_calls([]), "input", 1)
     with pytest.raises(ValueError, match="another patch has replaced self-attention in this model"):
         merge(other, **FAITHFUL)
 
 
-def test_guidance_in_the_middle_block_leaves_all_others_merged(patcher):
+def test_guidance_in_the_middle_block_keeps_other_blocks_merged(patcher):
     calls = []
     model = merge(patcher, levels=4, **FAITHFUL)
-    model.set_model_attn1_replace(counting(calls), "middle", 0)
+    model.set_model_attn1_replace(count_calls(calls), "middle", 0)
     assert len(merged_places(model, 64, 64)) == 15
     assert [tokens for tokens, _ in calls] == [64]
 
@@ -216,7 +220,7 @@ def test_guidance_in_the_middle_block_leaves_all_others_merged(patcher):
 
 
 def add_whole_map(scale):
-    """As LLLite does: adds a map of its own to the queries."""
+    """Adds a whole map to the queries, as LLLite does."""
 
     def patch(q, k, v, options):
         return q + scale * tiny.noise(1, 256, 1, seed=3) if q.shape[1] == 256 or scale else q, k, v
@@ -225,7 +229,7 @@ def add_whole_map(scale):
 
 
 @pytest.mark.parametrize("where", ["before", "after"])
-def test_a_node_that_adds_a_whole_map_gives_the_same_in_either_order(patcher, where):
+def test_patch_that_adds_a_whole_map_acts_in_either_order(patcher, where):
     def only_at_the_top(q, k, v, options):
         return add_whole_map(0.5)(q, k, v, options) if options["block"] in (("input", 1), ("output", 11)) else (q, k, v)
 
@@ -243,7 +247,7 @@ def test_a_node_that_adds_a_whole_map_gives_the_same_in_either_order(patcher, wh
     assert not torch.equal(call(model), call(merge(patcher)))
 
 
-def test_a_node_that_reads_the_result_sees_the_whole_map(patcher):
+def test_output_patch_gets_the_whole_map(patcher):
     sizes, model = set(), merge(patcher)
     earlier = patcher.clone()
     for other in (model, earlier):
@@ -256,7 +260,7 @@ def test_a_node_that_reads_the_result_sees_the_whole_map(patcher):
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_a_node_that_cuts_the_map_into_tiles_has_its_blocks(patcher, order, caplog):
+def test_tiled_blocks_are_not_merged(patcher, order, caplog):
     def tile(q, k, v, options):
         return (q.reshape(8, 64, -1), k, v) if q.shape[1] == 256 else (q, k, v)
 
@@ -275,8 +279,8 @@ def test_a_node_that_cuts_the_map_into_tiles_has_its_blocks(patcher, order, capl
 
 
 @pytest.mark.parametrize("layer", ["block", "attn1", "to_q", "to_out"])
-def test_a_block_whose_forward_another_node_has_replaced_stays_unmerged(patcher, layer, caplog):
-    """As reference ControlNets do, which add the tokens of a whole map inside it."""
+def test_block_with_replaced_forward_is_not_merged(patcher, layer, caplog):
+    """Reference ControlNets replace `forward` and add the tokens of a whole map inside the block."""
     model = merge(patcher)
     block = next(b for b in patcher.model.diffusion_model.modules() if isinstance(b, BasicTransformerBlock))
     changed = {"block": block, "attn1": block.attn1, "to_q": block.attn1.to_q, "to_out": block.attn1.to_out}[layer]
@@ -285,7 +289,7 @@ def test_a_block_whose_forward_another_node_has_replaced_stays_unmerged(patcher,
         changed.forward = lambda *args: original(*args)
         assert len(merged_places(model)) == 4
         assert "another node replaces a `forward` in it" in caplog.text
-        changed.forward = original  # as they put it back
+        changed.forward = original  # the node restores it
         assert len(merged_places(model)) == 5
     finally:
         del changed.forward
@@ -295,23 +299,23 @@ def test_a_block_whose_forward_another_node_has_replaced_stays_unmerged(patcher,
 # --- clones -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_watched_clone_leaves_no_watcher_on_the_model(patcher):
+def test_recording_on_a_clone_leaves_the_model_unchanged(patcher):
     model = merge(patcher)
-    twin, seen = model.clone(), []
+    clone, records = model.clone(), []
     usual = call(model)
-    watched, _ = record_model_maps(model, lambda *found: seen.append(found))
-    assert torch.equal(call(watched), usual)
-    assert len(seen) == 5
-    for other in (model, twin, model.clone()):
+    recording, _ = record_model_maps(model, lambda *record: records.append(record))
+    assert torch.equal(call(recording), usual)
+    assert len(records) == 5
+    for other in (model, clone, model.clone()):
         assert patches_of(other).on_map is None
         assert torch.equal(call(other), usual)
-    assert len(seen) == 5
+    assert len(records) == 5
 
 
-def test_a_watcher_that_fails_leaves_nothing_on_the_model(patcher):
+def test_failing_record_callback_leaves_the_model_unchanged(patcher):
     model = merge(patcher)
 
-    def fail(*found):
+    def fail(*record):
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
@@ -319,8 +323,8 @@ def test_a_watcher_that_fails_leaves_nothing_on_the_model(patcher):
     assert torch.equal(call(model), call(merge(patcher)))
 
 
-def test_clones_that_share_everything_keep_their_own_settings(patcher):
-    """Newer programs hand the same lists and functions to a clone."""
+def test_clones_that_share_options_keep_their_own_config(patcher):
+    """Newer programs share lists and functions between clones."""
     model = merge(patcher, 0.5, **FAITHFUL)
     half = call(model)
     shallow = model.clone()
@@ -338,8 +342,8 @@ def test_clones_that_share_everything_keep_their_own_settings(patcher):
     "options",
     [{}, FAITHFUL, {"share_across_blocks": True}, {"match_interval": 2}, {"seed": 3}, {"start": 0.4}, {"levels": 2}],
 )
-def test_two_threads_in_one_block_give_what_each_gives_alone(patcher, options):
-    """As on several devices: both are between our first and our last patch of each block at the same time."""
+def test_two_threads_in_one_block_are_independent(patcher, options):
+    """With several devices both threads are between the first and last patch of a block at the same time."""
     sizes, schedule = {"A": (16, 16), "B": (12, 20)}, torch.tensor([9.0, 5.0, 1.0])
     steps = [(900, 1), (500, 2)]
     model = merge(patcher, **options)
@@ -348,46 +352,46 @@ def test_two_threads_in_one_block_give_what_each_gives_alone(patcher, options):
         return [call(model, *sizes[name], t=t, seed=seed, sample_sigmas=schedule) for t, seed in steps]
 
     alone = {name: generate(name, merge(patcher, **options)) for name in sizes}
-    barrier, found = threading.Barrier(2, timeout=60), {}
-    met = model.clone()
+    barrier, results = threading.Barrier(2, timeout=60), {}
+    shared = model.clone()
 
-    def meet(q, k, v, told):
+    def meet(q, k, v, options):
         barrier.wait()
         return q, k, v
 
-    def meet_after(out, told):
+    def meet_after(out, options):
         barrier.wait()
         return out
 
-    met.model_options["transformer_options"]["patches"]["attn1_patch"].insert(0, meet)
-    met.model_options["transformer_options"]["patches"]["attn1_output_patch"].append(meet_after)
-    threads = [threading.Thread(target=lambda n=name: found.update({n: generate(n, met)})) for name in sizes]
+    shared.model_options["transformer_options"]["patches"]["attn1_patch"].insert(0, meet)
+    shared.model_options["transformer_options"]["patches"]["attn1_output_patch"].append(meet_after)
+    threads = [threading.Thread(target=lambda n=name: results.update({n: generate(n, shared)})) for name in sizes]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     for name in sizes:
-        assert all(torch.equal(a, b) for a, b in zip(found[name], alone[name], strict=True)), name
+        assert all(torch.equal(a, b) for a, b in zip(results[name], alone[name], strict=True)), name
 
 
-def test_blocks_of_two_calls_that_interleave_in_one_thread_keep_their_maps(patcher):
+def test_interleaved_calls_in_one_thread_keep_their_maps(patcher):
     patches = patches_of(merge(patcher))
     x, y = tiny.noise(2, 256, 16, seed=1), tiny.noise(1, 64, 16, seed=2)
-    told = [{"block": ("input", 1), "activations_shape": [len(z), 16, s, s]} for z, s in ((x, 16), (y, 8))]
-    a = patches.before(x, x, x, told[0])[0]
-    b = patches.before(y, y, y, told[1])[0]
+    block_options = [{"block": ("input", 1), "activations_shape": [len(z), 16, s, s]} for z, s in ((x, 16), (y, 8))]
+    a = patches.before(x, x, x, block_options[0])[0]
+    b = patches.before(y, y, y, block_options[1])[0]
     assert (a.shape[1], b.shape[1]) == (128, 32)
-    assert patches.after(a, told[0]).shape == x.shape
-    assert patches.after(b, told[1]).shape == y.shape
+    assert patches.after(a, block_options[0]).shape == x.shape
+    assert patches.after(b, block_options[1]).shape == y.shape
 
 
 # --- noise levels -----------------------------------------------------------------------------------------------------
 
 
-def test_the_window_is_that_of_the_sampling_the_model_has_when_it_runs(unet):
-    """A node after ours may change it."""
+def test_start_and_end_follow_the_sampling_at_run_time(unet):
+    """A node after Token Fusion may change the sampling."""
     model = Patcher(UNetModel(unet))
-    late = merge(model, start=0.6)  # by the sampling it had: sigma 5 lies before it
+    late = merge(model, start=0.6)  # in its first sampling, sigma 5 lies before the window
     assert torch.equal(call(late), call(model))
     late.model.model_sampling = types.SimpleNamespace(percent_to_sigma=lambda share: 100 * (1 - share))
     assert torch.equal(call(late), call(merge(model)))
@@ -397,7 +401,7 @@ def test_the_window_is_that_of_the_sampling_the_model_has_when_it_runs(unet):
 
 
 class CompilingPatcher(Patcher):
-    """A model compiled as the program's own node does, without guards on what patches it."""
+    """A model compiled without guards on its patches, as ComfyUI's own node compiles."""
 
     def __init__(self, unet):
         super().__init__(unet)
@@ -429,27 +433,30 @@ SETTINGS = {"plain": None, "half": (0.5, {}), "most": (0.75, {}), "weighted": (0
     [("plain", "half", "plain"), ("half", "most", "half"), ("half", "plain", "half"), ("half", "weighted", "plain")],
     ids="-".join,
 )
-def test_a_compiled_model_gives_the_image_of_its_settings_whatever_ran_before(compiled, unet, order):
+def test_compiled_model_follows_its_config_whatever_ran_before(compiled, unet, order):
     expected = {
-        name: call(Patcher(UNetModel(unet)) if told is None else merge(Patcher(UNetModel(unet)), told[0], **told[1]))
-        for name, told in SETTINGS.items()
+        name: call(
+            Patcher(UNetModel(unet)) if setting is None else merge(Patcher(UNetModel(unet)), setting[0], **setting[1])
+        )
+        for name, setting in SETTINGS.items()
     }
     models = {
-        name: compiled if told is None else merge(compiled, told[0], **told[1]) for name, told in SETTINGS.items()
+        name: compiled if setting is None else merge(compiled, setting[0], **setting[1])
+        for name, setting in SETTINGS.items()
     }
     for name in order:
         assert torch.allclose(call(models[name]), expected[name], atol=1e-5), name
     assert (expected["plain"] - expected["half"]).abs().max() > 1e-3
 
 
-def test_a_compiled_model_follows_the_window_from_step_to_step(compiled):
+def test_compiled_model_follows_start_and_end(compiled):
     model = merge(compiled, start=0.6)
     places = [len(merged_places(model, t=t)) for t in (900, 300)]
     assert places == [0, 5]
 
 
-def test_what_a_call_does_to_the_state_of_autocast_ends_with_it(patcher):
-    def fail(*found):
+def test_autocast_state_is_restored_after_a_call(patcher):
+    def fail(*record):
         assert isinstance(patcher, ForgePatcher) or not torch.is_autocast_cache_enabled()
         raise InterruptedError
 

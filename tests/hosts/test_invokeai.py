@@ -1,4 +1,4 @@
-"""The code for InvokeAI on its page, in a stand-in of what it imports from there."""
+"""The InvokeAI node from docs/invokeai.md, with stand-ins of the InvokeAI modules that it imports."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class DenoiseLatentsInvocation:
 def node(monkeypatch, tmp_path):
     names = {
         "invokeai.app.invocations.denoise_latents": {"DenoiseLatentsInvocation": DenoiseLatentsInvocation},
-        "invokeai.app.invocations.fields": {"InputField": lambda default, **told: default},
+        "invokeai.app.invocations.fields": {"InputField": lambda default, **options: default},
         "invokeai.backend.stable_diffusion.extensions.base": {"ExtensionBase": object},
-        "invokeai.invocation_api": {"invocation": lambda name, **told: lambda kind: kind, "LatentsOutput": object},
+        "invokeai.invocation_api": {"invocation": lambda name, **options: lambda kind: kind, "LatentsOutput": object},
     }
     for name, content in names.items():
         module = types.ModuleType(name)
@@ -63,13 +63,13 @@ def node(monkeypatch, tmp_path):
     return importlib.import_module("node_of_the_page").TokenFusionDenoiseInvocation
 
 
-def test_the_node_merges_as_the_package_does_and_restores_the_unet(node):
+def test_node_matches_the_package_and_restores_the_unet(node):
     unet = tiny.sd15_unet()
     plain = tiny.predict(unet)
-    found = node(unet, ratio=0.25, preset="faithful").invoke(None)
+    result = node(unet, ratio=0.25, preset="faithful").invoke(None)
     with pytest.raises(InterruptedError):
         node(unet).invoke("fails")
     assert torch.equal(tiny.predict(unet), plain)
     with tofu_sd.patched(unet, recipes.named("faithful", ratio=0.25)):
-        assert torch.equal(found, tiny.predict(unet))
-    assert not torch.equal(found, plain)
+        assert torch.equal(result, tiny.predict(unet))
+    assert not torch.equal(result, plain)

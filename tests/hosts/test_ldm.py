@@ -1,7 +1,7 @@
-"""UNets in latent diffusion's layout, patched in place: the same pictures as in diffusers, and nothing left behind.
+"""UNets in latent diffusion's layout, patched in place: they match diffusers and are restored completely.
 
-A1111=/folder/of/stable-diffusion-webui pytest tests/hosts/test_ldm.py also tries those that AUTOMATIC1111 draws with,
-by A1111_PYTHON if its packages are another environment's.
+A1111=/folder/of/stable-diffusion-webui pytest tests/hosts/test_ldm.py also tests AUTOMATIC1111's own UNets.
+A1111_PYTHON names the interpreter if its packages are in another environment.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ OPTIONS = [
 ]
 
 
-def told(options):
+def options_id(options):
     return ", ".join(f"{name}={value}" for name, value in options.items()) or "default"
 
 
 @pytest.fixture(params=["sd15", "sdxl"], scope="module")
 def unets(request):
-    """(a diffusers UNet, the same weights in latent diffusion's layout)."""
+    """Returns a diffusers UNet, and a UNet in latent diffusion's layout with the same weights."""
     unet = tiny.sd15_unet() if request.param == "sd15" else tiny.sdxl_unet(layers=(1, 2, 1))
     return unet, UNetModel(copy.deepcopy(unet), PlainBlock)
 
@@ -60,7 +60,7 @@ def predict(unets, h=16, w=16, by_name=False):
     x, context, added = inputs["sample"], inputs["encoder_hidden_states"], inputs.get("added_cond_kwargs")
     t = torch.full((len(x),), 500.0)
     with torch.no_grad():
-        if by_name:  # as sgm calls it
+        if by_name:  # sgm passes arguments by name
             return model(x, timesteps=t, context=context, added=added)
         return model(x, t, context, None, added)
 
@@ -71,8 +71,8 @@ def state(model):
 
 
 @pytest.mark.parametrize("by_name", [False, True])
-@pytest.mark.parametrize("options", OPTIONS, ids=told)
-def test_it_draws_what_the_diffusers_adapter_draws_and_is_restored_to_the_bit(unets, options, by_name):
+@pytest.mark.parametrize("options", OPTIONS, ids=options_id)
+def test_patch_matches_diffusers_and_restores_bit_equal(unets, options, by_name):
     unet, model = unets
     if "levels" in options and unet.config.get("addition_embed_type"):
         pytest.skip("diffusers merges the middle block too, which lies on SDXL's second level")
@@ -81,17 +81,17 @@ def test_it_draws_what_the_diffusers_adapter_draws_and_is_restored_to_the_bit(un
         expected = tiny.predict(unet, 16, 16)
     summary = ldm.apply(model, TokenFusionConfig.of(**{"ratio": 0.5, **options}))
     try:
-        found = predict(unets, by_name=by_name)
+        result = predict(unets, by_name=by_name)
     finally:
         ldm.restore(model)
-    assert torch.allclose(found, expected, atol=1e-4)
-    assert torch.equal(found, plain) == (options == {"start": 0.6})  # the call is at half of the sampling
+    assert torch.allclose(result, expected, atol=1e-4)
+    assert torch.equal(result, plain) == (options == {"start": 0.6})  # the call is halfway through the sampling
     assert "transformer blocks" in summary.headline
     assert state(model) == before
     assert torch.equal(predict(unets), plain)
 
 
-def test_applied_again_the_later_one_counts_and_nothing_is_left(unets):
+def test_second_patch_replaces_the_first_and_is_restored(unets):
     _, model = unets
     before = state(model)
     ldm.apply(model, TokenFusionConfig(0.25))
@@ -105,14 +105,14 @@ def test_applied_again_the_later_one_counts_and_nothing_is_left(unets):
     ldm.restore(model)
 
 
-def test_an_attention_that_the_program_changes_later_runs_on_fused_tokens(unets, monkeypatch):
-    """These programs put xformers' forward and others in the class when they start, or when a setting changes."""
+def test_attention_class_changed_after_the_patch_gets_merged_tokens(unets, monkeypatch):
+    """Programs replace `forward` of the class, for example with xformers', at start or when a setting changes."""
     _, model = unets
     ldm.apply(model, TokenFusionConfig(0.5))
-    seen, original = [], CrossAttention.forward
+    lengths, original = [], CrossAttention.forward
 
     def other(self, x, context=None, mask=None, **kwargs):
-        seen.append(x.shape[1])
+        lengths.append(x.shape[1])
         return original(self, x, context, mask)
 
     try:
@@ -121,12 +121,12 @@ def test_an_attention_that_the_program_changes_later_runs_on_fused_tokens(unets,
         assert torch.equal(predict(unets), expected)
     finally:
         ldm.restore(model)
-    top = max(seen)
-    assert top // 2 in seen
+    top = max(lengths)
+    assert top // 2 in lengths
 
 
-def test_an_attention_that_something_else_has_wrapped_is_refused(unets):
-    """As HyperTile does in AUTOMATIC1111, on the instance, which would pass a class over in silence."""
+def test_attention_instance_with_its_own_forward_is_rejected(unets):
+    """HyperTile in AUTOMATIC1111 replaces `forward` on the instance, which would silently hide the patched class."""
     _, model = unets
     before = state(model)
     site = next(iter(ldm.find_places(model).values()))
@@ -140,7 +140,7 @@ def test_an_attention_that_something_else_has_wrapped_is_refused(unets):
     assert state(model) == before
 
 
-def test_what_cannot_be_fused_here_is_refused_in_words(unets):
+def test_unsupported_options_and_models_raise(unets):
     _, model = unets
     before = state(model)
     with pytest.raises(ValueError, match="mlp layers cannot be merged here, only self-attention"):
@@ -152,7 +152,7 @@ def test_what_cannot_be_fused_here_is_refused_in_words(unets):
     assert state(model) == before
 
 
-def test_a_program_keeps_one_class_for_each_kind_of_attention():
+def test_merged_attention_class_is_cached_per_attention_class():
     assert ldm.merged_attention(CrossAttention) is ldm.merged_attention(CrossAttention)
     assert issubclass(ldm.merged_attention(CrossAttention), CrossAttention)
 
@@ -161,58 +161,60 @@ def test_a_program_keeps_one_class_for_each_kind_of_attention():
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory):
-    """What was found, in a process of its own, and the folder of what was drawn."""
+def results(tmp_path_factory):
+    """Runs the checks in a process of their own. Returns the results and the folder of the predictions."""
     program, python = os.environ.get("A1111"), os.environ.get("A1111_PYTHON", sys.executable)
-    there = Path(program or "") / "repositories"
-    if not program or not there.exists():
+    repositories = Path(program or "") / "repositories"
+    if not program or not repositories.exists():
         pytest.skip("A1111 names no checkout of AUTOMATIC1111 that has its repositories/")
     folder, root = tmp_path_factory.mktemp("ldm"), Path(__file__).resolve().parents[2]
-    paths = [there / "stable-diffusion-stability-ai", there / "generative-models", root, HELPERS]
-    ran = subprocess.run(
+    paths = [repositories / "stable-diffusion-stability-ai", repositories / "generative-models", root, HELPERS]
+    process = subprocess.run(
         [python, str(HELPERS / "ldm_run.py"), str(folder)], capture_output=True, text=True, cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}, timeout=900,
     )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    return {"folder": folder, **json.loads(ran.stdout.splitlines()[-1])}
+    assert process.returncode == 0, process.stderr[-3000:]
+    return {"folder": folder, **json.loads(process.stdout.splitlines()[-1])}
 
 
 @pytest.mark.parametrize(("kind", "module", "blocks"), [("sd15", "ldm", "5 of 16"), ("sdxl", "sgm", "10 of 70")])
-def test_in_the_real_unets_is_drawn_what_diffusers_draws_and_nothing_is_left(said, kind, module, blocks):
-    assert said[kind]["class"].split(".")[0] == module
-    assert f"on {blocks} transformer blocks" in said[kind]["headline"]
-    assert set(said[kind]["laws"].values()) == {True}
-    found = twins.read(kind, said["folder"] / kind, match_on="hidden")
-    assert max(found["plain"], *found["fused"].values()) < 1e-4, found  # to rounding
-    assert found["effect"] > 1e-2
+def test_ldm_and_sgm_unets_match_diffusers_and_are_restored(results, kind, module, blocks):
+    assert results[kind]["class"].split(".")[0] == module
+    assert f"on {blocks} transformer blocks" in results[kind]["headline"]
+    assert set(results[kind]["checks"].values()) == {True}
+    distances = twins.read(kind, results["folder"] / kind, match_on="hidden")
+    assert max(distances["plain"], *distances["fused"].values()) < 1e-4, distances  # to rounding
+    assert distances["effect"] > 1e-2
 
 
-def sampled(
+def sample(
     unet: Any, fusion: TokenFusionConfig | None, ts: tuple[float, ...] = (900.0, 700.0, 500.0, 300.0)
 ) -> list[Any]:
-    """The predictions of one sampling by a program that joins the conditioning again in each call."""
+    """Returns the predictions of one sampling. The program concatenates the conditioning again in each call."""
     call = tiny.inputs(tiny.sd15_unet())
     if fusion is not None:
         ldm.apply(unet, fusion)
     with torch.no_grad():
-        made = [unet(call["sample"], torch.tensor([t, t]), context=call["encoder_hidden_states"].clone()) for t in ts]
+        predictions = [
+            unet(call["sample"], torch.tensor([t, t]), context=call["encoder_hidden_states"].clone()) for t in ts
+        ]
     ldm.restore(unet)
-    return made
+    return predictions
 
 
-def test_maps_serve_several_steps_though_the_conditioning_is_another_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AUTOMATIC1111 joins it again in each call; a patch is there for one sampling, so equal content belongs to it."""
+def test_maps_are_reused_across_steps_with_equal_conditioning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AUTOMATIC1111 concatenates it again in each call. A patch lasts one sampling, so equal content belongs to it."""
     unet, matched, match = UNetModel(tiny.sd15_unet(), PlainBlock), [], matching.most_similar
     monkeypatch.setattr(matching, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
     for every, times in ((1, 4), (2, 2), (4, 1)):
         matched.clear()
-        sampled(unet, TokenFusionConfig(0.5, match_interval=every))
+        sample(unet, TokenFusionConfig(0.5, match_interval=every))
         assert len(matched) == 5 * times
 
 
-def test_a_threshold_merges_from_the_second_step_on() -> None:
+def test_threshold_merges_from_the_second_step() -> None:
     unet = UNetModel(tiny.sd15_unet(), PlainBlock)
-    plain, fixed = sampled(unet, None), sampled(unet, TokenFusionConfig(0.5))
-    adaptive = sampled(unet, TokenFusionConfig(0.5, threshold=-1.0))
+    plain, fixed = sample(unet, None), sample(unet, TokenFusionConfig(0.5))
+    adaptive = sample(unet, TokenFusionConfig(0.5, threshold=-1.0))
     assert torch.equal(adaptive[0], plain[0])
     assert all(torch.equal(one, other) for one, other in zip(adaptive[1:], fixed[1:], strict=True))

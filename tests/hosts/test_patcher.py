@@ -1,4 +1,4 @@
-"""ComfyUI, Forge and reForge: what their patches do is what the diffusers adapter does, and is bound to its clone."""
+"""ComfyUI, Forge and reForge: patches match the diffusers adapter and stay on their clone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tofu_sd.hosts import ldm
 from tofu_sd.hosts.programs.attention_patches import map_size
 from tofu_sd.hosts.programs.model_patcher import patch_model, patches_of
 
-# in these programs a patch sees normed tokens alone, so that is what both are to compare
+# in these programs a patch gets only normed tokens, so both adapters match on them
 OPTIONS = [
     {},
     {"ratio": 0.75},
@@ -34,13 +34,13 @@ OPTIONS = [
 ]
 
 
-def told(options):
+def options_id(options):
     return ", ".join(f"{name}={value}" for name, value in options.items()) or "default"
 
 
 @pytest.fixture(scope="module", params=["sd15", "sdxl"])
 def unets(request):
-    """(a diffusers UNet, the same weights in a patching program)."""
+    """Returns a diffusers UNet, and a model patcher with the same weights."""
     unet = tiny.sd15_unet() if request.param == "sd15" else tiny.sdxl_unet(layers=(1, 2, 1))
     return unet, Patcher(UNetModel(copy.deepcopy(unet)))
 
@@ -52,63 +52,63 @@ def call(unet, patcher, h=16, w=16, **more):
     )
 
 
-def fused(patcher, ratio=0.5, **options):
+def merged(patcher, ratio=0.5, **options):
     return patch_model(
         patcher, TokenFusionConfig.of(ratio, **options), attention, percent_to_sigma=lambda p: 10 * (1 - p)
     )[0]
 
 
-def test_the_program_itself_is_faithful(unets):
+def test_unpatched_stand_in_matches_diffusers(unets):
     unet, patcher = unets
     assert torch.allclose(call(unet, patcher), tiny.predict(unet), atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (18, 14)])
-@pytest.mark.parametrize("options", OPTIONS, ids=told)
-def test_both_adapters_draw_the_same(unets, options, size):
-    """To rounding: the diffusers block and the program's add and multiply in another order."""
+@pytest.mark.parametrize("options", OPTIONS, ids=options_id)
+def test_patcher_matches_the_diffusers_adapter(unets, options, size):
+    """Up to rounding: the two blocks add and multiply in a different order."""
     unet, patcher = unets
     if "levels" in options and unet.config.get("addition_embed_type"):
         pytest.skip("diffusers merges the middle block too, which lies on SDXL's second level")
     with tofu_sd.patched(unet, **{"ratio": 0.5, **options, "match_on": "normed"}):
         expected = tiny.predict(unet, *size)
-    found = call(unet, fused(patcher, **options), *size)
-    assert torch.allclose(found, expected, atol=1e-4)
+    result = call(unet, merged(patcher, **options), *size)
+    assert torch.allclose(result, expected, atol=1e-4)
     if options.get("min_tokens", 0) == 0:
-        assert (found - call(unet, patcher, *size)).abs().max() > 1e-3  # it did something
+        assert (result - call(unet, patcher, *size)).abs().max() > 1e-3  # merging changes the prediction
 
 
 @pytest.mark.parametrize("size", [(15, 13), (17, 23)])
-def test_odd_latents_run_and_change(unets, size):
+def test_odd_latent_sizes_are_merged(unets, size):
     unet, patcher = unets
     plain = call(unet, patcher, *size)
-    found = call(unet, fused(patcher), *size)
-    assert found.shape == plain.shape
-    assert not torch.equal(found, plain)
+    result = call(unet, merged(patcher), *size)
+    assert result.shape == plain.shape
+    assert not torch.equal(result, plain)
 
 
-def test_ratio_zero_and_the_model_beside_it_are_bit_for_bit_the_unpatched_one(unets):
+def test_ratio_zero_and_the_original_model_are_bit_equal_to_unpatched(unets):
     unet, patcher = unets
     plain = call(unet, patcher)
-    assert torch.equal(call(unet, fused(patcher, 0, proportional=True)), plain)
-    call(unet, fused(patcher))
+    assert torch.equal(call(unet, merged(patcher, 0, proportional=True)), plain)
+    call(unet, merged(patcher))
     assert torch.equal(call(unet, patcher), plain)
     assert patcher.model_options == {"transformer_options": {}}
 
 
-def test_clones_with_other_settings_do_not_know_of_each_other(unets):
+def test_clones_with_different_configs_are_independent(unets):
     unet, patcher = unets
     settings = [(0.5, {}), (0.75, {"kv_only": True}), (0.25, {"proportional": True})]
-    clones = [fused(patcher, ratio, **options) for ratio, options in settings]
+    clones = [merged(patcher, ratio, **options) for ratio, options in settings]
     first = [call(unet, clone) for clone in clones]
-    again = [call(unet, clone.clone()) for clone in reversed(clones)][::-1]  # and a copy does what it is a copy of
+    again = [call(unet, clone.clone()) for clone in reversed(clones)][::-1]  # a clone of a clone keeps its config
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert len({float(out.sum()) for out in first}) == 3
 
 
-def test_a_clone_copies_neither_the_model_nor_half_of_a_patch(unets):
-    """The programs deep-copy what they are given: a weight held by a patch would be copied for every node."""
-    clone = fused(unets[1]).clone()
+def test_deepcopy_of_patches_copies_no_weights(unets):
+    """Programs deep-copy patches: a weight that a patch holds would be copied for every node."""
+    clone = merged(unets[1]).clone()
     patches = clone.model_options["transformer_options"]["patches"]
     owners = {id(patch[0].__self__) for patch in patches.values()}
     assert len(owners) == 1
@@ -117,61 +117,61 @@ def test_a_clone_copies_neither_the_model_nor_half_of_a_patch(unets):
     assert not any(isinstance(value, nn.Module) for value in memo.values())
 
 
-def test_only_the_window_of_noise_levels_is_fused(unets):
-    """start and end are shares of the sampling; percent_to_sigma here is 10 (1 - share), and sigma is 5."""
+def test_only_steps_between_start_and_end_are_merged(unets):
+    """start and end are fractions of the sampling. percent_to_sigma is 10 (1 - fraction), and sigma is 5."""
     unet, patcher = unets
-    plain, whole = call(unet, patcher), call(unet, fused(patcher))
+    plain, whole = call(unet, patcher), call(unet, merged(patcher))
     for start, end, inside in ((0.4, 0.6, True), (0.0, 0.4, False), (0.6, 1.0, False), (0.5, 1.0, True)):
-        found = call(unet, fused(patcher, start=start, end=end))
-        assert torch.equal(found, whole if inside else plain), (start, end)
+        result = call(unet, merged(patcher, start=start, end=end))
+        assert torch.equal(result, whole if inside else plain), (start, end)
 
 
-def test_drawn_destinations_are_the_same_again_and_nobody_elses_dice(unets):
+def test_random_destinations_are_seeded_and_keep_the_global_generator(unets):
     unet, patcher = unets
     torch.manual_seed(0)
     expected = torch.rand(1)
     torch.manual_seed(0)
-    one, two, other = (call(unet, fused(patcher, seed=seed)) for seed in (1, 1, 2))
+    one, two, other = (call(unet, merged(patcher, seed=seed)) for seed in (1, 1, 2))
     assert torch.equal(torch.rand(1), expected)
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
 
 
-def test_maps_are_kept_for_as_many_steps_as_asked_of_one_sampling(unets):
+def test_match_interval_reuses_maps_within_one_sampling(unets):
     unet, patcher = unets
     inputs = tiny.inputs(unet)
     added = inputs.get("added_cond_kwargs")
-    clone, schedule, seen = fused(patcher, match_interval=2), torch.tensor([9.0, 5.0, 1.0]), []
+    clone, schedule, maps = merged(patcher, match_interval=2), torch.tensor([9.0, 5.0, 1.0]), []
     owner = patches_of(clone)
-    owner.on_map = lambda place, map, h, w: seen.append(map) if place == owner.places[0] else None
+    owner.on_map = lambda place, map, h, w: maps.append(map) if place == owner.places[0] else None
     for t, sampling in ((900, schedule), (500, schedule), (100, schedule), (50, schedule.clone())):
         clone.predict(inputs["sample"] + t, t, inputs["encoder_hidden_states"], added, sample_sigmas=sampling)
-    same = [a.group_idx is b.group_idx for a, b in itertools.pairwise(seen)]
-    assert same == [True, False, False]  # the second is the first's; the fourth is of another sampling
+    reused = [a.group_idx is b.group_idx for a, b in itertools.pairwise(maps)]
+    assert reused == [True, False, False]  # step 2 reuses the map of step 1; step 4 belongs to another sampling
 
 
-def test_without_a_word_of_the_maps_size_it_is_reckoned(unets):
-    """Older programs tell the latent's size alone."""
+def test_map_size_is_computed_from_the_latent_size(unets):
+    """Older programs pass only the latent's size."""
     unet, patcher = unets
-    clone = fused(patcher)
+    clone = merged(patcher)
     assert torch.equal(call(unet, clone, silent=True), call(unet, clone))
 
 
-def test_forge_is_asked_for_the_size_where_no_latent_tells_it(unets):
-    """A map that something has made smaller in between is no halved latent."""
+def test_forge_map_size_is_recorded_by_a_block_modifier(unets):
+    """A map that another node has shrunk is not a halved latent."""
     unet, patcher = unets
     forge = ForgePatcher(patcher.model.diffusion_model)
-    seen = {}
-    clone = fused(forge)
+    sizes = {}
+    clone = merged(forge)
     owner = patches_of(clone)
-    owner.on_map = lambda place, map, h, w: seen.setdefault(place, (h, w))
-    assert torch.equal(call(unet, clone, 18, 14), call(unet, fused(patcher), 18, 14))
-    down = ldm.find_places(patcher.model.diffusion_model)[next(iter(seen))].downsample
-    assert set(seen.values()) == {(18 // down, 14 // down)}
+    owner.on_map = lambda place, map, h, w: sizes.setdefault(place, (h, w))
+    assert torch.equal(call(unet, clone, 18, 14), call(unet, merged(patcher), 18, 14))
+    down = ldm.find_places(patcher.model.diffusion_model)[next(iter(sizes))].downsample
+    assert set(sizes.values()) == {(18 // down, 14 // down)}
     owner.store_size(
-        torch.zeros(1, 4, 5, 7), "before", patcher.model.diffusion_model.input_blocks[0][0], 0, None, told := {}
+        torch.zeros(1, 4, 5, 7), "before", patcher.model.diffusion_model.input_blocks[0][0], 0, None, stored := {}
     )
-    assert told == {}  # of transformers alone
+    assert stored == {}  # sizes are stored only for transformers
     assert torch.equal(call(unet, clone.clone(), 18, 14), call(unet, clone, 18, 14))
 
 
@@ -179,19 +179,19 @@ def test_forge_is_asked_for_the_size_where_no_latent_tells_it(unets):
     ("options", "tokens", "size"),
     [
         ({"activations_shape": [2, 4, 3, 5]}, 15, (3, 5)),
-        ({"activations_shape": [2, 4, 3, 5]}, 16, None),  # another patch has changed them
+        ({"activations_shape": [2, 4, 3, 5]}, 16, None),  # another patch has changed the tokens
         ({"original_shape": [2, 4, 17, 23]}, 17 * 23, (17, 23)),
         ({"original_shape": [2, 4, 17, 23]}, 9 * 12, (9, 12)),  # convolutions of stride two round up
         ({"original_shape": [2, 4, 17, 23]}, 100, None),
         ({}, 64, None),
     ],
 )
-def test_tokens_lie_on_a_map_or_are_left_alone(options, tokens, size):
+def test_map_size_is_none_if_tokens_do_not_fit_a_map(options, tokens, size):
     assert map_size(options, tokens) == size
 
 
-def test_what_another_patch_has_changed_is_left_alone(unets):
-    """As HyperTile does, whose tiles are no map; the result is then its own."""
+def test_tokens_changed_by_another_patch_are_not_merged(unets):
+    """HyperTile's tiles are not a map, so the result equals HyperTile without the patch."""
     unet, patcher = unets
 
     def halve(q, k, v, options):
@@ -200,13 +200,13 @@ def test_what_another_patch_has_changed_is_left_alone(unets):
     alone = patcher.clone()
     alone.set_model_attn1_patch(halve)
     expected = call(unet, alone)
-    assert torch.equal(call(unet, fused(alone)), expected)
+    assert torch.equal(call(unet, merged(alone)), expected)
 
 
-def test_a_prompt_at_a_time_is_what_both_at_once_are(unets):
-    """Programs split the batch where memory is short."""
+def test_split_batch_equals_the_whole_batch(unets):
+    """Programs split the batch if memory is low."""
     unet, patcher = unets
-    inputs, clone = tiny.inputs(unet), fused(patcher, proportional=True)
+    inputs, clone = tiny.inputs(unet), merged(patcher, proportional=True)
     added = inputs.get("added_cond_kwargs")
     whole = call(unet, clone)
     for i, which in enumerate(([1], [0])):
@@ -218,7 +218,7 @@ def test_a_prompt_at_a_time_is_what_both_at_once_are(unets):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"merge_mlp": True}, "merge_mlp is unavailable here: these programs let patches change only self-attention"),
         ({"merge_crossattn": True}, "merge_crossattn is unavailable here"),
@@ -227,15 +227,15 @@ def test_a_prompt_at_a_time_is_what_both_at_once_are(unets):
         ({"threshold": 0.0}, "threshold is unavailable here: it counts in one call for the next"),
     ],
 )
-def test_options_that_cannot_be_had_are_refused_by_name(unets, options, said):
-    with pytest.raises(ValueError, match=said):
-        fused(unets[1], **options)
+def test_unavailable_options_raise(unets, options, message):
+    with pytest.raises(ValueError, match=message):
+        merged(unets[1], **options)
     assert unets[1].model_options == {"transformer_options": {}}
 
 
 @pytest.mark.parametrize("options", [{}, {"proportional": True, "early": "mean", "late": "mean"}])
 @pytest.mark.parametrize("kind", [Patcher, ForgePatcher])
-def test_of_two_in_a_row_the_later_counts_and_the_earlier_model_stays(unets, kind, options):
+def test_second_patch_replaces_the_first_on_its_clone_only(unets, kind, options):
     model = kind(unets[1].model.diffusion_model)
     first, _ = patch_model(model, TokenFusionConfig.of(0.25, **options), attention)
     second, _ = patch_model(first, TokenFusionConfig.of(0.5, **options), attention)
@@ -246,17 +246,17 @@ def test_of_two_in_a_row_the_later_counts_and_the_earlier_model_stays(unets, kin
     assert torch.equal(call(unets[0], first), before)
 
 
-def test_maps_that_will_be_left_alone_are_told(unets):
+def test_summary_names_min_tokens(unets):
     _, summary = patch_model(unets[1], TokenFusionConfig(0.5, min_tokens=10_000), attention)
     assert "maps of fewer than 10000 tokens skipped" in summary.headline
 
 
-def test_a_window_takes_noise_levels(unets):
+def test_start_and_end_need_noise_levels(unets):
     with pytest.raises(ValueError, match=r"start is 0\.2 and end is 1: this model has no noise levels"):
         patch_model(unets[1], TokenFusionConfig(0.5, start=0.2), attention)
 
 
-def test_a_diffusion_transformer_is_refused_in_words():
+def test_diffusion_transformer_raises():
     class Flux(nn.Module):
         pass
 
@@ -264,8 +264,8 @@ def test_a_diffusion_transformer_is_refused_in_words():
         patch_model(Patcher(Flux()), TokenFusionConfig(0.5), attention)
 
 
-def test_places_are_those_of_the_model(unets):
-    """By the published layouts: SD 1.5 attends at the latent's own size, SDXL from half of it on."""
+def test_find_places_matches_the_published_layouts(unets):
+    """In the published layouts SD 1.5 has attention at the latent's size, SDXL only from half of it."""
     unet, patcher = unets
     sites = ldm.find_places(patcher.model.diffusion_model)
     top = [place for place, site in sites.items() if site.level == 0]
@@ -277,4 +277,4 @@ def test_places_are_those_of_the_model(unets):
     assert [(s.depth, s.downsample) for s in sites.values() if s.level == 0] == [
         (row.depth, 16 // row.size[0]) for row in rows
     ]
-    assert sum(site.path == "down" for site in sites.values()) == 6  # in both, as SDXL has fewer layers here
+    assert sum(site.path == "down" for site in sites.values()) == 6  # in both models, as this SDXL has fewer layers

@@ -1,4 +1,4 @@
-"""Classifiers of timm's: fewer tokens in every layer, of which the class token is never one that goes."""
+"""timm classifiers: each layer merges tokens, but never the class token."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def state(model):
     return [(type(m), sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
 
 
-def test_it_changes_the_prediction_and_is_removed_to_the_bit(model, host, images):
+def test_patch_changes_the_prediction_and_removal_restores_it(model, host, images):
     before, plain = state(model), predict(model, images)
     assert host.apply_patch(model, 8) is model
     assert (predict(model, images) - plain).abs().max() > 1e-4
@@ -72,39 +72,39 @@ def test_it_changes_the_prediction_and_is_removed_to_the_bit(model, host, images
     assert torch.equal(predict(model, images), plain)
 
 
-def test_without_tokens_to_fuse_nothing_changes(model, host, images):
+def test_r_0_changes_nothing(model, host, images):
     plain = predict(model, images)
     assert torch.equal(predict(host.apply_patch(model, 0), images), plain)
 
 
-def test_so_many_tokens_leave_each_layer_and_the_sizes_are_those_of_all(model, host, images):
+def test_each_layer_merges_r_tokens_and_sizes_add_up(model, host, images):
     host.apply_patch(model, 8)
-    with host.record_maps(model) as seen:
+    with host.record_maps(model) as records:
         features = model.forward_features(images)
     assert features.shape[1] == model.num_prefix_tokens + TOKENS - LAYERS * 8
-    assert [layer for layer, _ in seen] == list(range(LAYERS))
-    for layer, map in seen:
+    assert [layer for layer, _ in records] == list(range(LAYERS))
+    for layer, map in records:
         assert map.kept_idx.shape[1] == TOKENS - 8 * (layer + 1)
         assert torch.equal(map.size.sum(1), torch.full((3,), float(TOKENS)))
-    with host.record_maps(model) as again:  # a picture begins with all of its tokens
+    with host.record_maps(model) as again:  # each image starts with all tokens
         predict(model, images)
-    assert torch.equal(again[-1][1].group_idx, seen[-1][1].group_idx)
+    assert torch.equal(again[-1][1].group_idx, records[-1][1].group_idx)
 
 
-def test_the_first_layer_fuses_what_its_keys_say_and_never_the_class_token(model, host, images):
-    """By hand, a token at a time: the sources most like their nearest destination join it."""
+def test_first_layer_merges_by_key_similarity_and_keeps_the_class_token(model, host, images):
+    """Computed token by token: the sources most similar to their nearest destination merge into it."""
     block, prefix, r = model.blocks[0], model.num_prefix_tokens, 5
-    seen = {}
+    activations = {}
     handles = [
-        block.attn.k_norm.register_forward_hook(lambda m, a, k: seen.update(keys=k)),
-        block.ls1.register_forward_hook(lambda m, a, out: seen.update(attended=out)),
-        block.register_forward_pre_hook(lambda m, a: seen.update(x=a[0])),
+        block.attn.k_norm.register_forward_hook(lambda m, a, k: activations.update(keys=k)),
+        block.ls1.register_forward_hook(lambda m, a, out: activations.update(attended=out)),
+        block.register_forward_pre_hook(lambda m, a: activations.update(x=a[0])),
     ]
     predict(model, images)
     for handle in handles:
         handle.remove()
-    after = seen["x"] + seen["attended"]
-    keys = torch.nn.functional.normalize(seen["keys"].mean(1)[:, prefix:], dim=-1)
+    after = activations["x"] + activations["attended"]
+    keys = torch.nn.functional.normalize(activations["keys"].mean(1)[:, prefix:], dim=-1)
     entering = {}
     host.apply_patch(model, r, early="mean", late="mean")
     handle = model.blocks[0].norm2.register_forward_pre_hook(lambda m, a: entering.update(x=a[0]))
@@ -120,8 +120,8 @@ def test_the_first_layer_fuses_what_its_keys_say_and_never_the_class_token(model
         assert torch.allclose(entering["x"][b, prefix:], expected, atol=1e-5)
 
 
-def test_of_equal_patches_any_number_stand_for_all_where_keys_are_weighted(model, host):
-    """Fused attention over identical tokens is full attention: log(n) counts those that are gone."""
+def test_proportional_attention_is_exact_for_equal_patches(model, host):
+    """Proportional attention over identical tokens equals full attention: log(n) counts merged tokens."""
     nn.init.zeros_(model.pos_embed)
     plain_images = torch.ones(2, 3, 32, 32)
     full = predict(model, plain_images)
@@ -132,7 +132,7 @@ def test_of_equal_patches_any_number_stand_for_all_where_keys_are_weighted(model
     assert (without - full).abs().max() > 10 * (weighted - full).abs().max()
 
 
-def test_a_copy_of_a_patched_model_is_patched_and_apart(model, host, images):
+def test_copy_of_a_patched_model_is_patched_independently(model, host, images):
     host.apply_patch(model, 8)
     expected = predict(model, images)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -142,7 +142,7 @@ def test_a_copy_of_a_patched_model_is_patched_and_apart(model, host, images):
         assert not torch.equal(predict(other, images), expected)
 
 
-def test_applied_again_the_later_counts_and_nothing_is_left(model, host, images):
+def test_second_patch_replaces_the_first_and_is_removed(model, host, images):
     before = state(model)
     host.apply_patch(model, 4)
     host.apply_patch(model, TokenReduction(8), late="mean")
@@ -152,14 +152,14 @@ def test_applied_again_the_later_counts_and_nothing_is_left(model, host, images)
     assert torch.equal(twice, predict(host.apply_patch(model, 8, late="mean"), images))
 
 
-def test_it_trains(model, host, images):
+def test_patched_model_trains(model, host, images):
     host.apply_patch(model, 8).train()
     model(images).square().mean().backward()
     assert model.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
-def test_checkpoints_are_refused_before_a_wrong_gradient(model, host, images):
-    """A layer that is run again has lost its tokens' maps, or finds those of a later call."""
+def test_gradient_checkpointing_raises(model, host, images):
+    """A layer that runs again has no token maps, or those of a later call."""
     model.set_grad_checkpointing(True)
     loss = host.apply_patch(model.train(), r=8).forward(images).square().sum()
     with pytest.raises(RuntimeError, match=r"checkpoints run them again; set_grad_checkpointing\(False\)"):
@@ -171,8 +171,8 @@ def test_checkpoints_are_refused_before_a_wrong_gradient(model, host, images):
     assert model.patch_embed.proj.weight.grad.isfinite().all()
 
 
-def test_tokens_are_laid_out_as_maps_only_where_there_are_enough(model, host, images):
-    """timm would put those that are left where they do not belong, without a word."""
+def test_feature_maps_of_merged_tokens_raise(model, host, images):
+    """timm would silently put the remaining tokens in wrong positions."""
     before = model.forward_intermediates(images, intermediates_only=True)[-1]
     host.apply_patch(model, r=8)
     for copied in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -184,25 +184,25 @@ def test_tokens_are_laid_out_as_maps_only_where_there_are_enough(model, host, im
     assert torch.equal(model.forward_intermediates(images, intermediates_only=True)[-1], before)
 
 
-def test_by_its_name_a_model_is_made_and_patched(host, images, monkeypatch):
+def test_model_name_creates_a_patched_model(host, images, monkeypatch):
     timm = host.timm
-    asked = []
+    calls = []
     made = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=7)
 
     def create(name, **options):
-        asked.append((name, options))
+        calls.append((name, options))
         return made
 
     monkeypatch.setattr(timm, "create_model", create)
     assert host.apply_patch("deit_tiny_patch16_224", r=8) is made
-    assert asked == [("deit_tiny_patch16_224", {"pretrained": True})]
-    with host.record_maps(made) as seen:
+    assert calls == [("deit_tiny_patch16_224", {"pretrained": True})]
+    with host.record_maps(made) as records:
         predict(made, images)
-    assert seen[0][1].kept_idx.shape[1] == TOKENS - 8
+    assert records[0][1].kept_idx.shape[1] == TOKENS - 8
 
 
-def test_the_split_is_measured_on_pictures(model, host, images):
-    """Averaging pays above 1/sqrt 2: below the first layer whose MLP is as good as linear, all prune."""
+def test_depth_split_is_measured_on_images(model, host, images):
+    """Averaging is better above linearity 1/sqrt 2: all layers before the first such layer prune."""
     d = probe().measured_split(model, images)
     assert d == best_split(dict(enumerate(probe().linearity(model, images).mean(dim=1).tolist())))
     host.apply_patch(model, r=8, depth_split="auto", images=images)
@@ -210,7 +210,7 @@ def test_the_split_is_measured_on_pictures(model, host, images):
     assert torch.equal(fused, predict(host.apply_patch(model, r=8, depth_split=d), images))
 
 
-def test_a_crooked_layer_is_pruned_and_a_straight_one_averaged(host, images):
+def test_nonlinear_layers_prune_and_linear_layers_average(host, images):
     class Crooked(nn.Module):
         def forward(self, x):
             return (300 * x).sin()
@@ -225,42 +225,42 @@ def test_a_crooked_layer_is_pruned_and_a_straight_one_averaged(host, images):
 
 
 @pytest.mark.parametrize("r", [0, TOKENS // 2 + 1])
-def test_linearity_takes_pairs_that_there_are(model, host, images, r):
+def test_linearity_rejects_invalid_r(model, host, images, r):
     with pytest.raises(
         ValueError, match=f"r is {r}; it must be an integer from 1 to {TOKENS // 2}, half of the patch tokens"
     ):
         probe().linearity(model, images, r)
 
 
-def test_linearity_takes_a_role_that_there_is(model, host, images):
+def test_linearity_rejects_unknown_layers(model, host, images):
     with pytest.raises(ValueError, match="layer is 'norm'; it must be attn or mlp"):
         probe().linearity(model, images, layer="norm")
 
 
-def test_a_model_whose_block_is_another_by_now_loses_its_patch_all_the_same(model, host, images):
+def test_patch_is_removed_after_a_block_was_replaced(model, host, images):
     before, plain = state(model), predict(model, images)
     host.apply_patch(model, r=8)
     taken, model.blocks[1] = model.blocks[1], nn.Identity()
     host.remove_patch(model)
     assert [type(block).__name__ for block in model.blocks] == ["Block", "Identity", "Block", "Block"]
     assert predict(model, images).isfinite().all()
-    model.blocks[1] = taken  # which is no longer patched either
+    model.blocks[1] = taken  # this block is not patched either
     assert torch.equal(predict(model, images), plain)
     assert state(model) == before
 
 
-def test_a_split_that_cannot_be_measured_leaves_the_model_as_it_was(model, host, images):
+def test_failed_split_measurement_leaves_the_model_unchanged(model, host, images):
     plain = predict(host.apply_patch(model, r=8), images)
     with pytest.raises(ValueError, match="give some as images=, or a number"):
         host.apply_patch(model, depth_split="auto")
     with pytest.raises(ValueError, match="images are given, and depth_split is not 'auto'"):
         host.apply_patch(model, images=images)
-    with pytest.raises((RuntimeError, AssertionError)):  # timm's word on pictures of another size
+    with pytest.raises((RuntimeError, AssertionError)):  # timm's error for images of another size
         host.apply_patch(model, depth_split="auto", images=images[:, :, :20, :20])
     assert torch.equal(predict(model, images), plain)
 
 
-def test_attention_without_its_keys_is_refused_before_anything_is_patched(model, host, images):
+def test_attention_without_keys_raises_and_patches_nothing(model, host, images):
     norm = model.blocks[2].attn.k_norm
     del model.blocks[2].attn.k_norm
     before = state(model)
@@ -271,29 +271,29 @@ def test_attention_without_its_keys_is_refused_before_anything_is_patched(model,
     host.apply_patch(model, r=8)
 
 
-def test_linearity_is_of_the_pairs_that_would_be_fused(model, host, images):
-    """1 for an MLP that is linear, below it for one that is not, and by hand in the first block."""
+def test_linearity_is_measured_on_the_merged_pairs(model, host, images):
+    """Linearity is 1 for a linear MLP and lower otherwise. The first block is computed by hand."""
     before = state(model)
-    found = probe().linearity(model, images, r=3)
-    assert found.shape == (LAYERS, 3)
-    assert ((found > 0) & (found < 1 + 1e-6)).all()
+    mlp_linearity = probe().linearity(model, images, r=3)
+    assert mlp_linearity.shape == (LAYERS, 3)
+    assert ((mlp_linearity > 0) & (mlp_linearity < 1 + 1e-6)).all()
     assert state(model) == before
-    block, prefix, seen = model.blocks[0], model.num_prefix_tokens, {}
+    block, prefix, activations = model.blocks[0], model.num_prefix_tokens, {}
     handles = [
-        block.attn.k_norm.register_forward_hook(lambda m, a, k: seen.update(keys=k)),
-        block.norm1.register_forward_pre_hook(lambda m, a: seen.update(begun=a[0])),
-        block.norm2.register_forward_pre_hook(lambda m, a: seen.update(x=a[0])),
+        block.attn.k_norm.register_forward_hook(lambda m, a, k: activations.update(keys=k)),
+        block.norm1.register_forward_pre_hook(lambda m, a: activations.update(begun=a[0])),
+        block.norm2.register_forward_pre_hook(lambda m, a: activations.update(x=a[0])),
     ]
     predict(model, images)
     for handle in handles:
         handle.remove()
-    keys = torch.nn.functional.normalize(seen["keys"].mean(1)[:, prefix:], dim=-1)
-    alike = keys[0, 1::2] @ keys[0, ::2].mT
+    keys = torch.nn.functional.normalize(activations["keys"].mean(1)[:, prefix:], dim=-1)
+    similarity = keys[0, 1::2] @ keys[0, ::2].mT
 
     def by_hand(x, layer):
         ways = []
-        for s in alike.amax(1).argsort(descending=True)[:3].tolist():
-            x1, x2 = x[0, prefix + 1 + 2 * s], x[0, prefix + 2 * int(alike[s].argmax())]
+        for s in similarity.amax(1).argsort(descending=True)[:3].tolist():
+            x1, x2 = x[0, prefix + 1 + 2 * s], x[0, prefix + 2 * int(similarity[s].argmax())]
             way = layer(torch.stack([x1 + t * (x2 - x1) for t in torch.linspace(0, 1, 11)])).detach()
             ways.append((way[-1] - way[0]).norm() / way.diff(dim=0).norm(dim=-1).sum())
         return torch.stack(ways).mean().item()
@@ -304,15 +304,17 @@ def test_linearity_is_of_the_pairs_that_would_be_fused(model, host, images):
             block.attn,
             *(
                 block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).unbind(-3)
-                for x in (points, seen["begun"][0])
+                for x in (points, activations["begun"][0])
             ),
         )
         weights = (torch.einsum("phd,nhd->hpn", attn.q_norm(q), attn.k_norm(k)) * attn.scale).softmax(-1)
         return attn.proj(torch.einsum("hpn,nhd->phd", weights, v).flatten(1))
 
-    assert found[0, 0].item() == pytest.approx(by_hand(seen["x"], lambda x: block.mlp(block.norm2(x))), abs=1e-4)
-    asked = probe().linearity(model, images, r=3, layer="attn")
-    assert asked[0, 0].item() == pytest.approx(by_hand(seen["begun"], attention), abs=1e-4)
+    assert mlp_linearity[0, 0].item() == pytest.approx(
+        by_hand(activations["x"], lambda x: block.mlp(block.norm2(x))), abs=1e-4
+    )
+    attention_linearity = probe().linearity(model, images, r=3, layer="attn")
+    assert attention_linearity[0, 0].item() == pytest.approx(by_hand(activations["begun"], attention), abs=1e-4)
     block.mlp.act, block.norm2 = nn.Identity(), nn.Identity()
     linear = probe().linearity(model, images, r=3)
     assert torch.allclose(linear[0], torch.ones(3), atol=1e-4)
@@ -325,24 +327,24 @@ def adaptive(model, **options):
     return AdaptiveReduction(class_only=model.global_pool == "token", **options)
 
 
-def test_adaptive_merging_takes_what_is_alike_enough(model, host, images):
-    """Nothing above a cosine of 1; all sources above -1; and in between as many as the batch has on average."""
+def test_adaptive_merging_merges_tokens_above_the_threshold(model, host, images):
+    """At threshold 1 nothing merges, at -1 all sources. In between the batch merges its average number."""
     plain = predict(model, images)
     none = predict(host.apply_patch(model, adaptive(model, alpha=2, beta=0)), images)
     assert torch.allclose(none, plain, atol=1e-5)
-    block, prefix, seen = model.blocks[0], model.num_prefix_tokens, {}
-    handle = block.attn.k_norm.register_forward_hook(lambda m, a, k: seen.update(keys=k))
+    block, prefix, activations = model.blocks[0], model.num_prefix_tokens, {}
+    handle = block.attn.k_norm.register_forward_hook(lambda m, a, k: activations.update(keys=k))
     predict(model, images)
     handle.remove()
-    keys = torch.nn.functional.normalize(seen["keys"].mean(1)[:, prefix:], dim=-1)
+    keys = torch.nn.functional.normalize(activations["keys"].mean(1)[:, prefix:], dim=-1)
     nearest = (keys[:, 1::2] @ keys[:, ::2].mT).amax(-1)
     threshold = nearest.quantile(0.6).item()
     host.apply_patch(model, adaptive(model, alpha=threshold, beta=0, least=-1))
     with host.record_maps(model) as maps:
         predict(model, images)
-    alike = (nearest > threshold).sum(1).float()
-    assert TOKENS - maps[0][1].kept_idx.shape[1] == round(alike.mean().item())
-    assert alike.unique().numel() > 1  # pictures differ, and share a number
+    similarity = (nearest > threshold).sum(1).float()
+    assert TOKENS - maps[0][1].kept_idx.shape[1] == round(similarity.mean().item())
+    assert similarity.unique().numel() > 1  # images differ, but merge the same number
     host.apply_patch(model, adaptive(model, alpha=-1, beta=0, least=-1))
     with host.record_maps(model) as maps:
         predict(model, images)
@@ -350,7 +352,7 @@ def test_adaptive_merging_takes_what_is_alike_enough(model, host, images):
     assert kept[:2] == [TOKENS // 2, TOKENS // 4]
 
 
-def test_in_the_last_layer_the_class_token_goes_on_alone(model, host, images):
+def test_last_layer_can_keep_only_the_class_token(model, host, images):
     if model.global_pool != "token":
         with pytest.raises(ValueError, match=r"classifies by its patch tokens .*set class_only=False"):
             host.apply_patch(model, AdaptiveReduction())
@@ -358,11 +360,11 @@ def test_in_the_last_layer_the_class_token_goes_on_alone(model, host, images):
     plain = predict(model, images)
     host.apply_patch(model, AdaptiveReduction(alpha=2, beta=0))
     assert model.forward_features(images).shape[1] == model.num_prefix_tokens
-    assert torch.allclose(predict(model, images), plain, atol=1e-5)  # what is left out decides nothing
+    assert torch.allclose(predict(model, images), plain, atol=1e-5)  # the other tokens do not affect the prediction
 
 
 def test_late_layers_merge_small_tokens_into_large_ones(model, host, images):
-    """Of a pair one is of the larger half by size: two large ones are not merged (ATM section 3.3)."""
+    """One of each pair is in the larger half by size, so two large tokens never merge (ATM section 3.3)."""
     host.apply_patch(model, adaptive(model, alpha=-1, beta=0, least=-1, split=0.25))
     with host.record_maps(model) as maps:
         predict(model, images)
@@ -379,7 +381,7 @@ def test_late_layers_merge_small_tokens_into_large_ones(model, host, images):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "said"),
+    ("options", "error", "message"),
     [
         ({"r": 33}, ValueError, "r is 33; of 64 patch tokens at most 32 can be merged in a layer"),
         ({"r": -1}, ValueError, "r is -1; it must be an integer >= 0"),
@@ -390,19 +392,19 @@ def test_late_layers_merge_small_tokens_into_large_ones(model, host, images):
         ({"ratio": 0.5}, TypeError, "ratio"),
     ],
 )
-def test_bad_options_are_named_and_change_nothing(host, images, options, error, said):
+def test_invalid_options_raise_and_change_nothing(host, images, options, error, message):
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(img_size=32, patch_size=4, embed_dim=32, depth=2, num_heads=4, num_classes=7).eval()
     host.apply_patch(model, 4)
     before, structure = predict(model, images), state(model)
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         host.apply_patch(model, **{"r": 8, **options})
     assert state(model) == structure
     assert torch.equal(predict(model, images), before)
 
 
-def test_a_model_without_such_blocks_is_refused_in_words(host):
+def test_model_without_transformer_blocks_raises(host):
     with pytest.raises(ValueError, match=r"Linear has no blocks to merge tokens in: none found; looked for timm"):
         host.apply_patch(nn.Linear(2, 2))
     swin = pytest.importorskip("timm").create_model("swin_tiny_patch4_window7_224")
@@ -412,11 +414,11 @@ def test_a_model_without_such_blocks_is_refused_in_words(host):
         pass
 
 
-# --- what needs no timm -----------------------------------------------------------------------------------------------
+# --- without timm -----------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(0, 40), st.integers(1, 24), st.integers(1, 300), st.sampled_from(["constant", "decreasing"]))
-def test_a_schedule_leaves_half_of_each_layers_tokens_at_least(r, layers, tokens, schedule):
+def test_schedule_keeps_at_least_half_of_each_layers_tokens(r, layers, tokens, schedule):
     leaving = TokenReduction(r, schedule).num_merged(layers, tokens)
     assert len(leaving) == layers
     for gone in leaving:
@@ -426,7 +428,7 @@ def test_a_schedule_leaves_half_of_each_layers_tokens_at_least(r, layers, tokens
         assert leaving[-1] == 0
 
 
-def test_the_decreasing_schedule_takes_as_many_in_all():
+def test_decreasing_schedule_merges_the_same_total():
     assert TokenReduction(8).num_merged(12, 196) == [8] * 12
     decreasing = TokenReduction(8, "decreasing").num_merged(12, 196)
     assert decreasing == [16, 15, 13, 12, 10, 9, 7, 6, 4, 3, 1, 0]
@@ -434,8 +436,8 @@ def test_the_decreasing_schedule_takes_as_many_in_all():
 
 
 @pytest.mark.parametrize("reduction", [prune, mean, mlerp])
-def test_a_token_of_a_size_counts_as_so_many(reduction):
-    """A token that stands for three is fused as three like it would be."""
+def test_token_size_weights_the_reduction(reduction):
+    """A token of size 3 merges like three equal tokens."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 8, 5, generator=g)
     size = torch.tensor([[1.0, 3, 1, 1, 2, 1, 5, 1]]).expand(2, -1)
@@ -446,7 +448,7 @@ def test_a_token_of_a_size_counts_as_so_many(reduction):
     assert torch.allclose(reduce_sized(reduction, x, map, size), reduction(many, spread), atol=1e-5)
 
 
-def test_sources_and_destinations_take_turns():
+def test_sources_and_destinations_alternate():
     parts = alternating(7, torch.device("cpu"))
     assert parts.src.tolist() == [1, 3, 5]
     assert parts.dst.tolist() == [0, 2, 4, 6]
@@ -455,13 +457,13 @@ def test_sources_and_destinations_take_turns():
 @pytest.mark.parametrize(
     ("layer", "threshold"), [(0, 0.9), (1, 0.9 - math.expm1(0.05)), (3, 0.9 - math.expm1(0.15)), (11, 0.6)]
 )
-def test_thresholds_fall_from_alpha_to_the_least(layer, threshold):
-    """Eq. 1, whose layers count from 1."""
+def test_layer_thresholds_fall_from_alpha_to_the_minimum(layer, threshold):
+    """Eq. 1, whose layers are numbered from 1."""
     assert AdaptiveReduction(0.9, 0.05, 0.6).threshold(layer) == pytest.approx(threshold)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 200), st.integers(1, 200))
-def test_the_merging_error_lies_within_its_bounds(seed, n1, n2):
+def test_merging_error_is_within_its_bounds(seed, n1, n2):
     """Theorem 1, and Eq. 5 of its proof, which is exact."""
     g = torch.Generator().manual_seed(seed)
     x1, x2 = torch.randn(2, 7, 4, generator=g, dtype=torch.float64)
@@ -476,7 +478,7 @@ def test_the_merging_error_lies_within_its_bounds(seed, n1, n2):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"alpha": 3}, "alpha is 3; it must be a number from -1 to 2"),
         ({"beta": -0.1}, "beta is -0.1; it must be a number from 0"),
@@ -487,6 +489,6 @@ def test_the_merging_error_lies_within_its_bounds(seed, n1, n2):
         ({"class_only": 1}, "class_only is 1; it must be True or False"),
     ],
 )
-def test_thresholds_out_of_range_are_named(options, said):
-    with pytest.raises(ValueError, match=said):
+def test_thresholds_out_of_range_raise(options, message):
+    with pytest.raises(ValueError, match=message):
         AdaptiveReduction(**options)

@@ -1,4 +1,4 @@
-"""The script for AUTOMATIC1111 and Forge: fuses where it is asked to, says what it did, and leaves nothing behind."""
+"""The script for AUTOMATIC1111 and Forge: it merges when enabled, saves its parameters, and restores the model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def unet():
 
 @pytest.fixture(params=["AUTOMATIC1111", "Forge"])
 def program(request, unet, monkeypatch):
-    """A program whose script is ready; program.host is the script's module, program.modules what it has imported."""
+    """A program with its script. program.host is the script's module, program.modules the modules it imports."""
     forge = request.param == "Forge"
     modules = webui_host.install(monkeypatch, forge)
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
@@ -52,7 +52,7 @@ def program(request, unet, monkeypatch):
 
 
 def args(program, **options):
-    """What the program passes to the script when a person has set these fields and switched it on."""
+    """Returns the script arguments for a user who has enabled Token Fusion and set these fields."""
     values = [field.value for field in program.fields]
     return [True, *(options.get(name, value) for name, value in zip(NAMES, values[1:], strict=True))]
 
@@ -62,52 +62,57 @@ def off(program):
 
 
 @pytest.mark.parametrize("options", [{}, FAITHFUL, {"ratio": 0.25, "start_percent": 0.4}])
-def test_it_fuses_as_the_adapters_do_and_leaves_nothing_behind(program, options):
-    before, (full, _) = webui_host.state(program), program.draw(off(program))
-    found, p = program.draw(args(program, **options))
-    told = {name.removesuffix("_percent"): value for name, value in options.items()}
-    fusion = TokenFusionConfig.of(told.pop("ratio", 0.5), **told)
+def test_script_matches_the_adapters_and_restores_the_model(program, options):
+    before, (baseline, _) = webui_host.state(program), program.draw(off(program))
+    result, p = program.draw(args(program, **options))
+    fields = {name.removesuffix("_percent"): value for name, value in options.items()}
+    fusion = TokenFusionConfig.of(fields.pop("ratio", 0.5), **fields)
     if program.forge:
-        beside = webui_host.Program(program.model.unet, forge=True)
-        beside.script = types.SimpleNamespace(process=lambda p: None, process_before_every_sampling=lambda p, **m: None)
-        beside.patcher, _ = patch_model(
-            beside.patcher, fusion, lambda q, k, v, h, o: attention(q, k, v, h, o), lambda percent: 10 * (1 - percent)
+        expected_program = webui_host.Program(program.model.unet, forge=True)
+        expected_program.script = types.SimpleNamespace(
+            process=lambda p: None, process_before_every_sampling=lambda p, **m: None
         )
-        expected, _ = beside.draw([])
+        expected_program.patcher, _ = patch_model(
+            expected_program.patcher,
+            fusion,
+            lambda q, k, v, h, o: attention(q, k, v, h, o),
+            lambda percent: 10 * (1 - percent),
+        )
+        expected, _ = expected_program.draw([])
     else:
         ldm.apply(program.model, fusion)
         expected, _ = program.draw(off(program))
         ldm.restore(program.model)
-    assert torch.equal(found, expected)
-    assert (found - full).abs().max() > 1e-3
+    assert torch.equal(result, expected)
+    assert (result - baseline).abs().max() > 1e-3
     assert not p.comments
     assert webui_host.state(program) == before
-    assert torch.equal(program.draw(off(program))[0], full)
+    assert torch.equal(program.draw(off(program))[0], baseline)
 
 
-def test_switched_off_or_at_ratio_zero_it_is_not_there(program):
-    """Nor without any argument, as Forge Neo draws what is asked of it while it still starts."""
-    full, p = program.draw(off(program))
+def test_disabled_or_ratio_zero_equals_the_baseline(program):
+    """Requests without arguments are baseline too: Forge Neo passes none while it starts."""
+    baseline, p = program.draw(off(program))
     assert not p.extra_generation_params
     bare, p = program.draw([])
-    assert torch.equal(bare, full)
+    assert torch.equal(bare, baseline)
     assert not p.extra_generation_params
     assert not p.comments
-    assert torch.equal(program.draw(args(program, ratio=0))[0], full)
+    assert torch.equal(program.draw(args(program, ratio=0))[0], baseline)
 
 
 @pytest.mark.parametrize("hires", [False, True])
-def test_a_sampling_that_is_interrupted_leaves_nothing_behind(program, hires):
-    before, (full, _) = webui_host.state(program), program.draw(off(program))
+def test_interrupted_sampling_restores_the_model(program, hires):
+    before, (baseline, _) = webui_host.state(program), program.draw(off(program))
     p = webui_host.Processing(program, enable_hr=True, fails_at=(hires, 500.0))
     with pytest.raises(InterruptedError):
         program.draw(args(program), p=p)
     assert p.is_hr_pass is hires
     assert webui_host.state(program) == before
-    assert torch.equal(program.draw(off(program))[0], full)
+    assert torch.equal(program.draw(off(program))[0], baseline)
 
 
-def test_a_sampler_that_is_used_again_is_fused_once_and_then_no_more(program):
+def test_reused_sampler_is_patched_once_and_restored(program):
     once, p = program.draw(args(program))
     again, _ = program.draw(args(program), batches=3)
     assert torch.equal(once, again)
@@ -118,51 +123,51 @@ def test_a_sampler_that_is_used_again_is_fused_once_and_then_no_more(program):
 
 
 @pytest.mark.parametrize("options", [{}, FAITHFUL])
-def test_both_passes_are_fused_and_said_to_be(program, options):
-    full, _ = program.draw(off(program), enable_hr=True)
+def test_both_passes_are_merged_and_saved(program, options):
+    baseline, _ = program.draw(off(program), enable_hr=True)
     second, p = program.draw(args(program, ratio=0, **options), enable_hr=True)
     both, p = program.draw(args(program, **options), enable_hr=True)
-    assert len({tensor.sum().item() for tensor in (full, second, both)}) == 3
+    assert len({tensor.sum().item() for tensor in (baseline, second, both)}) == 3
     assert not p.comments
     assert "ToFu ratio: 0.5, ToFu hires ratio: 0.5" in webui_host.saved(p)
 
 
-def test_the_second_pass_has_a_ratio_of_its_own(program):
-    full, _ = program.draw(off(program), enable_hr=True)
+def test_hires_pass_has_its_own_ratio(program):
+    baseline, _ = program.draw(off(program), enable_hr=True)
     neither, _ = program.draw(args(program, ratio=0, hires_ratio=0), enable_hr=True)
     first, _ = program.draw(args(program, ratio=0.5, hires_ratio=0), enable_hr=True)
     second, p = program.draw(args(program, ratio=0, hires_ratio=0.5), enable_hr=True)
-    assert torch.equal(neither, full)
-    assert len({tensor.sum().item() for tensor in (full, first, second)}) == 3
+    assert torch.equal(neither, baseline)
+    assert len({tensor.sum().item() for tensor in (baseline, first, second)}) == 3
     assert "ToFu hires ratio: 0.5" in webui_host.saved(p)
     assert "hires" not in webui_host.saved(program.draw(args(program))[1])
 
 
-# --- what is saved, pasted and requested ------------------------------------------------------------------------------
+# --- saved and pasted parameters, requests ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "options", [{}, FAITHFUL, {"hires_ratio": 0.25, "grid_seed": 7, "kv_only": True, "end_percent": 0.6, "levels": 2}]
 )
-def test_what_is_saved_with_a_picture_can_be_pasted_and_draws_it_again(program, options):
-    found, p = program.draw(args(program, **options), enable_hr=True)
+def test_pasted_parameters_reproduce_the_image(program, options):
+    result, p = program.draw(args(program, **options), enable_hr=True)
     text = webui_host.saved(p)
     assert text.startswith("ToFu ratio: 0.5")
     pasted = webui_host.paste(program.script, "Steps: 20, " + text)
-    assert len(pasted) == len(program.fields)  # each field is set: a default is not what a person had there
+    assert len(pasted) == len(program.fields)  # each field is set: a field need not have its default
     again, _ = program.draw([pasted[field.label] for field in program.fields], enable_hr=True)
-    assert torch.equal(found, again)
+    assert torch.equal(result, again)
 
 
-def test_a_picture_without_it_switches_it_off_and_leaves_the_fields_alone(program):
+def test_pasting_a_baseline_image_disables_and_keeps_the_fields(program):
     assert webui_host.paste(program.script, "Steps: 20, Sampler: Euler") == {"Token Fusion (ToFu)": False}
 
 
-def test_of_one_pass_the_ratio_of_the_other_is_left_alone(program):
+def test_pasting_one_pass_keeps_the_hires_ratio(program):
     assert "Hires ratio" not in webui_host.paste(program.script, "ToFu ratio: 0.25")
 
 
-def test_parameters_of_the_picture_before_are_not_saved_with_the_next(program):
+def test_parameters_of_the_previous_image_are_not_saved(program):
     _, p = program.draw(args(program, window=8))
     assert "ToFu window: 8" in webui_host.saved(p)
     program.draw(args(program), p=p)
@@ -171,19 +176,19 @@ def test_parameters_of_the_picture_before_are_not_saved_with_the_next(program):
     assert webui_host.saved(p) == ""
 
 
-def test_a_name_that_this_version_does_not_know_is_not_pasted(program):
+def test_unknown_reduction_is_not_pasted(program):
     assert "Early" not in webui_host.paste(program.script, "ToFu ratio: 0.5, ToFu early: median, ToFu late: mean")
 
 
-def test_requests_give_the_options_in_this_order(program):
-    """A promise to every program that sends requests: new options come at the end."""
+def test_request_arguments_keep_their_order(program):
+    """Clients send options by position, so new options come at the end."""
     assert [option.name for option in program.host.INPUTS] == NAMES
     page = (ROOT / "docs" / "webui.md").read_text().partition("only at the end:")[2].partition(". Omitted")[0]
     assert re.findall(r"`(\w+)`", page) == ["enabled", *NAMES]
     assert [field.label for field in program.fields[1:]] == [n.replace("_", " ").capitalize() for n in NAMES]
 
 
-def test_a_request_can_name_the_options(program):
+def test_request_sets_options_by_name(program):
     by_place, _ = program.draw(args(program, **FAITHFUL))
     rest = off(program)[1:]
     by_name, _ = program.draw([FAITHFUL, *rest])
@@ -195,7 +200,7 @@ def test_a_request_can_name_the_options(program):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"ratio": 0.9}, "ratio is 0.9; it must be a number from 0 to 0.75"),
         ({"hires_ratio": 2}, "hires_ratio is 2.0; it must be a number from 0 to 0.75"),
@@ -207,21 +212,21 @@ def test_a_request_can_name_the_options(program):
         ({"hire_ratio": 0.5}, "unknown option 'hire_ratio' (did you mean 'hires_ratio'?)"),
     ],
 )
-def test_what_cannot_be_done_is_told_once_and_the_picture_made_without_it(program, options, said, caplog):
-    full, _ = program.draw(off(program), enable_hr=True)
-    found, p = program.draw([options], enable_hr=True)
+def test_invalid_option_adds_one_comment_and_keeps_the_baseline_image(program, options, message, caplog):
+    baseline, _ = program.draw(off(program), enable_hr=True)
+    result, p = program.draw([options], enable_hr=True)
     (comment,) = p.comments
-    assert said in comment
+    assert message in comment
     assert comment.endswith("The image is generated without it.")
-    assert caplog.text.count(said) == 1
+    assert caplog.text.count(message) == 1
     assert not p.extra_generation_params
-    assert torch.equal(found, full)
+    assert torch.equal(result, baseline)
 
 
-def test_beside_the_built_in_merging_nothing_is_fused_twice(program):
-    full, _ = program.draw(off(program), enable_hr=True)
-    found, p = program.draw(args(program), enable_hr=True, built_in={False: 0.3, True: 0.3})
-    assert torch.equal(found, full)
+def test_built_in_merging_disables_token_fusion(program):
+    baseline, _ = program.draw(off(program), enable_hr=True)
+    result, p = program.draw(args(program), enable_hr=True, built_in={False: 0.3, True: 0.3})
+    assert torch.equal(result, baseline)
     assert "the built-in token merging is on, at 0.3" in next(iter(p.comments))
     assert "ToFu ratio: 0, ToFu hires ratio: 0" in webui_host.saved(p)
     second, p = program.draw(args(program), enable_hr=True, built_in={False: 0.3})
@@ -229,7 +234,7 @@ def test_beside_the_built_in_merging_nothing_is_fused_twice(program):
     assert "ToFu ratio: 0, ToFu hires ratio: 0.5" in webui_host.saved(p)
 
 
-def test_a_model_without_a_unet_is_refused_in_words(program):
+def test_model_without_a_unet_adds_a_comment(program):
     other = torch.nn.Linear(2, 2)
     if program.forge:
         patcher = ForgePatcher(other)
@@ -245,25 +250,25 @@ def test_a_model_without_a_unet_is_refused_in_words(program):
     assert "no eligible block in Linear" in next(iter(p.comments))
 
 
-def test_a_unet_that_something_else_holds_is_told_before_the_sampling_begins(program):
+def test_unet_with_replaced_forward_adds_a_comment(program):
     if program.forge:
         pytest.skip("Forge's patches do not touch the UNet")
     block = next(m for m in program.model.modules() if isinstance(m, PlainBlock))
-    full, _ = program.draw(off(program))
-    block.attn1.forward = block.attn1.forward  # as the built-in HyperTile does
+    baseline, _ = program.draw(off(program))
+    block.attn1.forward = block.attn1.forward  # like the built-in HyperTile
     try:
-        found, p = program.draw(args(program))
+        result, p = program.draw(args(program))
     finally:
         del block.attn1.forward
-    assert torch.equal(found, full)
+    assert torch.equal(result, baseline)
     assert "has a `forward` of its own" in next(iter(p.comments))
 
 
-def test_a_unet_that_is_taken_hold_of_after_that_is_drawn_with_as_it_is(program, caplog):
+def test_forward_replaced_before_sampling_runs_unmerged(program, caplog):
     if program.forge:
         pytest.skip("Forge's patches do not touch the UNet")
     block = next(m for m in program.model.modules() if isinstance(m, PlainBlock))
-    full, _ = program.draw(off(program))
+    baseline, _ = program.draw(off(program))
     p = webui_host.Processing(program, sampler=webui_host.Sampler())
     program.script.process_before_every_sampling(p, *args(program))
     block.attn1.forward = block.attn1.forward
@@ -272,26 +277,26 @@ def test_a_unet_that_is_taken_hold_of_after_that_is_drawn_with_as_it_is(program,
     finally:
         del block.attn1.forward
     assert "has a `forward` of its own" in caplog.text
-    assert torch.equal(program.draw(off(program))[0], full)
+    assert torch.equal(program.draw(off(program))[0], baseline)
 
 
 @pytest.mark.parametrize("there", ["hypernetwork", "upcast"])
-def test_what_weighted_attention_would_leave_out_is_not_left_out(program, there):
+def test_proportional_is_rejected_with_hypernetworks_or_upcast(program, there):
     if program.forge:
         pytest.skip("Forge has neither in its own attention")
-    full, _ = program.draw(off(program))
+    baseline, _ = program.draw(off(program))
     shared = program.modules["modules.shared"]
     if there == "upcast":
         shared.opts.upcast_attn = True
     else:
         shared.loaded_hypernetworks.append(object())
-    found, p = program.draw(args(program, **FAITHFUL))
-    assert torch.equal(found, full)
+    result, p = program.draw(args(program, **FAITHFUL))
+    assert torch.equal(result, baseline)
     assert "proportional replaces the program's attention" in next(iter(p.comments))
-    assert not torch.equal(program.draw(args(program))[0], full)
+    assert not torch.equal(program.draw(args(program))[0], baseline)
 
 
-def test_a_program_without_the_hook_is_told_to_be_too_old(program, monkeypatch):
+def test_program_without_the_hook_adds_a_comment(program, monkeypatch):
     monkeypatch.delattr(webui_host.Script, "process_before_every_sampling")
     monkeypatch.delattr(program.host.TokenFusionScript, "process_before_every_sampling")
     p = webui_host.Processing(program)
@@ -300,51 +305,51 @@ def test_a_program_without_the_hook_is_told_to_be_too_old(program, monkeypatch):
     assert not p.extra_generation_params
 
 
-# --- the screen -------------------------------------------------------------------------------------------------------
+# --- the UI -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_nobody_changes_is_the_default_of_the_package(program):
+def test_default_fields_equal_the_package_defaults(program):
     values = {option.name: option.default for option in program.host.INPUTS}
     assert program.host.pass_configs(values) == (TokenFusionConfig(), TokenFusionConfig())
 
 
-def test_a_preset_sets_the_fields_to_its_recipe_at_any_ratio(program):
+def test_preset_button_sets_its_recipe_at_any_ratio(program):
     assert [button.args[0] for button in program.modules["gradio"].buttons] == list(program.host.PRESETS)
     for button in program.modules["gradio"].buttons:
-        told = button.click_told
-        values = dict(zip((field.label for field in told["outputs"]), told["fn"](), strict=True))
+        click = button.click_options
+        values = dict(zip((field.label for field in click["outputs"]), click["fn"](), strict=True))
         assert {"Ratio", "Hires ratio"}.isdisjoint(values)
-        asked = {name: values[name.replace("_", " ").capitalize()] for name in NAMES[2:]}
-        fusion = config_of({**asked, "ratio": 0.25})
+        fields = {name: values[name.replace("_", " ").capitalize()] for name in NAMES[2:]}
+        fusion = config_of({**fields, "ratio": 0.25})
         recipe = RECIPES[button.args[0]]
         assert fusion == TokenFusionConfig.of(recipe, ratio=0.25, early=fusion.early, late=fusion.late)
-        assert [recipe.early.__name__, recipe.late.__name__] == [asked["early"], asked["late"]]
+        assert [recipe.early.__name__, recipe.late.__name__] == [fields["early"], fields["late"]]
 
 
-def test_no_number_keeps_the_program_from_drawing(program):
-    """Gradio refuses to draw at all beyond a Number's limits, whether Token Fusion is on or off."""
+def test_number_fields_have_no_limits(program):
+    """Outside a Number's limits Gradio refuses to generate, even with Token Fusion off."""
     numbers = [field for field in program.fields if type(field).__name__ == "Number"]
     assert [field.label for field in numbers] == ["Grid seed", "Min tokens"]
-    assert all({"minimum", "maximum"}.isdisjoint(field.told) for field in numbers)
+    assert all({"minimum", "maximum"}.isdisjoint(field.options) for field in numbers)
     _, p = program.draw([{"grid_seed": 2**31}])
     assert "seed is 2147483648; it must be None or an integer" in next(iter(p.comments))
 
 
-def test_the_second_pass_is_asked_for_where_there_is_one(program):
-    visible = {field.label: field.told.get("visible") for field in program.script.ui(is_img2img=True)}
+def test_hires_ratio_is_hidden_in_img2img(program):
+    visible = {field.label: field.options.get("visible") for field in program.script.ui(is_img2img=True)}
     assert visible.pop("Hires ratio") is False
     assert set(visible.values()) == {True, None}
-    assert all(field.told.get("visible", True) for field in program.script.ui(is_img2img=False))
+    assert all(field.options.get("visible", True) for field in program.script.ui(is_img2img=False))
 
 
-def test_an_axis_of_a_grid_sets_an_option_and_switches_it_on(program):
+def test_grid_axis_sets_an_option_and_enables_token_fusion(program):
     grid = types.ModuleType("grid")
     grid.axis_options, grid.AxisOption = [], webui_host.AxisOption
     grid.AxisOptionTxt2Img = webui_host.AxisOptionTxt2Img
-    found = types.SimpleNamespace(script_class=type("Script", (), {"__module__": "xyz_grid.py"}), module=grid)
-    program.modules["modules.scripts"].scripts_data.append(found)
+    result = types.SimpleNamespace(script_class=type("Script", (), {"__module__": "xyz_grid.py"}), module=grid)
+    program.modules["modules.scripts"].scripts_data.append(result)
     program.host.add_axes()
-    program.host.add_axes()  # the screen is built again
+    program.host.add_axes()  # the UI is built again
     axes = {axis.label: axis for axis in grid.axis_options}
     assert len(axes) == len(grid.axis_options) == len(NAMES)
     assert axes["[ToFu] Kv only"].choices() == ["False", "True"]
@@ -359,26 +364,26 @@ def test_an_axis_of_a_grid_sets_an_option_and_switches_it_on(program):
     p = webui_host.cell(whole)
     axes["[ToFu] Ratio"].apply(p, axes["[ToFu] Ratio"].type("0.25"), None)
     axes["[ToFu] Kv only"].apply(p, "True", None)
-    found, p = program.draw(off(program), p=p)
-    assert torch.equal(found, program.draw(args(program, ratio=0.25, kv_only=True))[0])
+    result, p = program.draw(off(program), p=p)
+    assert torch.equal(result, program.draw(args(program, ratio=0.25, kv_only=True))[0])
     assert webui_host.saved(p) == "ToFu ratio: 0.25, ToFu early: prune, ToFu late: mlerp, ToFu kv only: True"
     assert not hasattr(whole, program.host.AXES)
 
 
-def test_the_file_that_programs_load_has_the_script_and_asks_for_the_axes(program, monkeypatch):
-    asked = []
+def test_script_file_exports_the_script_and_registers_axes(program, monkeypatch):
+    registered = []
     callbacks = types.ModuleType("modules.script_callbacks")
-    callbacks.on_before_ui = asked.append
+    callbacks.on_before_ui = registered.append
     monkeypatch.setitem(sys.modules, "modules.script_callbacks", callbacks)
     program.modules["modules"].script_callbacks = callbacks
     loaded = runpy.run_path(str(ROOT / "scripts" / "tofu_sd_webui.py"))
     kinds = [kind for kind in loaded.values() if isinstance(kind, type)]
     assert kinds == [program.host.TokenFusionScript]
-    assert asked == [program.host.add_axes]
+    assert registered == [program.host.add_axes]
 
 
 @pytest.mark.parametrize(("version", "refused"), [("2.0.1", True), ("2.1.2", False), ("2.13.0+cpu", False)])
-def test_installing_installs_nothing_and_refuses_a_torch_that_is_too_old(monkeypatch, version, refused):
+def test_install_script_only_checks_the_torch_version(monkeypatch, version, refused):
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     if refused:
         with pytest.raises(SystemExit, match=r"needs torch 2\.1 or newer; this is torch 2\.0\.1"):
@@ -387,8 +392,8 @@ def test_installing_installs_nothing_and_refuses_a_torch_that_is_too_old(monkeyp
         runpy.run_path(str(ROOT / "install.py"), run_name="__main__")
 
 
-def test_the_stand_in_of_automatic1111_is_the_same_model_as_forges(unet):
-    """Or the tests above would compare nothing."""
+def test_stand_ins_of_automatic1111_and_forge_are_the_same_model(unet):
+    """Otherwise the previous tests would not compare the same model."""
     x, context = tiny.noise(2, 4, 16, 16), tiny.inputs(unet)["encoder_hidden_states"]
     model = UNetModel(copy.deepcopy(unet), PlainBlock)
     with torch.no_grad():

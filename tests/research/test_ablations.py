@@ -1,4 +1,4 @@
-"""The ablations of AdaptiVision as a command: each variant is what its row says, trained once, told as it is."""
+"""The ablations command of AdaptiVision: each variant matches its row and is trained once."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tofu_sd.demo.scene_classes import CLASSES
 
 
 @pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """A scene of each class to learn from and one to be judged by."""
+def few_scenes(tmp_path_factory):
+    """Limits the data to one training scene and one test scene per class."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "PER_CLASS", 1)
         patch.setattr(train, "FRESH", 1)
@@ -38,15 +38,15 @@ def run(out, *more):
 
 
 @pytest.fixture(scope="module")
-def trained(few, tmp_path_factory):
-    """(the folder, its results)"""
+def trained(few_scenes, tmp_path_factory):
+    """Returns the output folder and its results."""
     out = tmp_path_factory.mktemp("condensation")
     return out, run(out, "--of", "components,strategy")
 
 
-def test_every_variant_is_what_it_is_called_and_trained_once(few, trained, monkeypatch):
-    tmp_path, found = trained
-    rows = {row["variant"]: row for row in found["rows"]}
+def test_each_variant_has_the_parts_in_its_name_and_is_trained_once(few_scenes, trained, monkeypatch):
+    tmp_path, results = trained
+    rows = {row["variant"]: row for row in results["rows"]}
     assert list(rows) == ["all patches", "+ clusters", "+ clusters + focus", "+ clusters + focus + guidance",
                           "random patches", "important patches"]  # fmt: skip
     assert rows["all patches"]["tokens"] == 196
@@ -54,7 +54,7 @@ def test_every_variant_is_what_it_is_called_and_trained_once(few, trained, monke
         assert rows[name]["tokens"] == 48
         assert rows[name]["flops"] < rows["all patches"]["flops"]
     assert 12 <= rows["+ clusters"]["tokens"] <= 48
-    # what a variant is called is what it is
+    # each variant has the parts in its name
     plain, clustered, guided = (
         classifiers.load(str(tmp_path / f"{name}-0"), torch.device("cpu"))[0].model
         for name in ("all-patches", "+-clusters", "+-clusters-+-focus-+-guidance")
@@ -65,18 +65,18 @@ def test_every_variant_is_what_it_is_called_and_trained_once(few, trained, monke
     assert guided.guide is not None
     assert guided.layers[0].attention.rows.weight.any()
     monkeypatch.setattr(train, "train", None)  # is not called again
-    assert run(tmp_path, "--of", "components,strategy")["rows"] == found["rows"]
+    assert run(tmp_path, "--of", "components,strategy")["rows"] == results["rows"]
 
 
-def test_trainings_of_other_options_are_not_passed_off(few, trained, capsys):
+def test_training_with_other_options_raises(few_scenes, trained, capsys):
     tmp_path, _ = trained
-    for other, said in (("--samples", "samples 32, not 2"), ("--depth", "depth 1, not 2")):
-        asked = ["--out", str(tmp_path), "--samples", "32", "--depth", "1", "--seeds", "0", "--device", "cpu"]
-        assert condensation.main([*asked, other, "2", "--of", "components"]) == 2
-        assert f"holds a training with {said}" in capsys.readouterr().err
+    for other, message in (("--samples", "samples 32, not 2"), ("--depth", "depth 1, not 2")):
+        options = ["--out", str(tmp_path), "--samples", "32", "--depth", "1", "--seeds", "0", "--device", "cpu"]
+        assert condensation.main([*options, other, "2", "--of", "components"]) == 2
+        assert f"holds a training with {message}" in capsys.readouterr().err
 
 
-def test_a_variant_is_trained_as_often_as_there_are_seeds(few, tmp_path):
+def test_each_variant_is_trained_once_per_seed(few_scenes, tmp_path):
     only = [v for v in condensation.VARIANTS if v.name == "random patches"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(condensation, "VARIANTS", only)
@@ -87,7 +87,7 @@ def test_a_variant_is_trained_as_often_as_there_are_seeds(few, tmp_path):
     assert not torch.equal(one.model.position, other.model.position)
 
 
-def test_its_tables_stand_in_a_page(few, trained):
+def test_page_shows_the_tables(few_scenes, trained):
     page = f"<!-- python -m research.adaptivision.ablations --table {trained[0]} --of strategy -->\n<!-- end -->\n"
     filled = pages.filled(page)
     assert "**How tokens become fewer (table 5)**" in filled
@@ -95,7 +95,7 @@ def test_its_tables_stand_in_a_page(few, trained):
     assert "Trainings of seeds 0, 32 images each · 96 fresh scenes of 96 classes" in filled
 
 
-def test_guidance_is_of_the_pictures_beside_it(few, tmp_path):
+def test_guidance_belongs_to_its_image(few_scenes, tmp_path):
     data = labelled.guided(labelled.rendered(16, 1, 5), 1, 5)
     assert data.guidance.shape == (96, 49, 16)
     near = nearness([CLASSES[7]], [5 + 7], 28)
@@ -105,7 +105,7 @@ def test_guidance_is_of_the_pictures_beside_it(few, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--of", "colours"], "unknown table 'colours'"),
         (["--seeds", "one"], "'one' is not an integer"),
@@ -114,13 +114,13 @@ def test_guidance_is_of_the_pictures_beside_it(few, tmp_path):
         (["--table", "nowhere"], "nowhere holds no results of research.adaptivision.ablations"),
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(few, tmp_path, capsys, options, said):
+def test_invalid_options_print_an_error(few_scenes, tmp_path, capsys, options, message):
     assert condensation.main(["--out", str(tmp_path / "out"), "--device", "cpu", *options]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_guidance_takes_scenes(tmp_path, capsys):
+def test_guidance_needs_scenes(tmp_path, capsys):
     assert (
         train.main(["--out", str(tmp_path / "out"), "--data", str(tmp_path), "--guided", "--kind", "adaptivision"]) == 2
     )

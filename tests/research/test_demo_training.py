@@ -18,15 +18,15 @@ from tofu_sd.demo.tokenizer import build_tokenizer
 CPU = torch.device("cpu")
 
 
-def test_there_are_96_classes_with_names_of_their_own():
+def test_96_classes_have_unique_names():
     assert len({c.name for c in CLASSES}) == 96
     assert len({c.labels for c in CLASSES}) == 96
     assert CLASSES[33].prompt == f"A high-quality photograph of a {CLASSES[33].name}"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_picture_depends_on_class_seed_and_size_alone(shape):
-    """The judge's accuracy and the training set can be had again only if a seed always draws the same scene."""
+def test_image_depends_only_on_class_seed_and_size(shape):
+    """The classifier's accuracy and the training set are reproducible only if a seed always renders the same scene."""
     kinds = [c for c in CLASSES if c.shape == shape][:3]
     state = torch.get_rng_state()
     together = render(kinds, [5, 6, 7], size=48)
@@ -39,30 +39,30 @@ def test_a_picture_depends_on_class_seed_and_size_alone(shape):
     assert (render(kinds[1:2], [7], size=48)[0] - together[1]).abs().mean() > 0.02  # another seed, another scene
 
 
-def test_the_object_is_in_the_picture():
-    """Same seed, same setting, another object: what differs is the object and its shadow, not the whole picture."""
+def test_image_shows_the_object():
+    """With the same seed and another object, only the object and its shadow differ."""
     sphere, cube = (next(c for c in CLASSES if c.shape == s and c.material == "brick") for s in ("sphere", "cube"))
     differs = (render([sphere], [3], 64) - render([cube], [3], 64)).abs().amax(1) > 0.02
     assert 0.02 < differs.float().mean() < 0.6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_near_is_where_the_picture_shows_it(shape):
-    """The object is as far as it stands, the sky endlessly far, and the ground comes nearer downwards."""
+def test_nearness_map_matches_the_image(shape):
+    """The object has its distance, the sky is infinitely far, and the ground gets nearer downwards."""
     kind = next(c for c in CLASSES if c.shape == shape)
     near = nearness([kind, kind], [3, 4], 64)
     assert near.shape == (2, 1, 64, 64)
     assert torch.equal(near, torch.cat([nearness([kind], [seed], 64) for seed in (3, 4)]))
-    assert (near[:, :, 0] == 0).float().mean() > 0.9  # the top row is sky, but for what stands before it
+    assert (near[:, :, 0] == 0).float().mean() > 0.9  # the top row is sky, except for objects in front of it
     camera = [draw_scene(kind, seed).eye.norm() for seed in (3, 4)]
-    for picture, distance in zip(near[:, 0], camera, strict=True):
-        assert 1 / (distance + 1.5) < picture[20:44, 20:44].max() < 1 / (distance - 1.5)  # the object, at the origin
-        corner = picture[:, 0]  # ground and sky alone
+    for image, distance in zip(near[:, 0], camera, strict=True):
+        assert 1 / (distance + 1.5) < image[20:44, 20:44].max() < 1 / (distance - 1.5)  # the object, at the origin
+        corner = image[:, 0]  # only ground and sky
         assert (corner[40:].diff() >= -1e-6).all()
 
 
 def test_texture_spectra_fall_like_those_of_natural_images():
-    """Power falls as f^-2.5 (amplitude ~ 1/f^1.25), natural images lying between f^-2 and f^-3 (Field 1987)."""
+    """Power falls as f^-2.5 (amplitude ~ 1/f^1.25); natural images lie between f^-2 and f^-3 (Field 1987)."""
     power = torch.fft.fft2(noise_tiles()).abs().square().mean(0)
     f = torch.fft.fftfreq(256)
     radius = (f[:, None] ** 2 + f[None, :] ** 2).sqrt()
@@ -70,7 +70,7 @@ def test_texture_spectra_fall_like_those_of_natural_images():
     assert ((high - low) / 3).item() == pytest.approx(-2.5, abs=0.3)  # three octaves apart
 
 
-def test_each_word_of_a_prompt_is_one_token_and_any_text_can_be_read():
+def test_tokenizer_has_one_token_per_prompt_word_and_reads_any_text():
     tokenizer = build_tokenizer(c.prompt for c in CLASSES)
     for c in CLASSES:
         words = c.prompt.lower().replace("-", " - ").split()
@@ -96,7 +96,7 @@ def _regression(work, stop_at=None):
     return model, calls
 
 
-def test_training_cut_off_and_resumed_ends_bit_for_bit_where_an_uninterrupted_run_ends(tmp_path, monkeypatch):
+def test_resumed_training_is_bit_equal_to_an_uninterrupted_one(tmp_path, monkeypatch):
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     whole, _ = _regression(tmp_path / "whole")
@@ -109,11 +109,11 @@ def test_training_cut_off_and_resumed_ends_bit_for_bit_where_an_uninterrupted_ru
 
 
 SMALL = Recipe(images=1, size=192, judge=48, vae=8, low=24, high=24)
-FEW = CLASSES[::6]  # 16, which is how many are rendered at a time
+FEW = CLASSES[::6]  # 16, the number that is rendered at a time
 
 
-def test_a_whole_training_goes_on_where_it_was_cut_and_keeps_to_its_recipe(tmp_path, monkeypatch):
-    """From nothing to a model that loads; what is finished is not done again, another recipe's work is not taken."""
+def test_interrupted_training_resumes_and_keeps_its_recipe(tmp_path, monkeypatch):
+    """From random weights to a model that loads. Finished stages are kept; another recipe's work is rejected."""
     work, out, done = tmp_path / "work", tmp_path / "out", []
     monkeypatch.setattr(recipe, "CLASSES", FEW)
     monkeypatch.setattr(stages, "classifier_accuracy", lambda *_, **__: 1.0)
@@ -144,13 +144,13 @@ def test_a_whole_training_goes_on_where_it_was_cut_and_keeps_to_its_recipe(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("change", "said"), [({"size": 128}, "size is 128; .* at least 192"), ({"low": 0}, "low is 0")]
+    ("change", "message"), [({"size": 128}, "size is 128; .* at least 192"), ({"low": 0}, "low is 0")]
 )
-def test_a_recipe_that_cannot_be_followed_is_refused(change, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_recipe_raises(change, message):
+    with pytest.raises(ValueError, match=message):
         Recipe(**change)
 
 
-def test_the_recipe_lists_every_class_equally_often():
+def test_recipe_has_every_class_equally_often():
     kinds = Recipe(images=3).kinds()
     assert torch.tensor(kinds).bincount().tolist() == [3] * 96

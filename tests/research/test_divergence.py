@@ -1,4 +1,4 @@
-"""A training that diverges ends at once, in one line, and no run resumes from what it left."""
+"""A training that diverges stops at once with a one-line error, and no run resumes from its checkpoint."""
 
 from __future__ import annotations
 
@@ -21,52 +21,52 @@ def weights(*values):
     return {"w": torch.tensor(values)}
 
 
-def saved(folder, value=1.0, **change):
+def save_checkpoint(folder, value=1.0, **change):
     path = folder / "fine.ckpt"
     torch.save({**STATE, "model": weights(value), "averaged": weights(1.0), **change}, path)
     return path
 
 
 @pytest.mark.parametrize(("values", "finite"), [((1.0, 2.0), True), ((1.0, math.nan), False), ((math.inf,), False)])
-def test_every_value_is_looked_at(values, finite):
+def test_is_finite_checks_every_value(values, finite):
     assert divergence.is_finite([torch.ones(3), torch.tensor(values), torch.arange(3)]) == finite
 
 
-def test_a_checkpoint_tells_its_step(tmp_path):
+def test_resumed_at_returns_the_checkpoint_step(tmp_path):
     assert divergence.resumed_at(tmp_path / "fine.ckpt") == 0
-    assert divergence.resumed_at(saved(tmp_path)) == 7
+    assert divergence.resumed_at(save_checkpoint(tmp_path)) == 7
 
 
 @pytest.mark.parametrize("change", [{"model": weights(math.nan)}, {"averaged": weights(math.inf)}])
-def test_a_checkpoint_that_is_not_finite_is_refused_and_removed(tmp_path, change):
-    path = saved(tmp_path, **change)
+def test_checkpoint_that_is_not_finite_raises_and_is_removed(tmp_path, change):
+    path = save_checkpoint(tmp_path, **change)
     with pytest.raises(EvalError, match=r"fine\.ckpt holds weights that are not finite; delete it"):
         divergence.resumed_at(path)
     assert "give a lower --rate than 0.5" in str(divergence.stopped(path, "the loss is nan", 0.5))
     assert not path.exists()
 
 
-def test_a_good_checkpoint_stays(tmp_path):
-    path = saved(tmp_path)
+def test_finite_checkpoint_is_kept(tmp_path):
+    path = save_checkpoint(tmp_path)
     assert str(divergence.stopped(path, "the loss is nan at step 8 of fine", 0.5)).count("\n") == 0
     assert path.exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 50])
-def test_a_checkpoint_that_is_damaged_is_one_line(tmp_path, content):
+def test_corrupt_checkpoint_raises_a_one_line_error(tmp_path, content):
     (tmp_path / "fine.ckpt").write_bytes(content)
     with pytest.raises(EvalError, match=r"^[^\n]*fine\.ckpt is damaged; delete it to train from the start$"):
         divergence.resumed_at(tmp_path / "fine.ckpt")
 
 
-def test_a_checkpoint_of_something_else_is_damaged(tmp_path):
+def test_checkpoint_of_another_format_raises(tmp_path):
     for content in ([1, 2], {"model": {}}):
         torch.save(content, tmp_path / "fine.ckpt")
         with pytest.raises(EvalError, match="is damaged"):
             divergence.resumed_at(tmp_path / "fine.ckpt")
 
 
-def test_a_full_disk_below_a_checkpoint_is_an_error_of_the_system(tmp_path, monkeypatch):
+def test_full_disk_while_saving_raises_enospc(tmp_path, monkeypatch):
     def full(state, path):
         Path(path).write_bytes(b"a part")
         raise RuntimeError("[enforce fail at inline_container.cc:861] . PytorchStreamWriter failed writing file data/0")
@@ -88,7 +88,7 @@ def test_a_full_disk_below_a_checkpoint_is_an_error_of_the_system(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_error_of_a_training_is_not_taken_for_a_full_disk(tmp_path):
+def test_other_training_errors_are_raised_unchanged(tmp_path):
     with pytest.raises(RuntimeError, match="a bug"), divergence.explain_save_errors(tmp_path / "a.ckpt"):
         raise RuntimeError("a bug")
 
@@ -101,7 +101,7 @@ SIZES = ["--kind", "adaptivision", "--stem", "patches", "--side", "32", "--patch
 
 @pytest.fixture
 def train(monkeypatch, tmp_path):
-    """research.classifiers.train on a few pictures of noise, in an empty folder."""
+    """research.classifiers.train on a few noise images, in an empty folder."""
     pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
     from research.classifiers import datasets as labelled
     from research.classifiers import train
@@ -122,22 +122,22 @@ def train(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("often", [False, True])
-def test_a_training_that_diverges_stops_at_once(train, monkeypatch, capsys, often):
+def test_diverging_training_stops_at_once(train, monkeypatch, capsys, often):
     if often:  # a checkpoint after every step
         monkeypatch.setattr("research.demo_training.fit.CHECKPOINT_SECONDS", -1)
     steps = itertools.count()
     monkeypatch.setattr(train, "augmented", lambda pictures, g: (next(steps), pictures)[1])
     assert train.main(["--out", "out", "--rate", "1e9", "--samples", "3200", *SIZES]) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith("error: the training diverged: the loss is ")
-    assert "of fine; give a lower --rate than 1e+09, and another --out, or delete out" in told
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: the training diverged: the loss is ")
+    assert "of fine; give a lower --rate than 1e+09, and another --out, or delete out" in message
     assert next(steps) < 20
     assert {path.name for path in Path("out").iterdir()} <= {"recipe.json", "fine.ckpt"}
     if Path("out/fine.ckpt").exists():
         assert divergence.resumed_at(Path("out/fine.ckpt")) > 0
 
 
-def test_a_recipe_of_another_shape_is_refused(train, capsys):
+def test_malformed_recipe_file_raises(train, capsys):
     for content in ("[]", "{", "3"):
         Path("out").mkdir(exist_ok=True)
         Path("out/recipe.json").write_text(content)
