@@ -9,9 +9,9 @@ from tofu_sd.core.reductions import mean, mlerp, prune
 
 
 def test_numpy_dtype_scalars_are_accepted():
-    fusion = TokenFusionConfig(ratio=np.float32(0.25), levels=np.int64(2), sx=np.int64(2), start=np.float64(0.1))
-    assert fusion == TokenFusionConfig(ratio=0.25, levels=2, start=0.1)
-    assert fusion.slug == "tofu-r25-l2-t10to100"
+    config = TokenFusionConfig(ratio=np.float32(0.25), levels=np.int64(2), sx=np.int64(2), start=np.float64(0.1))
+    assert config == TokenFusionConfig(ratio=0.25, levels=2, start=0.1)
+    assert config.slug == "tofu-r25-l2-t10to100"
 
 
 def test_largest_ratio_is_allowed():
@@ -64,8 +64,8 @@ def test_recipes_match_the_papers():
 
 
 def test_recipe_accepts_options_after_at_sign():
-    fusion = recipes.named("kv:tofu+p@ratio=0.25@early=mlerp@match_on=normed@seed=3")
-    assert fusion == TokenFusionConfig(
+    config = recipes.named("kv:tofu+p@ratio=0.25@early=mlerp@match_on=normed@seed=3")
+    assert config == TokenFusionConfig(
         ratio=0.25, early=mlerp, kv_only=True, proportional=True, match_on="normed", seed=3
     )
     with pytest.raises(TypeError, match="did you mean 'levels'"):

@@ -49,7 +49,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "depth_split is -1; it must be None, 'auto' or an integer >= 0",
     ),
     "match_on keys": ({"match_on": "keys"}, ValueError, "match_on is 'keys'; it must be 'hidden' or 'normed'"),
-    "nothing to fuse": ({"merge_attn": False}, ValueError, "all False: nothing would be merged"),
+    "nothing to merge": ({"merge_attn": False}, ValueError, "all False: nothing would be merged"),
     "max_downsample 3": ({"max_downsample": 3}, ValueError, "max_downsample is 3; it must be 1, 2, 4 or 8"),
     "levels twice": ({"max_downsample": 2, "levels": 2}, ValueError, "set only one of levels and max_downsample"),
 }
@@ -62,12 +62,12 @@ def test_invalid_options_raise_with_their_value_and_change_nothing(name: str, pa
     unet = tiny.shallow_unet()
     if patched_before:
         tofu_sd.apply_patch(unet, 0.25, kv_only=True)
-    before, fusion = tiny.predict(unet), tofu_sd.summary(unet).config
+    before, config = tiny.predict(unet), tofu_sd.summary(unet).config
     structure = anatomy(unet)
     with pytest.raises(error, match=message):
         tofu_sd.apply_patch(unet, **options)
     assert torch.equal(tiny.predict(unet), before)
-    assert tofu_sd.summary(unet).config == fusion
+    assert tofu_sd.summary(unet).config == config
     if not patched_before:
         assert anatomy(unet) == structure
 

@@ -1,4 +1,4 @@
-"""Published results: rows of an uncommitted tree are left out, and records hold their commands."""
+"""Published results: rows of an uncommitted tree are excluded, and records contain their commands."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason="this build of torch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("h", "w", "C"), [(16, 16, 40), (17, 13, 96), (1, 9, 8), (3, 40, 320), (1, 2, 4)])
-def test_onednn_nearest_dst_equals_reference(h: int, w: int, C: int, dtype: torch.dtype) -> None:
+def test_onednn_nearest_dst_equals_reference_for_each_dtype(h: int, w: int, C: int, dtype: torch.dtype) -> None:
     full_grid = partition(h, w, 2, 2, CPU)
     window_grid = windows(full_grid, h, w, 2, 2, 3)
     x = torch.randn(2, h * w, C, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -113,7 +113,7 @@ def test_constant_tokens_stay_constant_in_each_dtype(case: tuple[Tensor, Windows
     map = soft_merge_map(flat, windows, temperature)
     for y in (mean(flat, map), unmerge(mean(flat, map), map)):
         assert y.dtype == dtype
-    # sums of at most some 200 equal float32 numbers, then one rounding to `dtype`
+    # sums of at most about 200 equal float32 numbers, then one rounding to `dtype`
     rtol = max(1e-5, torch.finfo(dtype).eps)
     torch.testing.assert_close(unmerge(mean(flat, map), map), flat, rtol=rtol, atol=1e-6)
 
@@ -206,11 +206,11 @@ def test_attention_runs_on_one_token_per_cell() -> None:
     shapes = []
     attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     attn.to_q.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[1]))
-    for fusion, (h, w), K in (
+    for config, (h, w), K in (
         (HALF, (16, 16), 128), (HALF, (17, 13), 17 * 6),
         (TokenFusionConfig.of(HALF, ratio=0.75, sy=2), (17, 13), 8 * 6),
     ):  # fmt: skip
-        tofu_sd.apply_patch(unet, fusion)
+        tofu_sd.apply_patch(unet, config)
         tiny.predict(unet, h, w)
         assert shapes.pop() == K == tofu_sd.summary(unet, (h, w)).rows[0].after
 
@@ -267,9 +267,9 @@ def test_ratio_0_equals_baseline() -> None:
 
 def test_condense_recipe_accepts_prefix_and_options() -> None:
     assert recipes.named("condense") == recipes.CONDENSE
-    fusion = recipes.named("kv:condense@temperature=0.5@sy=2@window=4", 0.75)
-    assert (fusion.temperature, fusion.ratio, fusion.kv_only) == (0.5, 0.75, True)
-    assert fusion.slug == "kv-mean-r75-w4-soft0.5+p"
+    config = recipes.named("kv:condense@temperature=0.5@sy=2@window=4", 0.75)
+    assert (config.temperature, config.ratio, config.kv_only) == (0.5, 0.75, True)
+    assert config.slug == "kv-mean-r75-w4-soft0.5+p"
     assert len({TokenFusionConfig.of(HALF, temperature=t).slug for t in (0.1, 0.5, 1)}) == 3
 
 

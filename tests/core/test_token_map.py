@@ -93,7 +93,7 @@ def reduce_groups_in_a_loop(x, map, one_group):
 def test_mean_averages_the_group_including_the_kept_token(case):
     x, map, _ = case
     expected = reduce_groups_in_a_loop(x, map, lambda group: group.mean(0))
-    # float32 sums of at most 81 numbers of order 1: 81 roundings of 6e-8 stay below 1e-5
+    # float32 sums of at most 81 numbers of order 1: 81 rounding errors of 6e-8 stay below 1e-5
     assert torch.allclose(mean(x, map).double(), expected, atol=1e-5)
 
 
@@ -104,7 +104,7 @@ def test_mlerp_has_mean_direction_and_largest_norm(case):
     y = mlerp(x, map).double()
     largest = reduce_groups_in_a_loop(x, map, lambda group: group.norm(dim=-1).max())[..., 0]
     direction = reduce_groups_in_a_loop(x, map, lambda group: group.mean(0))
-    kept = direction.norm(dim=-1) > 1e-3  # where the mean nearly vanishes its direction is rounding
+    kept = direction.norm(dim=-1) > 1e-3  # where the mean is almost zero, its direction is only rounding error
     assert torch.allclose(y.norm(dim=-1)[kept], largest[kept], rtol=1e-5)
     cosine = torch.nn.functional.cosine_similarity(y, direction, dim=-1)
     assert torch.allclose(cosine[kept], torch.ones_like(cosine[kept]), atol=1e-4)

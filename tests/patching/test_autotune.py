@@ -26,10 +26,10 @@ def faster_from(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def rule(n: int) -> list[int]:
         def seconds(run: Any, device: torch.device) -> float:
-            fused, x, _ = run.__defaults__
+            merged, x, _ = run.__defaults__
             timed.append(x.shape[1])
             run()
-            return 0.001 if fused == (x.shape[1] >= n) else 0.002
+            return 0.001 if merged == (x.shape[1] >= n) else 0.002
 
         monkeypatch.setattr(autotune, "_seconds", seconds)
         return timed
@@ -37,13 +37,13 @@ def faster_from(monkeypatch: pytest.MonkeyPatch) -> Any:
     return rule
 
 
-@pytest.mark.parametrize(("min_tokens", "fused"), [(0, True), (256, True), (257, False)])
-def test_blocks_below_min_tokens_are_skipped(min_tokens: int, fused: bool) -> None:
+@pytest.mark.parametrize(("min_tokens", "merged"), [(0, True), (256, True), (257, False)])
+def test_blocks_below_min_tokens_are_skipped(min_tokens: int, merged: bool) -> None:
     unet = tiny.sd15_unet()
-    plain = tiny.predict(unet)  # 16 x 16
+    baseline = tiny.predict(unet)  # 16 x 16
     tofu_sd.apply_patch(unet, 0.5, min_tokens=min_tokens)
-    assert torch.equal(tiny.predict(unet), plain) != fused
-    assert tofu_sd.summary(unet).rows[0].skipped != fused
+    assert torch.equal(tiny.predict(unet), baseline) != merged
+    assert tofu_sd.summary(unet).rows[0].skipped != merged
     larger = tiny.predict(unet, 24, 16)
     assert not torch.equal(larger, tiny.predict(tofu_sd.remove_patch(unet), 24, 16))
 

@@ -40,22 +40,22 @@ def compile_model(unet: Any, regional: bool) -> tuple[Any, CompileCounter]:
 
 
 @cache
-def count_graphs(regional: bool, fusion: tofu_sd.TokenFusionConfig | None) -> int:
+def count_graphs(regional: bool, config: tofu_sd.TokenFusionConfig | None) -> int:
     """Counts the graphs of a compiled UNet over all sizes and ratios; each output equals that of eager mode."""
     torch._dynamo.reset()
     shape = {} if regional else {"mid_block_type": None}  # unmerged blocks matter only where blocks are compiled
     unet, eager = tiny.shallow_unet(**shape), tiny.shallow_unet(**shape)
     model, counter = compile_model(unet, regional)
     for h, w in SIZES:
-        for ratio in RATIOS if fusion is not None else [None]:
-            for module in (model, eager) if fusion is not None else ():
-                tofu_sd.apply_patch(module, TokenFusionConfig.of(fusion, ratio=ratio))
+        for ratio in RATIOS if config is not None else [None]:
+            for module in (model, eager) if config is not None else ():
+                tofu_sd.apply_patch(module, TokenFusionConfig.of(config, ratio=ratio))
             assert torch.equal(tiny.predict(model, h, w), tiny.predict(eager, h, w))
     return int(counter.frame_count)
 
 
 @pytest.mark.parametrize(
-    "fusion",
+    "config",
     [
         TokenFusionConfig(),
         named("tome"),
@@ -64,9 +64,9 @@ def count_graphs(regional: bool, fusion: tofu_sd.TokenFusionConfig | None) -> in
     ],
     ids=lambda f: f.slug,
 )
-def test_regional_compile_adds_one_graph(fusion: TokenFusionConfig) -> None:
+def test_regional_compile_adds_one_graph(config: TokenFusionConfig) -> None:
     """Merged and unmerged blocks are two graphs; size, ratio and reduction enter as tensor lengths."""
-    assert count_graphs(True, fusion) <= count_graphs(True, None) + 1
+    assert count_graphs(True, config) <= count_graphs(True, None) + 1
 
 
 def test_whole_unet_compile_adds_two_graphs() -> None:

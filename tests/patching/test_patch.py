@@ -31,17 +31,17 @@ from tofu_sd.core.reductions import mean
 OPTIONS: dict[str, dict[str, Any]] = {
     "tofu": {},
     "proportional": {"proportional": True},
-    "keys only": {"kv_only": True},
+    "kv_only": {"kv_only": True},
     "mean everywhere": {"early": "mean", "late": "mean"},
-    "drawn destinations": {"seed": 3},
+    "random destinations": {"seed": 3},
     "all layers": {"merge_crossattn": True, "merge_mlp": True},
     "mlp alone": {"merge_attn": False, "merge_mlp": True},
     "two levels": {"levels": 2},
     "normed": {"match_on": "normed"},
     "step window": {"start": 0.2, "end": 0.8},
     "windows": {"window": 3},
-    "condensed": {"temperature": 0.1, "early": "mean", "late": "mean", "window": 3, "sy": 1},
-    "large maps alone": {"min_tokens": 100, "levels": 2},
+    "soft matching": {"temperature": 0.1, "early": "mean", "late": "mean", "window": 3, "sy": 1},
+    "min_tokens": {"min_tokens": 100, "levels": 2},
     "shared maps": {"share_across_blocks": True, "match_interval": 2, "levels": 2},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -161,18 +161,18 @@ def _saved(unet: Any) -> Any:
 def test_copy_is_patched_and_independent(copied: Callable[[Any], Any], options: dict[str, Any]) -> None:
     unet = tiny.shallow_unet()
     baseline = tiny.predict(unet)
-    fused = tiny.predict(tofu_sd.apply_patch(unet, 0.5, **options))
+    merged = tiny.predict(tofu_sd.apply_patch(unet, 0.5, **options))
     other = copied(unet)
-    assert torch.equal(tiny.predict(other), fused)
+    assert torch.equal(tiny.predict(other), merged)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
-    assert torch.equal(tiny.predict(unet), fused)
-    assert not torch.equal(tiny.predict(other), fused)
+    assert torch.equal(tiny.predict(unet), merged)
+    assert not torch.equal(tiny.predict(other), merged)
 
     another = copied(unet)
     tofu_sd.remove_patch(unet)
-    assert torch.equal(tiny.predict(another), fused)
+    assert torch.equal(tiny.predict(another), merged)
     assert torch.equal(tiny.predict(unet), baseline)
     assert torch.equal(tiny.predict(tofu_sd.remove_patch(another)), baseline)
     assert not any("_tofu" in vars(module) or module._forward_pre_hooks for module in another.modules())
@@ -191,7 +191,7 @@ def test_saved_model_is_unpatched(tmp_path: Path) -> None:
 
 # --- reproducibility --------------------------------------------------------------------------------------------------
 
-SEEDED = pytest.mark.parametrize("options", [{}, {"seed": 3}], ids=["top left", "drawn"])
+SEEDED = pytest.mark.parametrize("options", [{}, {"seed": 3}], ids=["top left", "random destinations"])
 
 
 @SEEDED
@@ -219,9 +219,9 @@ def test_image_is_independent_of_its_batch(options: dict[str, Any]) -> None:
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
     exact = torch.equal(alone, together)
     tofu_sd.apply_patch(unet, 0.5, **options)
-    fused, merged_in_batch = predict_alone_and_in_batch()
-    assert torch.equal(fused, merged_in_batch) if exact else (fused - merged_in_batch).abs().max() < 1e-4
-    assert not torch.equal(fused, alone)
+    merged, merged_in_batch = predict_alone_and_in_batch()
+    assert torch.equal(merged, merged_in_batch) if exact else (merged - merged_in_batch).abs().max() < 1e-4
+    assert not torch.equal(merged, alone)
 
 
 @SEEDED
@@ -262,7 +262,7 @@ def test_destinations_depend_on_seed_and_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("window", "fused"),
+    ("window", "merged"),
     [
         ((0.0, 1.0), [True] * 5),
         ((0.0, 0.5), [True, True, False, False, False]),
@@ -271,13 +271,13 @@ def test_destinations_depend_on_seed_and_step() -> None:
         ((0.999, 1.0), [False, False, False, False, True]),
     ],
 )
-def test_step_window_starts_and_ends_at_its_steps(window: tuple[float, float], fused: list[bool]) -> None:
+def test_step_window_starts_and_ends_at_its_steps(window: tuple[float, float], merged: list[bool]) -> None:
     """DDIM's timesteps for 5 steps are 801, 601, 401, 201, 1: progress .199, .399, .599, .799, .999."""
     pipe = tiny.sd15_pipe()
     calls = record_merged_calls(pipe.unet)
     tofu_sd.apply_patch(pipe, 0.5, start=window[0], end=window[1])
     tiny.images(pipe, num_inference_steps=5)
-    assert calls == fused
+    assert calls == merged
 
 
 def test_step_window_of_img2img_starts_midway() -> None:
@@ -385,9 +385,9 @@ def test_use_rand_sets_the_seed() -> None:
         ({"ratio": TokenFusionConfig(seed=7), "use_rand": False}, None),
         ({"ratio": TokenFusionConfig(seed=7)}, 7),
     ):
-        fusion = tofu_sd.summary(tofu_sd.apply_patch(unet, **options)).config
-        assert fusion is not None
-        assert fusion.seed == seed
+        config = tofu_sd.summary(tofu_sd.apply_patch(unet, **options)).config
+        assert config is not None
+        assert config.seed == seed
     rand = tiny.predict(tofu_sd.apply_patch(unet, 0.5, use_rand=True))
     assert torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5, seed=0)), rand)
     assert not torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5, use_rand=False)), rand)
@@ -410,14 +410,14 @@ def test_proportional_attention_over_equal_tokens_equals_full_attention() -> Non
     x = distinct[:, torch.arange(64) // 2 % 4]  # every 2 x 2 cell of an 8 x 8 grid contains one token four times
     spatial_module = unet.down_blocks[0].attentions[0]
     baseline = attn.attn1(x)
-    fused = {}
+    merged = {}
     for proportional in (False, True):
         tofu_sd.apply_patch(unet, 0.4, proportional=proportional, match_on="normed")
         hook = next(iter(spatial_module._forward_pre_hooks.values()))
         hook(spatial_module, (torch.empty(1, 16, 8, 8),), {})
-        fused[proportional] = attn.attn1(x)
-    torch.testing.assert_close(fused[True], baseline, rtol=0, atol=1e-5)  # float32 rounding of 64 terms
-    assert (fused[False] - baseline).abs().max() > 1e-3
+        merged[proportional] = attn.attn1(x)
+    torch.testing.assert_close(merged[True], baseline, rtol=0, atol=1e-5)  # float32 rounding of 64 terms
+    assert (merged[False] - baseline).abs().max() > 1e-3
 
 
 def test_record_maps_changes_nothing() -> None:

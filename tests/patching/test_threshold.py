@@ -65,14 +65,14 @@ def test_threshold_decays_with_depth_to_threshold_min_as_in_the_classifiers(
     alpha: float, beta: float, threshold_min: float, layer: int
 ) -> None:
     """One formula (ATM Eq. 1) serves both."""
-    fusion = TokenFusionConfig(threshold=alpha, threshold_decay=beta, threshold_min=threshold_min)
-    here, deeper = fusion.threshold_at(layer), fusion.threshold_at(layer + 1)
+    config = TokenFusionConfig(threshold=alpha, threshold_decay=beta, threshold_min=threshold_min)
+    here, deeper = config.threshold_at(layer), config.threshold_at(layer + 1)
     assert here is not None
     assert deeper is not None
     assert here == layer_threshold(alpha, beta, threshold_min, layer)
     assert here == AdaptiveReduction(alpha=alpha, beta=beta, least=threshold_min).threshold(layer)
     assert threshold_min <= deeper <= here
-    assert fusion.threshold_at(0) == max(alpha, threshold_min)
+    assert config.threshold_at(0) == max(alpha, threshold_min)
     rising = TokenFusionConfig(threshold=alpha, threshold_decay=-beta, threshold_min=threshold_min)
     assert (rising.threshold_at(layer + 1) or 0) >= (rising.threshold_at(layer) or 0) >= max(alpha, threshold_min)
 
@@ -81,13 +81,13 @@ def test_threshold_decays_with_depth_to_threshold_min_as_in_the_classifiers(
 def test_bucket_is_a_multiple_of_one_eighth_and_at_most_the_count_above_threshold(
     max_merged: int, num_similar: float
 ) -> None:
-    fusion = TokenFusionConfig(threshold=0.5)
-    r = fusion.bucket(max_merged, num_similar)
+    config = TokenFusionConfig(threshold=0.5)
+    r = config.bucket(max_merged, num_similar)
     assert r in {max_merged * eighth // BUCKETS for eighth in range(BUCKETS + 1)}
     assert r <= num_similar
     assert r <= max_merged
     assert r == max_merged or r + -(-max_merged // BUCKETS) > num_similar  # the next bucket is too large
-    assert fusion.bucket(max_merged, num_similar + 1) >= r
+    assert config.bucket(max_merged, num_similar + 1) >= r
 
 
 @settings(deadline=None)
@@ -248,18 +248,18 @@ def test_copies_count_independently() -> None:
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
-def count_graphs(fusion: TokenFusionConfig) -> int:
-    unet, eager = (tofu_sd.apply_patch(tiny.shallow_unet(), fusion) for _ in range(2))
+def count_graphs(config: TokenFusionConfig) -> int:
+    unet, eager = (tofu_sd.apply_patch(tiny.shallow_unet(), config) for _ in range(2))
     counter = CompileCounter()
     unet.compile_repeated_blocks(fullgraph=True, backend=counter)
-    fused = set()
+    merged = set()
     for h in (16, 24):
         for seed in range(3):
             with tofu_sd.record_maps(eager) as records:
                 expected = predict_steps(eager, seed=seed, h=h)
-            fused |= {(h, s.map.kept_idx.shape[1]) for s in records}
+            merged |= {(h, s.map.kept_idx.shape[1]) for s in records}
             assert all_equal(predict_steps(unet, seed=seed, h=h), expected)
-    assert fusion.threshold is None or len(fused) > 3
+    assert config.threshold is None or len(merged) > 3
     return int(counter.frame_count)
 
 
@@ -292,11 +292,11 @@ def test_summary_states_that_the_ratio_is_a_maximum() -> None:
 
 def test_adaptive_recipe_accepts_prefix_and_options() -> None:
     assert recipes.named("adaptive") == recipes.ADAPTIVE
-    fusion = recipes.named("kv:adaptive+p@threshold=0.8@threshold_decay=0.02@threshold_min=0.7", 0.75)
-    assert (fusion.threshold, fusion.threshold_decay, fusion.threshold_min) == (0.8, 0.02, 0.7)
-    assert fusion.kv_only
-    assert fusion.proportional
-    assert fusion.ratio == 0.75
+    config = recipes.named("kv:adaptive+p@threshold=0.8@threshold_decay=0.02@threshold_min=0.7", 0.75)
+    assert (config.threshold, config.threshold_decay, config.threshold_min) == (0.8, 0.02, 0.7)
+    assert config.kv_only
+    assert config.proportional
+    assert config.ratio == 0.75
 
 
 def test_slugs_of_different_thresholds_differ() -> None:
@@ -313,7 +313,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "NaN": ({"threshold": float("nan")}, "threshold is nan; it must be"),
     "rising": ({"threshold": 0.9, "threshold_decay": -1.5}, r"threshold_decay is -1\.5; it must be a number"),
     "infinite": ({"threshold": 0.9, "threshold_decay": float("inf")}, "threshold_decay is inf; it must be a number"),
-    "least": ({"threshold": 0.9, "threshold_min": 3}, "threshold_min is 3; it must be a number from -1 to 2"),
+    "threshold_min above 2": (
+        {"threshold": 0.9, "threshold_min": 3},
+        "threshold_min is 3; it must be a number from -1 to 2",
+    ),
     "decay of nothing": ({"threshold_decay": 0.1}, r"threshold_decay is 0\.1 and threshold is None"),
     "over steps": ({"threshold": 0.9, "match_interval": 3}, r"match_interval is 3 and threshold is 0\.9"),
     "over blocks": (
