@@ -98,7 +98,7 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 
 @pytest.mark.parametrize(
-    ("page", "least"),
+    ("page", "min_commands"),
     [
         ("README.md", 5),
         ("docs/add_a_method.md", 3),

@@ -43,7 +43,7 @@ def partitions(h: int, w: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def error(result: Tensor, exact: Tensor) -> float:
+def max_error(result: Tensor, exact: Tensor) -> float:
     """Largest absolute difference."""
     return (result.double() - exact.double()).abs().max().item()
 
@@ -55,7 +55,7 @@ def test_nearest_dst_equals_reference(h: int, w: int, C: int) -> None:
     for src, dst in partitions(h, w):
         (best, target), (expected, expected_target) = fused.nearest_dst(x, src, dst), reference.nearest_dst(x, src, dst)
         assert torch.equal(target, expected_target)
-        assert error(best, expected) < 1e-6  # cosines: a few float32 rounding errors
+        assert max_error(best, expected) < 1e-6  # cosines: a few float32 rounding errors
 
 
 @dtypes
@@ -68,7 +68,7 @@ def test_half_precision_dtype_matches_as_its_float32_values(dtype: torch.dtype) 
             reference.nearest_dst(x.float(), src, dst),
         )
         assert torch.equal(target, expected_target)
-        assert error(best, expected) < 1e-6
+        assert max_error(best, expected) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # from numpy, which the interpreter multiplies with
@@ -83,7 +83,7 @@ def test_ties_pick_the_earlier_destination_and_nan_equals_reference() -> None:
         k.nearest_dst(x, parts.src[None], parts.dst[None]) for k in (fused, reference)
     )
     assert torch.equal(target, expected_target)
-    assert error(best, expected) < 1e-6
+    assert max_error(best, expected) < 1e-6
 
 
 @sizes
@@ -123,7 +123,7 @@ def test_merge_handles_any_group_size(K: int, largest_norm: bool) -> None:
     )
     group_idx = group_idx.expand(2, -1).to(DEVICE)
     exact = reference.merge(x.double(), group_idx, K, largest_norm)
-    assert error(fused.merge(x, group_idx, K, largest_norm), exact) < 1e-5
+    assert max_error(fused.merge(x, group_idx, K, largest_norm), exact) < 1e-5
 
 
 def merged_groups(h: int, w: int, C: int) -> tuple[Tensor, Tensor, int]:
@@ -148,7 +148,7 @@ def test_merge_equals_reference_within_dtype_rounding(
     exact = reference.merge(x.double(), group_idx, K, largest_norm)
     result, expected = fused.merge(x, group_idx, K, largest_norm), reference.merge(x, group_idx, K, largest_norm)
     assert result.dtype == dtype
-    assert error(result, exact) <= 2 * error(expected, exact) + 1e-6
+    assert max_error(result, exact) <= 2 * max_error(expected, exact) + 1e-6
 
 
 def test_mlerp_of_opposite_tokens_is_zero() -> None:

@@ -16,18 +16,23 @@ from tofu_sd.core import proportional
 from tofu_sd.core.proportional import KeyBias, by_channel, by_mask, flash_takes, key_bias
 
 
-def heads(B: int, H: int, N: int, d: int, dtype: torch.dtype, seed: int) -> Tensor:
+def random_heads(B: int, H: int, N: int, d: int, dtype: torch.dtype, seed: int) -> Tensor:
     """Random [B, H, N, d] in the memory layout of diffusers' processors: heads side by side in the channels."""
     return tiny.noise(B, N, H * d, seed=seed).to(dtype).view(B, N, H, d).transpose(1, 2)
 
 
-def attention(d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def random_attention_inputs(d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(query, key, value, group sizes) of 2 samples, 3 heads, 33 queries and 21 keys."""
     size = torch.randint(1, 500, (2, 21), generator=torch.Generator().manual_seed(3)).float()
-    return heads(2, 3, 33, d, dtype, 0), heads(2, 3, 21, d, dtype, 1), heads(2, 3, 21, d, dtype, 2), size
+    return (
+        random_heads(2, 3, 33, d, dtype, 0),
+        random_heads(2, 3, 21, d, dtype, 1),
+        random_heads(2, 3, 21, d, dtype, 2),
+        size,
+    )
 
 
-def definition(query: Tensor, key: Tensor, value: Tensor, size: Tensor, scale: float) -> Tensor:
+def exact_attention(query: Tensor, key: Tensor, value: Tensor, size: Tensor, scale: float) -> Tensor:
     """Attention in float64 that counts each key as often as the number of tokens it represents."""
     odds = (query.double() @ key.double().mT * scale).exp() * size.double()[:, None, None]
     return odds / odds.sum(-1, keepdim=True) @ value.double()
@@ -36,9 +41,9 @@ def definition(query: Tensor, key: Tensor, value: Tensor, size: Tensor, scale: f
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("d", [5, 40, 64, 80])
 def test_bias_channel_equals_mask(d: int, scale: float | None) -> None:
-    query, key, value, size = attention(d, torch.float64)
+    query, key, value, size = random_attention_inputs(d, torch.float64)
     bias = key_bias(size.double(), torch.float64, sdpa=True).unsqueeze(1)
-    expected = definition(query, key, value, size, scale or d**-0.5)
+    expected = exact_attention(query, key, value, size, scale or d**-0.5)
     torch.testing.assert_close(by_mask(query, key, value, bias, scale=scale), expected)
     # the bias is stored in float32, as group sizes are
     torch.testing.assert_close(by_channel(query, key, value, bias, scale=scale), expected, rtol=1e-6, atol=1e-6)
@@ -51,9 +56,9 @@ def test_bias_channels_are_more_accurate_than_mask_in_half_precision_dtype(
 ) -> None:
     """The second channel stores the rounding error of log n in the first; a half-precision mask loses it."""
     monkeypatch.setattr(proportional, "FLASH_DEVICE", "cpu")
-    query, key, value, size = attention(d, dtype)
+    query, key, value, size = random_attention_inputs(d, dtype)
     bias = key_bias(size, dtype, sdpa=True).unsqueeze(1)
-    expected = definition(query, key, value, size, d**-0.5)
+    expected = exact_attention(query, key, value, size, d**-0.5)
     channel_error, mask_error = (
         (way(query, key, value, bias.as_subclass(Tensor)).double() - expected).abs().mean()
         for way in (by_channel, by_mask)
@@ -184,7 +189,7 @@ def test_bias_channel_compiles_in_one_graph(channel_calls: list[int]) -> None:
 
 
 def test_gradients_flow_through_bias_channel() -> None:
-    query, key, value, size = (t.requires_grad_() for t in attention(8, torch.float64))
+    query, key, value, size = (t.requires_grad_() for t in random_attention_inputs(8, torch.float64))
     both = []
     for way in (by_channel, by_mask):
         out = way(query, key, value, size.log()[:, None, None])

@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 LOW_TEMPERATURE = 1e-7
 
 
-def grid(h: int, w: int, sx: int = 2, sy: int = 2, window: int = 2, seed: int | None = None) -> Windows:
+def make_windows(h: int, w: int, sx: int = 2, sy: int = 2, window: int = 2, seed: int | None = None) -> Windows:
     """Windows of all tokens of an h x w grid, as StepTracker builds them."""
     options = {"early": "mean", "late": "mean", "window": window, "temperature": 1.0, "sx": sx, "sy": sy, "seed": seed}
     tracker = StepTracker(TokenFusionConfig(1 - 1 / (sx * sy), **options))
@@ -44,7 +44,7 @@ def cases(draw: Callable[..., Any]) -> tuple[Tensor, Windows, float]:
     if h * w == max(1, h // sy) * max(1, w // sx):
         h, w = 2 * h + 1, 2 * w + 1  # otherwise all tokens are centroids and there are no windows
     seed = draw(st.integers(0, 2**31 - 1))
-    windows = grid(h, w, sx, sy, draw(st.integers(1, 4)), seed if draw(st.booleans()) else None)
+    windows = make_windows(h, w, sx, sy, draw(st.integers(1, 4)), seed if draw(st.booleans()) else None)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(draw(st.integers(1, 2)), h * w, 4, generator=generator, dtype=torch.float64)
     return x, windows, draw(st.floats(0.01, 10))
@@ -147,7 +147,7 @@ def test_proportional_attention_over_windows_of_equal_tokens_equals_full_attenti
 
 def test_gradients_pass_gradcheck() -> None:
     """Covers weights, means, unmerging and padded windows; gradients are finite where all tokens are equal."""
-    windows = grid(3, 5, 2, 1, 2)
+    windows = make_windows(3, 5, 2, 1, 2)
     x = torch.randn(2, 15, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
 
     def roundtrip(x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def test_gradients_pass_gradcheck() -> None:
 
 
 def test_repeat_for_cfg_applies_one_map_to_both_halves() -> None:
-    windows = grid(4, 6)
+    windows = make_windows(4, 6)
     x = tiny.noise(1, 24, 4)
     map, repeated = soft_merge_map(x, windows, 0.5), soft_merge_map(x, windows, 0.5).repeat_for_cfg()
     both = soft_merge_map(torch.cat([x, x]), windows, 0.5)
@@ -171,7 +171,7 @@ def test_repeat_for_cfg_applies_one_map_to_both_halves() -> None:
 
 
 def test_half_precision_dtype_is_matched_in_float32() -> None:
-    windows, x = grid(8, 8), tiny.noise(1, 64, 16)
+    windows, x = make_windows(8, 8), tiny.noise(1, 64, 16)
     for dtype in (torch.float16, torch.bfloat16):
         map = soft_merge_map(x.to(dtype), windows, 0.1)
         assert map.weights.dtype == torch.float32
@@ -293,6 +293,6 @@ def test_unsupported_soft_matching_options_raise_with_their_value(name: str) -> 
 
 
 def test_soft_map_compares_by_value() -> None:
-    map = soft_merge_map(tiny.noise(1, 24, 4), grid(4, 6), 0.5)
+    map = soft_merge_map(tiny.noise(1, 24, 4), make_windows(4, 6), 0.5)
     assert isinstance(map, SoftMap)
     assert map == SoftMap(*map)

@@ -186,19 +186,19 @@ def replace_attention(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 ORIGINAL_ATTENTION = F.scaled_dot_product_attention
 
 
-def without_masks(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, **more: Any) -> Tensor:
+def ignores_masks(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, **more: Any) -> Tensor:
     return ORIGINAL_ATTENTION(q, k, v)
 
 
-def that_takes_no_masks(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+def without_mask_parameter(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
     return ORIGINAL_ATTENTION(q, k, v)
 
 
-def with_masks(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
+def applies_masks(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
     return ORIGINAL_ATTENTION(q, k, v, **more)
 
 
-@pytest.mark.parametrize("function", [without_masks, that_takes_no_masks])
+@pytest.mark.parametrize("function", [ignores_masks, without_mask_parameter])
 def test_attention_function_that_ignores_masks_raises_under_proportional(
     function: Any, replace_attention: Callable[[Any], None]
 ) -> None:
@@ -215,7 +215,7 @@ def test_attention_function_that_ignores_masks_raises_under_proportional(
 def test_attention_function_that_applies_masks_is_accepted(replace_attention: Callable[[Any], None]) -> None:
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, proportional=True)
     expected = tiny.predict(unet)
-    replace_attention(with_masks)
+    replace_attention(applies_masks)
     assert torch.equal(tiny.predict(unet), expected)
 
 
