@@ -1,4 +1,4 @@
-"""The examples of docs/add_a_method.md are short, and run as they stand."""
+"""The examples of docs/add_a_method.md are short and run unchanged."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ EXAMPLES = re.findall(r"`(\w+)\.py`:\n\n```python\n(.*?)```", PAGE, flags=re.DOT
 
 
 @pytest.fixture(autouse=True)
-def _registries() -> Iterator[None]:
-    """What an example registers is gone after its test."""
+def _restore_registries() -> Iterator[None]:
+    """Restores the registries after each test."""
     before = dict(MATCHERS), dict(METHODS)
     yield
     registry._load.cache_clear()
@@ -30,14 +30,14 @@ def _registries() -> Iterator[None]:
         names.update(entries)
 
 
-def test_there_are_two_examples_of_at_most_15_lines() -> None:
+def test_page_has_two_examples_of_at_most_15_lines() -> None:
     assert [name for name, _ in EXAMPLES] == ["small_norm", "freeu"]
     for _, code in EXAMPLES:
         assert code.count("\n") <= 15
 
 
 @pytest.mark.parametrize(("name", "code"), EXAMPLES)
-def test_an_example_changes_the_image_and_is_undone(
+def test_example_method_changes_the_image_and_is_undone(
     name: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -51,12 +51,12 @@ def test_an_example_changes_the_image_and_is_undone(
     assert torch.equal(tiny.images(pipe), before)
 
 
-def test_its_commands_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, code in EXAMPLES:
         Path(f"{name}.py").write_text(code)
     (arguments,) = re.findall(r"^python -m eval\.run (.*)$", PAGE, flags=re.MULTILINE)
-    chosen = options.parser().parse_args(arguments.split())
-    assert len(parse(chosen.method, [0.5])) == 3
+    parsed = options.parser().parse_args(arguments.split())
+    assert len(parse(parsed.method, [0.5])) == 3
     (with_options,) = re.findall(r"`--method (small_norm\S+)`", PAGE)
     assert parse(with_options, [0.5])[0].slug == "mean-r50-small_norm"

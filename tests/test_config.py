@@ -1,4 +1,4 @@
-"""TokenFusion says no with the value and the limit, names itself, and splits the depth as Eq. 7 says."""
+"""TokenFusionConfig: errors state value and limit, slugs are unique, depth_split follows Eq. 7."""
 
 import numpy as np
 import pytest
@@ -8,33 +8,33 @@ from tofu_sd import TokenFusionConfig, recipes
 from tofu_sd.core.reductions import mean, mlerp, prune
 
 
-def test_numbers_of_other_libraries_are_numbers():
-    fusion = TokenFusionConfig(ratio=np.float32(0.25), levels=np.int64(2), sx=np.int64(2), start=np.float64(0.1))
-    assert fusion == TokenFusionConfig(ratio=0.25, levels=2, start=0.1)
-    assert fusion.slug == "tofu-r25-l2-t10to100"
+def test_numpy_dtype_scalars_are_accepted():
+    config = TokenFusionConfig(ratio=np.float32(0.25), levels=np.int64(2), sx=np.int64(2), start=np.float64(0.1))
+    assert config == TokenFusionConfig(ratio=0.25, levels=2, start=0.1)
+    assert config.slug == "tofu-r25-l2-t10to100"
 
 
-def test_the_largest_ratio_is_allowed():
+def test_largest_ratio_is_allowed():
     assert TokenFusionConfig(ratio=0.75).num_merged(64, 64) == 3072
 
 
-def test_an_unknown_option_is_named_with_what_was_meant():
+def test_unknown_option_raises_with_suggestion():
     with pytest.raises(TypeError, match=r"unknown option 'ration' \(did you mean 'ratio'\?\)"):
         TokenFusionConfig.of(0.5, ration=0.3)
 
 
-def test_the_depth_split_is_equation_7():
+def test_depth_split_follows_equation_7():
     d6 = TokenFusionConfig(depth_split=6)
     assert [d6.reduction_at(depth, down_path=99) for depth in (0, 5, 6, 15)] == [prune, prune, mlerp, mlerp]
     assert [TokenFusionConfig().reduction_at(depth, down_path=6) for depth in (5, 6)] == [prune, mlerp]
 
 
-def test_a_thin_map_never_loses_more_than_its_sources():
+def test_num_merged_of_a_thin_grid_is_at_most_its_sources():
     assert TokenFusionConfig(ratio=0.75).num_merged(1, 8) == 4  # 8 tokens, 4 cells of 1 x 2
     assert TokenFusionConfig(ratio=0.75).num_merged(1, 1) == 0
 
 
-def test_keys_tell_settings_apart():
+def test_slugs_of_different_settings_differ():
     variants = [
         TokenFusionConfig(),
         TokenFusionConfig(ratio=0.3),
@@ -57,15 +57,15 @@ def test_keys_tell_settings_apart():
     assert recipes.named("kv:tome+p", 0.75).slug == "kv-mean-r75+p"
 
 
-def test_recipes_are_the_papers():
+def test_recipes_match_the_papers():
     assert recipes.named("tofu") == TokenFusionConfig(early=prune, late=mlerp)
     assert recipes.named("tome", 0.3) == TokenFusionConfig(ratio=0.3, early=mean, late=mean)
     assert recipes.named("kv:mlerp+p") == TokenFusionConfig(early=mlerp, late=mlerp, kv_only=True, proportional=True)
 
 
-def test_a_method_takes_any_option_behind_an_at():
-    fusion = recipes.named("kv:tofu+p@ratio=0.25@early=mlerp@match_on=normed@seed=3")
-    assert fusion == TokenFusionConfig(
+def test_recipe_accepts_options_after_at_sign():
+    config = recipes.named("kv:tofu+p@ratio=0.25@early=mlerp@match_on=normed@seed=3")
+    assert config == TokenFusionConfig(
         ratio=0.25, early=mlerp, kv_only=True, proportional=True, match_on="normed", seed=3
     )
     with pytest.raises(TypeError, match="did you mean 'levels'"):
@@ -75,13 +75,13 @@ def test_a_method_takes_any_option_behind_an_at():
 
 
 @pytest.mark.parametrize("name", ["tofo", "tofu+q", "tofu+", "kv:", "kv:kv:tofu", "tofu+p+p"])
-def test_an_unknown_method_is_refused(name):
+def test_unknown_method_raises(name):
     with pytest.raises(ValueError, match="unknown method"):
         recipes.named(name)
 
 
-def test_importing_the_package_imports_no_host():
-    """`import tofu_sd` costs what importing torch costs: diffusers and transformers come with the first model."""
+def test_package_import_does_not_import_hosts():
+    """`import tofu_sd` costs as much as importing torch; diffusers and transformers load with the first model."""
     import subprocess
     import sys
 

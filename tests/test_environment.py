@@ -1,4 +1,4 @@
-"""A broken installation is explained in words."""
+"""Errors of a broken installation name the package and the fix."""
 
 import os
 import subprocess
@@ -15,32 +15,32 @@ USES = [
 ]
 
 
-def run_with(path, use):
+def run_with_path(path, use):
     code = f"import tofu_sd\ntry: {use}\nexcept Exception as e: print(type(e).__name__, e)"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(path), *sys.path])}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_torchvision_of_another_build_is_named_with_the_way_out(tmp_path, use):
-    """A CUDA torchvision beside a CPU torch makes transformers and diffusers fail with an unrelated message."""
+def test_incompatible_torchvision_raises_with_the_fix(tmp_path, use):
+    """A CUDA torchvision with a CPU torch makes transformers and diffusers fail with an unrelated message."""
     package, info = tmp_path / "torchvision", tmp_path / "torchvision-9.9.dist-info"
     package.mkdir()
     info.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 9.9\n")
-    said = run_with(tmp_path, use)
-    assert said.startswith("ImportError torchvision 9.9 does not work with torch")
-    assert "torchvision::nms" in said
-    assert "pip install -U torch torchvision" in said
+    message = run_with_path(tmp_path, use)
+    assert message.startswith("ImportError torchvision 9.9 does not work with torch")
+    assert "torchvision::nms" in message
+    assert "pip install -U torch torchvision" in message
 
 
-def test_a_sound_installation_goes_on_to_the_model():
-    assert run_with("", APPLY).startswith("TypeError NoneType has no `unet`")
+def test_working_installation_reaches_the_model_check():
+    assert run_with_path("", APPLY).startswith("TypeError NoneType has no `unet`")
 
 
-def test_programs_without_diffusers_need_torch_alone():
-    """AUTOMATIC1111 has none, and ComfyUI need not: all that is between them and the core imports without it."""
+def test_hosts_without_diffusers_need_only_torch():
+    """AUTOMATIC1111 and ComfyUI may lack diffusers; the modules between them and the core import without it."""
     script = """
 import sys
 
@@ -55,5 +55,5 @@ from tofu_sd.hosts import ldm
 from tofu_sd.hosts.programs import model_patcher, ui_options
 print("imported")
 """
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert ran.stdout.strip() == "imported", ran.stderr
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert completed.stdout.strip() == "imported", completed.stderr

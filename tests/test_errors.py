@@ -1,4 +1,4 @@
-"""Bad input names the value and the limit, and leaves the model as it was: bit-equal, unmarked or patched as before."""
+"""Errors state value and limit, and leave the model unchanged: bit-equal, and unpatched or patched as before."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "depth_split is -1; it must be None, 'auto' or an integer >= 0",
     ),
     "match_on keys": ({"match_on": "keys"}, ValueError, "match_on is 'keys'; it must be 'hidden' or 'normed'"),
-    "nothing to fuse": ({"merge_attn": False}, ValueError, "all False: nothing would be merged"),
+    "nothing to merge": ({"merge_attn": False}, ValueError, "all False: nothing would be merged"),
     "max_downsample 3": ({"max_downsample": 3}, ValueError, "max_downsample is 3; it must be 1, 2, 4 or 8"),
     "levels twice": ({"max_downsample": 2, "levels": 2}, ValueError, "set only one of levels and max_downsample"),
 }
@@ -57,29 +57,29 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 @pytest.mark.parametrize("patched_before", [False, True], ids=["unpatched", "patched before"])
 @pytest.mark.parametrize("name", REFUSED)
-def test_bad_options_are_named_and_change_nothing(name: str, patched_before: bool) -> None:
+def test_invalid_options_raise_with_their_value_and_change_nothing(name: str, patched_before: bool) -> None:
     options, error, message = REFUSED[name]
     unet = tiny.shallow_unet()
     if patched_before:
         tofu_sd.apply_patch(unet, 0.25, kv_only=True)
-    before, fusion = tiny.predict(unet), tofu_sd.summary(unet).config
+    before, config = tiny.predict(unet), tofu_sd.summary(unet).config
     structure = anatomy(unet)
     with pytest.raises(error, match=message):
         tofu_sd.apply_patch(unet, **options)
     assert torch.equal(tiny.predict(unet), before)
-    assert tofu_sd.summary(unet).config == fusion
+    assert tofu_sd.summary(unet).config == config
     if not patched_before:
         assert anatomy(unet) == structure
 
 
-def _dit() -> Any:
+def _tiny_dit() -> Any:
     return DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=8, patch_size=2,
         norm_num_groups=4,
     )  # fmt: skip
 
 
-def _sd3() -> Any:
+def _tiny_sd3() -> Any:
     return SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
         joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=16, out_channels=4,
@@ -95,111 +95,111 @@ def kandinsky_unet() -> UNet2DConditionModel:
     return tiny.shallow_unet(**blocks)
 
 
-def _unconditional() -> UNet2DModel:
+def _unconditional_unet() -> UNet2DModel:
     blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
     return UNet2DModel(sample_size=8, norm_num_groups=4, block_out_channels=(8,), attention_head_dim=4, **blocks)
 
 
-@pytest.mark.parametrize("make", [_dit, _sd3, kandinsky_unet, _unconditional])
-def test_a_model_without_an_eligible_block_says_what_was_looked_for(make: Any) -> None:
+@pytest.mark.parametrize("make", [_tiny_dit, _tiny_sd3, kandinsky_unet, _unconditional_unet])
+def test_model_without_eligible_blocks_raises_with_the_supported_classes(make: Any) -> None:
     model = make()
     before = anatomy(model)
-    looked = rf"no eligible block in {type(model).__name__}: looked in .*Transformer2DModel.*DiT.*Kandinsky"
-    with pytest.raises(ValueError, match=looked):
+    expected = rf"no eligible block in {type(model).__name__}: looked in .*Transformer2DModel.*DiT.*Kandinsky"
+    with pytest.raises(ValueError, match=expected):
         tofu_sd.apply_patch(model)
     assert anatomy(model) == before
 
 
-@pytest.mark.parametrize("verb", [tofu_sd.apply_patch, tofu_sd.remove_patch, tofu_sd.summary])
-def test_a_pipeline_without_a_unet_says_so(verb: Any) -> None:
-    pipe = DiTPipeline(transformer=_dit(), vae=tiny.vae(), scheduler=tiny.sd15_parts()["scheduler"])
+@pytest.mark.parametrize("function", [tofu_sd.apply_patch, tofu_sd.remove_patch, tofu_sd.summary])
+def test_pipeline_without_unet_raises(function: Any) -> None:
+    pipe = DiTPipeline(transformer=_tiny_dit(), vae=tiny.vae(), scheduler=tiny.sd15_parts()["scheduler"])
     with pytest.raises(TypeError, match="DiTPipeline has no `unet`"):
-        verb(pipe)
+        function(pipe)
 
 
-def test_a_pipeline_whose_unet_is_another_kind() -> None:
+def test_pipeline_with_unsupported_unet_raises() -> None:
     pipe = KandinskyV22Pipeline(unet=kandinsky_unet(), scheduler=tiny.sd15_parts()["scheduler"], movq=tiny.vae())
     with pytest.raises(ValueError, match="no eligible block in UNet2DConditionModel"):
         tofu_sd.apply_patch(pipe)
 
 
-def placed(unet: Any) -> Tensor:
-    """A prediction with the arguments by place, as tomesd needs them."""
+def predict_positional(unet: Any) -> Tensor:
+    """A prediction with positional arguments, as tomesd requires."""
     with torch.no_grad():
         return unet(*tiny.inputs(unet).values()).sample
 
 
-def test_a_block_wrapped_by_tomesd_is_refused() -> None:
-    """Both would merge; tomesd's block would hand the patched attention tokens of no map."""
+def test_block_wrapped_by_tomesd_raises() -> None:
+    """Both would merge; the block of tomesd would pass tokens of no h x w grid to the patched attention."""
     tomesd = pytest.importorskip("tomesd")
     unet = tiny.shallow_unet()
     tomesd.apply_patch(unet, ratio=0.5, use_rand=False)
-    before, structure = placed(unet), anatomy(unet)
+    before, structure = predict_positional(unet), anatomy(unet)
     with pytest.raises(RuntimeError, match=r"down_blocks\.0\.attentions\.0\.transformer_blocks\.0 .*already wrapped"):
         tofu_sd.apply_patch(unet)
     assert anatomy(unet) == structure
-    assert torch.equal(placed(unet), before)
+    assert torch.equal(predict_positional(unet), before)
 
 
-def test_tomesd_on_top_of_the_patch_merges_alone() -> None:
-    """Tokens that are no map's pass through: the patch stands aside rather than break."""
+def test_tomesd_applied_after_the_patch_disables_its_merging() -> None:
+    """Tokens of no h x w grid pass through unmerged: the patch skips them instead of raising an error."""
     tomesd = pytest.importorskip("tomesd")
     unet, other = tiny.shallow_unet(), tiny.shallow_unet()
-    plain = placed(other)
+    baseline = predict_positional(other)
     tomesd.apply_patch(tofu_sd.apply_patch(unet, 0.5), ratio=0.5, use_rand=False)
     tomesd.apply_patch(other, ratio=0.5, use_rand=False)
-    assert torch.equal(placed(unet), placed(other))
-    assert not torch.equal(placed(unet), plain)
+    assert torch.equal(predict_positional(unet), predict_positional(other))
+    assert not torch.equal(predict_positional(unet), baseline)
 
 
-def _doubled(unet: Any) -> None:
-    """What a cache does: the attention's forward is replaced on the instance by one that calls what it found."""
+def _replace_forward(unet: Any) -> None:
+    """Replaces the forward of one attention instance by a wrapper around it, as caches do."""
     attn = unet.up_blocks[1].attentions[0].transformer_blocks[0].attn1
     original = attn.forward
     attn.forward = lambda *args, **kwargs: 2 * original(*args, **kwargs)
 
 
-@pytest.mark.parametrize("verb", ["apply_patch", "patched"])
-def test_an_attention_with_a_forward_of_its_own_is_refused(verb: str) -> None:
-    """It would run before the class's own: fusion would be passed over in silence."""
+@pytest.mark.parametrize("function", ["apply_patch", "patched"])
+def test_attention_with_replaced_forward_raises(function: str) -> None:
+    """It would run instead of the forward of the class, and merging would silently be skipped."""
     unet = tiny.shallow_unet()
-    _doubled(unet)
+    _replace_forward(unet)
     before, names = tiny.predict(unet), anatomy(unet)
-    use = tofu_sd.apply_patch if verb == "apply_patch" else lambda *args: tofu_sd.patched(*args).__enter__()
+    use = tofu_sd.apply_patch if function == "apply_patch" else lambda *args: tofu_sd.patched(*args).__enter__()
     with pytest.raises(RuntimeError, match=r"up_blocks\.1\..*attn layer has a `forward` of its own"):
         use(unet, 0.25)
     assert torch.equal(tiny.predict(unet), before)
     assert {n: cls for n, (cls, _) in anatomy(unet).items()} == {n: cls for n, (cls, _) in names.items()}
 
 
-def test_what_came_after_the_patch_stays_when_the_patch_changes() -> None:
-    """It holds the patched forward, as the message above asks for: another ratio goes through it too."""
-    unet, fresh = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5), tofu_sd.apply_patch(tiny.shallow_unet(), 0.25)
-    _doubled(unet)
-    _doubled(fresh)
-    assert torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.25)), tiny.predict(fresh))
+def test_forward_replaced_after_the_patch_stays_after_a_new_patch() -> None:
+    """The wrapper contains the patched forward, as the message above asks; another ratio takes effect through it."""
+    unet, new_unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5), tofu_sd.apply_patch(tiny.shallow_unet(), 0.25)
+    _replace_forward(unet)
+    _replace_forward(new_unet)
+    assert torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.25)), tiny.predict(new_unet))
 
 
-def test_a_missing_timestep_is_the_models_own_error() -> None:
+def test_missing_timestep_raises_the_error_of_the_model() -> None:
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, seed=1)
     with pytest.raises(TypeError, match="timestep"):
         unet(tiny.noise(1, 4, 16, 16))
 
 
-def test_an_interrupt_while_patching_puts_the_earlier_patch_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_apply_patch_restores_the_previous_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
     before = tiny.predict(unet)
 
-    def interrupted(*_: Any) -> None:
+    def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tofu_sd.api, "summarize", interrupted)
+    monkeypatch.setattr(tofu_sd.api, "summarize", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tofu_sd.apply_patch(unet, 0.25)
     assert torch.equal(tiny.predict(unet), before)
 
 
-def test_a_layer_of_another_class_is_refused() -> None:
+def test_norm_layer_of_another_class_raises() -> None:
     class Other(torch.nn.LayerNorm):
         pass
 
@@ -210,19 +210,19 @@ def test_a_layer_of_another_class_is_refused() -> None:
     assert not any("_tofu" in vars(module) or module._forward_pre_hooks for module in unet.modules())
 
 
-def test_an_interrupt_while_the_patch_is_put_on_leaves_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_apply_patch_is_undone_completely(monkeypatch: pytest.MonkeyPatch) -> None:
     unet = tiny.sd15_unet()
-    plain = tiny.predict(unet)
+    baseline = tiny.predict(unet)
     classes = [type(module) for module in unet.modules()]
 
-    def interrupted(*args: Any, **options: Any) -> Any:
+    def interrupt(*args: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(unet.up_blocks[3].attentions[1], "register_forward_pre_hook", interrupted)
+    monkeypatch.setattr(unet.up_blocks[3].attentions[1], "register_forward_pre_hook", interrupt)
     with pytest.raises(KeyboardInterrupt):
         tofu_sd.apply_patch(unet, 0.5)
     monkeypatch.undo()
     assert [type(module) for module in unet.modules()] == classes
     assert not any(module._forward_pre_hooks or "_tofu" in vars(module) for module in unet.modules())
-    assert torch.equal(tiny.predict(unet), plain)
-    assert not torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5)), plain)
+    assert torch.equal(tiny.predict(unet), baseline)
+    assert not torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5)), baseline)

@@ -1,4 +1,4 @@
-"""The kernels agree with the reference that defines them: on a GPU, or in Triton's interpreter where there is none."""
+"""Triton kernels agree with the reference implementation, on a GPU or else in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from tofu_sd.kernels import triton as fused
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [(16, 16), (17, 13), (1, 9), (5, 1), (3, 40)]
-MERGED = [(10, 10), (9, 7), (1, 9), (5, 1), (3, 20)]  # the interpreter takes a second for a hundred groups
-CHANNELS = [40, 96]  # less than a block of channels, and not a whole number of them
+MERGED = [(10, 10), (9, 7), (1, 9), (5, 1), (3, 20)]  # smaller: the interpreter takes about 1 s per 100 groups
+CHANNELS = [40, 96]  # less than one channel block, and not a multiple of one
 NEEDS_GPU = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="Triton's interpreter holds bfloat16 as integers, and multiplies them as such"
+    not torch.cuda.is_available(), reason="Triton's interpreter stores bfloat16 as integers and multiplies the integers"
 )
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=NEEDS_GPU)]
 sizes = pytest.mark.parametrize(("h", "w"), SIZES)
@@ -32,55 +32,63 @@ def tokens(h: int, w: int, C: int, seed: int = 0) -> Tensor:
     return torch.randn(2, h * w, C, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def layouts(h: int, w: int) -> list[tuple[Tensor, Tensor]]:
-    """Sources and destinations [T, ·] of the whole map, of drawn destinations, and of windows with ragged edges."""
-    whole, drawn = (partition(h, w, 2, 2, DEVICE, draw) for draw in (None, torch.tensor(5)))
-    near = windows(whole, h, w, 2, 2, 3)
-    return [(whole.src[None], whole.dst[None]), (drawn.src[None], drawn.dst[None]), (near.src, near.dst)]
+def partitions(h: int, w: int) -> list[tuple[Tensor, Tensor]]:
+    """Sources and destinations [T, ·] of the full grid, of random destinations, and of windows with ragged edges."""
+    full_grid, random_grid = (partition(h, w, 2, 2, DEVICE, draw) for draw in (None, torch.tensor(5)))
+    window_grid = windows(full_grid, h, w, 2, 2, 3)
+    return [
+        (full_grid.src[None], full_grid.dst[None]),
+        (random_grid.src[None], random_grid.dst[None]),
+        (window_grid.src, window_grid.dst),
+    ]
 
 
-def error(found: Tensor, exact: Tensor) -> float:
-    return (found.double() - exact.double()).abs().max().item()
+def max_error(result: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference."""
+    return (result.double() - exact.double()).abs().max().item()
 
 
 @sizes
 @channels
-def test_the_nearest_destination_is_the_references(h: int, w: int, C: int) -> None:
+def test_nearest_dst_equals_reference(h: int, w: int, C: int) -> None:
     x = tokens(h, w, C)
-    for src, dst in layouts(h, w):
-        (best, target), (expected, theirs) = fused.nearest_dst(x, src, dst), reference.nearest_dst(x, src, dst)
-        assert torch.equal(target, theirs)
-        assert error(best, expected) < 1e-6  # cosines, a few roundings of float32
+    for src, dst in partitions(h, w):
+        (best, target), (expected, expected_target) = fused.nearest_dst(x, src, dst), reference.nearest_dst(x, src, dst)
+        assert torch.equal(target, expected_target)
+        assert max_error(best, expected) < 1e-6  # cosines: a few float32 rounding errors
 
 
 @dtypes
-def test_half_precision_is_matched_as_the_numbers_it_is(dtype: torch.dtype) -> None:
-    """Products of half-precision numbers are exact in float32, where both add them up."""
+def test_half_precision_dtype_matches_as_its_float32_values(dtype: torch.dtype) -> None:
+    """Products of half-precision numbers are exact in float32, and both implementations sum in float32."""
     x = tokens(17, 13, 96).to(dtype)
-    for src, dst in layouts(17, 13):
-        (best, target), (expected, theirs) = fused.nearest_dst(x, src, dst), reference.nearest_dst(x.float(), src, dst)
-        assert torch.equal(target, theirs)
-        assert error(best, expected) < 1e-6
+    for src, dst in partitions(17, 13):
+        (best, target), (expected, expected_target) = (
+            fused.nearest_dst(x, src, dst),
+            reference.nearest_dst(x.float(), src, dst),
+        )
+        assert torch.equal(target, expected_target)
+        assert max_error(best, expected) < 1e-6
 
 
-@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's, which the interpreter multiplies with
-def test_equal_destinations_fall_to_the_earlier_and_broken_numbers_to_none() -> None:
+@pytest.mark.filterwarnings("ignore:invalid value")  # from numpy, which the interpreter multiplies with
+def test_ties_pick_the_earlier_destination_and_nan_equals_reference() -> None:
     parts = partition(16, 16, 2, 2, DEVICE)
     x = torch.ones(1, 256, 40, device=DEVICE)
     best, target = fused.nearest_dst(x, parts.src[None], parts.dst[None])
     assert (target == parts.dst[0]).all()
     x = tokens(16, 16, 40)
     x[0, 7], x[1, 0], x[0, 2] = float("nan"), float("inf"), float("nan")  # a source and two destinations
-    (best, target), (expected, theirs) = (
+    (best, target), (expected, expected_target) = (
         k.nearest_dst(x, parts.src[None], parts.dst[None]) for k in (fused, reference)
     )
-    assert torch.equal(target, theirs)
-    assert error(best, expected) < 1e-6
+    assert torch.equal(target, expected_target)
+    assert max_error(best, expected) < 1e-6
 
 
 @sizes
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0])
-def test_the_map_is_the_references(h: int, w: int, share: float) -> None:
+def test_build_map_equals_reference(h: int, w: int, share: float) -> None:
     for draw in (None, torch.tensor(3)):
         parts = partition(h, w, 2, 2, DEVICE, draw)
         S, D = len(parts.src), len(parts.dst)
@@ -89,67 +97,72 @@ def test_the_map_is_the_references(h: int, w: int, share: float) -> None:
         best = torch.randint(0, 7, (2, S), generator=g).float().to(DEVICE)  # many ties
         target = parts.dst[torch.randint(0, D, (2, S), generator=g).to(DEVICE)]
         expected = reference.build_map(best, target, *parts, r)
-        found = fused.build_map(best, target, *parts, r)
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        result = fused.build_map(best, target, *parts, r)
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
-def test_the_map_of_more_sources_than_are_looked_at_at_once(share: float) -> None:
-    """What is counted is carried over from block to block; cosines of both signs and both zeros are in order."""
+def test_build_map_over_several_blocks_of_sources_equals_reference(share: float) -> None:
+    """Counts carry over from block to block; cosines of both signs, 0.0 and -0.0 sort correctly."""
     parts = partition(80, 80, 2, 2, DEVICE)
-    best = tokens(60, 80, 1)[..., 0].mul(4).round().div(8)  # many ties, of them many zeros
+    best = tokens(60, 80, 1)[..., 0].mul(4).round().div(8)  # many ties, many of them at zero
     best = best.where(best != 0, torch.tensor([0.0, -0.0], device=DEVICE).repeat(2, 2400))
     target = parts.dst[torch.randint(0, len(parts.dst), best.shape, generator=torch.Generator().manual_seed(1))]
     expected = reference.build_map(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
-    found = fused.build_map(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    result = fused.build_map(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("largest_norm", [False, True], ids=["mean", "mlerp"])
 @pytest.mark.parametrize("K", [1, 3, 70])
-def test_groups_of_any_size_are_merged(K: int, largest_norm: bool) -> None:
-    """A sky is one large group, read a few rows at a time; a group can begin anywhere among the sorted tokens."""
+def test_merge_handles_any_group_size(K: int, largest_norm: bool) -> None:
+    """A sky is one large group, read a few rows at a time; a group can start anywhere among the sorted tokens."""
     x = tokens(20, 30, 24)
-    home = torch.cat((torch.arange(K), torch.randint(0, K, (600 - K,), generator=torch.Generator().manual_seed(2))))
-    home = home.expand(2, -1).to(DEVICE)
-    exact = reference.merge(x.double(), home, K, largest_norm)
-    assert error(fused.merge(x, home, K, largest_norm), exact) < 1e-5
+    group_idx = torch.cat(
+        (torch.arange(K), torch.randint(0, K, (600 - K,), generator=torch.Generator().manual_seed(2)))
+    )
+    group_idx = group_idx.expand(2, -1).to(DEVICE)
+    exact = reference.merge(x.double(), group_idx, K, largest_norm)
+    assert max_error(fused.merge(x, group_idx, K, largest_norm), exact) < 1e-5
 
 
-def grouped(h: int, w: int, C: int) -> tuple[Tensor, Tensor, int]:
+def merged_groups(h: int, w: int, C: int) -> tuple[Tensor, Tensor, int]:
+    """Tokens, the group index of each token, and the number of groups."""
     x, parts = tokens(h, w, C), partition(h, w, 2, 2, DEVICE)
     r = len(parts.src) // 2 + 1
-    best, target = (found[:, 0] for found in reference.nearest_dst(x, parts.src[None], parts.dst[None]))
-    kept, home = reference.build_map(best, target, *parts, r)
-    return x, home, kept.shape[1]
+    best, target = (t[:, 0] for t in reference.nearest_dst(x, parts.src[None], parts.dst[None]))
+    kept, group_idx = reference.build_map(best, target, *parts, r)
+    return x, group_idx, kept.shape[1]
 
 
 @pytest.mark.parametrize(("h", "w"), MERGED)
 @channels
 @dtypes
 @pytest.mark.parametrize("largest_norm", [False, True], ids=["mean", "mlerp"])
-def test_merged_tokens_are_the_references(h: int, w: int, C: int, dtype: torch.dtype, largest_norm: bool) -> None:
-    """In half precision no further from float64 than twice the reference's own distance (and a float32 rounding)."""
-    x, home, K = grouped(h, w, C)
+def test_merge_equals_reference_within_dtype_rounding(
+    h: int, w: int, C: int, dtype: torch.dtype, largest_norm: bool
+) -> None:
+    """The error against float64 is at most twice the reference's error (plus a float32 rounding)."""
+    x, group_idx, K = merged_groups(h, w, C)
     x = x.to(dtype)
-    exact = reference.merge(x.double(), home, K, largest_norm)
-    found, expected = fused.merge(x, home, K, largest_norm), reference.merge(x, home, K, largest_norm)
-    assert found.dtype == dtype
-    assert error(found, exact) <= 2 * error(expected, exact) + 1e-6
+    exact = reference.merge(x.double(), group_idx, K, largest_norm)
+    result, expected = fused.merge(x, group_idx, K, largest_norm), reference.merge(x, group_idx, K, largest_norm)
+    assert result.dtype == dtype
+    assert max_error(result, exact) <= 2 * max_error(expected, exact) + 1e-6
 
 
-def test_a_mean_without_direction_stays_zero() -> None:
+def test_mlerp_of_opposite_tokens_is_zero() -> None:
     x = torch.tensor([[[5.0, 0.0], [-5.0, 0.0]]], device=DEVICE)
-    home = torch.zeros(1, 2, dtype=torch.long, device=DEVICE)
-    assert fused.merge(x, home, 1, True).tolist() == [[[0.0, 0.0]]]
+    group_idx = torch.zeros(1, 2, dtype=torch.long, device=DEVICE)
+    assert fused.merge(x, group_idx, 1, True).tolist() == [[[0.0, 0.0]]]
 
 
 @sizes
 @dtypes
-def test_taken_tokens_are_copies(h: int, w: int, dtype: torch.dtype) -> None:
-    x, home, K = grouped(h, w, 40)
+def test_take_equals_reference_for_each_dtype(h: int, w: int, dtype: torch.dtype) -> None:
+    x, group_idx, K = merged_groups(h, w, 40)
     y = x[:, :K].to(dtype)
-    assert torch.equal(fused.take(y, home), reference.take(y, home))
+    assert torch.equal(fused.take(y, group_idx), reference.take(y, group_idx))
 
 
 @pytest.mark.parametrize(
@@ -160,13 +173,13 @@ def test_taken_tokens_are_copies(h: int, w: int, dtype: torch.dtype) -> None:
     ],
     ids=["cpu", "meta"],
 )
-def test_a_no_is_explained(x: Any, reason: str) -> None:
+def test_unavailable_reason_names_the_device(x: Any, reason: str) -> None:
     assert reason in str(kernels.unavailable_reason(x))
     assert not kernels.can_run(x)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_kernels_run_where_they_can_and_not_where_they_are_told_off() -> None:
+def test_can_run_excludes_float64_dtype_gradients_and_reference_only() -> None:
     x = torch.zeros(1, 4, 2, device="cuda")
     assert kernels.can_run(x)
     assert "float64" in str(kernels.unavailable_reason(x.double()))

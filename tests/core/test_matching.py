@@ -1,4 +1,4 @@
-"""Matching against a brute-force reading of Algorithm 1, and the grid it starts from."""
+"""Bipartite matching against a brute-force Algorithm 1, and the partition it starts from."""
 
 import pytest
 import torch
@@ -14,53 +14,60 @@ CPU = torch.device("cpu")
 sides, cells = st.integers(1, 12), st.integers(1, 4)
 
 
-def oracle(x, src, dst, r, near=lambda s, d: True):
-    """Alg. 1 as a loop over one sample: (set of survivors, home token of every token). near: who may join whom."""
+def brute_force(x, src, dst, r, may_match=lambda s, d: True):
+    """Algorithm 1 as a loop over one sample.
+
+    Args:
+        may_match: whether source s may match destination d.
+
+    Returns:
+        The set of kept tokens, and for every token the kept token that represents it.
+    """
     cosine = torch.nn.functional.cosine_similarity
-    partner = {}
+    best_match = {}
     for s in src:
-        scores = {d: cosine(x[s], x[d], dim=0).item() for d in dst if near(s, d)}
+        scores = {d: cosine(x[s], x[d], dim=0).item() for d in dst if may_match(s, d)}
         best = max(scores, key=lambda d: scores[d])
-        partner[s] = (scores[best], best)
-    leaving = sorted(src, key=lambda s: -partner[s][0])[:r]
-    home = {n: n for n in range(len(x))} | {s: partner[s][1] for s in leaving}
-    return set(range(len(x))) - set(leaving), [home[n] for n in range(len(x))]
+        best_match[s] = (scores[best], best)
+    merged = sorted(src, key=lambda s: -best_match[s][0])[:r]
+    group_dst = {n: n for n in range(len(x))} | {s: best_match[s][1] for s in merged}
+    return set(range(len(x))) - set(merged), [group_dst[n] for n in range(len(x))]
 
 
 @given(sides, sides, cells, cells, st.integers(0, 2**31 - 1), st.floats(0, 1))
 @settings(deadline=None, max_examples=80)
-def test_matching_is_what_a_loop_over_algorithm_1_finds(h, w, sx, sy, seed, share):
+def test_matching_equals_brute_force_algorithm_1(h, w, sx, sy, seed, share):
     parts = partition(h, w, sx, sy, CPU)
     r = int(share * len(parts.src))
-    # double, so that the oracle's cosine and the product of unit vectors order the same pairs the same way
+    # float64, so that cosine_similarity and the product of unit vectors sort pairs in the same order
     x = torch.randn(2, h * w, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     map = bipartite_soft_matching(x, parts, r)
     for b in range(2):
-        survivors, home = oracle(x[b], parts.src.tolist(), parts.dst.tolist(), r)
-        assert set(map.kept_idx[b].tolist()) == survivors
-        assert map.kept_idx[b][map.group_idx[b]].tolist() == home
+        kept, group_dst = brute_force(x[b], parts.src.tolist(), parts.dst.tolist(), r)
+        assert set(map.kept_idx[b].tolist()) == kept
+        assert map.kept_idx[b][map.group_idx[b]].tolist() == group_dst
 
 
 @given(sides, sides, cells, cells, st.integers(1, 5), st.none() | st.integers(0, 2**31 - 1), st.floats(0, 1))
 @settings(deadline=None, max_examples=120)
-def test_windowed_matching_is_algorithm_1_where_nobody_looks_beyond_the_own_window(h, w, sx, sy, side, draw, share):
+def test_windowed_matching_equals_brute_force_algorithm_1_within_each_window(h, w, sx, sy, side, draw, share):
     parts = partition(h, w, sx, sy, CPU, None if draw is None else torch.tensor(draw))
     r = int(share * len(parts.src))
     x = torch.randn(2, h * w, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(h * w))
 
-    def window(n):  # rows and columns of the map that fill no cell belong to the last one
+    def window(n):  # rows and columns that fill no cell belong to the last cell
         y, x = min(n // w // sy, max(1, h // sy) - 1), min(n % w // sx, max(1, w // sx) - 1)
         return y // side, x // side
 
     map = bipartite_soft_matching(x, parts, r, windows(parts, h, w, sx, sy, side))
     for b in range(2):
-        near = lambda s, d: window(s) == window(d)  # noqa: E731
-        survivors, home = oracle(x[b], parts.src.tolist(), parts.dst.tolist(), r, near)
-        assert set(map.kept_idx[b].tolist()) == survivors
-        assert map.kept_idx[b][map.group_idx[b]].tolist() == home
+        may_match = lambda s, d: window(s) == window(d)  # noqa: E731
+        kept, group_dst = brute_force(x[b], parts.src.tolist(), parts.dst.tolist(), r, may_match)
+        assert set(map.kept_idx[b].tolist()) == kept
+        assert map.kept_idx[b][map.group_idx[b]].tolist() == group_dst
 
 
-def test_a_window_as_large_as_the_map_is_no_window():
+def test_window_of_full_size_equals_no_window():
     parts = partition(9, 13, 2, 2, CPU)
     x = torch.randn(2, 117, 7, generator=torch.Generator().manual_seed(0))
     whole, windowed = (bipartite_soft_matching(x, parts, 50, w) for w in (None, windows(parts, 9, 13, 2, 2, 8)))
@@ -69,7 +76,7 @@ def test_a_window_as_large_as_the_map_is_no_window():
 
 @given(sides, sides, cells, cells, st.none() | st.integers(0, 2**31 - 1))
 @settings(deadline=None, max_examples=200)
-def test_the_grid_has_one_destination_a_cell_and_every_token_once(h, w, sx, sy, draw):
+def test_partition_has_one_destination_per_cell_and_each_token_once(h, w, sx, sy, draw):
     src, dst = partition(h, w, sx, sy, CPU, None if draw is None else torch.tensor(draw))
     assert sorted(torch.cat((src, dst)).tolist()) == list(range(h * w))
     assert src.tolist() == sorted(src.tolist())
@@ -79,17 +86,17 @@ def test_the_grid_has_one_destination_a_cell_and_every_token_once(h, w, sx, sy, 
         assert all(n // w % sy == 0 and n % w % sx == 0 for n in dst.tolist())
 
 
-def test_drawn_destinations_repeat_differ_between_draws_and_favour_no_place():
+def test_random_destinations_are_reproducible_and_uniform():
     draws = [partition(64, 64, 2, 2, CPU, torch.tensor(i)).dst for i in range(8)]
     assert torch.equal(draws[3], partition(64, 64, 2, 2, CPU, torch.tensor(3)).dst)
     assert len({tuple(d.tolist()) for d in draws}) == 8
     corner = torch.cat([d // 64 % 2 * 2 + d % 2 for d in draws])
     share = corner.bincount(minlength=4) / len(corner)
-    # 8,192 draws: a fair share of 1/4 has standard deviation 0.0048, five of which are 0.024
+    # 8,192 samples: a uniform share of 1/4 has standard deviation 0.0048; the limit is five of them
     assert (share - 0.25).abs().max() < 0.024
 
 
-def test_what_else_is_in_the_batch_does_not_matter():
+def test_matching_is_independent_of_batch():
     parts = partition(6, 5, 2, 2, CPU)
     x = torch.randn(4, 30, 7, generator=torch.Generator().manual_seed(0))
     whole = bipartite_soft_matching(x, parts, 11)
@@ -99,8 +106,8 @@ def test_what_else_is_in_the_batch_does_not_matter():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_equal_and_zero_tokens_still_give_a_map(dtype):
-    """Black borders make tokens that tie or have no direction at all; ties go to the earlier source."""
+def test_equal_and_zero_tokens_give_a_valid_map_in_each_dtype(dtype):
+    """Black borders give tokens that tie or have zero norm; ties go to the earlier source."""
     parts = partition(4, 4, 2, 2, CPU)
     for x in (torch.zeros(1, 16, 3, dtype=dtype), torch.ones(1, 16, 3, dtype=dtype)):
         map = bipartite_soft_matching(x, parts, 5)
@@ -110,8 +117,8 @@ def test_equal_and_zero_tokens_still_give_a_map(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_tokens_are_matched_as_the_numbers_they_are(dtype):
-    """Neighbours' cosines differ by less than bfloat16 can hold: it would take the picture's top."""
+def test_half_precision_dtype_matches_as_its_float32_values(dtype):
+    """Cosines of neighbours differ by less than bfloat16 resolves; its ties would merge the top of the image."""
     y, x = torch.meshgrid(torch.linspace(0, 3, 32), torch.linspace(0, 3, 32), indexing="ij")
     smooth = torch.stack([(x * k).sin() + (y * (5 - k)).cos() for k in range(1, 5)], dim=-1).view(1, 1024, 4).to(dtype)
     parts = partition(32, 32, 2, 2, CPU)
@@ -120,18 +127,18 @@ def test_half_precision_tokens_are_matched_as_the_numbers_they_are(dtype):
     assert torch.equal(half.group_idx, exact.group_idx)
 
 
-def test_scores_in_chunks_are_the_scores_at_once(monkeypatch):
+def test_chunked_scores_equal_unchunked_scores(monkeypatch):
     parts = partition(8, 9, 2, 2, CPU)
     x = torch.randn(2, 72, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    near = windows(parts, 8, 9, 2, 2, 3)
-    whole = [bipartite_soft_matching(x, parts, 20, layout) for layout in (None, near)]
-    monkeypatch.setattr(reference, "SCRATCH", 4000)  # a few rows at a time, and a smaller last chunk
-    chunked = [bipartite_soft_matching(x, parts, 20, layout) for layout in (None, near)]
+    window_grid = windows(parts, 8, 9, 2, 2, 3)
+    whole = [bipartite_soft_matching(x, parts, 20, layout) for layout in (None, window_grid)]
+    monkeypatch.setattr(reference, "SCRATCH", 4000)  # a few rows per chunk, with a smaller last chunk
+    chunked = [bipartite_soft_matching(x, parts, 20, layout) for layout in (None, window_grid)]
     assert all(torch.equal(a.group_idx, b.group_idx) for a, b in zip(whole, chunked, strict=True))
 
 
-def test_2048_pixels_are_matched_in_64_mib():
-    """65,536 tokens of Stable Diffusion 1.5: the scores alone, if they were whole, would take 3 GiB."""
+def test_matching_2048_px_peak_memory_is_below_64_mib():
+    """Stable Diffusion 1.5 has 65,536 tokens here; the full score matrix would take 3 GiB."""
     parts = partition(256, 256, 2, 2, CPU)
     x = torch.randn(1, 65536, 320, generator=torch.Generator().manual_seed(0))
     assert peak(lambda: bipartite_soft_matching(x, parts, 32768), CPU) < 64 * 2**20
@@ -139,8 +146,8 @@ def test_2048_pixels_are_matched_in_64_mib():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("share", [0.01, 1.0])
-def test_numbers_that_are_none_still_give_a_map(value, share):
-    """A half-precision model that overflows draws a black picture; it must not end in an index out of range."""
+def test_nan_and_inf_tokens_give_a_valid_map(value, share):
+    """A half-precision model that overflows generates a black image; matching must not raise an index error."""
     parts = partition(6, 6, 2, 2, CPU)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 36, 4, generator=g)
@@ -150,8 +157,8 @@ def test_numbers_that_are_none_still_give_a_map(value, share):
     assert all(len(row.unique()) == 18 for row in map.kept_idx)
 
 
-def test_nobody_joins_a_destination_that_is_no_number():
-    """One broken token must not take all others with it; alike tokens have better destinations than that."""
+def test_nan_destination_attracts_no_source():
+    """One NaN token must not absorb all others; other destinations are always more similar."""
     parts = partition(6, 6, 2, 2, CPU)
     x = torch.rand(1, 36, 4, generator=torch.Generator().manual_seed(0)) + 0.1  # all cosines are positive
     x[0, parts.dst[3]] = float("nan")
@@ -160,7 +167,7 @@ def test_nobody_joins_a_destination_that_is_no_number():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_does_not_coarsen_the_matching(dtype):
+def test_autocast_dtype_does_not_change_matching(dtype):
     parts = partition(32, 32, 2, 2, CPU)
     x = torch.randn(1, 1024, 16, generator=torch.Generator().manual_seed(0))
     plain = bipartite_soft_matching(x, parts, 512)
@@ -169,7 +176,7 @@ def test_autocast_does_not_coarsen_the_matching(dtype):
     assert torch.equal(plain.group_idx, cast.group_idx)
 
 
-def test_matching_draws_nothing_from_the_global_generator():
+def test_matching_leaves_global_rng_unchanged():
     torch.manual_seed(7)
     before = torch.get_rng_state()
     x = torch.ones(1, 16, 3)

@@ -1,4 +1,4 @@
-"""Matchers and reductions from outside the package are used by name, and a name is taken once."""
+"""Matchers and reductions from outside the package are used by name; names are unique."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tofu_sd.core.token_map import TokenMap
 
 
 @pytest.fixture(autouse=True)
-def _registries() -> Iterator[None]:
-    """What a test registers is gone after it."""
+def _restore_registries() -> Iterator[None]:
+    """Restores the registries after each test."""
     before = dict(MATCHERS), dict(REDUCTIONS)
     yield
     for registry, entries in zip((MATCHERS, REDUCTIONS), before, strict=True):
@@ -29,7 +29,7 @@ def _registries() -> Iterator[None]:
 
 
 def first_sources(tokens: Tensor, grid: PartitionTensors, config: Any) -> TokenMap:
-    """Merges the first r tokens of the map into the last one, whatever they hold."""
+    """Merges the first r tokens into the last one, whatever their values."""
     batch, total, _ = tokens.shape
     r = len(grid.num_merged)
     kept = torch.arange(r, total, device=tokens.device)
@@ -37,7 +37,7 @@ def first_sources(tokens: Tensor, grid: PartitionTensors, config: Any) -> TokenM
     return TokenMap(kept.expand(batch, -1), group.expand(batch, -1))
 
 
-def test_a_registered_matcher_makes_the_maps_of_a_model() -> None:
+def test_registered_matcher_builds_the_maps_of_a_model() -> None:
     register_matcher("first_sources")(first_sources)
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, matching="first_sources")
     with tofu_sd.record_maps(unet) as records:
@@ -47,29 +47,29 @@ def test_a_registered_matcher_makes_the_maps_of_a_model() -> None:
     assert not torch.equal(merged, tiny.predict(tofu_sd.remove_patch(unet)))
 
 
-def test_its_name_is_part_of_the_slug() -> None:
-    """Images of two matchers must not share a folder."""
+def test_matcher_name_is_part_of_the_slug() -> None:
+    """Images of two matchers must not share an output folder."""
     register_matcher("first_sources")(first_sources)
     assert TokenFusionConfig(matching="first_sources").slug == "tofu-r50-first_sources"
 
 
-def test_an_unknown_matcher_is_refused_with_the_known_ones() -> None:
+def test_unknown_matcher_raises_and_lists_known_matchers() -> None:
     with pytest.raises(ValueError, match=r"'bipartit' \(did you mean 'bipartite'\?\).*'bipartite' or 'soft'"):
         TokenFusionConfig(matching="bipartit")
 
 
 @pytest.mark.parametrize("name", ["", "two words", "a/b", "1st"])
-def test_a_matcher_name_that_cannot_name_a_folder_is_refused(name: str) -> None:
+def test_matcher_name_must_be_an_identifier(name: str) -> None:
     with pytest.raises(ValueError, match="must be an identifier"):
         register_matcher(name)
 
 
-def test_a_name_is_registered_once() -> None:
-    """A second one would silently change what the first one's name means."""
+def test_duplicate_name_is_not_registered() -> None:
+    """A second registration would silently change what the name means."""
     with pytest.raises(ValueError, match="'bipartite' is registered already"):
         register_matcher("bipartite")(first_sources)
     register_matcher("first_sources")(first_sources)
-    register_matcher("first_sources")(first_sources)  # a module that is imported again
+    register_matcher("first_sources")(first_sources)  # as when its module is imported again
 
     def mean(x: Tensor, map: TokenMap) -> Tensor:
         return prune(x, map)
@@ -78,7 +78,7 @@ def test_a_name_is_registered_once() -> None:
         register_reduction(mean)
 
 
-def test_a_registered_reduction_is_used_by_name() -> None:
+def test_registered_reduction_is_available_by_name() -> None:
     @register_reduction
     def halved(x: Tensor, map: TokenMap) -> Tensor:
         return mean(x, map) / 2

@@ -1,4 +1,4 @@
-"""Laws of the TokenMap and of the verbs that take it, for every shape (hypothesis), dtype and batch."""
+"""Properties of TokenMap and the functions that use it, for every shape (hypothesis), dtype and batch size."""
 
 import pytest
 import torch
@@ -15,13 +15,13 @@ CPU = torch.device("cpu")
 
 @st.composite
 def maps(draw):
-    """Tokens x [B, N, C] and a TokenMap of them, over odd, thin and indivisible maps and cells of 1 to 3."""
+    """Tokens x [B, N, C] and a TokenMap of them, over odd, thin and indivisible grids, with cells of 1 to 3."""
     h, w = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     sx, sy = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     B, C = draw(st.integers(1, 3)), draw(st.integers(1, 6))
     seed = draw(st.integers(0, 2**31 - 1))
-    drawn = torch.tensor(seed) if draw(st.booleans()) else None
-    parts = partition(h, w, sx, sy, CPU, drawn)
+    random_seed = torch.tensor(seed) if draw(st.booleans()) else None
+    parts = partition(h, w, sx, sy, CPU, random_seed)
     r = draw(st.integers(0, len(parts.src)))
     x = torch.randn(B, h * w, C, generator=torch.Generator().manual_seed(seed))
     return x, bipartite_soft_matching(x, parts, r), r
@@ -29,46 +29,46 @@ def maps(draw):
 
 @given(maps())
 @settings(deadline=None, max_examples=150)
-def test_every_token_has_one_home_and_survivors_are_at_home_with_themselves(case):
+def test_each_token_has_one_group_and_kept_tokens_represent_themselves(case):
     x, map, r = case
     B, N, _ = x.shape
     assert map.kept_idx.shape == (B, N - r)
     assert map.group_idx.shape == (B, N)
     assert torch.equal(map.group_idx.gather(1, map.kept_idx), torch.arange(N - r).expand(B, -1))
-    assert all(len(row.unique()) == N - r for row in map.kept_idx)  # no token survives twice
+    assert all(len(row.unique()) == N - r for row in map.kept_idx)  # no token is kept twice
 
 
 @given(maps())
 @settings(deadline=None, max_examples=100)
-def test_sizes_count_all_tokens(case):
+def test_group_sizes_sum_to_token_count(case):
     x, map, _ = case
     assert map.size.sum(dim=1).tolist() == [x.shape[1]] * x.shape[0]
-    assert map.size.min() >= 1  # a survivor stands for itself at least
+    assert map.size.min() >= 1  # a kept token represents at least itself
 
 
 @given(maps())
 @settings(deadline=None, max_examples=100)
-def test_pruning_undoes_unmerging_bit_for_bit(case):
+def test_prune_undoes_unmerge_exactly(case):
     x, map, _ = case
-    fused = prune(x, map)
-    assert torch.equal(unmerge(fused, map).gather(1, map.kept_idx.unsqueeze(-1).expand(-1, -1, x.shape[-1])), fused)
+    merged = prune(x, map)
+    assert torch.equal(unmerge(merged, map).gather(1, map.kept_idx.unsqueeze(-1).expand(-1, -1, x.shape[-1])), merged)
 
 
 @given(maps())
 @settings(deadline=None, max_examples=100)
-def test_nothing_leaving_is_the_identity_up_to_order(case):
+def test_merging_no_tokens_is_the_identity(case):
     x = case[0]
     map = bipartite_soft_matching(x, partition(1, x.shape[1], 2, 1, CPU), 0)
     for reduction in REDUCTIONS.values():
-        # mlerp divides by a norm and multiplies by it again: one rounding each
+        # mlerp divides by a norm and multiplies by it again: one rounding for each
         assert torch.allclose(unmerge(reduction(x, map), map), x, rtol=1e-6, atol=1e-7)
     assert torch.equal(unmerge(prune(x, map), map), x)
 
 
 @given(maps(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 @settings(deadline=None, max_examples=100)
-def test_a_constant_survives_fusion(case, dtype):
-    """A flat sky stays flat: fusing equal tokens moves nothing."""
+def test_constant_tokens_stay_constant_in_each_dtype(case, dtype):
+    """A flat sky stays flat: merging equal tokens changes nothing."""
     x, map, _ = case
     flat = x[:, :1].to(dtype).expand_as(x)
     for reduction in REDUCTIONS.values():
@@ -78,8 +78,8 @@ def test_a_constant_survives_fusion(case, dtype):
         )
 
 
-def by_hand(x, map, one_group):
-    """Each group reduced by a loop over tokens, the definition read off the paper."""
+def reduce_groups_in_a_loop(x, map, one_group):
+    """Reduces each group in a loop over tokens, as the paper defines it."""
     B, K = map.kept_idx.shape
     out = torch.empty(B, K, x.shape[-1], dtype=torch.float64)
     for b in range(B):
@@ -90,29 +90,29 @@ def by_hand(x, map, one_group):
 
 @given(maps())
 @settings(deadline=None, max_examples=60)
-def test_mean_is_the_group_average_with_the_survivor_in_it(case):
+def test_mean_averages_the_group_including_the_kept_token(case):
     x, map, _ = case
-    expected = by_hand(x, map, lambda group: group.mean(0))
-    # float32 sums of at most 81 numbers of order 1: 81 roundings of 6e-8 stay below 1e-5
+    expected = reduce_groups_in_a_loop(x, map, lambda group: group.mean(0))
+    # float32 sums of at most 81 numbers of order 1: 81 rounding errors of 6e-8 stay below 1e-5
     assert torch.allclose(mean(x, map).double(), expected, atol=1e-5)
 
 
 @given(maps())
 @settings(deadline=None, max_examples=60)
-def test_mlerp_has_the_direction_of_the_mean_and_the_largest_norm_of_the_group(case):
+def test_mlerp_has_mean_direction_and_largest_norm(case):
     x, map, _ = case
     y = mlerp(x, map).double()
-    largest = by_hand(x, map, lambda group: group.norm(dim=-1).max())[..., 0]
-    direction = by_hand(x, map, lambda group: group.mean(0))
-    kept = direction.norm(dim=-1) > 1e-3  # where the mean nearly vanishes its direction is rounding
+    largest = reduce_groups_in_a_loop(x, map, lambda group: group.norm(dim=-1).max())[..., 0]
+    direction = reduce_groups_in_a_loop(x, map, lambda group: group.mean(0))
+    kept = direction.norm(dim=-1) > 1e-3  # where the mean is almost zero, its direction is only rounding error
     assert torch.allclose(y.norm(dim=-1)[kept], largest[kept], rtol=1e-5)
     cosine = torch.nn.functional.cosine_similarity(y, direction, dim=-1)
     assert torch.allclose(cosine[kept], torch.ones_like(cosine[kept]), atol=1e-4)
 
 
 @pytest.mark.parametrize(("src", "dst"), [(3.0, 1.0), (1.0, 3.0)])
-def test_mlerp_keeps_the_largest_norm_whether_source_or_destination_has_it(src, dst):
-    """Other implementations of the paper divide by the destination's norm, or leave it out of the maximum."""
+def test_mlerp_keeps_largest_norm_of_source_or_destination(src, dst):
+    """Other implementations of the paper divide by the destination's norm, or exclude it from the maximum."""
     x = torch.tensor([[[dst, 0.0], [0.0, src]]])
     y = mlerp(x, TokenMap(torch.tensor([[0]]), torch.tensor([[0, 0]])))
     assert y.norm().item() == pytest.approx(3.0, rel=1e-6)
@@ -121,7 +121,7 @@ def test_mlerp_keeps_the_largest_norm_whether_source_or_destination_has_it(src, 
 
 @pytest.mark.parametrize("norm", [1e-38, 1.0, 5.0, 1e4])
 def test_mlerp_of_opposite_tokens_is_zero_and_not_nan(norm):
-    """Their mean has no direction, whatever their norm: neither it nor its gradient may blow up."""
+    """The mean has no direction, whatever the norm; value and gradient stay finite."""
     x = torch.tensor([[[norm, 0.0], [-norm, 0.0]]], requires_grad=True)
     y = mlerp(x, TokenMap(torch.tensor([[0]]), torch.tensor([[0, 0]])))
     y.sum().backward()
@@ -131,8 +131,8 @@ def test_mlerp_of_opposite_tokens_is_zero_and_not_nan(norm):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", REDUCTIONS)
-def test_half_precision_is_the_float32_result_rounded(name, dtype):
-    """Sums are held in float32, so that a group of 1,000 tokens costs one rounding, not a thousand."""
+def test_half_precision_dtype_equals_rounded_float32_result(name, dtype):
+    """Sums are float32, so a group of 1,000 tokens is rounded once, not 1,000 times."""
     x = (torch.randn(1, 1024, 8, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)
     map = TokenMap(torch.tensor([[0, 1]]), torch.cat((torch.tensor([0, 1]), torch.zeros(1022).long()))[None])
     y, exact = REDUCTIONS[name](x, map), REDUCTIONS[name](x.float(), map)
@@ -141,7 +141,7 @@ def test_half_precision_is_the_float32_result_rounded(name, dtype):
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
-def test_gradients_are_those_of_finite_differences(name):
+def test_gradients_equal_finite_differences(name):
     parts = partition(3, 3, 2, 2, CPU)
     x = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(1))
     map = bipartite_soft_matching(x, parts, 4)
@@ -149,7 +149,7 @@ def test_gradients_are_those_of_finite_differences(name):
     x = x.requires_grad_()
     weight = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(2))
     (reduction(x, map) * weight).sum().backward()
-    # reductions sum in float32, so differences are taken over a step of 1e-2 and agree to its square and rounding
+    # reductions sum in float32: a step of 1e-2 agrees up to its square and rounding
     for index in [(0, 0, 0), (0, 4, 1), (1, 8, 2), (1, 3, 0)]:
         step = torch.zeros_like(x)
         step[index] = 1e-2
@@ -161,8 +161,8 @@ def test_gradients_are_those_of_finite_differences(name):
 
 @given(maps(), st.sampled_from([torch.float32, torch.bfloat16]))
 @settings(deadline=None, max_examples=60)
-def test_the_operator_of_all_reductions_is_each_of_them(case, dtype):
-    """Compiled code sees one operator; what it computes must be what eager code computes, for a user's own too."""
+def test_reduce_by_id_equals_each_reduction_in_each_dtype(case, dtype):
+    """Compiled code calls one operator; its results equal eager code, also for a user's own reduction."""
     x, map, _ = case
     x = x.to(dtype)
 
@@ -176,7 +176,7 @@ def test_the_operator_of_all_reductions_is_each_of_them(case, dtype):
 
 @given(maps(), st.integers(0, 40))
 @settings(deadline=None, max_examples=60)
-def test_two_maps_in_a_row_are_one_map(case, more):
+def test_compose_equals_two_maps_in_sequence(case, more):
     x, first, _ = case
     y = prune(x, first)
     later = bipartite_soft_matching(y, partition(1, y.shape[1], 2, 1, CPU), min(more, y.shape[1] // 2))
@@ -186,26 +186,29 @@ def test_two_maps_in_a_row_are_one_map(case, more):
     assert torch.equal(unmerge(unmerge(z, later), first), unmerge(z, both))
 
 
-def test_fused_attention_over_identical_tokens_is_full_attention_once_weighted_by_size():
-    """log(n_i) on a key's logit makes one key count as n_i (ATM appendix A); without it the result is another."""
+def test_proportional_attention_over_identical_tokens_equals_full_attention():
+    """log(n_i) added to the logit of key i makes it count n_i times (ATM appendix A); without it the result differs."""
     g = torch.Generator().manual_seed(3)
     distinct = torch.randn(1, 4, 8, generator=g)
-    home = torch.tensor([[0, 1, 2, 3, 0, 0, 0, 1, 2, 0]])
-    map, x = TokenMap(torch.tensor([[0, 1, 2, 3]]), home), distinct.gather(1, home.unsqueeze(-1).expand(-1, -1, 8))
+    group_idx = torch.tensor([[0, 1, 2, 3, 0, 0, 0, 1, 2, 0]])
+    map, x = (
+        TokenMap(torch.tensor([[0, 1, 2, 3]]), group_idx),
+        distinct.gather(1, group_idx.unsqueeze(-1).expand(-1, -1, 8)),
+    )
     attention = torch.nn.functional.scaled_dot_product_attention
-    full, fused = attention(x, x, x), mean(x, map)
-    weighted = unmerge(attention(fused, fused, fused, attn_mask=map.size.log().unsqueeze(1)), map)
-    plain = unmerge(attention(fused, fused, fused), map)
-    assert torch.allclose(weighted, full, atol=1e-6)  # one float32 softmax apart
+    full, merged = attention(x, x, x), mean(x, map)
+    weighted = unmerge(attention(merged, merged, merged, attn_mask=map.size.log().unsqueeze(1)), map)
+    plain = unmerge(attention(merged, merged, merged), map)
+    assert torch.allclose(weighted, full, atol=1e-6)  # differs by one float32 softmax
     assert (plain - full).abs().max() > 1e-2
 
 
-def test_a_merge_map_shows_the_groups_and_who_is_alone() -> None:
-    home = torch.tensor([[0, 0, 1, 2, 2, 2]])
-    picture = draw_merge_map(TokenMap(torch.tensor([[0, 2, 3]]), home), 2, 3)
-    assert picture.shape == (1, 3, 2, 3)
-    assert 0 <= picture.min() <= picture.max() <= 1
-    colours = picture[0].flatten(1).T
+def test_draw_merge_map_colours_groups_and_leaves_single_tokens_gray() -> None:
+    group_idx = torch.tensor([[0, 0, 1, 2, 2, 2]])
+    image = draw_merge_map(TokenMap(torch.tensor([[0, 2, 3]]), group_idx), 2, 3)
+    assert image.shape == (1, 3, 2, 3)
+    assert 0 <= image.min() <= image.max() <= 1
+    colours = image[0].flatten(1).T
     assert torch.equal(colours[0], colours[1])
     assert torch.equal(colours[3], colours[5])
     assert not torch.equal(colours[0], colours[3])

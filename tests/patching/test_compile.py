@@ -1,6 +1,6 @@
-"""torch.compile: one graph, hardly more graphs than without the patch, and what comes out is what eager gives.
+"""torch.compile: no graph breaks, at most two graphs more than without the patch, and the results of eager mode.
 
-Backend "eager": what is traced is the question, not the kernels. Graphs are counted as the backend receives them.
+Backend "eager" suffices: the tests check tracing, not kernels. The backend counts the graphs it receives.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ RATIOS = [0.5, 0.25, 0.75, 0.1, 0.6]
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
+def _reset_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-def compiled(unet: Any, regional: bool) -> tuple[Any, CompileCounter]:
+def compile_model(unet: Any, regional: bool) -> tuple[Any, CompileCounter]:
     counter = CompileCounter()
     if not regional:
         return torch.compile(unet, fullgraph=True, backend=counter), counter
@@ -40,22 +40,22 @@ def compiled(unet: Any, regional: bool) -> tuple[Any, CompileCounter]:
 
 
 @cache
-def graphs(regional: bool, fusion: tofu_sd.TokenFusionConfig | None) -> int:
-    """Graphs of a compiled UNet over all sizes and ratios; each of its outputs has to be eager's."""
+def count_graphs(regional: bool, config: tofu_sd.TokenFusionConfig | None) -> int:
+    """Counts the graphs of a compiled UNet over all sizes and ratios; each output equals that of eager mode."""
     torch._dynamo.reset()
-    shape = {} if regional else {"mid_block_type": None}  # unfused blocks are of interest where blocks are compiled
+    shape = {} if regional else {"mid_block_type": None}  # unmerged blocks matter only where blocks are compiled
     unet, eager = tiny.shallow_unet(**shape), tiny.shallow_unet(**shape)
-    model, counter = compiled(unet, regional)
+    model, counter = compile_model(unet, regional)
     for h, w in SIZES:
-        for ratio in RATIOS if fusion is not None else [None]:
-            for each in (model, eager) if fusion is not None else ():
-                tofu_sd.apply_patch(each, TokenFusionConfig.of(fusion, ratio=ratio))
+        for ratio in RATIOS if config is not None else [None]:
+            for module in (model, eager) if config is not None else ():
+                tofu_sd.apply_patch(module, TokenFusionConfig.of(config, ratio=ratio))
             assert torch.equal(tiny.predict(model, h, w), tiny.predict(eager, h, w))
     return int(counter.frame_count)
 
 
 @pytest.mark.parametrize(
-    "fusion",
+    "config",
     [
         TokenFusionConfig(),
         named("tome"),
@@ -64,23 +64,23 @@ def graphs(regional: bool, fusion: tofu_sd.TokenFusionConfig | None) -> int:
     ],
     ids=lambda f: f.slug,
 )
-def test_regional_compilation_costs_one_graph_more(fusion: TokenFusionConfig) -> None:
-    """Fused and unfused blocks are two kinds; sizes, ratios and reductions reach them as lengths of tensors."""
-    assert graphs(True, fusion) <= graphs(True, None) + 1
+def test_regional_compile_adds_one_graph(config: TokenFusionConfig) -> None:
+    """Merged and unmerged blocks are two graphs; size, ratio and reduction enter as tensor lengths."""
+    assert count_graphs(True, config) <= count_graphs(True, None) + 1
 
 
-def test_a_whole_compiled_unet_costs_two_graphs_more() -> None:
-    """One is for the ratio, a constant until a second one comes, one for the own size, which is laid out before.
+def test_whole_unet_compile_adds_two_graphs() -> None:
+    """One graph is for the ratio, a constant until a second ratio appears; one for the native size (cached partition).
 
-    The UNet itself takes four: a first size, either side dynamic, and odd sides, for which it upsamples another way.
-    (Where odd sides come before the second ratio does, they too are traced once more.)
+    The unpatched UNet takes four: the first size, each side dynamic, and odd sides, which it upsamples differently.
+    (If odd sides appear before the second ratio, they are traced once more.)
     """
-    assert graphs(False, TokenFusionConfig()) <= graphs(False, None) + 2
+    assert count_graphs(False, TokenFusionConfig()) <= count_graphs(False, None) + 2
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_a_compiled_unet_does_not_lay_out_its_own_size_in_every_call(window: int | None) -> None:
-    """Laying windows out sorts tokens a few times, in every call and for every map; on a GPU it outweighed all else."""
+def test_compiled_unet_caches_partition_of_native_size(window: int | None) -> None:
+    """Building windows sorts tokens several times per call and map; on a GPU this took more time than all else."""
     sorts: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -92,87 +92,87 @@ def test_a_compiled_unet_does_not_lay_out_its_own_size_in_every_call(window: int
     model = torch.compile(unet, fullgraph=True, backend=backend, dynamic=False)
     for side in (24, 16):
         tiny.predict(model, side, side)
-    at_home, elsewhere = sorts
-    assert at_home == 0
-    assert elsewhere > 0
+    native_sorts, other_sorts = sorts
+    assert native_sorts == 0
+    assert other_sorts > 0
 
 
-EVERYTHING = {"kv_only": True, "proportional": True, "seed": 3, "match_on": "normed", "merge_mlp": True}
+MANY_OPTIONS = {"kv_only": True, "proportional": True, "seed": 3, "match_on": "normed", "merge_mlp": True}
 
 
-@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["tofu", "everything"])
+@pytest.mark.parametrize("options", [{}, MANY_OPTIONS], ids=["tofu", "everything"])
 @pytest.mark.parametrize("regional", [True, False], ids=["regional", "whole"])
-def test_patching_and_restoring_a_compiled_model_takes_effect(regional: bool, options: dict[str, Any]) -> None:
-    """dynamo does not guard hooks: what is put on by hooks alone after compiling is passed over in silence."""
+def test_apply_and_remove_patch_take_effect_after_compile(regional: bool, options: dict[str, Any]) -> None:
+    """dynamo does not guard hooks: a patch made only of hooks would silently have no effect after compilation."""
     unet, eager = tiny.shallow_unet(), tiny.shallow_unet()
-    model, _ = compiled(unet, regional)
-    plain = tiny.predict(model)
-    assert torch.equal(plain, tiny.predict(eager))
+    model, _ = compile_model(unet, regional)
+    baseline = tiny.predict(model)
+    assert torch.equal(baseline, tiny.predict(eager))
     for ratio in (0.5, 0.25):
         tofu_sd.apply_patch(model, ratio, **options)
         tofu_sd.apply_patch(eager, ratio, **options)
-        fused = tiny.predict(model)
-        assert torch.equal(fused, tiny.predict(eager))
-        assert not torch.equal(fused, plain)
+        merged = tiny.predict(model)
+        assert torch.equal(merged, tiny.predict(eager))
+        assert not torch.equal(merged, baseline)
     tofu_sd.remove_patch(model)
-    assert torch.equal(tiny.predict(model), plain)
+    assert torch.equal(tiny.predict(model), baseline)
 
 
-def test_a_reduction_of_ones_own_compiles_before_it_ever_ran() -> None:
-    """Compiled code knows reductions by number; a number given out while it is traced would come too late."""
+def test_custom_reduction_compiles_before_its_first_eager_call() -> None:
+    """Compiled code refers to reductions by id; an id assigned during tracing would be too late."""
 
     def halved(x: Any, map: Any) -> Any:
         return 0.5 * prune(x, map)
 
     unet, eager = (tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, early=halved, late=halved) for _ in range(2))
-    model, _ = compiled(unet, regional=False)
+    model, _ = compile_model(unet, regional=False)
     assert torch.equal(tiny.predict(model), tiny.predict(eager))
 
 
-def test_gradients_flow_through_compiled_fusion() -> None:
-    """The operator of all reductions has no gradient; where one is wanted, the reduction itself is traced."""
+def test_gradients_flow_through_compiled_merging() -> None:
+    """The reduce_by_id operator has no gradient; where gradients are required, the reduction itself is traced."""
     unet, eager = (tofu_sd.apply_patch(tiny.shallow_unet(), 0.5) for _ in range(2))
-    model, _ = compiled(unet, regional=True)
-    wanted = []
-    for each in (model, eager):
+    model, _ = compile_model(unet, regional=True)
+    gradients = []
+    for module in (model, eager):
         call = tiny.inputs(eager)
         call["sample"].requires_grad_()
-        each(**call).sample.square().sum().backward()
-        wanted.append(call["sample"].grad)
-    assert torch.equal(*wanted)
+        module(**call).sample.square().sum().backward()
+        gradients.append(call["sample"].grad)
+    assert torch.equal(*gradients)
 
 
-def test_drawn_destinations_move_from_step_to_step_in_a_compiled_model() -> None:
-    """A draw that dynamo had taken for a constant would give every step the first one's destinations."""
+def test_random_destinations_change_per_step_in_compiled_model() -> None:
+    """If dynamo treated the random draw as a constant, every step would use the destinations of the first."""
     unet, eager = (tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, seed=3) for _ in range(2))
-    model, counter = compiled(unet, regional=False)
+    model, counter = compile_model(unet, regional=False)
     for t in (900, 500, 100):
         assert torch.equal(tiny.predict(model, t=t), tiny.predict(eager, t=t))
     assert counter.frame_count == 1
 
 
-def test_a_step_window_needs_regional_compilation() -> None:
+def test_step_window_requires_regional_compile() -> None:
     unet, eager = (tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, start=0.3) for _ in range(2))
     with pytest.raises(RuntimeError, match=r"start and end .* only the blocks, with compile_repeated_blocks\(\)"):
-        tiny.predict(compiled(unet, regional=False)[0])
+        tiny.predict(compile_model(unet, regional=False)[0])
     torch._dynamo.reset()
-    model, _ = compiled(unet, regional=True)
+    model, _ = compile_model(unet, regional=True)
     for t in (900, 500, 100, 900):
         assert torch.equal(tiny.predict(model, t=t), tiny.predict(eager, t=t))
     assert not torch.equal(tiny.predict(model, t=100), tiny.predict(tiny.shallow_unet(), t=100))
 
 
-def test_a_compiled_pipeline_draws_what_an_eager_one_draws() -> None:
+def test_compiled_pipeline_equals_eager_pipeline() -> None:
     pipe = tiny.sd15_pipe()
-    plain = tiny.images(pipe)
-    fused = tiny.images(tofu_sd.apply_patch(pipe, 0.5))
+    baseline = tiny.images(pipe)
+    merged = tiny.images(tofu_sd.apply_patch(pipe, 0.5))
     pipe.unet.compile_repeated_blocks(fullgraph=True, backend="eager")
-    assert torch.equal(tiny.images(pipe), fused)
-    assert torch.equal(tiny.images(tofu_sd.remove_patch(pipe)), plain)
+    assert torch.equal(tiny.images(pipe), merged)
+    assert torch.equal(tiny.images(tofu_sd.remove_patch(pipe)), baseline)
 
 
-def test_the_operator_of_the_map_lies_in_memory_as_a_compiler_is_told() -> None:
-    """Inductor asserts the strides of what an operator returns, and does not look at its values to find them."""
+def test_build_map_operator_has_the_strides_that_compile_expects() -> None:
+    """Inductor asserts the strides that the fake implementation of an operator declares."""
     parts = partition(8, 8, 2, 2, torch.device("cpu"))
     best = torch.rand(3, len(parts.src), generator=torch.Generator().manual_seed(0))
     target = parts.dst[torch.zeros(3, len(parts.src), dtype=torch.long)]

@@ -1,4 +1,4 @@
-"""Who has put a patch where: contexts that end in any order, wrappers, and what a patch refuses to run with."""
+"""Contexts that exit in any order, wrapped models, and the processors, kernels and exports that raise."""
 
 from __future__ import annotations
 
@@ -24,53 +24,53 @@ from tofu_sd.patching.patch import patch_of
 # --- contexts ---------------------------------------------------------------------------------------------------------
 
 
-def ratio(unet: Any) -> float | None:
+def current_ratio(unet: Any) -> float | None:
     patch = patch_of(unet)
     return None if patch is None else patch.config.ratio
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
 @pytest.mark.parametrize("before", [None, 0.1])
-def test_contexts_may_end_in_any_order(before: float | None, order: tuple[int, ...]) -> None:
-    """The latest one that is open counts, and after the last all is as it was."""
+def test_patched_contexts_may_exit_in_any_order(before: float | None, order: tuple[int, ...]) -> None:
+    """The latest active context applies; after the last exit the model is unchanged."""
     unet = tiny.shallow_unet()
     if before is not None:
         tofu_sd.apply_patch(unet, before)
-    was, ratios = anatomy(unet), [0.25, 0.5, 0.75]
+    original, ratios = anatomy(unet), [0.25, 0.5, 0.75]
     contexts = [tofu_sd.patched(unet, r) for r in ratios]
     for context, r in zip(contexts, ratios, strict=True):
         context.__enter__()
-        assert ratio(unet) == r
-    open_ = [0, 1, 2]
-    for number in order:
-        contexts[number].__exit__(None, None, None)
-        open_.remove(number)
-        assert ratio(unet) == (ratios[open_[-1]] if open_ else before)
+        assert current_ratio(unet) == r
+    active = [0, 1, 2]
+    for index in order:
+        contexts[index].__exit__(None, None, None)
+        active.remove(index)
+        assert current_ratio(unet) == (ratios[active[-1]] if active else before)
     if before is None:
-        assert anatomy(unet) == was
+        assert anatomy(unet) == original
     assert not hasattr(unet, "_tofu_contexts")
 
 
-def test_a_context_that_cannot_begin_leaves_the_others() -> None:
+def test_failing_patched_context_keeps_outer_contexts() -> None:
     unet = tiny.shallow_unet()
     with tofu_sd.patched(unet, 0.5):
         with pytest.raises(ValueError, match="ratio is 2"), tofu_sd.patched(unet, 2):
             pass
-        assert ratio(unet) == 0.5
-    assert ratio(unet) is None
+        assert current_ratio(unet) == 0.5
+    assert current_ratio(unet) is None
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_recordings_may_end_in_any_order(order: tuple[int, int]) -> None:
+def test_record_maps_contexts_may_exit_in_any_order(order: tuple[int, int]) -> None:
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
     recordings = [tofu_sd.record_maps(unet) for _ in range(2)]
-    seen = [recording.__enter__() for recording in recordings]
+    records = [recording.__enter__() for recording in recordings]
     tiny.predict(unet)
     recordings[order[0]].__exit__(None, None, None)
     tiny.predict(unet)
     recordings[order[1]].__exit__(None, None, None)
     tiny.predict(unet)
-    assert (len(seen[order[0]]), len(seen[order[1]])) == (3, 6)
+    assert (len(records[order[0]]), len(records[order[1]])) == (3, 6)
 
 
 # --- wrappers ---------------------------------------------------------------------------------------------------------
@@ -94,18 +94,18 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_a_wrapped_model_is_patched_and_undone_through_its_wrapper_or_without_it(name: str) -> None:
+def test_patch_and_undo_work_through_a_wrapper_or_directly(name: str) -> None:
     unet = tiny.shallow_unet()
     wrapped = WRAPPERS[name](unet)
-    for one, other in ((wrapped, unet), (unet, wrapped)):
-        tofu_sd.apply_patch(one, 0.5)
-        assert ratio(unet) == 0.5
-        assert "on 3 of 4 transformer blocks" in tofu_sd.summary(other).headline
-        tofu_sd.remove_patch(other)
-        assert ratio(unet) is None
+    for first, second in ((wrapped, unet), (unet, wrapped)):
+        tofu_sd.apply_patch(first, 0.5)
+        assert current_ratio(unet) == 0.5
+        assert "on 3 of 4 transformer blocks" in tofu_sd.summary(second).headline
+        tofu_sd.remove_patch(second)
+        assert current_ratio(unet) is None
 
 
-def test_a_patch_is_found_in_whatever_holds_the_model() -> None:
+def test_patch_is_found_inside_a_custom_module() -> None:
     class Step(nn.Module):
         def __init__(self, model: nn.Module):
             super().__init__()
@@ -114,14 +114,14 @@ def test_a_patch_is_found_in_whatever_holds_the_model() -> None:
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
     holder = Step(unet)
     assert "on 3 of 4 transformer blocks" in tofu_sd.summary(holder).headline
-    with tofu_sd.record_maps(holder) as seen:
+    with tofu_sd.record_maps(holder) as records:
         tiny.predict(unet)
-    assert len(seen) == 3
+    assert len(records) == 3
     tofu_sd.remove_patch(holder)
-    assert ratio(unet) is None
+    assert current_ratio(unet) is None
 
 
-def test_several_controlnets_are_refused_by_name() -> None:
+def test_multi_controlnet_raises_with_its_name() -> None:
     nets = MultiControlNetModel([tiny.controlnet(), tiny.controlnet()])
     with pytest.raises(TypeError, match=r"MultiControlNetModel holds 2 models: patch each of its `nets`"):
         tofu_sd.apply_patch(nets, 0.5)
@@ -129,7 +129,7 @@ def test_several_controlnets_are_refused_by_name() -> None:
         tofu_sd.apply_patch(net, 0.5)
 
 
-def test_an_exported_unet_is_refused_by_name() -> None:
+def test_exported_unet_raises_with_its_class_name() -> None:
     class Exported:
         unet = object()
 
@@ -140,10 +140,10 @@ def test_an_exported_unet_is_refused_by_name() -> None:
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-def test_arguments_by_place_are_tomesds() -> None:
-    by_place = patch_of(tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, 2, 4, 2, False, True, False, True))
-    assert by_place is not None
-    assert by_place.config == TokenFusionConfig(0.5, levels=2, sx=4, sy=2, merge_mlp=True)
+def test_positional_arguments_follow_tomesd() -> None:
+    positional = patch_of(tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, 2, 4, 2, False, True, False, True))
+    assert positional is not None
+    assert positional.config == TokenFusionConfig(0.5, levels=2, sx=4, sy=2, merge_mlp=True)
     with pytest.raises(TypeError, match="max_downsample is given by position and by name"):
         tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, 1, max_downsample=2)
     with pytest.raises(TypeError, match="8 arguments after the ratio; tomesd has 7"):
@@ -151,19 +151,19 @@ def test_arguments_by_place_are_tomesds() -> None:
 
 
 @pytest.mark.parametrize("latent", [(0, 0), (-8, -8), (64,)])
-def test_a_latent_without_area_is_refused(latent: Any) -> None:
+def test_latent_without_area_raises(latent: Any) -> None:
     with pytest.raises(ValueError, match="it must be a height and a width of at least 1"):
         tofu_sd.summary(tofu_sd.apply_patch(tiny.shallow_unet(), 0.5), latent)
 
 
-def test_quantized_attention_cannot_be_measured() -> None:
+def test_auto_min_tokens_with_quantized_dtype_raises() -> None:
     unet = torch.ao.quantization.quantize_dynamic(tiny.shallow_unet(), {nn.Linear}, dtype=torch.qint8)
     with pytest.raises(ValueError, match=r"min_tokens is 'auto'.*it is quantized"):
         tofu_sd.apply_patch(unet, 0.5, min_tokens="auto")
-    assert ratio(unet) is None
+    assert current_ratio(unet) is None
 
 
-def test_the_summary_says_what_has_happened() -> None:
+def test_summary_counts_calls_and_maps() -> None:
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_interval=2)
     assert tofu_sd.summary(unet).observed == []
     call = tiny.inputs(unet)
@@ -179,30 +179,32 @@ def test_the_summary_says_what_has_happened() -> None:
 
 
 @pytest.fixture
-def kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+def replace_attention(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     return lambda function: monkeypatch.setattr(F, "scaled_dot_product_attention", function)
 
 
-OWN = F.scaled_dot_product_attention
+ORIGINAL_ATTENTION = F.scaled_dot_product_attention
 
 
-def without_masks(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, **more: Any) -> Tensor:
-    return OWN(q, k, v)
+def ignores_masks(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, **more: Any) -> Tensor:
+    return ORIGINAL_ATTENTION(q, k, v)
 
 
-def that_takes_no_masks(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
-    return OWN(q, k, v)
+def without_mask_parameter(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
+    return ORIGINAL_ATTENTION(q, k, v)
 
 
-def with_masks(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
-    return OWN(q, k, v, **more)
+def applies_masks(q: Tensor, k: Tensor, v: Tensor, **more: Any) -> Tensor:
+    return ORIGINAL_ATTENTION(q, k, v, **more)
 
 
-@pytest.mark.parametrize("function", [without_masks, that_takes_no_masks])
-def test_a_kernel_without_masks_is_refused_under_proportional(function: Any, kernel: Callable[[Any], None]) -> None:
-    """Before and after the patch; without weights it may run."""
+@pytest.mark.parametrize("function", [ignores_masks, without_mask_parameter])
+def test_attention_function_that_ignores_masks_raises_under_proportional(
+    function: Any, replace_attention: Callable[[Any], None]
+) -> None:
+    """Raises before and after the patch; without proportional attention the function may run."""
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, proportional=True)
-    kernel(function)
+    replace_attention(function)
     message = rf"{function.__name__}, which replaces scaled_dot_product_attention, ignores masks"
     with pytest.raises(RuntimeError, match=message):
         tiny.predict(unet)
@@ -210,15 +212,15 @@ def test_a_kernel_without_masks_is_refused_under_proportional(function: Any, ker
         tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, proportional=True)
 
 
-def test_a_kernel_that_heeds_masks_may_take_torchs_place(kernel: Callable[[Any], None]) -> None:
+def test_attention_function_that_applies_masks_is_accepted(replace_attention: Callable[[Any], None]) -> None:
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, proportional=True)
     expected = tiny.predict(unet)
-    kernel(with_masks)
+    replace_attention(applies_masks)
     assert torch.equal(tiny.predict(unet), expected)
 
 
 class Counting(AttnProcessor2_0):
-    """Tells cross-attention by its encoder_hidden_states, as maps of words do."""
+    """Detects cross-attention by encoder_hidden_states, as tools for attention maps of words do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -240,11 +242,11 @@ class Deaf(AttnProcessor):
         return super().__call__(attn, hidden_states, encoder_hidden_states)
 
 
-def test_a_processor_sees_self_attention_as_self_attention() -> None:
-    unet, counting = tiny.shallow_unet(), Counting()
-    unet.set_attn_processor(counting)
+def test_processor_gets_no_encoder_hidden_states_in_self_attention() -> None:
+    unet, processor = tiny.shallow_unet(), Counting()
+    unet.set_attn_processor(processor)
     tiny.predict(tofu_sd.apply_patch(unet, 0.5))
-    assert counting.cross == [False, True] * 4
+    assert processor.cross == [False, True] * 4
 
 
 @pytest.mark.parametrize(
@@ -255,8 +257,8 @@ def test_a_processor_sees_self_attention_as_self_attention() -> None:
         (Deaf(), {"proportional": True}, "as an attention mask, which Deaf ignores"),
     ],
 )
-def test_processors_that_cannot_do_it_are_refused_by_name(processor: Any, options: Any, message: str) -> None:
-    """When the patch comes and, for a processor that comes later, when it runs."""
+def test_incompatible_processors_raise_with_their_name(processor: Any, options: Any, message: str) -> None:
+    """Raises at apply_patch, or in the first forward for a processor that is set later."""
     unet = tiny.shallow_unet()
     tofu_sd.apply_patch(unet, 0.5, **options)
     unet.set_attn_processor(processor)
@@ -265,23 +267,23 @@ def test_processors_that_cannot_do_it_are_refused_by_name(processor: Any, option
     tofu_sd.remove_patch(unet)
     with pytest.raises(RuntimeError, match=message):
         tofu_sd.apply_patch(unet, 0.5, **options)
-    assert ratio(unet) is None
+    assert current_ratio(unet) is None
 
 
 @pytest.mark.parametrize("options", [{"kv_only": True}, {"merge_crossattn": True}], ids=str)
-def test_attend_and_excite_is_refused_in_words(options: dict[str, Any]) -> None:
+def test_attend_and_excite_raises_and_names_the_option(options: dict[str, Any]) -> None:
     pipe = tofu_sd.apply_patch(tiny.sd15_pipe(StableDiffusionAttendAndExcitePipeline), 0.5, **options)
     call = {"token_indices": [1, 2], "max_iter_to_alter": 1, "attn_res": (16, 16), "num_inference_steps": 2}
     with pytest.raises(RuntimeError, match=r"leave (kv_only|merge_crossattn) off"):
         pipe("a fox", output_type="latent", **call)
 
 
-def test_blocks_whose_maps_a_pipeline_reads_are_not_merged() -> None:
-    """Self-attention guidance keeps the middle block's map and reads it as an image."""
+def test_sag_pipeline_blocks_that_store_attention_maps_are_not_merged() -> None:
+    """Self-attention guidance stores the attention map of the middle block and reads it as an image."""
     pipe = tofu_sd.apply_patch(tiny.sd15_pipe(StableDiffusionSAGPipeline), 0.5, levels=4)
     assert torch.isfinite(tiny.images(pipe)).all()
     rows = {row.name: row.counts.merged for row in tofu_sd.summary(pipe).rows}
-    assert rows["mid_block.attentions.0.transformer_blocks.0"] > 0  # in calls without the pipeline's processor
+    assert rows["mid_block.attentions.0.transformer_blocks.0"] > 0  # in calls without the processor of the pipeline
     assert min(rows.values()) > 0
 
 
@@ -302,15 +304,15 @@ INPUTS = tiny.noise(2, 4, 16, 16), torch.tensor(500.0), tiny.noise(2, 7, 16)
 
 
 @pytest.mark.parametrize("options", [{}, {"seed": 3}, {"share_across_blocks": True}, {"kv_only": True}], ids=str)
-def test_torch_export_takes_a_patched_model(options: dict[str, Any]) -> None:
+def test_torch_export_supports_a_patched_model(options: dict[str, Any]) -> None:
     step = Step(tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, **options))
     with torch.no_grad():
         assert torch.equal(torch.export.export(step, INPUTS).module()(*INPUTS), step(*INPUTS))
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_tracing_and_onnx_are_refused_in_words() -> None:
-    """A trace would hold the matching of one size; without the patch both work."""
+def test_jit_trace_and_onnx_export_raise() -> None:
+    """A trace would contain the matching of one size; without the patch both work."""
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
     with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch\.jit\.trace would keep .*remove_patch"):
         torch.jit.trace(Step(unet), INPUTS)

@@ -1,4 +1,4 @@
-"""What one forward of a model needs is its own: two threads, several parts of an image, second-order samplers."""
+"""Each forward has its own state: two threads, several parts of an image, second-order samplers."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ TIMES = (900.0, 700.0, 500.0, 300.0)
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 
-def interleaved(module: Any, one: Callable[[], Tensor], other: Callable[[], Tensor]) -> list[Tensor]:
-    """The results of two threads; the second runs whole while the first stands behind `module`."""
+def run_interleaved(module: Any, one: Callable[[], Tensor], other: Callable[[], Tensor]) -> list[Tensor]:
+    """Results of two threads; the second runs completely while the first waits after `module`."""
     inside, done, results = threading.Event(), threading.Event(), dict[str, Tensor]()
 
     def pause(*_: Any) -> None:
@@ -69,19 +69,19 @@ def interleaved(module: Any, one: Callable[[], Tensor], other: Callable[[], Tens
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("layer", ["norm1", "attn1"])
-def test_two_threads_in_one_block_give_what_each_gives_alone(layer: str, options: dict[str, Any]) -> None:
-    """Of two sizes and timesteps: a layout, map or step of the other thread would show."""
+def test_two_threads_in_one_block_equal_separate_calls(layer: str, options: dict[str, Any]) -> None:
+    """Sizes and timesteps differ, so a partition, map or step of the other thread would change the result."""
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), **{"ratio": 0.5, **options})
     calls = [{"seed": 1, "t": 700.0}, {"seed": 2, "t": 300.0, "h": 24, "w": 16}]
     one, other = (lambda call=call: tiny.predict(unet, **call) for call in calls)
     alone = [tiny.predict(copy.deepcopy(unet), **call) for call in calls]
     module = getattr(unet.down_blocks[0].attentions[0].transformer_blocks[0], layer)
-    together = interleaved(module, one, other)
+    together = run_interleaved(module, one, other)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_compiled_blocks_run_one_call_at_a_time() -> None:
-    """They have one layout for all threads: another thread's of another size would leave a block unmerged."""
+def test_compiled_blocks_serialize_calls_of_threads() -> None:
+    """Threads share one partition; one of another size from another thread would leave a block unmerged."""
     torch._dynamo.reset()
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
     calls = [{"seed": seed, "h": 16 + 8 * seed} for seed in range(3)]
@@ -89,78 +89,88 @@ def test_compiled_blocks_run_one_call_at_a_time() -> None:
     unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     for call in calls:
         tiny.predict(unet, **call)
-    wrong: list[int] = []
+    wrong_threads: list[int] = []
 
     def run(number: int) -> None:
         for _ in range(3):
             if not torch.equal(tiny.predict(unet, **calls[number]), alone[number]):
-                wrong.append(number)
+                wrong_threads.append(number)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert wrong == []
+    assert wrong_threads == []
     assert all(not module._forward_hooks for module in unet.modules())
     torch._dynamo.reset()
 
 
-def test_an_interrupted_call_does_not_lock_compiled_blocks() -> None:
+def test_interrupted_call_releases_lock_of_compiled_blocks() -> None:
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
     spatial_module = unet.down_blocks[0].attentions[0]
     hook = next(hook for hook in spatial_module._forward_pre_hooks.values() if isinstance(hook, patch._PartitionHook))
-    held = hook.one_at_a_time
+    lock = hook.one_at_a_time
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    held.hold(spatial_module)  # as for a compiled block beside another thread
+    lock.hold(spatial_module)  # as for a compiled block while another thread runs
     handle = spatial_module.proj_in.register_forward_hook(stop)
     with pytest.raises(KeyboardInterrupt):
         tiny.predict(unet)
     handle.remove()
-    held.hold(spatial_module)
+    lock.hold(spatial_module)
     tiny.predict(unet)
     assert not spatial_module._forward_hooks
-    assert held._lock.acquire(blocking=False)
+    assert lock._lock.acquire(blocking=False)
 
 
-def test_maps_are_recorded_by_the_call_of_their_thread() -> None:
+def test_record_maps_separates_calls_of_threads() -> None:
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
-    with tofu_sd.record_maps(unet) as seen:
-        interleaved(block.attn1, lambda: tiny.predict(unet), lambda: tiny.predict(unet, h=24))
-    assert {(s.call, s.h) for s in seen} == {(0, 16), (1, 24)}
+    with tofu_sd.record_maps(unet) as records:
+        run_interleaved(block.attn1, lambda: tiny.predict(unet), lambda: tiny.predict(unet, h=24))
+    assert {(record.call, record.h) for record in records} == {(0, 16), (1, 24)}
 
 
 # --- parts of an image ------------------------------------------------------------------------------------------------
 
 
-def parts(unet: Any, contents: dict[str, Tensor], prompts: dict[str, Tensor], order: Callable[[int], list[str]],
-          times: tuple[float, ...] = TIMES) -> dict[tuple[str, int, int], Tensor]:  # fmt: skip
-    """The predictions of several parts of one image, called one after the other in each step.
+def predict_parts(
+    unet: Any,
+    contents: dict[str, Tensor],
+    prompts: dict[str, Tensor],
+    order: Callable[[int], list[str]],
+    times: tuple[float, ...] = TIMES,
+) -> dict[tuple[str, int, int], Tensor]:
+    """Predictions of several parts of one image, called in sequence in each step.
 
-    Keys are the part, the step, and how often it was called in that step before.
+    Keys are the part, the step, and the number of earlier calls of the part in that step.
     """
     results: dict[tuple[str, int, int], Tensor] = {}
     with torch.no_grad():
         for step, t in enumerate(times):
             for name in order(step):
-                again = sum(key[:2] == (name, step) for key in results)
-                sample = contents[name] + 0.1 * step + 0.01 * again
+                repeat = sum(key[:2] == (name, step) for key in results)
+                sample = contents[name] + 0.1 * step + 0.01 * repeat
                 call = {"timestep": torch.tensor(t), "encoder_hidden_states": prompts[name]}
-                results[name, step, again] = unet(sample, **call).sample
+                results[name, step, repeat] = unet(sample, **call).sample
     return results
 
 
-def check_parts(unet: Any, contents: dict[str, Tensor], prompts: dict[str, Tensor], order: Callable[[int], list[str]],
-                **options: Any) -> None:  # fmt: skip
-    """Each part comes out of the sequence of all as it comes out alone."""
+def assert_parts_independent(
+    unet: Any,
+    contents: dict[str, Tensor],
+    prompts: dict[str, Tensor],
+    order: Callable[[int], list[str]],
+    **options: Any,
+) -> None:
+    """Asserts that each part gives the same result in the sequence of all parts as alone."""
     tofu_sd.apply_patch(unet, **{"ratio": 0.5, **options})
-    together = parts(copy.deepcopy(unet), contents, prompts, order)
+    together = predict_parts(copy.deepcopy(unet), contents, prompts, order)
     for name in contents:
-        alone = parts(
+        alone = predict_parts(
             copy.deepcopy(unet), contents, prompts, lambda step, name=name: [n for n in order(step) if n == name]
         )
         for key, value in alone.items():
@@ -186,27 +196,27 @@ SEQUENCES: dict[str, tuple[dict[str, Tensor], dict[str, Tensor], Callable[[int],
 
 @over_steps
 @pytest.mark.parametrize("sequence", SEQUENCES)
-def test_each_part_of_an_image_comes_out_as_it_does_alone(sequence: str, options: dict[str, Any]) -> None:
-    check_parts(tiny.shallow_unet(), *SEQUENCES[sequence], **options)
+def test_each_image_part_equals_the_part_alone(sequence: str, options: dict[str, Any]) -> None:
+    assert_parts_independent(tiny.shallow_unet(), *SEQUENCES[sequence], **options)
 
 
 @pytest.mark.parametrize("program", [Patcher, ForgePatcher])
 @pytest.mark.parametrize("sequence", SEQUENCES)
-@pytest.mark.parametrize("every", [2, 3])
-def test_parts_keep_to_themselves_in_programs_with_patches(every: int, sequence: str, program: Any) -> None:
-    """ComfyUI calls a model once for each area and says which; the schedule is one tensor in all steps."""
+@pytest.mark.parametrize("match_interval", [2, 3])
+def test_image_parts_are_independent_in_model_patcher_hosts(match_interval: int, sequence: str, program: Any) -> None:
+    """ComfyUI calls a model once per area and passes its uuid; the schedule is one tensor in all steps."""
     contents, prompts, order = SEQUENCES[sequence]
     schedule, unet = torch.tensor(TIMES) / 100, UNetModel(tiny.shallow_unet())
 
     def generated(names: str) -> dict[tuple[str, int, int], Tensor]:
-        model, _ = patch_model(program(unet), TokenFusionConfig(0.5, match_interval=every), attention)
+        model, _ = patch_model(program(unet), TokenFusionConfig(0.5, match_interval=match_interval), attention)
         results: dict[tuple[str, int, int], Tensor] = {}
         for step, t in enumerate(TIMES):
             for name in [name for name in order(step) if name in names]:
-                again = sum(key[:2] == (name, step) for key in results)
-                shown = {"sample_sigmas": schedule, "uuids": [id(prompts[name])]}
-                sample = contents[name] + 0.1 * step + 0.01 * again
-                results[name, step, again] = model.predict(sample, t, prompts[name], None, **shown)
+                repeat = sum(key[:2] == (name, step) for key in results)
+                transformer_options = {"sample_sigmas": schedule, "uuids": [id(prompts[name])]}
+                sample = contents[name] + 0.1 * step + 0.01 * repeat
+                results[name, step, repeat] = model.predict(sample, t, prompts[name], None, **transformer_options)
         return results
 
     together = generated("abc")
@@ -215,70 +225,70 @@ def test_parts_keep_to_themselves_in_programs_with_patches(every: int, sequence:
 
 
 @pytest.mark.parametrize("sequence", ["tiles with one prompt", "areas with prompts of their own"])
-def test_each_part_reuses_its_maps(sequence: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The property above would hold if every call matched."""
+def test_each_image_part_reuses_its_maps(sequence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the test above, which would also pass if every call matched."""
     matched, match = [], matching.most_similar
     monkeypatch.setattr(matching, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
     contents, prompts, order = SEQUENCES[sequence]
-    parts(tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_interval=2), contents, prompts, order)
-    assert len(matched) == 3 * len(contents) * 2  # blocks, parts, every other of four steps
+    predict_parts(tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_interval=2), contents, prompts, order)
+    assert len(matched) == 3 * len(contents) * 2  # blocks, parts, every second of four steps
 
 
-def test_times_that_rise_are_steps_of_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inversion goes from the image to the noise."""
+def test_rising_timesteps_belong_to_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inversion runs from the image to the noise."""
     matched, match = [], matching.most_similar
     monkeypatch.setattr(matching, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_interval=4)
-    parts(unet, {"a": A}, {"a": PROMPT}, lambda step: ["a"], TIMES[::-1])
+    predict_parts(unet, {"a": A}, {"a": PROMPT}, lambda step: ["a"], TIMES[::-1])
     assert len(matched) == 3
 
 
-def test_new_noise_in_every_step_is_matched_again_and_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_noise_in_each_step_is_matched_again_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tracker, messages = ImagePartTracker(), list[str]()
     monkeypatch.setattr(step_tracker.logger, "warning", messages.append)
-    found = [tracker.visit(t, tiny.noise(1, 4, 8, 8, seed=int(t)), PROMPT) for t in range(9, 0, -1)]
-    assert all(part.step == 0 and first for part, first in found)
+    results = [tracker.visit(t, tiny.noise(1, 4, 8, 8, seed=int(t)), PROMPT) for t in range(9, 0, -1)]
+    assert all(part.step == 0 and first for part, first in results)
     assert len(messages) == 1
     assert messages[0].startswith("match_interval: successive steps are not of the same image part")
 
 
-def visits(tracker: ImagePartTracker, *calls: tuple[float, Tensor, Tensor]) -> list[ImagePart]:
+def visit_all(tracker: ImagePartTracker, *calls: tuple[float, Tensor, Tensor]) -> list[ImagePart]:
     return [tracker.visit(t, content, prompt)[0] for t, content, prompt in calls]
 
 
-def test_a_second_image_with_the_same_prompt_is_another_part() -> None:
-    """A pipeline makes its tensor again for each image, here broken off and followed by one later in the schedule."""
-    first, second, other = visits(ImagePartTracker(), (900, A, PROMPT), (800, A, PROMPT), (700, A, PROMPT.clone()))
+def test_second_image_with_the_same_prompt_is_a_new_part() -> None:
+    """A pipeline creates the conditioning tensor again for each image; here a new one starts later in the schedule."""
+    first, second, other = visit_all(ImagePartTracker(), (900, A, PROMPT), (800, A, PROMPT), (700, A, PROMPT.clone()))
     assert first is second
     assert other is not first
 
 
-def test_one_sampling_knows_its_conditioning_by_content() -> None:
+def test_one_sampling_compares_conditioning_by_content() -> None:
     calls = [(t, A, PROMPT.clone()) for t in (900, 800, 700)]
-    assert len({id(part) for part in visits(ImagePartTracker(one_sampling=True), *calls)}) == 1
-    assert len({id(part) for part in visits(ImagePartTracker(), *calls)}) == 3
+    assert len({id(part) for part in visit_all(ImagePartTracker(one_sampling=True), *calls)}) == 1
+    assert len({id(part) for part in visit_all(ImagePartTracker(), *calls)}) == 3
 
 
-def test_a_host_that_makes_the_conditioning_in_each_call_is_recognised_after_a_few() -> None:
+def test_new_conditioning_tensors_in_each_call_are_detected_after_a_few_calls() -> None:
     calls = [(t, A, PROMPT.clone()) for t in range(900, 0, -100)]
-    assert len({id(part) for part in visits(ImagePartTracker(), *calls)}) < len(calls)
+    assert len({id(part) for part in visit_all(ImagePartTracker(), *calls)}) < len(calls)
 
 
 @pytest.mark.parametrize("content", [A.clone().fill_(float("nan")), torch.zeros_like(A)], ids=["nan", "zeros"])
-def test_content_that_says_nothing_continues_nothing(content: Tensor) -> None:
-    found = visits(ImagePartTracker(), (900, content, PROMPT), (800, content, PROMPT))
-    assert found[0] is not found[1]
+def test_nan_and_zero_content_starts_a_new_part(content: Tensor) -> None:
+    results = visit_all(ImagePartTracker(), (900, content, PROMPT), (800, content, PROMPT))
+    assert results[0] is not results[1]
 
 
-def test_parts_of_images_that_are_over_are_forgotten() -> None:
+def test_parts_of_finished_images_are_dropped() -> None:
     tracker = ImagePartTracker()
     for image in range(100):
-        visits(tracker, *((t, tiny.noise(1, 4, 8, 8, seed=image), PROMPT) for t in (900, 500)))
+        visit_all(tracker, *((t, tiny.noise(1, 4, 8, 8, seed=image), PROMPT) for t in (900, 500)))
     assert len(tracker._parts) < 50
 
 
-def test_a_part_is_kept_while_many_others_are_called() -> None:
+def test_part_is_kept_while_99_others_are_called() -> None:
     tracker = ImagePartTracker()
     tiles = [tiny.noise(1, 4, 8, 8, seed=seed) for seed in range(100)]
-    steps = [visits(tracker, *((t, tile, PROMPT) for tile in tiles)) for t in (900, 500, 100)]
+    steps = [visit_all(tracker, *((t, tile, PROMPT) for tile in tiles)) for t in (900, 500, 100)]
     assert all(a is b is c for a, b, c in zip(*steps, strict=True))

@@ -1,4 +1,4 @@
-"""Recipe TOME is tomesd 0.1.3 (use_rand=False): the published ToMe for Stable Diffusion, to rounding."""
+"""Recipe TOME is tomesd 0.1.3 (use_rand=False): published ToMe for Stable Diffusion, equal up to rounding."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ LAYERS += [{"merge_mlp": True, "merge_crossattn": True}, {"merge_attn": False, "
 
 
 def predict(unet: Any, h: int, w: int) -> Tensor:
-    """One noise prediction, arguments by place: tomesd reads the latent's size from the first of them.
+    """Runs one noise prediction with positional arguments: tomesd reads the latent size from the first.
 
-    In float64, where the order of additions does not decide which of two equally good tokens leaves.
+    float64 keeps the order of additions from deciding between two almost equal matches.
     """
     with torch.no_grad():
         return unet.double()(*(v.double() if v.ndim else v for v in tiny.inputs(unet, h, w).values())).sample
@@ -32,16 +32,18 @@ def predict(unet: Any, h: int, w: int) -> Tensor:
 @pytest.mark.parametrize(
     ("ratio", "layers"), [(0.25, {}), (0.75, {}), *((0.5, layers) for layers in LAYERS)], ids=lambda value: str(value)
 )
-def test_tome_is_tomesd(h: int, w: int, ratio: float, layers: dict[str, Any]) -> None:
+def test_tome_recipe_equals_tomesd(h: int, w: int, ratio: float, layers: dict[str, Any]) -> None:
     unet = tiny.sd15_unet()
-    plain = predict(unet, h, w)
+    baseline = predict(unet, h, w)
     ours = predict(tofu_sd.apply_patch(unet, named("tome", ratio), **layers), h, w)
     theirs = predict(tomesd.apply_patch(tofu_sd.remove_patch(unet), ratio=ratio, use_rand=False, **layers), h, w)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)  # float64 leaves 1e-14; 1e-5 was promised
-    assert (ours - plain).abs().max() > 1e-3
+    torch.testing.assert_close(
+        ours, theirs, rtol=0, atol=1e-11
+    )  # float64 differs by 1e-14; the documented limit is 1e-5
+    assert (ours - baseline).abs().max() > 1e-3
 
 
-def test_tomesds_call_works_with_the_import_changed() -> None:
+def test_tomesd_call_works_with_only_the_import_changed() -> None:
     unet, other = tiny.sd15_unet(), tiny.sd15_unet()
     call = {"ratio": 0.5, "max_downsample": 2, "sx": 2, "sy": 2, "merge_attn": True, "merge_crossattn": False}
     call |= {"merge_mlp": False, "use_rand": False}

@@ -1,4 +1,4 @@
-"""Laws of apply_patch, remove_patch and patched: what they leave behind, what they cannot touch, when they act."""
+"""apply_patch, remove_patch and patched: undoing, copies, reproducibility, step windows and block selection."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from tofu_sd.core.reductions import mean
 OPTIONS: dict[str, dict[str, Any]] = {
     "tofu": {},
     "proportional": {"proportional": True},
-    "keys only": {"kv_only": True},
+    "kv_only": {"kv_only": True},
     "mean everywhere": {"early": "mean", "late": "mean"},
-    "drawn destinations": {"seed": 3},
+    "random destinations": {"seed": 3},
     "all layers": {"merge_crossattn": True, "merge_mlp": True},
     "mlp alone": {"merge_attn": False, "merge_mlp": True},
     "two levels": {"levels": 2},
     "normed": {"match_on": "normed"},
     "step window": {"start": 0.2, "end": 0.8},
     "windows": {"window": 3},
-    "condensed": {"temperature": 0.1, "early": "mean", "late": "mean", "window": 3, "sy": 1},
-    "large maps alone": {"min_tokens": 100, "levels": 2},
+    "soft matching": {"temperature": 0.1, "early": "mean", "late": "mean", "window": 3, "sy": 1},
+    "min_tokens": {"min_tokens": 100, "levels": 2},
     "shared maps": {"share_across_blocks": True, "match_interval": 2, "levels": 2},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
-def fused_calls(unet: Any) -> list[bool]:
-    """Grows by one for every call of the UNet from now on: were tokens fused in its first block?"""
+def record_merged_calls(unet: Any) -> list[bool]:
+    """Returns a list that records, for every later call of the UNet, whether its first block ran on merged tokens."""
     calls: list[bool] = []
     attn = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
     to_q, full = attn.to_q, unet.config.sample_size**2
@@ -56,37 +56,37 @@ def fused_calls(unet: Any) -> list[bool]:
     return calls
 
 
-# --- nothing, and nothing left ----------------------------------------------------------------------------------------
+# --- ratio 0, and undo ------------------------------------------------------------------------------------------------
 
 
 @options
-def test_ratio_0_is_the_unpatched_model_bit_for_bit(options: dict[str, Any]) -> None:
+def test_ratio_0_equals_baseline_exactly(options: dict[str, Any]) -> None:
     unet = tiny.sd15_unet()
-    plain = tiny.predict(unet)
-    assert torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.0, **options)), plain)
-    assert not torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5, **options)), plain)
+    baseline = tiny.predict(unet)
+    assert torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.0, **options)), baseline)
+    assert not torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5, **options)), baseline)
 
 
 @options
-def test_remove_patch_leaves_nothing(options: dict[str, Any]) -> None:
+def test_remove_patch_undoes_every_change(options: dict[str, Any]) -> None:
     unet = tiny.sd15_unet()
-    plain, before = tiny.predict(unet), anatomy(unet)
+    baseline, before = tiny.predict(unet), anatomy(unet)
     tofu_sd.apply_patch(unet, 0.5, **options)
     tiny.predict(unet)
     assert anatomy(unet) != before
     tofu_sd.remove_patch(unet)
     assert anatomy(unet) == before
-    assert torch.equal(tiny.predict(unet), plain)
+    assert torch.equal(tiny.predict(unet), baseline)
 
 
-def test_remove_patch_leaves_an_unpatched_model_alone() -> None:
+def test_remove_patch_of_an_unpatched_model_changes_nothing() -> None:
     unet = tiny.shallow_unet()
     before = anatomy(unet)
     assert tofu_sd.remove_patch(unet) is unet
     assert anatomy(unet) == before
 
 
-def test_patched_cleans_up_after_an_exception() -> None:
+def test_patched_undoes_the_patch_after_an_exception() -> None:
     unet = tiny.shallow_unet()
     before = anatomy(unet)
     with pytest.raises(ValueError, match="unpack"), tofu_sd.patched(unet, 0.5):
@@ -94,8 +94,8 @@ def test_patched_cleans_up_after_an_exception() -> None:
     assert anatomy(unet) == before
 
 
-def test_an_interrupted_call_leaves_no_stale_match() -> None:
-    """A forward that fails between the match and its last use must not lend the match to the next call."""
+def test_interrupted_call_leaves_no_stale_map() -> None:
+    """After a forward that fails between matching and the last use of the map, the next call must not use that map."""
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, merge_mlp=True)
     expected = tiny.predict(unet)
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
@@ -110,9 +110,9 @@ def test_an_interrupted_call_leaves_no_stale_match() -> None:
     assert torch.equal(tiny.predict(unet), expected)
 
 
-def test_patched_puts_back_the_outer_patch() -> None:
+def test_patched_restores_the_outer_patch() -> None:
     unet = tiny.shallow_unet()
-    plain = tiny.predict(unet)
+    baseline = tiny.predict(unet)
     with tofu_sd.patched(unet, 0.5):
         outer, before = tiny.predict(unet), anatomy(unet)
         with tofu_sd.patched(unet, 0.25, kv_only=True):
@@ -120,21 +120,21 @@ def test_patched_puts_back_the_outer_patch() -> None:
         assert tofu_sd.summary(unet).config == TokenFusionConfig(0.5)
         assert torch.equal(tiny.predict(unet), outer)
         assert {n: cls for n, (cls, _) in anatomy(unet).items()} == {n: cls for n, (cls, _) in before.items()}
-    assert torch.equal(tiny.predict(unet), plain)
+    assert torch.equal(tiny.predict(unet), baseline)
 
 
-def test_patching_again_replaces_the_patch() -> None:
-    """Twice the same is once; the last of two different ones counts, whole."""
-    unet, fresh = tiny.shallow_unet(), tiny.shallow_unet()
+def test_second_apply_patch_replaces_the_first() -> None:
+    """The same patch twice equals one; of two different patches only the last applies."""
+    unet, new_unet = tiny.shallow_unet(), tiny.shallow_unet()
     tofu_sd.apply_patch(tofu_sd.apply_patch(unet, 0.5), 0.5)
-    assert torch.equal(tiny.predict(unet), tiny.predict(tofu_sd.apply_patch(fresh, 0.5)))
+    assert torch.equal(tiny.predict(unet), tiny.predict(tofu_sd.apply_patch(new_unet, 0.5)))
     tofu_sd.apply_patch(unet, TokenFusionConfig(0.25, early=mean, merge_mlp=True))
     tofu_sd.apply_patch(unet, 0.3, kv_only=True)
-    assert torch.equal(tiny.predict(unet), tiny.predict(tofu_sd.apply_patch(fresh, 0.3, kv_only=True)))
-    assert anatomy(tofu_sd.remove_patch(unet)).keys() == anatomy(tofu_sd.remove_patch(fresh)).keys()
+    assert torch.equal(tiny.predict(unet), tiny.predict(tofu_sd.apply_patch(new_unet, 0.3, kv_only=True)))
+    assert anatomy(tofu_sd.remove_patch(unet)).keys() == anatomy(tofu_sd.remove_patch(new_unet)).keys()
 
 
-def test_apply_patch_returns_what_it_was_given() -> None:
+def test_apply_patch_returns_its_argument() -> None:
     pipe = tiny.sd15_pipe()
     assert tofu_sd.apply_patch(pipe) is pipe
     assert tofu_sd.apply_patch(pipe.unet) is pipe.unet
@@ -158,44 +158,44 @@ def _saved(unet: Any) -> Any:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, _pickled, _saved])
 @pytest.mark.parametrize("options", [{}, {"seed": 3}, {"merge_mlp": True}], ids=str)
-def test_a_copy_is_patched_and_goes_its_own_way(copied: Callable[[Any], Any], options: dict[str, Any]) -> None:
+def test_copy_is_patched_and_independent(copied: Callable[[Any], Any], options: dict[str, Any]) -> None:
     unet = tiny.shallow_unet()
-    plain = tiny.predict(unet)
-    fused = tiny.predict(tofu_sd.apply_patch(unet, 0.5, **options))
+    baseline = tiny.predict(unet)
+    merged = tiny.predict(tofu_sd.apply_patch(unet, 0.5, **options))
     other = copied(unet)
-    assert torch.equal(tiny.predict(other), fused)
+    assert torch.equal(tiny.predict(other), merged)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
-    assert torch.equal(tiny.predict(unet), fused)
-    assert not torch.equal(tiny.predict(other), fused)
+    assert torch.equal(tiny.predict(unet), merged)
+    assert not torch.equal(tiny.predict(other), merged)
 
     another = copied(unet)
     tofu_sd.remove_patch(unet)
-    assert torch.equal(tiny.predict(another), fused)
-    assert torch.equal(tiny.predict(unet), plain)
-    assert torch.equal(tiny.predict(tofu_sd.remove_patch(another)), plain)
+    assert torch.equal(tiny.predict(another), merged)
+    assert torch.equal(tiny.predict(unet), baseline)
+    assert torch.equal(tiny.predict(tofu_sd.remove_patch(another)), baseline)
     assert not any("_tofu" in vars(module) or module._forward_pre_hooks for module in another.modules())
 
 
-def test_what_is_saved_is_unpatched(tmp_path: Path) -> None:
-    """Files must load where tofu_sd is not installed."""
+def test_saved_model_is_unpatched(tmp_path: Path) -> None:
+    """Files load where tofu_sd is not installed."""
     unet = tiny.shallow_unet()
-    plain, names = tiny.predict(unet), list(unet.state_dict())
+    baseline, names = tiny.predict(unet), list(unet.state_dict())
     tofu_sd.apply_patch(unet, 0.5)
     assert list(unet.state_dict()) == names
     unet.save_pretrained(tmp_path)
     assert not any(b"tofu" in file.read_bytes() for file in tmp_path.iterdir())
-    assert torch.equal(tiny.predict(UNet2DConditionModel.from_pretrained(tmp_path).eval()), plain)
+    assert torch.equal(tiny.predict(UNet2DConditionModel.from_pretrained(tmp_path).eval()), baseline)
 
 
-# --- the same seed, the same image ------------------------------------------------------------------------------------
+# --- reproducibility --------------------------------------------------------------------------------------------------
 
-SEEDED = pytest.mark.parametrize("options", [{}, {"seed": 3}], ids=["top left", "drawn"])
+SEEDED = pytest.mark.parametrize("options", [{}, {"seed": 3}], ids=["top left", "random destinations"])
 
 
 @SEEDED
-def test_an_image_does_not_depend_on_what_was_made_before(options: dict[str, Any]) -> None:
+def test_image_is_independent_of_earlier_images(options: dict[str, Any]) -> None:
     pipe = tofu_sd.apply_patch(tiny.sd15_pipe(), 0.5, **options)
     first = tiny.images(pipe, seed=1)
     tiny.images(pipe, seed=2, height=136, width=200, num_inference_steps=3)
@@ -205,26 +205,27 @@ def test_an_image_does_not_depend_on_what_was_made_before(options: dict[str, Any
 
 
 @SEEDED
-def test_an_image_does_not_depend_on_the_rest_of_its_batch(options: dict[str, Any]) -> None:
-    """The unpatched model keeps this on one thread here (first assertion), so fusion has to."""
+def test_image_is_independent_of_its_batch(options: dict[str, Any]) -> None:
+    """The unpatched model has this property on one thread here (first assertion), so merging must keep it."""
     unet = tiny.shallow_unet()
 
-    def alone_and_together() -> tuple[Tensor, Tensor]:
+    def predict_alone_and_in_batch() -> tuple[Tensor, Tensor]:
         call = tiny.inputs(unet, batch=3)
         one = {k: v[1:2] if v.ndim else v for k, v in call.items()}
         return tiny.predict(unet, **one), tiny.predict(unet, **call)[1:2]
 
-    alone, together = alone_and_together()
-    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)  # a product's rounding may vary with the batch
+    alone, together = predict_alone_and_in_batch()
+    # rounding of a matrix product may depend on the batch size
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
     exact = torch.equal(alone, together)
     tofu_sd.apply_patch(unet, 0.5, **options)
-    fused, beside = alone_and_together()
-    assert torch.equal(fused, beside) if exact else (fused - beside).abs().max() < 1e-4
-    assert not torch.equal(fused, alone)
+    merged, merged_in_batch = predict_alone_and_in_batch()
+    assert torch.equal(merged, merged_in_batch) if exact else (merged - merged_in_batch).abs().max() < 1e-4
+    assert not torch.equal(merged, alone)
 
 
 @SEEDED
-def test_the_global_rng_is_untouched(options: dict[str, Any]) -> None:
+def test_global_rng_is_unchanged(options: dict[str, Any]) -> None:
     unet = tiny.shallow_unet()
     torch.manual_seed(11)
     state = torch.get_rng_state()
@@ -234,7 +235,7 @@ def test_the_global_rng_is_untouched(options: dict[str, Any]) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_seed_and_the_step_draw_the_destinations() -> None:
+def test_destinations_depend_on_seed_and_step() -> None:
     unet = tiny.shallow_unet()
 
     def run(seed: int | None, t: float | Tensor) -> Tensor:
@@ -246,22 +247,22 @@ def test_the_seed_and_the_step_draw_the_destinations() -> None:
     assert torch.equal(run(3, 500), run(3, torch.tensor([500, 500])))
     assert not torch.equal(run(3, 500), run(4, 500))
     assert not torch.equal(run(3, 500), run(None, 500))
-    # the same drawing at another step moves other tokens
-    clock = tofu_sd.patching.step_tracker.StepTracker(TokenFusionConfig(seed=3))
+    # another step gives other destinations
+    tracker = tofu_sd.patching.step_tracker.StepTracker(TokenFusionConfig(seed=3))
     parts = []
     for t in (500, 499):
-        clock.start_step(torch.tensor(t))
-        grid = clock.grid(16, 16, torch.device("cpu"))
+        tracker.start_step(torch.tensor(t))
+        grid = tracker.grid(16, 16, torch.device("cpu"))
         assert grid is not None
         parts.append(grid.parts.dst)
     assert not torch.equal(*parts)
 
 
-# --- when -------------------------------------------------------------------------------------------------------------
+# --- step windows -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("window", "fused"),
+    ("window", "merged"),
     [
         ((0.0, 1.0), [True] * 5),
         ((0.0, 0.5), [True, True, False, False, False]),
@@ -270,19 +271,19 @@ def test_the_seed_and_the_step_draw_the_destinations() -> None:
         ((0.999, 1.0), [False, False, False, False, True]),
     ],
 )
-def test_a_window_opens_and_closes_at_its_steps(window: tuple[float, float], fused: list[bool]) -> None:
+def test_step_window_starts_and_ends_at_its_steps(window: tuple[float, float], merged: list[bool]) -> None:
     """DDIM's timesteps for 5 steps are 801, 601, 401, 201, 1: progress .199, .399, .599, .799, .999."""
     pipe = tiny.sd15_pipe()
-    calls = fused_calls(pipe.unet)
+    calls = record_merged_calls(pipe.unet)
     tofu_sd.apply_patch(pipe, 0.5, start=window[0], end=window[1])
     tiny.images(pipe, num_inference_steps=5)
-    assert calls == fused
+    assert calls == merged
 
 
-def test_img2img_starts_midway() -> None:
-    """Progress is counted by noise, not by calls: a strength of 0.6 begins at 40 %."""
+def test_step_window_of_img2img_starts_midway() -> None:
+    """Progress follows the noise level, not the number of calls: strength 0.6 starts at 40 %."""
     pipe = tiny.sd15_pipe(StableDiffusionImg2ImgPipeline)
-    calls = fused_calls(pipe.unet)
+    calls = record_merged_calls(pipe.unet)
     tofu_sd.apply_patch(pipe, 0.5, start=0.0, end=0.5)
     call = {"image": tiny.noise(1, 3, 128, 128).sigmoid(), "num_inference_steps": 5}
     tiny.images(pipe, strength=0.6, **call)  # timesteps 401, 201, 1
@@ -292,27 +293,27 @@ def test_img2img_starts_midway() -> None:
     assert calls == [True, True, False, False, False]
 
 
-def test_outside_its_window_a_patch_is_the_unpatched_model() -> None:
+def test_outside_the_step_window_equals_baseline() -> None:
     unet = tiny.shallow_unet()
-    plain = tiny.predict(unet, t=900)
+    baseline = tiny.predict(unet, t=900)
     tofu_sd.apply_patch(unet, 0.5, start=0.5)
-    assert torch.equal(tiny.predict(unet, t=900), plain)
-    assert torch.equal(tiny.predict(unet, timestep=900), plain)
+    assert torch.equal(tiny.predict(unet, t=900), baseline)
+    assert torch.equal(tiny.predict(unet, timestep=900), baseline)
     assert not torch.equal(tiny.predict(unet, t=100), tiny.predict(tofu_sd.remove_patch(unet), t=100))
 
 
-def test_the_end_of_sampling_is_inside_a_window_without_an_end() -> None:
-    """Many schedules' last timestep is 0, which is progress 1."""
+def test_step_window_without_end_includes_timestep_0() -> None:
+    """The last timestep of many schedules is 0, which is progress 1."""
     pipe = tiny.sd15_pipe()
     pipe.scheduler = DDIMScheduler(**tiny.BETAS, set_alpha_to_one=False)  # 800, 600, 400, 200, 0
-    calls = fused_calls(pipe.unet)
+    calls = record_merged_calls(pipe.unet)
     tofu_sd.apply_patch(pipe, 0.5, start=0.5)
     tiny.images(pipe, num_inference_steps=5)
     assert calls == [False, False, True, True, True]
 
 
-def test_a_window_over_timesteps_it_cannot_read_is_refused() -> None:
-    """A scheduler that hands the UNet functions of the noise would open the window at the wrong steps."""
+def test_step_window_raises_for_unsupported_timesteps() -> None:
+    """A scheduler that passes functions of the noise level as timesteps would start the window at wrong steps."""
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, end=0.5)
     with pytest.raises(ValueError, match=r"timestep 1500 is outside 0\.\.1000"):
         tiny.predict(unet, t=1500)
@@ -321,25 +322,25 @@ def test_a_window_over_timesteps_it_cannot_read_is_refused() -> None:
         pipe.scheduler = scheduler
         with pytest.raises(ValueError, match=r"start is 0 and end is 0\.5: .* scheduler"):
             tofu_sd.apply_patch(pipe, 0.5, end=0.5)
-        tofu_sd.remove_patch(tofu_sd.apply_patch(pipe, 0.5))  # without a window any scheduler will do
+        tofu_sd.remove_patch(tofu_sd.apply_patch(pipe, 0.5))  # without a window any scheduler works
 
 
-# --- what is chosen ---------------------------------------------------------------------------------------------------
+# --- block selection and options --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("levels", "blocks"), [(1, 5), (2, 10), (3, 15), (4, 16), (9, 16)])
-def test_levels_reach_further_down(levels: int, blocks: int) -> None:
+def test_levels_select_deeper_resolutions(levels: int, blocks: int) -> None:
     assert len(tofu_sd.summary(tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, levels=levels)).rows) == blocks
 
 
 @pytest.mark.parametrize(("limit", "blocks"), [(1, 5), (2, 10), (4, 15), (8, 16)])
-def test_max_downsample_is_tomesds(limit: int, blocks: int) -> None:
+def test_max_downsample_selects_the_blocks_of_tomesd(limit: int, blocks: int) -> None:
     assert len(tofu_sd.summary(tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, max_downsample=limit)).rows) == blocks
 
 
 @pytest.mark.parametrize(("limit", "blocks"), [(1, 10), (2, 10), (4, 70)])
-def test_max_downsample_never_means_nothing(limit: int, blocks: int) -> None:
-    """tomesd's default of 1 fuses nothing in SDXL, whose first attention is at half the latent's size."""
+def test_max_downsample_1_merges_in_sdxl(limit: int, blocks: int) -> None:
+    """tomesd's default of 1 merges nothing in SDXL, whose first attention runs at half the latent size."""
     assert len(tofu_sd.summary(tofu_sd.apply_patch(tiny.sdxl_unet(), 0.5, max_downsample=limit)).rows) == blocks
 
 
@@ -366,7 +367,7 @@ tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
         ("logging.getLogger('tofu_sd').setLevel(logging.WARNING); show_log()", False),
     ],
 )
-def test_log_reports_what_was_patched_at_info_and_only_where_the_program_shows_it(setup: str, shown: bool) -> None:
+def test_log_reports_the_patch_at_info_level_only(setup: str, shown: bool) -> None:
     code = LOG.format(tests=str(Path(__file__).parents[1] / "helpers"), setup=setup)
     stderr = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
     expected = "UNet2DConditionModel: tofu-r50 on 5 of 16 transformer blocks, tokens 256 -> 128 at a 16 x 16 latent"
@@ -374,7 +375,7 @@ def test_log_reports_what_was_patched_at_info_and_only_where_the_program_shows_i
     assert lines == [expected] * shown
 
 
-def test_use_rand_is_a_seed() -> None:
+def test_use_rand_sets_the_seed() -> None:
     unet = tiny.shallow_unet()
     for options, seed in (
         ({"use_rand": True}, 0),
@@ -384,16 +385,16 @@ def test_use_rand_is_a_seed() -> None:
         ({"ratio": TokenFusionConfig(seed=7), "use_rand": False}, None),
         ({"ratio": TokenFusionConfig(seed=7)}, 7),
     ):
-        fusion = tofu_sd.summary(tofu_sd.apply_patch(unet, **options)).config
-        assert fusion is not None
-        assert fusion.seed == seed
+        config = tofu_sd.summary(tofu_sd.apply_patch(unet, **options)).config
+        assert config is not None
+        assert config.seed == seed
     rand = tiny.predict(tofu_sd.apply_patch(unet, 0.5, use_rand=True))
     assert torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5, seed=0)), rand)
     assert not torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5, use_rand=False)), rand)
 
 
-def test_depth_split_parts_prune_from_mlerp() -> None:
-    """Eq. 7 counts all 16 blocks: 0 and 1 are the first level's way down, 13 to 15 its way up."""
+def test_depth_split_separates_prune_from_mlerp() -> None:
+    """Eq. 7 counts all 16 blocks; the first level has blocks 0 and 1 (down) and 13 to 15 (up)."""
     for split, early in ((0, 0), (1, 1), (14, 3), (16, 5)):
         unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5, depth_split=split)
         expected = ["prune"] * early + ["mlerp"] * (5 - early)
@@ -401,44 +402,46 @@ def test_depth_split_parts_prune_from_mlerp() -> None:
     assert [row.depth for row in tofu_sd.summary(unet).rows] == [0, 1, 13, 14, 15]
 
 
-def test_proportional_attention_over_equal_tokens_is_full_attention() -> None:
-    """With log(n_i) on the keys, identical tokens weigh what they weighed apart."""
+def test_proportional_attention_over_equal_tokens_equals_full_attention() -> None:
+    """With log(n_i) on the key logits, merged identical tokens count as much as separate ones."""
     unet = tiny.shallow_unet()
     attn = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     distinct = tiny.noise(1, 4, 16)
-    x = distinct[:, torch.arange(64) // 2 % 4]  # every 2 x 2 cell of an 8 x 8 map holds one token four times
+    x = distinct[:, torch.arange(64) // 2 % 4]  # every 2 x 2 cell of an 8 x 8 grid contains one token four times
     spatial_module = unet.down_blocks[0].attentions[0]
-    plain = attn.attn1(x)
-    fused = {}
-    for weighted in (False, True):
-        tofu_sd.apply_patch(unet, 0.4, proportional=weighted, match_on="normed")
+    baseline = attn.attn1(x)
+    merged = {}
+    for proportional in (False, True):
+        tofu_sd.apply_patch(unet, 0.4, proportional=proportional, match_on="normed")
         hook = next(iter(spatial_module._forward_pre_hooks.values()))
         hook(spatial_module, (torch.empty(1, 16, 8, 8),), {})
-        fused[weighted] = attn.attn1(x)
-    torch.testing.assert_close(fused[True], plain, rtol=0, atol=1e-5)  # float32 rounding of 64 terms
-    assert (fused[False] - plain).abs().max() > 1e-3
+        merged[proportional] = attn.attn1(x)
+    torch.testing.assert_close(merged[True], baseline, rtol=0, atol=1e-5)  # float32 rounding of 64 terms
+    assert (merged[False] - baseline).abs().max() > 1e-3
 
 
-def test_maps_can_be_watched_and_change_nothing() -> None:
+def test_record_maps_changes_nothing() -> None:
     unet = tiny.sd15_unet()
     with pytest.raises(ValueError, match="UNet2DConditionModel is not patched"), tofu_sd.record_maps(unet):
         pass
     tofu_sd.apply_patch(unet, 0.5, levels=2)
     before = [{*vars(module)} for module in unet.modules()]
-    plain = tiny.predict(unet, 16, 12)
-    with tofu_sd.record_maps(unet) as seen:
-        assert torch.equal(tiny.predict(unet, 16, 12), plain)
+    baseline = tiny.predict(unet, 16, 12)
+    with tofu_sd.record_maps(unet) as records:
+        assert torch.equal(tiny.predict(unet, 16, 12), baseline)
         tiny.predict(unet, 8, 8, batch=1)
     rows = tofu_sd.summary(unet, (16, 12)).rows
-    assert [(s.block, s.call, s.h, s.w) for s in seen[:10]] == [(r.name, 0, *r.size) for r in rows]
-    assert [s.map.kept_idx.shape for s in seen[:10]] == [(2, r.after) for r in rows]
-    assert [(s.call, s.map.group_idx.shape[0]) for s in seen[10:]] == [(1, 1)] * 10
+    assert [(record.block, record.call, record.h, record.w) for record in records[:10]] == [
+        (r.name, 0, *r.size) for r in rows
+    ]
+    assert [record.map.kept_idx.shape for record in records[:10]] == [(2, r.after) for r in rows]
+    assert [(record.call, record.map.group_idx.shape[0]) for record in records[10:]] == [(1, 1)] * 10
     tiny.predict(unet)
-    assert len(seen) == 20
+    assert len(records) == 20
     assert [{*vars(module)} for module in unet.modules()] == before
 
 
-def test_two_can_watch() -> None:
+def test_record_maps_contexts_nest() -> None:
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)
     with tofu_sd.record_maps(unet) as outer:
         with tofu_sd.record_maps(unet) as inner:
@@ -447,9 +450,9 @@ def test_two_can_watch() -> None:
     assert (len(outer), len(inner)) == (10, 5)
 
 
-def test_shared_maps_are_watched_in_every_block() -> None:
+def test_record_maps_records_shared_maps_in_every_block() -> None:
     unet = tiny.sd15_unet()
-    with tofu_sd.patched(unet, 0.5, share_across_blocks=True), tofu_sd.record_maps(unet) as seen:
+    with tofu_sd.patched(unet, 0.5, share_across_blocks=True), tofu_sd.record_maps(unet) as records:
         tiny.predict(unet)
-    assert len(seen) == 5
-    assert all(torch.equal(s.map.group_idx, seen[0].map.group_idx) for s in seen)
+    assert len(records) == 5
+    assert all(torch.equal(record.map.group_idx, records[0].map.group_idx) for record in records)
