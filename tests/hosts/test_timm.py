@@ -492,3 +492,17 @@ def test_merging_error_is_within_its_bounds(seed, n1, n2):
 def test_thresholds_out_of_range_raise(options, message):
     with pytest.raises(ValueError, match=message):
         AdaptiveReduction(**options)
+
+
+def test_interrupt_while_the_split_is_measured_keeps_the_earlier_patch(model, host, images, monkeypatch):
+    """Ctrl-C during the measurement must not leave a model that was patched without its patch."""
+    host.apply_patch(model, r=4)
+    before = predict(model, images)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probe(), "measured_split", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        host.apply_patch(model, r=8, depth_split="auto", images=images)
+    assert torch.equal(predict(model, images), before)

@@ -148,7 +148,7 @@ def apply_patch(
 
         try:
             method = replace(method, depth_split=measured_split(net, images))
-        except Exception:
+        except BaseException:  # an interrupt too must not lose the earlier patch; raised again below
             if isinstance(before, ClassifierPatch):
                 apply_patch(net, before.reducer.method)
             raise
