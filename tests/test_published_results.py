@@ -12,7 +12,7 @@ import pytest
 
 from eval import EvalError
 from eval.common.schema_changes import convert
-from eval.reporting import records, results, tables
+from eval.reporting import footnotes, records, results, tables
 from eval.reporting.pages import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -28,8 +28,8 @@ def test_rows_of_an_uncommitted_tree_are_not_published() -> None:
     run, images = results.read(SWEEP)
     published, published_images = results.merge_runs([SWEEP])
     assert (len(run["rows"]), len(published["rows"])) == (28, 19)
-    assert "+changes" in tables.commits(run)
-    assert "+changes" not in tables.commits(published)
+    assert "+changes" in footnotes.commits(run)
+    assert "+changes" not in footnotes.commits(published)
     keys = {row["key"] for row in published["rows"]}
     assert {"baseline", "tofu-r50", "mean-r50-w8+p", "baseline-other-seeds"} <= keys
     assert not {"prune-r50+p", "mean-r75-w8+p"} & keys

@@ -34,7 +34,8 @@ from ..methods.method import BASELINE, Method
 from ..metrics.base import Metric, Skipped
 from ..metrics.registry import build_metrics, probe_metrics
 from ..metrics.score import Scores, check_complete, describe, load, score
-from ..reporting import results, tables
+from ..reporting import results
+from ..reporting.footnotes import image_warnings
 from .plan import GeneratedImages, RunPlan, RunResult, plan, with_earlier_results
 from .prepare import (
     Prepared,
@@ -64,9 +65,7 @@ def run(options: argparse.Namespace, argv: Sequence[str]) -> RunResult:
     found = measure_and_save(images, metadata)
     if found is None:
         return RunResult(images.out)
-    incomplete = (
-        some_skipped or any("skipped" in metric for metric in found["metrics"]) or bool(tables.image_warnings(found))
-    )
+    incomplete = some_skipped or any("skipped" in metric for metric in found["metrics"]) or bool(image_warnings(found))
     return RunResult(
         images.out,
         results=found,

@@ -15,7 +15,8 @@ from ..common.files import listed
 from ..images.output_dir import DERIVED
 from ..methods.method import BASELINE
 from . import results
-from .tables import batch_warnings, commits, gained, image_warnings, label, measured, paired_difference, short, spent
+from .footnotes import batch_warnings, commits, image_warnings, label, measured
+from .tables import gained, paired_difference, short, spent
 
 SAME = (
     *("model", "variant", "prompts", "seed", "size", "steps", "guidance", "dtype", "batch", "attention", "n"),

@@ -17,7 +17,8 @@ from ..images.merge_maps import FOLDER, fit
 from ..images.settings import image_path
 from ..methods.method import BASELINE
 from . import pareto, pareto_plot, plots
-from .tables import footnotes, label, run_header, table
+from .footnotes import footnotes, label, run_header
+from .tables import table
 
 PAIRS = 10  # shown of each method: the worst and the best
 GRID_ROWS = 6

@@ -14,18 +14,8 @@ from tofu_sd import TokenFusionConfig, recipes
 from .. import EvalError
 from ..methods.method import BASELINE, OTHER_SEEDS
 from ..methods.registry import fusion_fields
-from .tables import (
-    baseline_row,
-    batch_warnings,
-    commands,
-    gained,
-    image_warnings,
-    label,
-    measured,
-    run_header,
-    short,
-    timing,
-)
+from .footnotes import batch_warnings, commands, image_warnings, label, measured, run_header, timing
+from .tables import baseline_row, gained, short
 
 
 @dataclass(frozen=True)

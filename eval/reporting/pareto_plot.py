@@ -14,8 +14,8 @@ from matplotlib.lines import Line2D
 
 from .. import EvalError
 from . import plots
+from .footnotes import label
 from .pareto import FLOPS, TIME, Cost, Point, fusion_of, metrics_shown, pareto, points, without_cost
-from .tables import label
 
 FORMS = {"merged": "o", "with log n (+p)": "^", "keys and values (kv:)": "s", "both": "D"}
 COLOURS = ("#3358d4", "#d6409f", "#30a46c", "#f76b15", "#8e4ec6", "#12a594", "#978365", "#60646c")

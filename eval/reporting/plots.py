@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..methods.method import BASELINE, OTHER_SEEDS
-from .tables import label
+from .footnotes import label
 
 
 def style() -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..common.files import read_json
 from . import results
-from .tables import RECORD
+from .footnotes import RECORD
 
 WIDTH = 118
 HEAD = "*Written by `python -m eval.reporting.pages`. Commands are as recorded, with the names of that commit.*"

@@ -25,8 +25,8 @@ from ..methods.method import BASELINE, OTHER_SEEDS
 from ..methods.registry import parse
 from ..metrics.score import Scores
 from . import spreadsheet
+from .footnotes import RECORD, commits
 from .html import GRID_ROWS, TIMES, grid, html
-from .tables import RECORD, commits
 
 SCHEMA = 2
 RESULTS, PER_IMAGE = "results.json", "per_image.csv"

@@ -17,7 +17,8 @@ from ..common.cli import choices
 from ..common.files import listed
 from ..methods.method import BASELINE
 from ..reporting import results as report
-from ..reporting.tables import RECORD, method_column, short
+from ..reporting.footnotes import RECORD
+from ..reporting.tables import method_column, short
 from .benchmark import SCHEMA
 from .contender import _setups
 

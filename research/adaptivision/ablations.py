@@ -28,7 +28,8 @@ from eval.common.devices import add_device, pick_device
 from eval.common.files import check_place, write_results
 from eval.images.flops import FORMULAS
 from eval.metrics.statistics import bootstrap
-from eval.reporting.tables import RECORD, markdown_rows, terminal_rows
+from eval.reporting.footnotes import RECORD
+from eval.reporting.tables import markdown_rows, terminal_rows
 
 from ..classifiers import models as classifiers
 from ..classifiers import train

@@ -11,7 +11,8 @@ import torch
 
 from eval import EvalError
 from eval.common import formats
-from eval.reporting.tables import RECORD, known
+from eval.reporting.footnotes import RECORD
+from eval.reporting.tables import known
 from tofu_sd.patching.linearity import best_split
 
 from .methods import BASELINE
