@@ -54,8 +54,8 @@ def test_demo_check_results_belong_to_these_weights_and_pass():
     figures = json.loads((ROOT / "benchmarks" / "results" / "demo-check.json").read_text())
     assert figures["weights"] == digests()
     assert (figures["n"], figures["steps"], figures["guidance"]) == (240, 20, GUIDANCE)
-    assert figures["as_asked"] >= 0.9
-    assert figures["judge_on_fresh_renders"] >= 0.97
+    assert figures["class_accuracy"] >= 0.9
+    assert figures["classifier_on_fresh_renders"] >= 0.97
 
 
 def test_demo_weights_load_in_transformers_4():
@@ -112,7 +112,7 @@ def test_check_prints_results_with_settings_and_versions(capsys, tmp_path):
     main([*quick, "--sheet", str(sheet), "--out", str(tmp_path / "figures.json")])
     figures = json.loads(capsys.readouterr().out)
     assert figures == json.loads((tmp_path / "figures.json").read_text())
-    assert {"as_asked", "interval_95", "n", "steps", "guidance", "seeds", "torch", "diffusers"} <= figures.keys()
+    assert {"class_accuracy", "interval_95", "n", "steps", "guidance", "seeds", "torch", "diffusers"} <= figures.keys()
     assert sheet.read_bytes().startswith(b"\x89PNG")
 
 

@@ -58,7 +58,7 @@ CLASSIFY = objects(
     linearity={"type": "array", "items": NUMBERS, "minItems": 1},
     rows=rows_of(
         objects(method=TEXT, label=TEXT, r=MAYBE_NUMBER, flops=NUMBER, tokens=NUMBER, accuracy=MAYBE_INTERVAL,
-                moved=or_null(MAYBE_INTERVAL), ahead_of_tome=or_null(MAYBE_INTERVAL),
+                feature_shift=or_null(MAYBE_INTERVAL), ahead_of_tome=or_null(MAYBE_INTERVAL),
                 images_per_second=or_null(SPREAD), speedup=or_null(SPREAD))
     ),
 )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-SCHEMA = 2  # of results.json of eval.run and of the results of eval.bench
+SCHEMA = 2  # of the result files of all commands
 
 RENAMED = {  # options of TokenFusionConfig in method names, and options of commands
     "keys_only": "kv_only",
@@ -24,13 +24,19 @@ BASELINE_NAMES = {  # methods and slugs of schema 1
     "full, other seeds": "baseline, other seeds",
     "full-other-seeds": "baseline-other-seeds",
 }
-METRIC_NAMES = {"classed as asked": "class accuracy"}
+METRIC_NAMES = {
+    "classed as asked": "class accuracy",
+    "PD-judge": "PD-demo",
+    "FD-judge": "FD-demo",
+    "KD-judge": "KD-demo",
+}
 ROW_KEYS = {
     "denoising": "denoiser_seconds",
     "beside": "interleaved",
     "of_one_run": "same_run",
     "blank": "flat",
     "undefined": "nan",
+    "moved": "feature_shift",
 }
 FIGURE_KEYS = {"undefined": "nan"}
 PROVENANCE_KEYS = {"drawn": "generated"}
@@ -78,8 +84,9 @@ def _rename_options(value: Any) -> Any:
 
 
 def _is_row(row: Any) -> bool:
-    """Whether this is a row of eval.run or eval.bench; those of the research commands have other keys."""
-    return isinstance(row, dict) and "method" in row and "key" in row
+    """Whether this is a row of a command's results: of eval.run and eval.bench, of classifiers, or of ablations."""
+    kinds = ({"method", "key"}, {"method", "label"}, {"variant"})
+    return isinstance(row, dict) and any(kind <= set(row) for kind in kinds)
 
 
 def _has_rows(results: dict[str, Any]) -> bool:
@@ -104,8 +111,8 @@ def _convert_row(row: Any) -> Any:
     if not _is_row(row):
         return row
     row = _rename(row, {**ROW_KEYS, **METRIC_NAMES})
-    for name in ("method", "key"):
-        if isinstance(row[name], str):
+    for name in ("method", "key", "label"):
+        if isinstance(row.get(name), str):
             row[name] = BASELINE_NAMES.get(row[name], row[name])
     if isinstance(row.get("metrics"), dict):
         metrics = _rename(row["metrics"], METRIC_NAMES)

@@ -131,7 +131,7 @@ def warn_too_small(run_plan: RunPlan, settings: Settings) -> None:
 def warn_missing_weights(run_plan: RunPlan, settings: Settings) -> None:
     """Names the metrics that lack weights or packages, before hours of generating: it loads their networks once."""
     parsed = parse_metric_names(run_plan.metric_names, run_plan.nets)
-    names = ",".join(name for name in parsed if name != "judge")
+    names = ",".join(name for name in parsed if name != "demo-classifier")
     named = {metric.name for metric in too_small(run_plan.metric_names, settings.size)}
     cpu = torch.device("cpu")
     for metric in build_metrics(names, run_plan.nets, size=settings.size, prompts=(), device=cpu) if names else ():

@@ -18,11 +18,11 @@ from .statistics import frechet, kernel_distance
 def demo_classifier_metrics(classifier: Any, prompts: Collection[str], device: torch.device) -> list[Metric]:
     """All of them; a `Skipped` without a classifier, as for any model but the embedded one."""
     if classifier is None:
-        return [Skipped("PD-judge", "it is measured in the demo model's classifier, and this is another model")]
-    return [pd_judge(classifier, device), fd_judge(classifier, device), class_accuracy(classifier, prompts, device)]
+        return [Skipped("PD-demo", "it is measured in the demo model's classifier, and this is another model")]
+    return [pd_demo(classifier, device), fd_demo(classifier, device), class_accuracy(classifier, prompts, device)]
 
 
-def pd_judge(classifier: Any, device: torch.device) -> Pairwise:
+def pd_demo(classifier: Any, device: torch.device) -> Pairwise:
     """Perceptual distance in all stages of the demo classifier."""
     from tofu_sd.demo.classifier import perceptual_distance
 
@@ -30,20 +30,20 @@ def pd_judge(classifier: Any, device: torch.device) -> Pairwise:
         with full_precision(), torch.no_grad():
             return perceptual_distance(classifier, to_unit(a, device), to_unit(b, device)).cpu().double()
 
-    return Pairwise("PD-judge", f"{_describe(classifier)}, 5 feature maps", True, compute)
+    return Pairwise("PD-demo", f"{_describe(classifier)}, 5 feature maps", True, compute)
 
 
-def fd_judge(classifier: Any, device: torch.device) -> DistributionMetric:
+def fd_demo(classifier: Any, device: torch.device) -> DistributionMetric:
     """Fréchet distance of the demo classifier's pooled features."""
     pooled = _pooled_features(classifier, device)
-    return DistributionMetric("FD-judge", f"{pooled.implementation}, float64", pooled, frechet)
+    return DistributionMetric("FD-demo", f"{pooled.implementation}, float64", pooled, frechet)
 
 
-def kd_judge(classifier: Any, device: torch.device) -> DistributionMetric:
+def kd_demo(classifier: Any, device: torch.device) -> DistributionMetric:
     """Kernel distance of the demo classifier's pooled features."""
     pooled = _pooled_features(classifier, device)
     implementation = f"{pooled.implementation}, U-statistic of pairs, float64"
-    return DistributionMetric("KD-judge", implementation, pooled, kernel_distance, digits=6, minimum=-math.inf)
+    return DistributionMetric("KD-demo", implementation, pooled, kernel_distance, digits=6, minimum=-math.inf)
 
 
 @cache  # one for one classifier, so that both distances read the images once

@@ -17,13 +17,13 @@ from ..common.cli import choices
 from ..common.devices import out_of_memory
 from .base import DistributionMetric, Metric, Pairwise, PerImageMetric, Skipped, first_line
 from .clip import CLIP, clip
-from .demo_classifier import demo_classifier_metrics, kd_judge
+from .demo_classifier import demo_classifier_metrics, kd_demo
 from .dino import DINO, dino
 from .distribution import fid, inception, kid
 from .pairwise import LPIPS_NETS, lpips, ms_ssim, psnr, skipped_for_size, ssim
 
-NAMES = ("psnr", "ssim", "ms-ssim", "lpips", "dino", "clip", "fid", "kid", "judge")
-STANDARD = ("psnr", "ssim", "ms-ssim", "lpips", "fid", "judge")
+NAMES = ("psnr", "ssim", "ms-ssim", "lpips", "dino", "clip", "fid", "kid", "demo-classifier")
+STANDARD = ("psnr", "ssim", "ms-ssim", "lpips", "fid", "demo-classifier")
 
 METRICS_OF_OPTIONS = {  # options of networks, and the metrics that use them
     "lpips_net": ("lpips",), "lpips_backbone": ("lpips",), "inception_weights": ("fid", "kid"), "clip_model": ("clip",),
@@ -89,11 +89,11 @@ def build_metrics(
         "dino": lambda: [dino(nets.dino, device)],
         "clip": lambda: [clip(nets.clip, device)],
         "fid": lambda: [fid(features())],
-        "kid": lambda: [kid(features()), *([kd_judge(classifier, device)] if classifier else [])],
-        "judge": lambda: demo_classifier_metrics(classifier, prompts, device),
+        "kid": lambda: [kid(features()), *([kd_demo(classifier, device)] if classifier else [])],
+        "demo-classifier": lambda: demo_classifier_metrics(classifier, prompts, device),
     }
-    if classifier is None and "judge" in parsed and "judge" not in names.split(","):
-        parsed.remove("judge")  # it is for the embedded model
+    if classifier is None and "demo-classifier" in parsed and "demo-classifier" not in names.split(","):
+        parsed.remove("demo-classifier")  # it is for the embedded model
     return [metric for name in NAMES if name in parsed for metric in builders[name]()]
 
 

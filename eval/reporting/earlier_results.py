@@ -19,7 +19,8 @@ from . import spreadsheet
 
 OPTIONS = {  # --metrics by the names in the results
     "PSNR": "psnr", "SSIM": "ssim", "MS-SSIM": "ms-ssim", "DINO": "dino", "CLIP score": "clip", "FID": "fid",
-    "KID": "kid", "KD-judge": "kid", "PD-judge": "judge", "FD-judge": "judge", "class accuracy": "judge",
+    "KID": "kid", "KD-demo": "kid", "PD-demo": "demo-classifier", "FD-demo": "demo-classifier",
+    "class accuracy": "demo-classifier",
 }  # fmt: skip
 WITHOUT_REFERENCE = {"CLIP score", "class accuracy"}  # metrics of the baseline that need no comparison
 

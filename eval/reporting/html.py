@@ -31,7 +31,7 @@ MAGNIFY = 4  # of difference images
 def ranking(results: dict[str, Any]) -> dict[str, Any] | None:
     """The metric that pairs are sorted by: the most perceptual one of the run."""
     there = {m["name"]: m for m in results["metrics"] if m.get("per_image") and m["name"] != "class accuracy"}
-    names = [name for name in there if name.startswith("LPIPS")] + ["PD-judge", "MS-SSIM", "PSNR"]
+    names = [name for name in there if name.startswith("LPIPS")] + ["PD-demo", "MS-SSIM", "PSNR"]
     return next((there[name] for name in names if name in there), None)
 
 

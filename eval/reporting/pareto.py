@@ -94,7 +94,7 @@ def metrics_shown(results: dict[str, Any]) -> list[dict[str, Any]]:
         for m in results["metrics"]
         if any((row["metrics"].get(m["name"]) or {}).get("value") is not None for row in compared(results))
     }
-    perceptual = next((name for name in available if name.startswith("LPIPS")), "PD-judge")
+    perceptual = next((name for name in available if name.startswith("LPIPS")), "PD-demo")
     return [available[name] for name in (perceptual, "MS-SSIM", "PSNR") if name in available][:2]
 
 

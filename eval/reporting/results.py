@@ -19,7 +19,7 @@ from jsonschema.exceptions import best_match
 
 from .. import EvalError
 from ..common.files import listed, parse_json, png, read_json, read_text, to_json, write
-from ..common.schema_changes import convert
+from ..common.schema_changes import SCHEMA, convert
 from ..images.settings import Settings
 from ..methods.method import BASELINE, OTHER_SEEDS
 from ..methods.registry import parse
@@ -28,7 +28,6 @@ from . import spreadsheet
 from .footnotes import RECORD, commits
 from .html import GRID_ROWS, TIMES, grid, html
 
-SCHEMA = 2
 RESULTS, PER_IMAGE = "results.json", "per_image.csv"
 FIELDS = ("method", "key", "id", "prompt", "seed", "seconds")  # of the table, before the metrics
 AGAIN = "the same command of eval.run writes it again"

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..common import provenance
 from ..common.cli import choices
 from ..common.devices import pick_device, pick_dtype
+from ..common.schema_changes import SCHEMA
 from ..methods.method import BASELINE, Method
 from ..methods.registry import parse as parse_methods
 from .contender import (
@@ -36,7 +37,6 @@ from .contender import (
 )
 from .model_shapes import CASES, shared_weights_copy
 
-SCHEMA = 2
 DEFAULT_SCOPES = "attention,unet"
 DEFAULT_METHODS = "tomesd,tome,tofu,tofu+p,kv:tofu"
 

@@ -15,11 +15,11 @@ from .. import EvalError
 from ..common import formats
 from ..common.cli import choices
 from ..common.files import listed
+from ..common.schema_changes import SCHEMA
 from ..methods.method import BASELINE
 from ..reporting import results as report
 from ..reporting.footnotes import RECORD
 from ..reporting.tables import method_column, short
-from .benchmark import SCHEMA
 from .contender import _setups
 
 

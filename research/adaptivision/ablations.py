@@ -26,6 +26,7 @@ from eval.common import formats, provenance
 from eval.common.cli import Help, Parser, as_path, choices, command, integer_from, integers
 from eval.common.devices import add_device, pick_device
 from eval.common.files import check_place, write_results
+from eval.common.schema_changes import SCHEMA
 from eval.images.flops import FORMULAS
 from eval.metrics.statistics import bootstrap
 from eval.reporting.footnotes import RECORD
@@ -37,7 +38,6 @@ from ..classifiers.datasets import Labelled
 from ..classifiers.models import WEIGHTS
 from .model import AdaptiVision
 
-SCHEMA = 1
 RATE = 5e-4  # of the trainings
 COUNTED = 64  # images of which FLOPs and clusters are counted
 TITLES = {

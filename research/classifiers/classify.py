@@ -47,9 +47,9 @@ def parser() -> Parser:
     p.add_argument("--data", default="scenes", help="scenes, or a folder with a folder of images for each class")
     p.add_argument(
         "--method",
-        default="full,tome,tofu-avg,tofu,prune,mlerp,atm",
+        default="baseline,tome,tofu-avg,tofu,prune,mlerp,atm",
         metavar="A,B",
-        help=f"full, {', '.join(RECIPES)}, each with any @option=value; words such as PPPPPPAAAAAA, a letter per layer",
+        help=f"baseline, {', '.join(RECIPES)}, with any @option=value; words such as PPPPPPAAAAAA, a letter per layer",
     )
     p.add_argument(
         "--r",

@@ -22,9 +22,10 @@ from eval.common.cli import progress
 from eval.common.files import digest, without_paths
 from tofu_sd.demo.scene_classes import CLASSES
 
-from ..demo_training import scenes
+from ..demo_training import scene_materials, scene_shapes, scenes
 
 CACHE = Path("runs/scenes")
+RENDERER = digest(*(Path(str(module.__file__)) for module in (scenes, scene_shapes, scene_materials)))
 CHUNK = 32  # scenes rendered at once
 READ = 2**30  # bytes of a folder's images that its key is made of, about, besides all names and sizes
 
@@ -98,7 +99,7 @@ def noisy(data: Labelled, sigma: float) -> Labelled:
 def rendered(side: int, per_class: int, first_seed: int, cache: Path = CACHE) -> Labelled:
     """Returns scenes of all 96 classes, rendered once into `cache` with seeds from `first_seed` on."""
     rows = _cached(cache, f"{side}px", scenes.render, side, per_class, first_seed)
-    key = f"scenes {digest(Path(scenes.__file__))}, {side} px, {len(rows)} from {first_seed}"
+    key = f"scenes {RENDERER}, {side} px, {len(rows)} from {first_seed}"
     return Labelled(Renders(rows), tuple(kind.name for kind in CLASSES), "scenes", key)
 
 
@@ -118,7 +119,7 @@ def _cached(
 ) -> np.ndarray:
     """Returns `draw(classes, seeds, side)` as uint8 [96 × per_class, C, side, side], from a file if there is one."""
     n = per_class * len(CLASSES)
-    path = cache / f"{what}-{n}-from-{first_seed}-{digest(Path(scenes.__file__))}.npy"
+    path = cache / f"{what}-{n}-from-{first_seed}-{RENDERER}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")

@@ -26,6 +26,7 @@ from eval.common import provenance
 from eval.common.cli import finite, flag, progress
 from eval.common.devices import pick_device, pick_dtype
 from eval.common.files import png, write, write_results
+from eval.common.schema_changes import SCHEMA
 from eval.metrics.statistics import bootstrap
 from tofu_sd.hosts import timm as host
 from tofu_sd.hosts import timm_linearity
@@ -40,7 +41,7 @@ from .figures import maps, plot
 from .methods import BASELINE, Method, parse
 from .models import Classifier
 from .predictions import Evaluation, Predictions
-from .tables import CALIBRATION, FRESH, RS, SCHEMA, spread
+from .tables import CALIBRATION, FRESH, RS, spread
 
 APPLICABLE = {"table": ("rows", "plot"), "linearity": ("plot",)}  # the options beside --table and --linearity
 
@@ -285,7 +286,7 @@ class MethodResult:
             "settings": [each.settings for each in self.predictions],
             "accuracy": {**interval(self.correct.mean(0), groups), "by_classifier": self.correct.mean(1).tolist()},
             "ahead_of_tome": ahead,
-            "moved": None if self is results[0] else interval(self.feature_shift(results[0]), groups),
+            "feature_shift": None if self is results[0] else interval(self.feature_shift(results[0]), groups),
             "flops": mean(each.flops for each in self.predictions),
             "tokens": mean(each.tokens for each in self.predictions),
             "images_per_second": spread(rates) if rates else None, "speedup": spread(ratios) if ratios else None,

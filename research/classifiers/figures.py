@@ -48,7 +48,7 @@ def plot(results: dict[str, Any]) -> str:
         costs.append(("images / s", lambda row: row["images_per_second"]["median"]))
     values: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
         ("accuracy, %", lambda row: 100 * row["accuracy"]["value"]),
-        ("feature shift", lambda row: row["moved"]["value"]),
+        ("feature shift", lambda row: row["feature_shift"]["value"]),
     ]
     names = list(dict.fromkeys(row["method"] for row in results["rows"] if row is not full))
     with plots.style():
@@ -65,7 +65,7 @@ def plot(results: dict[str, Any]) -> str:
                             linewidth=1.2, label=name)  # fmt: skip
         for ax, (_, cost) in zip(axes[0], costs, strict=True):
             ax.axhline(values[0][1](full), color="#60646c", linewidth=0.8, linestyle=":")
-            ax.plot(cost(full), values[0][1](full), "k*", label="full")
+            ax.plot(cost(full), values[0][1](full), "k*", label=BASELINE.name)
         for ax, (title, _) in zip(axes[-1], costs, strict=True):
             ax.set_xlabel(title)
             ax.set_yscale("log")

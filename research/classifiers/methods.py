@@ -73,11 +73,11 @@ class Method:
             host.remove_patch(model)
 
 
-BASELINE = Method("full")
+BASELINE = Method("baseline")
 
 
 def parse(names: str, rs: Sequence[int], layers: int) -> list[Method]:
-    """Parses a list such as "full,tofu,PPPPPPAAAAAA,atm@beta=0.03".
+    """Parses a list such as "baseline,tofu,PPPPPPAAAAAA,atm@beta=0.03".
 
     A word of the letters P (prune), A (average) and M (MLERP), one for each layer, is a row of ToFu's table 3.
 

@@ -11,13 +11,13 @@ import torch
 
 from eval import EvalError
 from eval.common import formats
+from eval.common.schema_changes import SCHEMA
 from eval.reporting.footnotes import RECORD
 from eval.reporting.tables import known
 from tofu_sd.patching.linearity import best_split
 
 from .methods import BASELINE
 
-SCHEMA = 1
 FRESH = 40  # scenes of each class
 CALIBRATION = 64  # images by which thresholds are set; their labels are not used
 CURVES = (
@@ -72,7 +72,7 @@ def cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         a, gap = row["accuracy"], row["ahead_of_tome"]
         between = f" ({100 * a['low']:.1f}–{100 * a['high']:.1f})" if a["low"] is not None else ""
         line = [
-            row["label"], f"{100 * a['value']:.2f}{between}", _moved(row["moved"]), f"{row['flops'] / 1e9:.3f}",
+            row["label"], f"{100 * a['value']:.2f}{between}", _shift(row["feature_shift"]), f"{row['flops'] / 1e9:.3f}",
             f"{row['flops'] / full['flops']:.3f}", f"{row['tokens']:.0f}",
         ]  # fmt: skip
         if ahead:
@@ -85,7 +85,7 @@ def cells(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return titles, lines
 
 
-def _moved(figure: dict[str, float] | None) -> str:
+def _shift(figure: dict[str, float] | None) -> str:
     if figure is None:
         return "–"
     between = f" ({1e3 * figure['low']:.3g}–{1e3 * figure['high']:.3g})" if figure["low"] is not None else ""

@@ -86,11 +86,11 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
     right = predicted == prompted
     whole = int(right.all(1).sum())
     figures = {
-        "as_asked": whole / args.images,
+        "class_accuracy": whole / args.images,
         "interval_95": wilson(whole, args.images),
         **dict(zip(("shape", "material", "setting"), right.float().mean(0).tolist(), strict=True)),
         "worst": sorted({CLASSES[i % len(CLASSES)].name for i in range(args.images) if not right[i].all()}),
-        "judge_on_fresh_renders": classifier_accuracy(net, torch.device(args.device), args.renders),
+        "classifier_on_fresh_renders": classifier_accuracy(net, torch.device(args.device), args.renders),
         "chance": 1 / (len(SHAPES) * len(MATERIALS) * len(SETTINGS)),
         "n": args.images,
         "seeds": f"0..{args.images - 1}",

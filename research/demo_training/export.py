@@ -38,8 +38,8 @@ def export(work: Path, target: Path, figures: dict[str, Any], recipe: Recipe) ->
     )
     pipe.to(torch.float16).save_pretrained(target, safe_serialization=True)
     export_for_transformers_4(target)
-    classifier = load_file(work / "judge.safetensors")
-    save_file({k: v.half() for k, v in classifier.items()}, target / "judge.safetensors")
+    classifier = load_file(work / "classifier.safetensors")
+    save_file({k: v.half() for k, v in classifier.items()}, target / "classifier.safetensors")
     (target / "figures.json").write_text(json.dumps(figures, indent=1))
 
 

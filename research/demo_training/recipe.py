@@ -55,7 +55,7 @@ class Recipe:
     content: str = "scenes"
     images: int = 80  # renders of each class
     size: int = 256  # pixels; latents are size / 8
-    judge: int = 60_000
+    classifier: int = 60_000
     vae: int = 48_000
     low: int = 60_000
     high: int = 60_000
@@ -70,7 +70,7 @@ class Recipe:
             raise ValueError(f"large is {self.large}; it must be an integer >= 0")
         if self.size < 2 * CROP or self.size % 16:
             raise ValueError(f"size is {self.size}; it must be a multiple of 16 and at least {2 * CROP} pixels")
-        for name in ("images", "judge", "vae", "low", "high", "large_images"):
+        for name in ("images", "classifier", "vae", "low", "high", "large_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be an integer >= 1")
 

@@ -111,7 +111,7 @@ def train_classifier(
         wanted = labels[rows.to(device)]
         return sum(F.cross_entropy(lg.float(), wanted[:, i], label_smoothing=0.05) for i, lg in enumerate(logits))  # type: ignore[return-value]
 
-    figures = fit("judge", classifier, loss, Schedule(recipe.judge, batch, 2e-3, recipe.seed + 1), work)
+    figures = fit("classifier", classifier, loss, Schedule(recipe.classifier, batch, 2e-3, recipe.seed + 1), work)
     classifier.eval().requires_grad_(False)
     figures["accuracy"] = classifier_accuracy(classifier, device, 960, recipe.size, recipe.content)
     return classifier, figures

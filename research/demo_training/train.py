@@ -1,13 +1,13 @@
 """Trains every part of an embedded model from scratch: `python -m research.demo_training.train [--content textures]`.
 
-    render   classes × images each                                   renders.npy, 256 × 256
-    judge    demo classifier on renders; accuracy on fresh ones      judge.safetensors
-    vae      autoencoder on 96-pixel crops                           vae/
-    encode   latents of the renders and their mirror images          latents-32.npy, latents-16.npy
-    low      UNet and text encoder on 16 × 16 latents                unet/, text_encoder/
-    high     the same weights on 32 × 32 latents
-    large    the same weights on 64 × 64 latents of 512 × 512 renders, only for textures
-    export   averaged weights in half precision -> tofu_sd/demo/weights
+    render      classes × images each                               renders.npy, 256 × 256
+    classifier  demo classifier on renders; accuracy on fresh ones  classifier.safetensors
+    vae         autoencoder on 96-pixel crops                       vae/
+    encode      latents of the renders and their mirror images      latents-32.npy, latents-16.npy
+    low         UNet and text encoder on 16 × 16 latents            unet/, text_encoder/
+    high        the same weights on 32 × 32 latents
+    large       the same weights on 64 × 64 latents of 512 × 512 renders, only for textures
+    export      averaged weights in half precision -> tofu_sd/demo/weights
 
 Each stage writes its result to --work and is skipped if that exists. After an interrupt, a training resumes from its
 last checkpoint; renders and latents, which take minutes, are made again. Batches depend on (seed, step), so an
@@ -92,13 +92,13 @@ class _Training:
 
     def classifier(self, renders: np.ndarray) -> DemoClassifier:
         """Returns the demo classifier, trained or loaded."""
-        file = self.work / "judge.safetensors"
+        file = self.work / "classifier.safetensors"
         if file.exists():
             classifier = DemoClassifier(self.recipe.shown.answers).to(self.device).eval().requires_grad_(False)
             classifier.load_state_dict(load_file(file))
             return classifier
         classifier, values = train_classifier(self.recipe, self.work, self.device, renders)
-        self._record("judge", values)
+        self._record("classifier", values)
         _whole(file, lambda part: save_file(classifier.state_dict(), part))
         return classifier
 

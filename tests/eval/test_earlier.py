@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from eval_run import COMMAND, ToyJudge
+from eval_run import COMMAND, ToyClassifier
 from tiny import SHALLOW, sd15_pipe
 
 from eval import run
@@ -38,7 +38,7 @@ def made(tmp_path_factory, pipe):
     folder = tmp_path_factory.mktemp("config_hash")
     (folder / "own.txt").write_text("\n".join(PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "load_model", lambda *_: (pipe, ToyJudge()))
+        patch.setattr(prepare, "load_model", lambda *_: (pipe, ToyClassifier()))
         assert run.main([*PLAIN, str(folder / "own.txt"), "--method", "tofu", "--out", str(folder / "out")]) == 0
     return folder / "out"
 
@@ -53,7 +53,7 @@ def finished(command, made):
 @pytest.fixture
 def command(monkeypatch, tmp_path, pipe):
     """A run of five prompts into the folder out, of the tiny pipeline."""
-    monkeypatch.setattr(prepare, "load_model", lambda *_: (pipe, ToyJudge()))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (pipe, ToyClassifier()))
     (tmp_path / "own.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -166,7 +166,7 @@ def test_earlier_method_that_is_unavailable_is_not_dropped(command, capsys, monk
 
 def test_metrics_are_added_and_lost_ones_reported(command, capsys, monkeypatch):
     pytest.importorskip("pytorch_msssim")
-    assert run.main([*command, "--method", "tofu", "--metrics", "psnr,ssim,judge"]) == 0
+    assert run.main([*command, "--method", "tofu", "--metrics", "psnr,ssim,demo-classifier"]) == 0
     before = rows()["tofu-r50"]["metrics"]
     assert run.main([*command, "--method", "prune"]) == 0
     assert rows()["tofu-r50"]["metrics"] == before

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from eval_run import COMMAND, ToyJudge
+from eval_run import COMMAND, ToyClassifier
 from tiny import SHALLOW, sd15_pipe
 
 from eval import EvalError, run
@@ -22,6 +22,7 @@ from eval import compare as compare_module
 from eval import report as report_module
 from eval.common import files, formats
 from eval.common.files import write_results
+from eval.common.schema_changes import SCHEMA
 from eval.evaluation import prepare
 from eval.images import merge_maps, output_dir, records
 from eval.images import requests as requests_module
@@ -42,7 +43,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     (folder / "own.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+        patch.setattr(prepare, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyClassifier()))
         out = folder / "out"
         assert run.main([*COMMAND, "--metrics", "psnr", "--prompts", str(folder / "own.jsonl"), "--out", str(out)]) == 0
     return out
@@ -249,15 +250,15 @@ def test_benchmark_with_any_value_changed_is_read_or_refused(tmp_path, monkeypat
 )
 def test_committed_results_match_their_schemas(tmp_path, folder, name, shape):
     path = ROOT / "benchmarks" / "results" / folder / name
-    found = formats.read(path, shape, 1, "a program", folder)
+    found = formats.read(path, shape, SCHEMA, "a program", folder)
     for place in [(key,) for key in shape["properties"]] + [("rows", 0, key) for key in ("accuracy", "flops")]:
         (tmp_path / name).write_text(json.dumps(changed(found, place, None)))
         with pytest.raises(EvalError, match=f"^odd is not as a program writes it: .*{place[-1]}"):
-            formats.read(tmp_path / name, shape, 1, "a program", "odd")
+            formats.read(tmp_path / name, shape, SCHEMA, "a program", "odd")
     for content in ODD:
         (tmp_path / name).write_text(content)
         with pytest.raises(EvalError, match=r"^odd [^\n]*$"):
-            formats.read(tmp_path / name, shape, 1, "a program", "odd")
+            formats.read(tmp_path / name, shape, SCHEMA, "a program", "odd")
 
 
 @pytest.mark.parametrize("content", [*ODD[1:5], *ODD[6:9]])
@@ -307,7 +308,7 @@ def test_record_with_other_content_is_corrupt(out, content):
 
 
 def test_corrupt_records_are_generated_again_with_equal_figures(out, made, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyClassifier()))
     command = [*COMMAND, "--metrics", "psnr", "--prompts", str(made.parent / "own.jsonl"), "--out", "out"]
     for name, change in (("0000", {"seconds": 0.0}), ("0001", {"seconds": math.nan}), ("0002", {"batch": "2"})):
         path = out / "tofu-r50" / f"{name}.json"
@@ -324,7 +325,7 @@ def test_corrupt_records_are_generated_again_with_equal_figures(out, made, monke
     "content", ["[]", "3", '{"runtime": [], "packages": {"x": 1}, "commit": 5, "environment": {}}']
 )
 def test_invalid_run_metadata_is_left_out(out, made, monkeypatch, content):
-    monkeypatch.setattr(prepare, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyJudge()))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (sd15_pipe(with_unet=SHALLOW), ToyClassifier()))
     for path in (out / "runs").iterdir():
         path.write_text(content)
     command = [*COMMAND, "--metrics", "psnr", "--prompts", str(made.parent / "own.jsonl"), "--out", "out"]

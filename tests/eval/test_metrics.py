@@ -116,7 +116,7 @@ def lpips():
 
 PAIRWISE = {
     "PSNR": pairwise.psnr, "SSIM": lambda: pairwise.ssim(176), "MS-SSIM": lambda: pairwise.ms_ssim(176),
-    "PD-judge": lambda: demo_classifier.pd_judge(ToyJudge(), CPU), "LPIPS": lpips,
+    "PD-demo": lambda: demo_classifier.pd_demo(ToyClassifier(), CPU), "LPIPS": lpips,
 }  # fmt: skip
 
 
@@ -315,14 +315,14 @@ def test_distribution_metrics_increase_with_noise_and_ignore_order_and_batch():
     noise = features(a.numel(), 1).view(a.shape)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
 
-    class Looking(ToyJudge):
+    class Looking(ToyClassifier):
         """At a few pixels: noise cancels out of a mean."""
 
         def features(self, pictures):
             return pictures[:, :, ::8, ::8].flatten(1)
 
-    judge = Looking()
-    for metric in (demo_classifier.fd_judge(judge, CPU), demo_classifier.kd_judge(judge, CPU)):
+    classifier = Looking()
+    for metric in (demo_classifier.fd_demo(classifier, CPU), demo_classifier.kd_demo(classifier, CPU)):
         x = metric.features.compute(a)
         far = [metric.features.compute((a + sigma * noise).clamp(0, 255).byte()) for sigma in (20, 60, 180)]
         distances = [metric.distance(x, y) for y in far]
@@ -362,8 +362,8 @@ def test_metrics_with_the_same_features_compute_them_once(monkeypatch):
     assert loaded == [1]
     assert fid.features is kid.features
     assert fid.distance is not kid.distance
-    judge = ToyJudge()
-    assert demo_classifier.fd_judge(judge, CPU).features is demo_classifier.kd_judge(judge, CPU).features
+    classifier = ToyClassifier()
+    assert demo_classifier.fd_demo(classifier, CPU).features is demo_classifier.kd_demo(classifier, CPU).features
 
 
 # --- nets of transformers ---------------------------------------------------------------------------------------------
@@ -456,7 +456,7 @@ def test_nan_features_have_no_distance_and_are_reported():
     """Eigenvalues of NaN are an error, after everything was generated."""
     x = features(6, 3).double()
     broken = torch.where(torch.arange(6)[:, None] == 2, torch.nan, x)
-    for metric in (demo_classifier.fd_judge(ToyJudge(), CPU), demo_classifier.kd_judge(ToyJudge(), CPU)):
+    for metric in (demo_classifier.fd_demo(ToyClassifier(), CPU), demo_classifier.kd_demo(ToyClassifier(), CPU)):
         for pair in ((x, broken), (broken, x)):
             figure = summary.distance_ci(metric, *pair, ["a", "b", "c"] * 2)
             assert (figure["value"], figure["low"], figure["nan"]) == (None, None, 1)
@@ -547,10 +547,10 @@ def test_interval_of_a_distance_is_clipped_to_its_minimum():
     generator = torch.Generator().manual_seed(1)
     x, y = (torch.randn(40, 3, generator=generator).double() for _ in range(2))
     groups = [str(i) for i in range(40)]
-    kernel = summary.distance_ci(demo_classifier.kd_judge(ToyJudge(), CPU), x, y, groups)
+    kernel = summary.distance_ci(demo_classifier.kd_demo(ToyClassifier(), CPU), x, y, groups)
     assert kernel["low"] < 0 < kernel["high"]
     assert kernel["value"] - kernel["low"] == pytest.approx(kernel["high"] - kernel["value"])
-    near = summary.distance_ci(demo_classifier.fd_judge(ToyJudge(), CPU), x, x + 1e-3 * y, groups)
+    near = summary.distance_ci(demo_classifier.fd_demo(ToyClassifier(), CPU), x, x + 1e-3 * y, groups)
     assert near["low"] == 0 < near["value"] < near["high"]
 
 
@@ -564,7 +564,7 @@ def test_image_of_one_colour_is_flat():
 # --- the embedded model's classifier ----------------------------------------------------------------------------------
 
 
-class ToyJudge(nn.Module):
+class ToyClassifier(nn.Module):
     """Sees in an image the class whose index is the first pixel's red level."""
 
     def maps(self, pictures):
@@ -580,14 +580,14 @@ class ToyJudge(nn.Module):
 
 
 def test_demo_classifier_metrics_are_zero_on_equal_images():
-    pair, of_sets = demo_classifier.pd_judge(ToyJudge(), CPU), demo_classifier.fd_judge(ToyJudge(), CPU)
+    pair, of_sets = demo_classifier.pd_demo(ToyClassifier(), CPU), demo_classifier.fd_demo(ToyClassifier(), CPU)
     assert pair.compute(pictures(), pictures()).tolist() == [0, 0]
     assert (pair.compute(pictures(), pictures(seed=1)) > 0).all()
     assert of_sets.features.compute(pictures(3)).shape == (3, 3)
-    kernel = demo_classifier.kd_judge(ToyJudge(), CPU)
+    kernel = demo_classifier.kd_demo(ToyClassifier(), CPU)
     assert kernel.distance(*[kernel.features.compute(pictures(3))] * 2) == 0
     for metric in (pair, of_sets, kernel):
-        assert "judge" in metric.name
+        assert metric.name.endswith("-demo")
         assert "LPIPS" not in metric.name + metric.implementation
         assert "FID" not in metric.name + metric.implementation
 
@@ -595,7 +595,7 @@ def test_demo_classifier_metrics_are_zero_on_equal_images():
 def test_perceptual_distance_ignores_feature_norms():
     a = pictures().clamp(0, 100)
     twice = 2 * a
-    assert demo_classifier.pd_judge(ToyJudge(), CPU).compute(a, twice).max() < 1e-10
+    assert demo_classifier.pd_demo(ToyClassifier(), CPU).compute(a, twice).max() < 1e-10
 
 
 def test_class_accuracy_counts_images_with_all_labels_right():
@@ -604,7 +604,7 @@ def test_class_accuracy_counts_images_with_all_labels_right():
     shown = pictures(3)
     shown[:, 0, 0, 0] = torch.tensor([5, 6, 7], dtype=torch.uint8)
     asked = [CLASSES[5].prompt, CLASSES[6].prompt, CLASSES[9].prompt]
-    metric = demo_classifier.class_accuracy(ToyJudge(), asked, CPU)
+    metric = demo_classifier.class_accuracy(ToyClassifier(), asked, CPU)
     assert metric.compute(shown, asked).tolist() == [1, 1, 0]
 
 
@@ -620,14 +620,14 @@ def test_demo_classifier_works_with_its_metrics():
 
 
 def test_class_accuracy_of_unknown_prompts_is_skipped():
-    assert isinstance(demo_classifier.class_accuracy(ToyJudge(), ["a red fox"], CPU), base.Skipped)
+    assert isinstance(demo_classifier.class_accuracy(ToyClassifier(), ["a red fox"], CPU), base.Skipped)
 
 
 def test_metrics_disable_tf32_and_restore_it():
     switches = torch.backends.cudnn, torch.backends.cuda.matmul
     before, seen = [switch.allow_tf32 for switch in switches], []
 
-    class Looking(ToyJudge):
+    class Looking(ToyClassifier):
         def features(self, pictures):
             seen.extend(switch.allow_tf32 for switch in switches)
             return super().features(pictures)
@@ -635,7 +635,7 @@ def test_metrics_disable_tf32_and_restore_it():
     try:
         for switch in switches:
             switch.allow_tf32 = True
-        demo_classifier.fd_judge(Looking(), CPU).features.compute(pictures())
+        demo_classifier.fd_demo(Looking(), CPU).features.compute(pictures())
         assert seen == [False, False]
         assert [switch.allow_tf32 for switch in switches] == [True, True]
     finally:

@@ -62,9 +62,9 @@ def refused(model="mine", **options):
 
 
 def test_complete_model_is_loaded(mine):
-    pipe, judge = load_model("mine", CPU, torch.float32)
+    pipe, classifier = load_model("mine", CPU, torch.float32)
     assert len(pipe.tokenizer) == pipe.text_encoder.config.vocab_size
-    assert (judge, variant_of(pipe)) == (None, None)
+    assert (classifier, variant_of(pipe)) == (None, None)
 
 
 @pytest.mark.parametrize("gone", ["tokenizer/tokenizer.json", "tokenizer"])

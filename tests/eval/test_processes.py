@@ -143,13 +143,24 @@ def test_killed_run_resumes_without_losing_or_repeating_images(folder: Path, alo
 
 def test_two_processes_give_the_results_of_one(folder: Path) -> None:
     """Each also reads features of its own share of the images, which must meet again in their order."""
-    own = ("--model", "demo", "--prompts", "demo", "--limit", "7", "--steps", "1", "--metrics", "psnr,ms-ssim,judge")
+    own = (
+        "--model",
+        "demo",
+        "--prompts",
+        "demo",
+        "--limit",
+        "7",
+        "--steps",
+        "1",
+        "--metrics",
+        "psnr,ms-ssim,demo-classifier",
+    )
     here(folder, "one", *own)
     printed, output = ran(command(folder, "two", *own, "--json", "--device", "auto", launcher=LAUNCH))
     assert content(folder, "two") == content(folder, "one")
     found = figures(folder, "two")
     assert found == figures(folder, "one")
-    assert found[1]["metrics"]["FD-judge"]["value"] > 0  # type: ignore[index]
+    assert found[1]["metrics"]["FD-demo"]["value"] > 0  # type: ignore[index]
     assert json.loads(printed)["rows"][0]["method"] == "baseline"  # one of them prints
     runs = json.loads(printed)["provenance"]["generated"]
     assert [run["images"] for run in runs] in ([12, 9], [9, 12]), output

@@ -16,7 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from eval_run import COMMAND, ToyJudge
+from eval_run import COMMAND, ToyClassifier
 from PIL import Image, ImageFont
 from rich.console import Console
 from tiny import SHALLOW, sd15_pipe
@@ -56,7 +56,7 @@ def deep():
 @pytest.fixture
 def tiny(monkeypatch, tmp_path, pipe):
     """Any --model is the tiny pipeline; the current folder is empty but for a list of prompts outside of it."""
-    monkeypatch.setattr(prepare, "load_model", lambda *_: (pipe, ToyJudge()))
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (pipe, ToyClassifier()))
     (tmp_path / "here").mkdir()
     (tmp_path / "own.txt").write_text("\n".join(PROMPTS))
     monkeypatch.chdir(tmp_path / "here")
@@ -69,7 +69,7 @@ def finished(tmp_path_factory, pipe):
     folder = tmp_path_factory.mktemp("eval")
     (folder / "own.txt").write_text("\n".join(PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "load_model", lambda *_: (pipe, ToyJudge()))
+        patch.setattr(prepare, "load_model", lambda *_: (pipe, ToyClassifier()))
         names = ["--method", "tofu,full,kv:tome+p,tomesd", "--seed-baseline"]
         code = run_module.main([*COMMAND, *names, "--prompts", str(folder / "own.txt"), "--out", str(folder / "out")])
     assert code == 0
@@ -93,14 +93,14 @@ def test_every_method_has_a_row_and_the_baseline_is_first(finished):
 def test_baseline_compared_with_itself_is_perfect(finished):
     full = rows(finished[1])["baseline"]["metrics"]
     assert full["PSNR"] == {"value": None, "low": None, "high": None, "n": 0, "infinite": len(PROMPTS)}
-    assert full["PD-judge"]["value"] == 0
-    assert full["FD-judge"]["value"] < 1e-12  # float64 rounding
+    assert full["PD-demo"]["value"] == 0
+    assert full["FD-demo"]["value"] < 1e-12  # float64 rounding
 
 
 def test_seed_baseline_is_further_away_than_any_method(finished):
     found = rows(finished[1])
-    scale = found.pop("baseline-other-seeds")["metrics"]["PD-judge"]["value"]
-    assert all(row["metrics"]["PD-judge"]["value"] < scale for row in found.values())
+    scale = found.pop("baseline-other-seeds")["metrics"]["PD-demo"]["value"]
+    assert all(row["metrics"]["PD-demo"]["value"] < scale for row in found.values())
 
 
 def test_results_contain_settings_and_provenance(finished):
@@ -118,9 +118,7 @@ def test_results_contain_settings_and_provenance(finished):
     assert tofu["n"] == len(PROMPTS)
     assert tofu["seconds"]["n"] == 2  # batches; the third has one image alone
     assert (
-        tofu["metrics"]["PD-judge"]["low"]
-        <= tofu["metrics"]["PD-judge"]["value"]
-        <= tofu["metrics"]["PD-judge"]["high"]
+        tofu["metrics"]["PD-demo"]["low"] <= tofu["metrics"]["PD-demo"]["value"] <= tofu["metrics"]["PD-demo"]["high"]
     )
 
 
@@ -201,7 +199,7 @@ def test_rows_and_columns_of_the_table_can_be_selected(finished, capsys, tmp_pat
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| method | PSNR ↑ | speed-up |"
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| tomesd 50%", "| tofu 50%", ""]
-    assert not any("FD-judge" in line for line in lines)
+    assert not any("FD-demo" in line for line in lines)
     assert (
         report_module.main(
             [str(out), "--grid", str(tmp_path / "two.png"), "--rows", "baseline", "tofu 50%", "--first", "1"]
@@ -301,11 +299,11 @@ def test_json_keeps_stdout_for_the_results(tiny, capsys, monkeypatch):
 @pytest.mark.skipif(not (demo.WEIGHTS / "model_index.json").exists(), reason="the embedded model has no weights here")
 def test_embedded_model_is_measured_by_the_demo_classifier(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = ["--limit", "2", "--steps", "3", "--metrics", "psnr,ms-ssim,judge", "--out", "out"]
+    arguments = ["--limit", "2", "--steps", "3", "--metrics", "psnr,ms-ssim,demo-classifier", "--out", "out"]
     assert run_module.main([*arguments, "--method", "tofu"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
     assert set(found["baseline"]["metrics"]) == {"class accuracy"}
-    assert set(found["tofu-r50"]["metrics"]) == {"class accuracy", "PSNR", "MS-SSIM", "PD-judge", "FD-judge"}
+    assert set(found["tofu-r50"]["metrics"]) == {"class accuracy", "PSNR", "MS-SSIM", "PD-demo", "FD-demo"}
     assert found["tofu-r50"]["metrics"]["PSNR"]["value"] > 20  # the same image, nearly; other seeds give about 10
 
 
@@ -583,13 +581,24 @@ def test_saved_pipeline_runs(tmp_path, monkeypatch, pipe):
     pipe.save_pretrained(tmp_path / "own model")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.txt").write_text("a fox")
-    arguments = ["--prompts", "own.txt", "--steps", "1", "--metrics", "psnr,judge", "--method", "tofu", "--out", "out"]
+    arguments = [
+        "--prompts",
+        "own.txt",
+        "--steps",
+        "1",
+        "--metrics",
+        "psnr,demo-classifier",
+        "--method",
+        "tofu",
+        "--out",
+        "out",
+    ]
     assert run_module.main(["--model", str(tmp_path / "own model"), *arguments]) == 0
     found = files.read_json(Path("out/results.json"))
     assert found["settings"]["size"] == 128  # a latent of 16, eightfold
     assert found["settings"]["model"] == "own model"
     assert "'own model'" in found["provenance"]["command"]
-    assert [m["skipped"] for m in found["metrics"] if m["name"] == "PD-judge"] == [
+    assert [m["skipped"] for m in found["metrics"] if m["name"] == "PD-demo"] == [
         "it is measured in the demo model's classifier, and this is another model"
     ]
 
@@ -735,7 +744,7 @@ def test_generate_only_then_metrics_only(tiny, monkeypatch, capsys):
     assert run_module.main([*tiny, "--method", "tofu", "--generate-only", "--out", "out"]) == 0
     assert not Path("out/results.json").exists()
     monkeypatch.setattr(prepare, "load_model", lambda *_: pytest.fail("measuring needs no model"))
-    own = [a for a in tiny if a not in ("psnr,ms-ssim,judge",)]
+    own = [a for a in tiny if a not in ("psnr,ms-ssim,demo-classifier",)]
     own[own.index("--metrics") + 1 : own.index("--metrics") + 1] = ["psnr"]
     assert run_module.main([*own, "--method", "tofu", "--metrics-only", "--out", "out"]) == 0
     assert rows(files.read_json(Path("out/results.json")))["tofu-r50"]["metrics"]["PSNR"]["n"] == len(PROMPTS)
@@ -998,7 +1007,7 @@ def test_each_method_is_warmed_up_once_where_a_run_resumes(tiny, monkeypatch):
 
 
 def test_a_folder_called_demo_is_not_the_embedded_model(tiny, monkeypatch):
-    """Measured later, its images would be judged by the embedded model's classifier."""
+    """Measured later, its images would be measured by the embedded model's classifier."""
     (Path("models") / "demo").mkdir(parents=True)
     monkeypatch.chdir("models")
     for model in ("demo/", "../models/demo", str(Path("demo").absolute())):
@@ -1105,12 +1114,12 @@ def test_other_runtime_errors_are_not_reported_as_out_of_memory(tiny, monkeypatc
 def test_footnotes_on_few_images_and_memory(finished):
     found = json.loads(json.dumps(finished[1]))
     output = "\n".join(tables.footnotes(found))
-    assert f"FD-judge: from n={len(PROMPTS)} images in 3 dimensions. It is biased upwards" in output
+    assert f"FD-demo: from n={len(PROMPTS)} images in 3 dimensions. It is biased upwards" in output
     assert "n/a off CUDA" in output
     row = found["rows"][1]
     row |= {"peak_bytes": 3 * 2**20, "held_bytes": 5 * 2**20}
-    row["metrics"]["KID"] = {**row["metrics"]["FD-judge"], "n": 999}
-    found["metrics"].append({**next(m for m in found["metrics"] if m["name"] == "FD-judge"), "name": "KID"})
+    row["metrics"]["KID"] = {**row["metrics"]["FD-demo"], "n": 999}
+    found["metrics"].append({**next(m for m in found["metrics"] if m["name"] == "FD-demo"), "name": "KID"})
     output = "\n".join(tables.footnotes(found))
     assert "KID: from n=999 images; under 1,000" in output
     assert "beyond the 5 MiB that the model itself holds" in output

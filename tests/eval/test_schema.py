@@ -20,7 +20,8 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 FOLDERS = sorted(path.parent for path in RESULTS.glob("*/results.json"))
 FILES = sorted(RESULTS.rglob("*.json"))
 BENCHMARKS = sorted(RESULTS.glob("bench-*.json"))
-OLD_KEYS = {"denoising", "beside", "of_one_run", "blank", "undefined", "drawn", "pictures", "classed as asked"}
+OLD_KEYS = {"denoising", "beside", "of_one_run", "blank", "undefined", "drawn", "pictures", "classed as asked",
+            "PD-judge", "FD-judge", "moved"}  # fmt: skip
 
 
 def numbers(value: Any) -> list[Any]:
@@ -107,11 +108,19 @@ def test_rows_figures_and_runs_have_the_names_of_this_version() -> None:
     }  # fmt: skip
 
 
-def test_results_of_this_version_and_of_other_commands_keep_their_keys() -> None:
+def test_results_of_this_version_keep_their_keys() -> None:
     own = {"schema": 2, "rows": [{"method": "tofu", "key": "tofu", "beside": 1}]}
     assert convert(own) == own
-    research = {"schema": 1, "rows": [{"method": "full", "label": "full", "moved": None}]}
-    assert convert(research) == research
+
+
+def test_results_of_classifiers_and_ablations_have_the_names_of_this_version() -> None:
+    classify = {"schema": 1, "rows": [{"method": "full", "label": "full", "moved": None}]}
+    assert convert(classify) == {
+        "schema": 2,
+        "rows": [{"method": "baseline", "label": "baseline", "feature_shift": None}],
+    }
+    ablations = {"schema": 1, "rows": [{"variant": "all patches", "flops": 1}]}
+    assert convert(ablations) == {**ablations, "schema": 2}
 
 
 @pytest.mark.parametrize(

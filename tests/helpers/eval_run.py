@@ -2,10 +2,21 @@
 
 import torch
 
-COMMAND = ["--model", "tiny", "--steps", "1", "--size", "64", "--batch", "2", "--metrics", "psnr,ms-ssim,judge"]
+COMMAND = [
+    "--model",
+    "tiny",
+    "--steps",
+    "1",
+    "--size",
+    "64",
+    "--batch",
+    "2",
+    "--metrics",
+    "psnr,ms-ssim,demo-classifier",
+]
 
 
-class ToyJudge(torch.nn.Module):
+class ToyClassifier(torch.nn.Module):
     """A feature net with the classifier's interface."""
 
     def maps(self, pictures):

@@ -321,23 +321,23 @@ def test_noise_is_deterministic_with_its_standard_deviation(images):
 
 
 def test_noise_lowers_accuracy(trained, images, tmp_path):
-    clear, noisy = (run(trained, images, tmp_path, "--method", "full", "--noise", sigma) for sigma in ("0", "0.5"))
+    clear, noisy = (run(trained, images, tmp_path, "--method", "baseline", "--noise", sigma) for sigma in ("0", "0.5"))
     assert noisy["rows"][0]["accuracy"]["value"] < clear["rows"][0]["accuracy"]["value"]
     assert noisy["settings"]["data"] == "val, noise 0.5"
 
 
 def test_parse_reads_methods():
-    full, tofu, word, atm = reductions.parse("full,tofu@depth_split=3,PPPA,atm@beta=0.1", [4], 4)
+    full, tofu, word, atm = reductions.parse("baseline,tofu@depth_split=3,PPPA,atm@beta=0.1", [4], 4)
     assert full is reductions.BASELINE
     assert tofu.reduction == TokenReduction(4, early=prune, late=mlerp, depth_split=3)
     assert word.reduction == TokenReduction(4, early=prune, late=mean, depth_split=3)
     assert atm.reduction == AdaptiveReduction(beta=0.1)
     assert [m.label for m in (full, tofu, word, atm)] == [
-        "full", "tofu@depth_split=3, r = 4", "PPPA, r = 4", "atm@beta=0.1",
+        "baseline", "tofu@depth_split=3, r = 4", "PPPA, r = 4", "atm@beta=0.1",
     ]  # fmt: skip
     assert len(reductions.parse("atm@alpha=0.98@beta=0.035@least=0.93", [4, 8], 4)) == 1  # as in ATM's table A2
-    several = reductions.parse("full,tome", [2, 4], 4)
-    assert [m.label for m in several] == ["full", "tome, r = 2", "tome, r = 4"]
+    several = reductions.parse("baseline,tome", [2, 4], 4)
+    assert [m.label for m in several] == ["baseline", "tome, r = 2", "tome, r = 4"]
     (all_average,) = reductions.parse("AAAA", [1], 4)
     assert {all_average.reduction.reduction_at(layer) for layer in range(4)} == {mean}
 
@@ -369,17 +369,17 @@ def test_table_has_the_accuracy_of_each_classifier(trained, images, tmp_path):
         torch.cat(train.correct(one.model, fresh, torch.device("cpu"))).double().mean().item()
         for one in classifiers.load(trained, torch.device("cpu"))
     ]
-    assert rows["full"]["accuracy"]["by_classifier"] == each
-    assert rows["full"]["accuracy"]["value"] == pytest.approx(sum(each) / 2)
-    assert rows["full"]["tokens"] == 64
+    assert rows["baseline"]["accuracy"]["by_classifier"] == each
+    assert rows["baseline"]["accuracy"]["value"] == pytest.approx(sum(each) / 2)
+    assert rows["baseline"]["tokens"] == 64
     # nothing is merged: the same predictions at the same FLOPs
     for name in ("tome", "tofu"):
-        assert rows[f"{name}, r = 0"]["accuracy"] == rows["full"]["accuracy"]
-        assert rows[f"{name}, r = 0"]["flops"] == rows["full"]["flops"]
+        assert rows[f"{name}, r = 0"]["accuracy"] == rows["baseline"]["accuracy"]
+        assert rows[f"{name}, r = 0"]["flops"] == rows["baseline"]["flops"]
         assert rows[f"{name}, r = 8"]["tokens"] == 64 - 3 * 8
-        assert rows[f"{name}, r = 8"]["flops"] < rows["full"]["flops"]
-        assert rows[f"{name}, r = 0"]["moved"]["value"] == pytest.approx(0, abs=1e-9)
-        assert 0 < rows[f"{name}, r = 8"]["moved"]["value"] < 1
+        assert rows[f"{name}, r = 8"]["flops"] < rows["baseline"]["flops"]
+        assert rows[f"{name}, r = 0"]["feature_shift"]["value"] == pytest.approx(0, abs=1e-9)
+        assert 0 < rows[f"{name}, r = 8"]["feature_shift"]["value"] < 1
     ahead = rows["tofu, r = 8"]["ahead_of_tome"]["value"]
     assert ahead == pytest.approx(rows["tofu, r = 8"]["accuracy"]["value"] - rows["tome, r = 8"]["accuracy"]["value"])
 
@@ -388,7 +388,7 @@ def test_feature_shift_is_the_cosine_distance_before_the_head(trained, images, t
     one = classifiers.load(trained, torch.device("cpu"))[0]
     data = labelled.folder(images / "val", labelled.plain(32))
     bench = predictions.Evaluation(data, 6, 64, torch.device("cpu"), tmp_path)
-    full, tome = (classify.MethodResult.of(bench, [one], m) for m in reductions.parse("full,tome", [12], 4))
+    full, tome = (classify.MethodResult.of(bench, [one], m) for m in reductions.parse("baseline,tome", [12], 4))
     batch = torch.stack([data.images[i][0] for i in range(6)])
     with torch.no_grad():
         whole = one.model.forward_head(one.model.forward_features(batch), pre_logits=True)
@@ -471,10 +471,10 @@ def test_calibration_images_are_not_evaluated(images):
             return torch.cat([labels for _, labels in batches]), torch.cat([shown for shown, _ in batches])
 
     labels, shown = held(24, 12)
-    judged = torch.stack([data.images[i][0] for i in range(24)])
+    evaluated = torch.stack([data.images[i][0] for i in range(24)])
     assert len(shown) == 12
     assert len(set(labels.tolist())) > 1
-    assert not any(torch.equal(a, b) for a in shown for b in judged)
+    assert not any(torch.equal(a, b) for a in shown for b in evaluated)
     assert len(held(48, 12)[0]) == 12  # all images are evaluated, so calibration uses them too
     assert len(held(48, 99)[0]) == 48
 
@@ -495,8 +495,8 @@ def test_other_images_in_a_folder_of_the_same_name_are_evaluated_again(trained, 
     folders[0].rename(swapped / "aside")
     folders[1].rename(folders[0])
     (swapped / "aside").rename(folders[1])
-    first = run(trained, images, tmp_path / "out", "--method", "full")
-    second = run(trained, swapped.parent, tmp_path / "out", "--method", "full")
+    first = run(trained, images, tmp_path / "out", "--method", "baseline")
+    second = run(trained, swapped.parent, tmp_path / "out", "--method", "baseline")
     lost = first["rows"][0]["accuracy"]["value"] - second["rows"][0]["accuracy"]["value"]
     assert lost > 0.1  # two of six classes have swapped labels
 
@@ -560,7 +560,7 @@ def test_stress_finds_the_largest_r_at_full_accuracy(trained, images, tmp_path, 
     for row in others:
         assert row["accuracy"]["value"] >= full["accuracy"]["value"]
         assert row["flops"] <= full["flops"]
-        assert row["moved"]["value"] >= 0
+        assert row["feature_shift"]["value"] >= 0
 
 
 def test_half_precision_runs_and_is_reported(trained, images, tmp_path, capsys):
@@ -571,7 +571,7 @@ def test_half_precision_runs_and_is_reported(trained, images, tmp_path, capsys):
     assert "bfloat16 on cpu" in capsys.readouterr().out
     straight = [torch.tensor(results["linearity"]) for results in (whole, half)]
     torch.testing.assert_close(*straight, atol=1e-3, rtol=0)  # weights are rounded, the steps are not
-    moved = [results["rows"][1]["moved"]["value"] for results in (whole, half)]
+    moved = [results["rows"][1]["feature_shift"]["value"] for results in (whole, half)]
     assert moved[0] != moved[1] == pytest.approx(moved[0], rel=0.5)
 
 
@@ -626,7 +626,7 @@ def test_page_shows_the_table_of_a_folder(trained, images, tmp_path, capsys):
     capsys.readouterr()
     assert command.main(["--table", str(tmp_path), "--rows", "tome, r = 8"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")][1:] == ["| full", "| tome, r = 8"]
+    assert [line.split(" | ")[0] for line in lines if line.startswith("| ")][1:] == ["| baseline", "| tome, r = 8"]
     assert command.main(["--table", str(tmp_path), "--rows", "tome, r = 9"]) == 2
     assert "no row 'tome, r = 9' (did you mean 'tome, r = 8'?)" in capsys.readouterr().err
     for what, axis in (("--table", "feature shift"), ("--linearity", "functional linearity")):
@@ -644,14 +644,14 @@ def test_page_shows_the_table_of_a_folder(trained, images, tmp_path, capsys):
         (["--noise", "-1"], "argument --noise: '-1' is below 0"),
         (["--noise", "loud"], "argument --noise: 'loud' is not a finite number"),
         (["--model", "no_such_model_of_timms"], "called 'no_such_model_of_timms'"),
-        (["--rows", "full"], "--rows needs --table"),
+        (["--rows", "baseline"], "--rows needs --table"),
         (["--stress", "--method", "atm@beta=0.02"], "--stress searches thresholds itself, and 'atm@beta=0.02' sets it"),
         (["--stress", "--method", "tofu@r=5"], "--stress searches r itself, and 'tofu@r=5' sets it"),
         (["--stress", "--method", "PPPA@r=0"], "--stress searches r itself, and 'PPPA@r=0' sets it"),
         (["--stress", "--method", "tome", "--r", "8,33"], "r is 33; of 64 patch tokens at most 32 can be merged"),
         (["--method", "atm@class_only=False", "--r", "33"], "r is 33; of 64 patch tokens at most 32 can be merged"),
         (["--stress", "--plot", "a.svg"], "--plot draws methods at several r, and --stress finds one for each"),
-        (["--method", "full@r=3"], "'full' takes no options, and 'full@r=3' sets some"),
+        (["--method", "baseline@r=3"], "'baseline' takes no options, and 'baseline@r=3' sets some"),
         (["--method", "PPPA@early=mean"], "'PPPA' already sets early"),
     ],
 )
@@ -670,7 +670,7 @@ def test_invalid_options_print_an_error_and_write_nothing(trained, images, tmp_p
         (["--table", "nowhere"], "nowhere holds no results of research.classifiers.classify"),
         (["--table", "nowhere", "--limit", "3"], "--limit has no effect with --table"),
         (["--linearity", "nowhere", "--maps", "a.png"], "--maps has no effect with --linearity"),
-        (["--linearity", "nowhere", "--rows", "full"], "--rows has no effect with --linearity"),
+        (["--linearity", "nowhere", "--rows", "baseline"], "--rows has no effect with --linearity"),
     ],
 )
 def test_table_rejects_options_without_effect(capsys, options, message):

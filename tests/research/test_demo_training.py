@@ -11,7 +11,8 @@ from research.demo_training import fit as fit_module
 from research.demo_training import recipe, stages, train
 from research.demo_training.fit import Schedule, fit
 from research.demo_training.recipe import Recipe
-from research.demo_training.scenes import draw_scene, nearness, noise_tiles, render
+from research.demo_training.scene_materials import noise_tiles
+from research.demo_training.scenes import draw_scene, nearness, render
 from tofu_sd.demo.scene_classes import CLASSES, SHAPES
 from tofu_sd.demo.tokenizer import build_tokenizer
 
@@ -108,7 +109,7 @@ def test_resumed_training_is_bit_equal_to_an_uninterrupted_one(tmp_path, monkeyp
     assert torch.equal(whole.weight, resumed.weight)
 
 
-SMALL = Recipe(images=1, size=192, judge=48, vae=8, low=24, high=24)
+SMALL = Recipe(images=1, size=192, classifier=48, vae=8, low=24, high=24)
 FEW = CLASSES[::6]  # 16, the number that is rendered at a time
 
 
@@ -121,7 +122,7 @@ def test_interrupted_training_resumes_and_keeps_its_recipe(tmp_path, monkeypatch
 
     def cut(name, *args, **kwargs):
         done.append(name)
-        if done == ["judge", "vae", "low"]:
+        if done == ["classifier", "vae", "low"]:
             raise KeyboardInterrupt
         return fit(name, *args, **kwargs)
 
@@ -130,9 +131,9 @@ def test_interrupted_training_resumes_and_keeps_its_recipe(tmp_path, monkeypatch
         train.train(SMALL, work, out, CPU)
     assert not out.exists()
     train.train(SMALL, work, out, CPU)
-    assert done == ["judge", "vae", "low", "low", "high"]
+    assert done == ["classifier", "vae", "low", "low", "high"]
     figures = json.loads((out / "figures.json").read_text())
-    assert [figures[name]["samples"] for name in ("judge", "vae", "low", "high")] == [48, 8, 24, 24]
+    assert [figures[name]["samples"] for name in ("classifier", "vae", "low", "high")] == [48, 8, 24, 24]
     assert not any(str(tmp_path) in file.read_text() for file in out.rglob("*.json"))
     monkeypatch.setattr("tofu_sd.demo.WEIGHTS", out)
     pipe = tofu_sd.demo.load()

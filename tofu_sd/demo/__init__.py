@@ -58,5 +58,5 @@ def load_classifier(device: torch.device | str = "cpu") -> DemoClassifier:
     from .classifier import DemoClassifier
 
     net = DemoClassifier()
-    net.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS / "judge.safetensors").items()})
+    net.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS / "classifier.safetensors").items()})
     return net.to(device).eval().requires_grad_(False)
