@@ -8,7 +8,9 @@ import hashlib
 import io
 import json
 import math
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from eval.methods import registry as methods
 from eval.reporting import earlier_results, spreadsheet
 from eval.reporting import results as results_module
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FORMULAS = ["=1+1", "+cmd|' /C calc'!A0", "-cat", "@SUM(A1)", "\t=1", "'=1+1", "''=1"]
 PROMPTS = [*(text for text in FORMULAS if text[0] != "\t"), "a bee", 'an old, "quoted" oak', "-5"]
 ODD = ["", "[]", "null", "1", '"x"', "{}", "{", "[" * 100_000, "NaN", '{"schema": 1}', '{"schema": 1, "rows": {}}',
@@ -65,9 +67,6 @@ def refusal(capsys, program, *arguments):
     assert output.err.startswith("error: ")
     assert output.err.count("\n") == 1
     return output.err
-
-
-# --- spreadsheets -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", [*FORMULAS, "\r=1", "a fox", "", "'tis", "'", "-0.5", "-1e-3", "-inf", "a\n=1", "–1"])
@@ -181,9 +180,6 @@ def test_per_image_csv_without_a_hash_is_validated(out, capsys, change, said):
     assert said in refusal(capsys, report_module, "out", "--markdown")
 
 
-# --- JSON of another shape --------------------------------------------------------------------------------------------
-
-
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where a JSON value has parts."""
     inside = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
@@ -274,9 +270,6 @@ def test_settings_with_a_wrong_type_are_named(out, name, value):
         output_dir.load_settings(out)
 
 
-# --- records of images ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -329,8 +322,8 @@ def test_invalid_run_metadata_is_left_out(out, made, monkeypatch, content):
         path.write_text(content)
     command = [*COMMAND, "--metrics", "psnr", "--prompts", str(made.parent / "own.jsonl"), "--out", "out"]
     assert run.main([*command, "--metrics-only"]) == 0
-    (drawn,) = files.read_json(out / "results.json")["provenance"]["generated"]
-    assert drawn.keys() == {"run", "images"}
+    (generated,) = files.read_json(out / "results.json")["provenance"]["generated"]
+    assert generated.keys() == {"run", "images"}
 
 
 def test_invalid_flops_are_counted_again(out):
@@ -371,3 +364,54 @@ def test_different_earlier_results_are_kept_under_a_number(tmp_path: Path, capsy
         "bench.json held earlier results, which are kept in bench.1.json",
         "bench.json held earlier results, which are kept in bench.2.json",
     ]
+
+
+def test_only_abandoned_temp_files_are_removed(tmp_path):
+    """The file of a writer that is at work in another process, and files of other people, stay."""
+    (tmp_path / "baseline").mkdir()
+    names = {"baseline/.00001-0.png.0a1b2c3d": True, "baseline/.00002-0.png.0a1b2c3e": False,
+             "baseline/00001-0.png": False,
+             ".gitignore": False, "baseline/.notes.txt": False}  # fmt: skip
+    for name in names:
+        (tmp_path / name).write_text("x")
+        age = 0 if "00002" in name else 2 * files.ABANDONED
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    (tmp_path / "baseline" / ".00003-0.png.0a1b2c3f").symlink_to("renamed meanwhile")  # found, and gone when looked at
+    assert files.remove_temp_files(tmp_path) == 1
+    assert {name: not (tmp_path / name).exists() for name in names} == names
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("--out /home/me/runs/x --ratio 0.5", "--out x --ratio 0.5"),
+        ("No such file: '/data/w/alex.pth'", "No such file: 'alex.pth'"),
+        (r"C:\Users\me\model", "model"),
+        ("see https://example.org/a/b", "see https://example.org/a/b"),
+        ("s/image and/or kv", "s/image and/or kv"),
+        ("runs/out", "runs/out"),
+    ],
+)
+def test_only_absolute_paths_are_cut(text, shown):
+    assert files.without_paths(text) == shown
+
+
+def test_written_files_have_default_permissions(tmp_path):
+    """A report is for colleagues and web servers too."""
+    files.write(tmp_path / "plain", "x")
+    (tmp_path / "usual").write_text("x")
+    assert (tmp_path / "plain").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "usual"]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    files.write(tmp_path / "a.json", "old")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        files.write(tmp_path / "a.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"

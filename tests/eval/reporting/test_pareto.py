@@ -33,10 +33,10 @@ def beats(a: Point, b: Point, sign: int) -> bool:
 
 @given(st.lists(st.tuples(FIGURE, FIGURE), min_size=1, max_size=12), st.booleans())
 def test_pareto_front_is_exactly_the_undominated_points(figures: list[tuple[float, float]], lower: bool) -> None:
-    drawn = [Point({"i": i}, cost, value, value, value) for i, (cost, value) in enumerate(figures)]
+    points = [Point({"i": i}, cost, value, value, value) for i, (cost, value) in enumerate(figures)]
     sign = 1 if lower else -1
-    kept = {p.row["i"] for p in pareto.pareto(drawn, lower)}
-    cheaper = [p for p in drawn if p.cost < 1]  # what costs as much as the baseline is beaten by it
+    kept = {p.row["i"] for p in pareto.pareto(points, lower)}
+    cheaper = [p for p in points if p.cost < 1]  # what costs as much as the baseline is beaten by it
     assert kept == {p.row["i"] for p in cheaper if not any(beats(other, p, sign) for other in cheaper)}
 
 
@@ -145,9 +145,9 @@ def test_plot_of_selected_rows(swept: Path, tmp_path: Path) -> None:
     """The baseline, of which costs are shares, need not be among them."""
     rows = ["--rows", "tofu 25%", "prune 25%"]
     assert report_module.main([str(swept), "--plot", str(tmp_path / "some.svg"), *rows]) == 0
-    drawn = (tmp_path / "some.svg").read_text()
-    assert "tofu 25%" in drawn
-    assert "todo" not in drawn
+    plot = (tmp_path / "some.svg").read_text()
+    assert "tofu 25%" in plot
+    assert "todo" not in plot
 
 
 def test_every_part_of_a_report_names_metric_implementations(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,8 +173,8 @@ def test_plot_markers_and_colours_are_unique() -> None:
     assert list(looks.marks) == ["tomesd", "todo", "deepcache", "deepcache:tofu", "deepcache:tome"]
     assert len(set(looks.marks.values())) == 5
     assert not set(looks.marks.values()) & set(pareto_plot.FORMS.values())
-    drawn = {repr(looks.marker(row)) for row in rows}
-    assert len(drawn) == len(rows)
+    markers = {repr(looks.marker(row)) for row in rows}
+    assert len(markers) == len(rows)
 
 
 def test_plot_is_deterministic_and_can_be_written(swept: Path, tmp_path: Path) -> None:
@@ -272,9 +272,9 @@ def test_times_can_be_taken_from_another_run(
     assert table.endswith("\n\n`draw low`\n\n`draw high`\n\n`draw speed`\n")
     assert report_module.main([str(low), str(high), "--times", str(speed), "--pareto"]) == 0
     assert "all of another run, on another machine, of commit" in capsys.readouterr().out
-    drawing = tmp_path / "plot.svg"
-    assert report_module.main([str(low), str(high), "--times", str(speed), "--plot", str(drawing)]) == 0
-    assert drawing.exists()
+    plot_file = tmp_path / "plot.svg"
+    assert report_module.main([str(low), str(high), "--times", str(speed), "--plot", str(plot_file)]) == 0
+    assert plot_file.exists()
     older = part(swept, tmp_path / "older", lambda row: True, gain=5, tokenizers=None)
     assert (
         report_module.main([str(low), "--times", str(older), "--pareto"]) == 0

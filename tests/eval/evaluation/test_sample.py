@@ -98,7 +98,7 @@ def test_the_sample_says_how_to_get_all_and_its_figures_have_intervals(
     fast = ["--steps", "1", "--metrics", "psnr,ssim,ms-ssim,judge", "--method", "prune"]
     assert run_module.main(fast) == 0
     printed = capsys.readouterr()
-    assert "8 pictures of 96" in printed.out or "8 images of 96" in printed.out
+    assert "8 images of 96" in printed.out
     assert printed.err.strip().splitlines()[-1].endswith("the same command with --limit all")
     (out,) = Path("runs").iterdir()
     rows = {row["key"]: row for row in files.read_json(out / "results.json")["rows"]}

@@ -8,8 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from eval_run import COMMAND, ToyJudge
-from tiny import SHALLOW, sd15_pipe
+from eval_run import COMMAND, PROMPTS, ToyJudge
 
 from eval import run
 from eval.common import files
@@ -24,22 +23,14 @@ from eval.metrics import registry as metrics
 
 
 @pytest.fixture(scope="module")
-def pipe():
-    return sd15_pipe(with_unet=SHALLOW)
-
-
-PROMPTS = ["a fox", "a bee", "an old oak", "a kite", "a pond"]
-PLAIN = [*COMMAND, "--metrics", "psnr", "--prompts"]
-
-
-@pytest.fixture(scope="module")
 def made(tmp_path_factory, pipe):
     """The folder of a finished run of tofu, to be copied."""
     folder = tmp_path_factory.mktemp("config_hash")
     (folder / "own.txt").write_text("\n".join(PROMPTS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "load_model", lambda *_: (pipe, ToyJudge()))
-        assert run.main([*PLAIN, str(folder / "own.txt"), "--method", "tofu", "--out", str(folder / "out")]) == 0
+        options = ["--prompts", str(folder / "own.txt"), "--metrics", "psnr", "--method", "tofu"]
+        assert run.main([*COMMAND, *options, "--out", str(folder / "out")]) == 0
     return folder / "out"
 
 
@@ -51,13 +42,9 @@ def finished(command, made):
 
 
 @pytest.fixture
-def command(monkeypatch, tmp_path, pipe):
-    """A run of five prompts into the folder out, of the tiny pipeline."""
-    monkeypatch.setattr(prepare, "load_model", lambda *_: (pipe, ToyJudge()))
-    (tmp_path / "own.txt").write_text("\n".join(PROMPTS))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return [*PLAIN, str(tmp_path / "own.txt"), "--out", "out"]
+def command(command):
+    """A run of five prompts into the folder out."""
+    return [*command, "--metrics", "psnr", "--out", "out"]
 
 
 def results():

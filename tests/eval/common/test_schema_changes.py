@@ -16,7 +16,7 @@ from eval.common.schema_changes import convert, convert_record
 from eval.reporting import results
 from eval.speed import tables
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 FOLDERS = sorted(path.parent for path in RESULTS.glob("*/results.json"))
 FILES = sorted(RESULTS.rglob("*.json"))
 BENCHMARKS = sorted(RESULTS.glob("bench-*.json"))

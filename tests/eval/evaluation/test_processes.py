@@ -15,7 +15,7 @@ from tiny import SHALLOW, sd15_pipe
 
 from eval import run as run_module
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PROMPTS = ["a red fox", "a bee", "an old oak", "a kite", "a pond", "a boat", "a hill"]
 METHODS = ["baseline-other-seeds", "baseline", "tofu-r50"]
 
@@ -93,23 +93,23 @@ def alone(folder: Path) -> str:
     return "alone"
 
 
-def drawn(folder: Path, out: str) -> dict[Path, int]:
+def complete_images(folder: Path, out: str) -> dict[Path, int]:
     """Finished images and when they were written."""
-    pictures = (path.with_suffix(".png") for path in (folder / out).glob("*/*.json"))  # a record says it is whole
-    return {path: path.stat().st_mtime_ns for path in pictures if path.exists()}
+    number = (path.with_suffix(".png") for path in (folder / out).glob("*/*.json"))  # a record says it is whole
+    return {path: path.stat().st_mtime_ns for path in number if path.exists()}
 
 
-def kill_once(process: subprocess.Popen[str], folder: Path, out: str, pictures: int) -> dict[Path, int]:
+def kill_once(process: subprocess.Popen[str], folder: Path, out: str, number: int) -> dict[Path, int]:
     """Kills the process and its children when so many images are finished; which those are."""
-    wait_for(process, folder, out, pictures)
+    wait_for(process, folder, out, number)
     for each in (process.pid, *workers(process.pid)):  # a launch's workers are in sessions of their own
         os.kill(each, signal.SIGKILL)
     process.communicate()
-    return drawn(folder, out)
+    return complete_images(folder, out)
 
 
-def wait_for(process: subprocess.Popen[str], folder: Path, out: str, pictures: int) -> None:
-    while len(drawn(folder, out)) < pictures:
+def wait_for(process: subprocess.Popen[str], folder: Path, out: str, number: int) -> None:
+    while len(complete_images(folder, out)) < number:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
 
@@ -129,13 +129,13 @@ def workers(launcher: int) -> list[int]:
 
 def test_killed_run_resumes_without_losing_or_repeating_images(folder: Path, alone: str) -> None:
     out, before = "killed", dict[Path, int]()
-    for pictures in (1, 8, 21):  # in the midst of a batch of two, and when all are generated and none is measured
-        after = kill_once(command(folder, out), folder, out, pictures)
+    for number in (1, 8, 21):  # in the midst of a batch of two, and when all are generated and none is measured
+        after = kill_once(command(folder, out), folder, out, number)
         assert {path: after[path] for path in before} == before
         assert not (folder / out / "results.json").exists()
         before = after
     here(folder, out)
-    after = drawn(folder, out)
+    after = complete_images(folder, out)
     assert {path: after[path] for path in before} == before
     assert content(folder, out) == content(folder, alone)
     assert figures(folder, out) == figures(folder, alone)
@@ -166,10 +166,10 @@ def test_killed_processes_resume(folder: Path, alone: str) -> None:
     process.communicate(timeout=120)
     assert process.returncode != 0
     assert not (folder / "half" / "results.json").exists()
-    between = drawn(folder, "half")
+    between = complete_images(folder, "half")
     assert {path: between[path] for path in before} == before
     ran(command(folder, "half", launcher=LAUNCH))
-    after = drawn(folder, "half")
+    after = complete_images(folder, "half")
     assert {path: after[path] for path in between} == between
     assert content(folder, "half") == content(folder, alone)
     assert figures(folder, "half") == figures(folder, alone)
@@ -180,8 +180,8 @@ def test_shards_give_the_results_of_one_run(folder: Path, alone: str) -> None:
     for shard in shards:
         ran(shard)
     assert not (folder / "shards" / "results.json").exists()
-    before = drawn(folder, "shards")
+    before = complete_images(folder, "shards")
     here(folder, "shards")
-    assert drawn(folder, "shards") == before
+    assert complete_images(folder, "shards") == before
     assert content(folder, "shards") == content(folder, alone)
     assert figures(folder, "shards") == figures(folder, alone)

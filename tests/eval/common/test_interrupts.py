@@ -19,7 +19,7 @@ from eval.common.cli import as_path, command
 from research.classifiers import datasets as labelled
 from tofu_sd import interrupts
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROGRAMS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for folder in ("eval", "tofu_sd")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from eval import EvalError
 from eval.methods import registry
+from eval.methods import registry as methods
 from eval.methods.registry import METHODS, parse, register_method
 from tofu_sd.core.matching import MATCHERS
 
@@ -34,9 +36,9 @@ def zeros_out(pipe):
 @register_matcher("every_other")
 def every_other(tokens, grid, config):
     batch, total, _ = tokens.shape
-    kept = torch.arange(len(grid.num_merged), total)
-    group = torch.arange(total).sub(len(grid.num_merged)).clamp_min(0)
-    return TokenMap(kept.expand(batch, -1), group.expand(batch, -1))
+    kept_idx = torch.arange(len(grid.num_merged), total)
+    group_idx = torch.arange(total).sub(len(grid.num_merged)).clamp_min(0)
+    return TokenMap(kept_idx.expand(batch, -1), group_idx.expand(batch, -1))
 
 gentle = TokenFusionConfig(kv_only=True)
 """
@@ -132,3 +134,65 @@ def test_duplicate_method_name_is_refused(name: str) -> None:
 def test_a_name_that_cannot_name_a_folder_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="as it names a folder"):
         register_method(name)
+
+
+def test_methods_are_parsed_in_order_without_duplicates():
+    found = methods.parse("tofu, kv:tome+p,full,tofu", [0.25, 0.5])
+    assert [(m.name, m.ratio) for m in found] == [
+        ("tofu", 0.25), ("tofu", 0.5), ("kv:tome+p", 0.25), ("kv:tome+p", 0.5), ("baseline", None),
+    ]  # fmt: skip
+    assert len({m.slug for m in found}) == 5
+
+
+def test_ratio_option_of_a_method_is_shown_as_its_ratio():
+    (own,), (asked,) = (methods.parse(*args) for args in (("kv:tome+p@ratio=0.75", [0.5]), ("kv:tome+p", [0.75])))
+    assert (own.name, own.ratio, own.slug) == (asked.name, asked.ratio, asked.slug)
+    (windowed,) = methods.parse("tofu@window=4@ratio=0.25", [0.5])
+    assert (windowed.name, windowed.ratio) == ("tofu@window=4", 0.25)
+
+
+def test_missing_package_of_a_method_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(methods, "version", lambda name: None)
+    (method,) = methods.parse("tomesd", [0.5])
+    assert method.unavailable_reason == "pip install tomesd"
+
+
+def test_folder_with_the_name_of_a_package_is_not_the_package(monkeypatch, tmp_path):
+    """Whoever has cloned it beside the images could import that folder, which is empty to Python."""
+    (tmp_path / "ghost").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("ghost")
+    assert methods.MethodSpec(nullcontext, Path("a.py"), ("ghost", "ghost")).unavailable_reason == "pip install ghost"
+
+
+def test_tomesd_patch_is_removed(pipe):
+    pytest.importorskip("tomesd")
+    (method,) = methods.parse("tomesd", [0.5])
+    classes = [type(module) for module in pipe.unet.modules()]
+    with method.apply(pipe):
+        assert [type(module) for module in pipe.unet.modules()] != classes
+    assert [type(module) for module in pipe.unet.modules()] == classes
+
+
+def test_row_is_labelled_with_its_effective_ratio():
+    (method,) = methods.parse("tofu@ratio=0.3", [0.5])
+    assert (method.slug, method.ratio) == ("tofu-r30", 0.3)
+
+
+def test_only_code_that_decides_images_changes_their_hash(monkeypatch, tmp_path):
+    """A new file elsewhere in the package, such as another host's, must not make all images again."""
+    package = tmp_path / "demo" / "tofu_sd"
+    for folder in ("core", "kernels", "patching", "hosts", "demo"):
+        (package / folder).mkdir(parents=True)
+    (package / "config.py").write_text("a = 1")
+    (package / "core" / "matching.py").write_text("a = 1")
+    monkeypatch.setattr(methods.tofu_sd, "__file__", str(package / "__init__.py"))
+    before = methods.source_hash.__wrapped__()
+    for other in ("demo/classes.py", "hosts/webui.py", "recipes.py"):
+        (package / other).write_text("a = 1")
+    assert methods.source_hash.__wrapped__() == before
+    for own in ("core/matching.py", "config.py", "hosts/diffusers_unet.py"):
+        (package / own).write_text(own)
+        after = methods.source_hash.__wrapped__()
+        assert after != before
+        before = after

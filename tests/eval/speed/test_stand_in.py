@@ -60,11 +60,11 @@ def test_paper_suite_runs_on_the_stand_in(small, tmp_path, monkeypatch):
 
 @needs_names
 def test_stand_in_is_deterministic(small, tmp_path):
-    drawn = [
+    generated = [
         torch.cat([p.flatten() for part in ("unet", "vae", "text_encoder") for p in getattr(pipe, part).parameters()])
         for pipe in (standin.build(["a fox"]), standin.build(["a fox"]))
     ]
-    assert torch.equal(*drawn)
+    assert torch.equal(*generated)
 
 
 @needs_names

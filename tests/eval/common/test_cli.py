@@ -25,7 +25,7 @@ def ending(raised: BaseException | None, resumes: bool) -> int:
     ("raised", "code", "said"),
     [
         (EvalError("no such method"), 2, "error: no such method\n"),
-        (OSError(28, "No space left on device", "/a/private/place/picture.png"), 2, "error: [Errno 28] No space left"),
+        (OSError(28, "No space left on device", "/a/private/place/image.png"), 2, "error: [Errno 28] No space left"),
         (KeyboardInterrupt(), 130, "\nstopped"),
     ],
 )
