@@ -126,7 +126,7 @@ def test_diverging_training_stops_at_once(train, monkeypatch, capsys, often):
     if often:  # a checkpoint after every step
         monkeypatch.setattr("research.demo_training.fit.CHECKPOINT_SECONDS", -1)
     steps = itertools.count()
-    monkeypatch.setattr(train, "augmented", lambda pictures, g: (next(steps), pictures)[1])
+    monkeypatch.setattr(train, "augmented", lambda images, g: (next(steps), images)[1])
     assert train.main(["--out", "out", "--rate", "1e9", "--samples", "3200", *SIZES]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: the training diverged: the loss is ")
