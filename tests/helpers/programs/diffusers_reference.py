@@ -100,12 +100,12 @@ def compare(unet: Any, predict: Callable[[], Tensor], predictions: dict[str, Ten
     def distance(a: Tensor, b: Tensor) -> float:
         return float((a - b).abs().max())
 
-    base, fused, effects = predict(), {}, []
-    for fusion in methods():
-        if fusion.levels > 1 and unet.config.get("addition_embed_type"):
+    base, merged, effects = predict(), {}, []
+    for config in methods():
+        if config.levels > 1 and unet.config.get("addition_embed_type"):
             continue  # diffusers merges the middle block too, which lies on SDXL's second level
-        with tofu_sd.patched(unet, fusion, match_on=match_on):
+        with tofu_sd.patched(unet, config, match_on=match_on):
             expected = predict()
-        fused[fusion.slug] = distance(predictions[fusion.slug], expected)
+        merged[config.slug] = distance(predictions[config.slug], expected)
         effects.append(distance(expected, base))
-    return {"plain": distance(predictions["plain"], base), "fused": fused, "effect": min(effects)}
+    return {"plain": distance(predictions["plain"], base), "merged": merged, "effect": min(effects)}

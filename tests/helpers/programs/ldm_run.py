@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import sys
 
+import diffusers_reference
 import torch
-import twins
 from safetensors.torch import save_file
 
 from tofu_sd.hosts import ldm
@@ -34,7 +34,7 @@ def unet(kind):
 
 
 def run_checks(kind, folder):
-    model, inputs = twins.randomize(unet(kind)), twins.inputs(kind)
+    model, inputs = diffusers_reference.randomize(unet(kind)), diffusers_reference.inputs(kind)
 
     def predict():
         with torch.no_grad():
@@ -46,9 +46,9 @@ def run_checks(kind, folder):
 
     before, predictions = state(), {"plain": predict()}
     headlines = []
-    for fusion in twins.methods():
-        headlines.append(ldm.apply(model, fusion).headline)
-        predictions[fusion.slug] = predict()
+    for config in diffusers_reference.methods():
+        headlines.append(ldm.apply(model, config).headline)
+        predictions[config.slug] = predict()
         ldm.restore(model)
     save_file({f"weights.{k}": v.contiguous() for k, v in model.state_dict().items()} | predictions, f"{folder}/{kind}")
     checks = {
@@ -59,4 +59,4 @@ def run_checks(kind, folder):
 
 
 if __name__ == "__main__":
-    print(json.dumps({kind: run_checks(kind, sys.argv[1]) for kind in twins.UNETS}))
+    print(json.dumps({kind: run_checks(kind, sys.argv[1]) for kind in diffusers_reference.UNETS}))

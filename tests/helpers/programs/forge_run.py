@@ -12,8 +12,8 @@ import types
 from pathlib import Path
 
 import comfyui_torchvision  # noqa: F401
+import diffusers_reference
 import torch
-import twins
 
 torch.set_num_threads(1)
 FOLDER = sys.argv[1]
@@ -71,12 +71,12 @@ def plain(q, k, v, heads, options):
 
 
 def run_checks(kind, folder):
-    unet = twins.randomize(UNetModel(**SHAPES[kind]))
+    unet = diffusers_reference.randomize(UNetModel(**SHAPES[kind]))
     cpu = torch.device("cpu")
     patcher = UnetPatcher(Holder(unet), load_device=cpu, offload_device=cpu)
 
     def predict(model, h=16, w=16, sigma=5.0):
-        inputs = twins.inputs(kind)
+        inputs = diffusers_reference.inputs(kind)
         x = torch.randn(2, 4, h, w, generator=torch.Generator().manual_seed(1)) if h else inputs["x"]
         step_options = {"cond_or_uncond": [1, 0], "sigmas": torch.full((2,), sigma)}
         options = {**model.model_options.get("transformer_options", {}), **step_options}
@@ -101,7 +101,7 @@ def run_checks(kind, folder):
 
     shrunk.set_model_input_block_patch_after_skip(shrink)
     shrunk.set_model_output_block_patch(grow)
-    predictions = {f.slug: predict(patch_model(patcher, f, plain)[0], 0) for f in twins.methods()}
+    predictions = {f.slug: predict(patch_model(patcher, f, plain)[0], 0) for f in diffusers_reference.methods()}
     weights = {f"weights.{name}": weight.contiguous() for name, weight in unet.state_dict().items()}
     save_file({**weights, **predictions, "plain": predict(patcher, 0)}, f"{folder}/{kind}")
     built_in = TomePatcher().patch(patcher, 0.5)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import comfyui_run  # sets ComfyUI up for a CPU
 import comfyui_torchvision  # noqa: F401
+import diffusers_reference
 import torch
-import twins
 from comfyui_run import CPU, SHAPES, node, sample
 
 PACKS = Path(sys.argv[1])
@@ -71,7 +71,7 @@ def run_animatediff(patch_model):
             for side in ("down", "up") for n in range(2)}  # fmt: skip
     weights[f"mid_block.{block}.0.pos_encoder.pe"] = torch.zeros(1, 24, 32)
     info = motion.normalize_ad_state_dict(dict(weights), "small")[1]
-    module = twins.randomize(motion.AnimateDiffModel(weights, info))
+    module = diffusers_reference.randomize(motion.AnimateDiffModel(weights, info))
     patcher = injection.create_MotionModelPatcher(module, load_device=CPU, offload_device=CPU)
     motion_model = node(kinds["ADE_ApplyAnimateDiffModelSimple"])(motion_model=patcher)
 
@@ -202,7 +202,7 @@ def run_other_guidance(patch_model):
         "Momentum": ("mg_nodes", "MomentumGuidance", {"momentum": 0.5, "ema": 0.6}),
         "SMC": ("smc_nodes", "SlidingModeControlCFG", {"lambda": 6.0, "k": 0.1}),
     }  # fmt: skip
-    plain, fused = sample(model, "sd15", steps=2), sample(patch_model(model, **ours), "sd15", steps=2)
+    plain, merged = sample(model, "sd15", steps=2), sample(patch_model(model, **ours), "sd15", steps=2)
     for name, (module, kind, options) in other_nodes.items():
         if (module := sys.modules.get(f"{pag.__package__}.{module}")) is None:
             continue  # an older pack
@@ -227,7 +227,7 @@ def run_other_guidance(patch_model):
             "finite": bool(after.isfinite().all()), "either order": torch.equal(after, before),
             "the same messages in either order": [blocks, messages] == other_order,
             "blocks": blocks, "messages": messages,
-            "acts": not torch.equal(after, fused) and not torch.equal(alone, plain),
+            "acts": not torch.equal(after, merged) and not torch.equal(alone, plain),
             "merges": not torch.equal(after, alone), "restored": torch.equal(generate(model, add)[0], alone),
         }  # fmt: skip
     return results

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-HELPERS = ROOT / "tests" / "helpers"
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPTS = ROOT / "tests" / "helpers" / "programs"
 PROGRAM = Path.cwd()
 IS_FORGE = (PROGRAM / "modules_forge").exists()  # Forge or reForge
 NEO = (PROGRAM / "modules_forge" / "packages").exists()
@@ -59,13 +59,13 @@ class Server:
         saved = {f"customscript/tofu_sd_webui.py/{tab}/Hires ratio/value": 0.25 for tab in ("txt2img", "img2img")}
         (home / "ui-config.json").write_text(json.dumps(saved))  # as Settings, Defaults writes it
         made = home / "models" / "Stable-diffusion" / "random.safetensors"
-        subprocess.run([sys.executable, str(HELPERS / "sd15_file.py"), str(made)], check=True, stdout=sys.stderr)
+        subprocess.run([sys.executable, str(SCRIPTS / "sd15_file.py"), str(made)], check=True, stdout=sys.stderr)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = home / "log"
-        paths = [str(HELPERS), *filter(None, [os.environ.get("PYTHONPATH")])]
+        paths = [str(SCRIPTS), *filter(None, [os.environ.get("PYTHONPATH")])]
         shown = {"PYTHONPATH": os.pathsep.join(paths)} if NEO else {}
         self.process = subprocess.Popen(
             [sys.executable, *START, *ARGUMENTS, "--data-dir", str(home), "--port", str(port)],

@@ -16,13 +16,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-HELPERS = ROOT / "tests" / "helpers"
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPTS = ROOT / "tests" / "helpers" / "programs"
 LOADER = """
 import torch
 from comfyui_run import SHAPES, random_flux, random_model
@@ -101,84 +103,109 @@ def run(port, workflow, timeout=600, meanwhile=None):
     return {"status": "took too long"}
 
 
-def main(program, folder):
-    base = Path(folder)
+def without_token_fusion(workflow):
+    """Returns the example workflow without its Token Fusion nodes."""
+    others = {name: node for name, node in copy.deepcopy(workflow).items() if name not in ("2", "9", "10")}
+    for node in others.values():
+        if node["inputs"].get("model") == ["2", 0]:
+            node["inputs"]["model"] = ["1", 0]
+    return others
+
+
+def example_variants(example):
+    """Returns workflows of the example with small models: as it is, and as older and invalid ones."""
+    merged, older, wrong, flux = (small(example) for _ in range(4))
+    older["2"]["inputs"] = {"model": ["1", 0], "ratio": 0.5}  # as saved before there were other inputs
+    wrong["2"]["inputs"]["ratio"] = 0.9
+    wrong["9"]["inputs"]["model"] = ["1", 0]
+    flux["1"]["inputs"]["ckpt_name"] = "flux"
+    unmerged = copy.deepcopy(older)
+    unmerged["9"]["inputs"]["model"] = ["1", 0]
+    return {
+        "example": merged,
+        "plain": without_token_fusion(merged),
+        "older": older,
+        "wrong": wrong,
+        "unmerged": unmerged,
+        "flux": flux,
+    }
+
+
+def make_base(base):
+    """Fills the folder of a user's ComfyUI: this repository as a node, and the loader of small models."""
     (base / "custom_nodes" / "small_checkpoint").mkdir(parents=True)
     (base / "custom_nodes" / "small_checkpoint" / "__init__.py").write_text(LOADER)
     (base / "custom_nodes" / "tofu").symlink_to(ROOT)
     (base / "page").mkdir()
     (base / "models" / "checkpoints").mkdir(parents=True)
     (base / "page" / "index.html").write_text("")
+
+
+@contextmanager
+def running_server(program, base):
+    """Runs the server inside the block and yields its port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     start = "import comfyui_torchvision, runpy; runpy.run_path('main.py', run_name='__main__')"
     options = ["--cpu", "--port", str(port), "--listen", "127.0.0.1", "--base-directory", str(base),
                "--front-end-root", str(base / "page"), "--disable-api-nodes", "--cache-none"]  # fmt: skip
-    log = (base / "log.txt").open("w")
-    server = subprocess.Popen(
-        [sys.executable, "-c", start, *options], cwd=program, stdout=log, stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": f"{program}{os.pathsep}{HELPERS}"},
-    )  # fmt: skip
-    try:
-        for _ in range(240):
-            try:
-                request_json(port, "/queue")
-                break
-            except OSError:
-                assert server.poll() is None, (base / "log.txt").read_text()[-3000:]
-                time.sleep(0.5)
-        example = json.loads((ROOT / "examples" / "comfyui" / "token-fusion-api.json").read_text())
-        (saving,) = (name for name, node in example.items() if node["inputs"].get("filename_prefix") == "token-fusion")
+    with (base / "log.txt").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", start, *options], cwd=program, stdout=log, stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": f"{program}{os.pathsep}{SCRIPTS}"},
+        )  # fmt: skip
+        try:
+            for _ in range(240):
+                try:
+                    request_json(port, "/queue")
+                    break
+                except OSError:
+                    assert server.poll() is None, (base / "log.txt").read_text()[-3000:]
+                    time.sleep(0.5)
+            yield port
+        finally:
+            server.terminate()
+            server.wait(20)
 
-        def image_hash(workflow):
-            """Returns a hash of the image's pixels."""
-            result = run(port, workflow)
-            assert result["status"] == "success", f"{result}\n{(base / 'log.txt').read_text()[-3000:]}"
-            (image,) = result["outputs"][saving]["images"]
-            pixels = Image.open(base / "output" / image["filename"]).tobytes()
-            return hashlib.sha256(pixels).hexdigest()
 
-        def without(workflow):
-            """Returns the workflow without the Token Fusion nodes."""
-            others = {name: node for name, node in copy.deepcopy(workflow).items() if name not in ("2", "9", "10")}
-            for node in others.values():
-                if node["inputs"].get("model") == ["2", 0]:
-                    node["inputs"]["model"] = ["1", 0]
-            return others
+def run_checks(port, base):
+    example = json.loads((ROOT / "examples" / "comfyui" / "token-fusion-api.json").read_text())
+    (saving,) = (name for name, node in example.items() if node["inputs"].get("filename_prefix") == "token-fusion")
 
-        fused, older, wrong, flux = (small(example) for _ in range(4))
-        plain = without(fused)
-        older["2"]["inputs"] = {"model": ["1", 0], "ratio": 0.5}  # as saved before there were other inputs
-        wrong["2"]["inputs"]["ratio"] = 0.9
-        wrong["9"]["inputs"]["model"] = ["1", 0]
-        flux["1"]["inputs"]["ckpt_name"] = "flux"
-        unfused = copy.deepcopy(older)
-        unfused["9"]["inputs"]["model"] = ["1", 0]
-        results = {
-            "nodes": sorted(name for name in request_json(port, "/object_info") if name.startswith("TokenFusion")),
-            "about": request_json(port, "/object_info/TokenFusion")["TokenFusion"],
-            "example": run(port, fused),
-            "plain": run(port, plain),
-            "older": run(port, older),
-            "wrong": run(port, wrong),
-            "unfused": run(port, unfused),
-            "flux": run(port, flux),
-            "before": [image_hash(plain), image_hash(fused)],
-            "stopped": run(port, small(example, steps=2000), meanwhile=lambda: request_json(port, "/interrupt", {})),
-            "after": [image_hash(plain), image_hash(fused)],
-        }
-        made = base / "models" / "checkpoints" / example["1"]["inputs"]["ckpt_name"]
-        subprocess.run([sys.executable, str(HELPERS / "sd15_file.py"), str(made)], check=True, stdout=sys.stderr)
-        whole = quick(example, steps=2)
-        results["file"] = {**run(port, whole), "images": [image_hash(whole), image_hash(without(whole))]}
-        log.flush()
-        results["log"] = [line for line in (base / "log.txt").read_text().splitlines() if "transformer blocks" in line]
-        results["images"] = sorted(path.name for path in (base / "output").glob("*.png"))
-        print(json.dumps(results))
-    finally:
-        server.terminate()
-        server.wait(20)
+    def image_hash(workflow):
+        """Returns a hash of the image's pixels."""
+        result = run(port, workflow)
+        assert result["status"] == "success", f"{result}\n{(base / 'log.txt').read_text()[-3000:]}"
+        (image,) = result["outputs"][saving]["images"]
+        pixels = Image.open(base / "output" / image["filename"]).tobytes()
+        return hashlib.sha256(pixels).hexdigest()
+
+    variants = example_variants(example)
+    merged, plain = variants["example"], variants["plain"]
+    results = {
+        "nodes": sorted(name for name in request_json(port, "/object_info") if name.startswith("TokenFusion")),
+        "about": request_json(port, "/object_info/TokenFusion")["TokenFusion"],
+        **{name: run(port, workflow) for name, workflow in variants.items()},
+        "before": [image_hash(plain), image_hash(merged)],
+        "stopped": run(port, small(example, steps=2000), meanwhile=lambda: request_json(port, "/interrupt", {})),
+        "after": [image_hash(plain), image_hash(merged)],
+    }
+    made = base / "models" / "checkpoints" / example["1"]["inputs"]["ckpt_name"]
+    subprocess.run([sys.executable, str(SCRIPTS / "sd15_file.py"), str(made)], check=True, stdout=sys.stderr)
+    whole = quick(example, steps=2)
+    results["file"] = {**run(port, whole), "images": [image_hash(whole), image_hash(without_token_fusion(whole))]}
+    log = (base / "log.txt").read_text()
+    results["log"] = [line for line in log.splitlines() if "transformer blocks" in line]
+    results["images"] = sorted(path.name for path in (base / "output").glob("*.png"))
+    return results
+
+
+def main(program, folder):
+    base = Path(folder)
+    make_base(base)
+    with running_server(program, base) as port:
+        print(json.dumps(run_checks(port, base)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import sys
 import types
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FOLDER = Path(sys.argv[1])
 (FOLDER / "extensions").mkdir()
 (FOLDER / "extensions" / "tofu_sd").symlink_to(ROOT)

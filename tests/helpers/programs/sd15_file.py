@@ -1,7 +1,7 @@
 """A checkpoint file as Stable Diffusion 1.5 is published: its names, its sizes, random weights.
 
 For programs that load files: what they take a file for is decided by these names and shapes, so that no smaller model
-will do. `python tests/helpers/sd15_file.py PATH` writes 2 GiB.
+will do. `python tests/helpers/programs/sd15_file.py PATH` writes 2 GiB.
 """
 
 from __future__ import annotations

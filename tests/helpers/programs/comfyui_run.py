@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import comfyui_torchvision  # noqa: F401
+import diffusers_reference
 import torch
-import twins
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 torch.set_num_threads(1)
 import comfy.options  # noqa: E402  (ComfyUI must not parse this command line)
 from comfy.cli_args import args  # noqa: E402
@@ -75,7 +75,7 @@ def random_model(kind):
     config = type("Small", (base,), {"unet_extra_config": {"num_heads": 4, "num_head_channels": -1}})(SHAPES[kind])
     config.set_inference_dtype(torch.float32, None)
     model = (comfy.model_base.BaseModel if kind == "sd15" else comfy.model_base.SDXL)(config).eval()
-    twins.randomize(model)  # ComfyUI leaves the weights uninitialized
+    diffusers_reference.randomize(model)  # ComfyUI leaves the weights uninitialized
     return comfy.model_patcher.ModelPatcher(model, load_device=CPU, offload_device=CPU)
 
 
@@ -174,14 +174,14 @@ def check_other_nodes(kind, patch, model):
     two = patch(model, levels=2)
     maps, watched = set(), patch(shrunk(model))
     patches_of(watched).on_map = lambda place, map, h, w: maps.add((h, w))
-    fused_and_small = generate(watched)
+    merged_and_small = generate(watched)
     return {
         # a block that HyperTile tiles stays unmerged, in either order
         "HyperTile after it": torch.equal(generate(tiled(half)), tiles) and not torch.equal(tiles, plain),
         "HyperTile before it": torch.equal(generate(patch(tiled(model))), tiles),
         "HyperTile on other blocks": both_act(generate(tiled(two)), tiles, generate(two)),
-        "with Deep Shrink": both_act(fused_and_small, ours, small)
-        and torch.equal(generate(shrunk(half)), fused_and_small) and maps == {(32, 32), (20, 20)},
+        "with Deep Shrink": both_act(merged_and_small, ours, small)
+        and torch.equal(generate(shrunk(half)), merged_and_small) and maps == {(32, 32), (20, 20)},
         # the built-in merging does nothing on SDXL
         "with the built-in merging tokens are merged once": all(
             torch.equal(generate(both), tome if kind == "sd15" else ours)
@@ -267,7 +267,7 @@ def predict_all(patcher, x, t, context, y=None):
     from tofu_sd.hosts.comfyui import plain
     from tofu_sd.hosts.programs.model_patcher import patch_model
 
-    models = {"plain": patcher} | {f.slug: patch_model(patcher, f, plain)[0] for f in twins.methods()}
+    models = {"plain": patcher} | {f.slug: patch_model(patcher, f, plain)[0] for f in diffusers_reference.methods()}
     step_options, predictions = {"cond_or_uncond": [1, 0], "sigmas": torch.ones(2)}, {}
     for name, model in models.items():
         options = {**model.model_options["transformer_options"], **step_options}
@@ -278,9 +278,9 @@ def predict_all(patcher, x, t, context, y=None):
 
 def compare_with_diffusers(kind, model):
     """Returns the distances between one call of the model and diffusers with the same weights."""
-    inputs = twins.inputs(kind)
+    inputs = diffusers_reference.inputs(kind)
     predictions = predict_all(model, inputs["x"], inputs["t"], inputs["context"], inputs.get("y"))
-    return twins.distances(kind, model.model.diffusion_model.state_dict(), predictions, match_on="normed")
+    return diffusers_reference.distances(kind, model.model.diffusion_model.state_dict(), predictions, match_on="normed")
 
 
 def random_flux():
@@ -349,7 +349,7 @@ def embedded():
             return unet(x, 500.0, encoder_hidden_states=context).sample
 
     predictions = predict_all(patcher, x, torch.tensor([500.0, 500.0]), context)
-    return twins.compare(unet, generate, predictions, match_on="normed")
+    return diffusers_reference.compare(unet, generate, predictions, match_on="normed")
 
 
 if __name__ == "__main__":
