@@ -13,7 +13,7 @@ from tofu_sd.core.partition import partition, windows
 from tofu_sd.kernels import reference
 
 pytest.importorskip("triton")
-from tofu_sd.kernels import triton as fused
+from tofu_sd.kernels import triton as triton_kernels
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [(16, 16), (17, 13), (1, 9), (5, 1), (3, 40)]
@@ -53,7 +53,10 @@ def max_error(result: Tensor, exact: Tensor) -> float:
 def test_nearest_dst_equals_reference(h: int, w: int, C: int) -> None:
     x = tokens(h, w, C)
     for src, dst in partitions(h, w):
-        (best, target), (expected, expected_target) = fused.nearest_dst(x, src, dst), reference.nearest_dst(x, src, dst)
+        (best, target), (expected, expected_target) = (
+            triton_kernels.nearest_dst(x, src, dst),
+            reference.nearest_dst(x, src, dst),
+        )
         assert torch.equal(target, expected_target)
         assert max_error(best, expected) < 1e-6  # cosines: a few float32 rounding errors
 
@@ -64,7 +67,7 @@ def test_half_precision_dtype_matches_as_its_float32_values(dtype: torch.dtype) 
     x = tokens(17, 13, 96).to(dtype)
     for src, dst in partitions(17, 13):
         (best, target), (expected, expected_target) = (
-            fused.nearest_dst(x, src, dst),
+            triton_kernels.nearest_dst(x, src, dst),
             reference.nearest_dst(x.float(), src, dst),
         )
         assert torch.equal(target, expected_target)
@@ -75,12 +78,12 @@ def test_half_precision_dtype_matches_as_its_float32_values(dtype: torch.dtype) 
 def test_ties_pick_the_earlier_destination_and_nan_equals_reference() -> None:
     parts = partition(16, 16, 2, 2, DEVICE)
     x = torch.ones(1, 256, 40, device=DEVICE)
-    best, target = fused.nearest_dst(x, parts.src[None], parts.dst[None])
+    best, target = triton_kernels.nearest_dst(x, parts.src[None], parts.dst[None])
     assert (target == parts.dst[0]).all()
     x = tokens(16, 16, 40)
     x[0, 7], x[1, 0], x[0, 2] = float("nan"), float("inf"), float("nan")  # a source and two destinations
     (best, target), (expected, expected_target) = (
-        k.nearest_dst(x, parts.src[None], parts.dst[None]) for k in (fused, reference)
+        k.nearest_dst(x, parts.src[None], parts.dst[None]) for k in (triton_kernels, reference)
     )
     assert torch.equal(target, expected_target)
     assert max_error(best, expected) < 1e-6
@@ -97,7 +100,7 @@ def test_build_map_equals_reference(h: int, w: int, share: float) -> None:
         best = torch.randint(0, 7, (2, S), generator=g).float().to(DEVICE)  # many ties
         target = parts.dst[torch.randint(0, D, (2, S), generator=g).to(DEVICE)]
         expected = reference.build_map(best, target, *parts, r)
-        result = fused.build_map(best, target, *parts, r)
+        result = triton_kernels.build_map(best, target, *parts, r)
         assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
@@ -109,7 +112,7 @@ def test_build_map_over_several_blocks_of_sources_equals_reference(share: float)
     best = best.where(best != 0, torch.tensor([0.0, -0.0], device=DEVICE).repeat(2, 2400))
     target = parts.dst[torch.randint(0, len(parts.dst), best.shape, generator=torch.Generator().manual_seed(1))]
     expected = reference.build_map(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
-    result = fused.build_map(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
+    result = triton_kernels.build_map(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
@@ -123,7 +126,7 @@ def test_merge_handles_any_group_size(K: int, largest_norm: bool) -> None:
     )
     group_idx = group_idx.expand(2, -1).to(DEVICE)
     exact = reference.merge(x.double(), group_idx, K, largest_norm)
-    assert max_error(fused.merge(x, group_idx, K, largest_norm), exact) < 1e-5
+    assert max_error(triton_kernels.merge(x, group_idx, K, largest_norm), exact) < 1e-5
 
 
 def merged_groups(h: int, w: int, C: int) -> tuple[Tensor, Tensor, int]:
@@ -131,8 +134,8 @@ def merged_groups(h: int, w: int, C: int) -> tuple[Tensor, Tensor, int]:
     x, parts = tokens(h, w, C), partition(h, w, 2, 2, DEVICE)
     r = len(parts.src) // 2 + 1
     best, target = (t[:, 0] for t in reference.nearest_dst(x, parts.src[None], parts.dst[None]))
-    kept, group_idx = reference.build_map(best, target, *parts, r)
-    return x, group_idx, kept.shape[1]
+    kept_idx, group_idx = reference.build_map(best, target, *parts, r)
+    return x, group_idx, kept_idx.shape[1]
 
 
 @pytest.mark.parametrize(("h", "w"), MERGED)
@@ -146,7 +149,10 @@ def test_merge_equals_reference_within_dtype_rounding(
     x, group_idx, K = merged_groups(h, w, C)
     x = x.to(dtype)
     exact = reference.merge(x.double(), group_idx, K, largest_norm)
-    result, expected = fused.merge(x, group_idx, K, largest_norm), reference.merge(x, group_idx, K, largest_norm)
+    result, expected = (
+        triton_kernels.merge(x, group_idx, K, largest_norm),
+        reference.merge(x, group_idx, K, largest_norm),
+    )
     assert result.dtype == dtype
     assert max_error(result, exact) <= 2 * max_error(expected, exact) + 1e-6
 
@@ -154,7 +160,7 @@ def test_merge_equals_reference_within_dtype_rounding(
 def test_mlerp_of_opposite_tokens_is_zero() -> None:
     x = torch.tensor([[[5.0, 0.0], [-5.0, 0.0]]], device=DEVICE)
     group_idx = torch.zeros(1, 2, dtype=torch.long, device=DEVICE)
-    assert fused.merge(x, group_idx, 1, True).tolist() == [[[0.0, 0.0]]]
+    assert triton_kernels.merge(x, group_idx, 1, True).tolist() == [[[0.0, 0.0]]]
 
 
 @sizes
@@ -162,7 +168,7 @@ def test_mlerp_of_opposite_tokens_is_zero() -> None:
 def test_take_equals_reference_for_each_dtype(h: int, w: int, dtype: torch.dtype) -> None:
     x, group_idx, K = merged_groups(h, w, 40)
     y = x[:, :K].to(dtype)
-    assert torch.equal(fused.take(y, group_idx), reference.take(y, group_idx))
+    assert torch.equal(triton_kernels.take(y, group_idx), reference.take(y, group_idx))
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,9 @@ def first_sources(tokens: Tensor, grid: PartitionTensors, config: Any) -> TokenM
     """Merges the first r tokens into the last one, whatever their values."""
     batch, total, _ = tokens.shape
     r = len(grid.num_merged)
-    kept = torch.arange(r, total, device=tokens.device)
-    group = torch.cat([torch.full((r,), total - r - 1, device=tokens.device), torch.arange(total - r)])
-    return TokenMap(kept.expand(batch, -1), group.expand(batch, -1))
+    kept_idx = torch.arange(r, total, device=tokens.device)
+    group_idx = torch.cat([torch.full((r,), total - r - 1, device=tokens.device), torch.arange(total - r)])
+    return TokenMap(kept_idx.expand(batch, -1), group_idx.expand(batch, -1))
 
 
 def test_registered_matcher_builds_the_maps_of_a_model() -> None:

@@ -1,4 +1,4 @@
-"""Fused attention put on a UNet by other means than the patch's: what a patched model has to equal.
+"""Attention over merged tokens, put on a UNet by other means than the patch's: what a patched model has to equal.
 
 The places are written down by hand, block for block, and not searched for; attention is replaced on the instance.
 """
@@ -67,14 +67,14 @@ def _fuse(
 
     def forward(hidden_states: Tensor, **rest: Any) -> Tensor:
         (h, w), x = seen["size"], hidden_states if match_on == "normed" else seen["tokens"]
-        fused = bipartite_soft_matching(x, partition(h, w, 2, 2, x.device), int(h * w * ratio))
-        y = reduction(hidden_states, fused)
+        token_map = bipartite_soft_matching(x, partition(h, w, 2, 2, x.device), int(h * w * ratio))
+        y = reduction(hidden_states, token_map)
         if proportional:
-            counts = [home.bincount(minlength=y.shape[1]) for home in fused.group_idx]
+            counts = [group_idx.bincount(minlength=y.shape[1]) for group_idx in token_map.group_idx]
             rest["attention_mask"] = torch.stack(counts).float().log().to(x.dtype)[:, None]
         if kv_only:
             return plain(hidden_states, encoder_hidden_states=y, **{k: v for k, v in rest.items() if v is not None})
-        return unmerge(plain(y, **rest), fused)
+        return unmerge(plain(y, **rest), token_map)
 
     def size(module: nn.Module, args: Any, kwargs: Any) -> None:
         seen["size"] = (args[0] if args else kwargs["hidden_states"]).shape[-2:]

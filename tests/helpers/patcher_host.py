@@ -1,7 +1,7 @@
 """A program that patches models the way ComfyUI, Forge and reForge do, around the weights of a diffusers UNet.
 
 Only what they promise to patches is here: where a block says it is, what it shows and what it takes back. The layers
-are the diffusers UNet's own, so that both adapters can be held to the same pictures.
+are the diffusers UNet's own, so that both adapters can be held to the same images.
 """
 
 from __future__ import annotations

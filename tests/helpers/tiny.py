@@ -1,7 +1,7 @@
 """Tiny models of diffusers' own classes: seeded, offline, random weights, made in milliseconds.
 
 The topologies are Stable Diffusion's, so that a patch finds what it would find there; the widths are the smallest that
-run. What they draw is noise: they serve to compare one run with another.
+run. Their images are noise: they serve to compare one run with another.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ SD15 = {
 
 
 def lively(model: nn.Module, seed: int) -> Any:
-    """The model with weights drawn from `seed`, large enough that every layer shows in its output; in eval mode.
+    """The model with random weights of `seed`, large enough that every layer shows in its output; in eval mode.
 
     Fresh layers mix tokens so weakly that a broken attention would hide below a tolerance.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            draw = torch.randn(parameter.shape, generator=generator)
+            values = torch.randn(parameter.shape, generator=generator)
             wide = parameter.ndim > 1
-            parameter.copy_(draw * (1.2 / parameter[0].numel() ** 0.5) if wide else parameter.round() + 0.1 * draw)
+            parameter.copy_(values * (1.2 / parameter[0].numel() ** 0.5) if wide else parameter.round() + 0.1 * values)
     return model.eval()
 
 
@@ -193,7 +193,7 @@ def ip_adapter_weights(unet: Any) -> dict[str, Any]:
 
 
 def with_ip_adapter(pipe: Any, *names: str, **more: str) -> None:
-    """pipe.load_ip_adapter, from no file: an encoder of pictures, and what its features are read by."""
+    """pipe.load_ip_adapter, from no file: an encoder of images, and what its features are read by."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=32, patch_size=16, projection_dim=8))
     prepare = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})

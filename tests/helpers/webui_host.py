@@ -113,7 +113,7 @@ class Processing:
 
 
 class Program:
-    """Runs one script; draw() generates a latent in one or two passes."""
+    """Runs one script; generate() returns a latent in one or two passes."""
 
     def __init__(self, unet: Any, forge: bool):
         self.forge = forge
@@ -133,7 +133,7 @@ class Program:
         except Exception as error:
             self.errors.append(error)
 
-    def draw(self, args: Any, *, batches: int = 1, **options: Any) -> tuple[torch.Tensor, Processing]:
+    def generate(self, args: Any, *, batches: int = 1, **options: Any) -> tuple[torch.Tensor, Processing]:
         p = options.pop("p", None) or Processing(self, **options)
         self._call("process", p, args)
         p.sampler = Sampler()  # used again for every batch, as in img2img
@@ -182,19 +182,19 @@ class PipelineProgram:
         except Exception as error:
             self.errors.append(error)
 
-    def generate(self) -> torch.Tensor:
+    def run_pipeline(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
         images: torch.Tensor = self.sd_model(
             "a fox", num_inference_steps=4, output_type="latent", generator=generator
         ).images
         return images
 
-    def draw(self, args: Any, *, interrupted: bool = False, **options: Any) -> tuple[torch.Tensor, Processing]:
+    def generate(self, args: Any, *, interrupted: bool = False, **options: Any) -> tuple[torch.Tensor, Processing]:
         p = options.pop("p", None) or Processing(self, **options)
         self._call("process", p, *args)
         if interrupted:
             return torch.zeros(0), p
-        x = self.generate()
+        x = self.run_pipeline()
         self.processed = types.SimpleNamespace(comments="")  # a request's own comments are not shown
         self._call("postprocess", p, self.processed, *args)
         return x, p

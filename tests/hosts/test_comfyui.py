@@ -415,7 +415,7 @@ def test_comfyui_prediction_matches_diffusers(results, model):
     """One call of the model with the same weights, latent and prompt. Both match on normed tokens."""
     distances = results["embedded"] if model == "embedded" else results[model]["diffusers"]
     assert distances["plain"] < 1e-4
-    for method, distance in distances["fused"].items():
+    for method, distance in distances["merged"].items():
         assert distance < 1e-4, method
     assert distances["effect"] > 1e-2
 
@@ -442,7 +442,7 @@ def test_server_runs_a_workflow_without_newer_inputs(server_results):
 def test_server_reports_errors(server_results):
     [error] = server_results["wrong"]["refused"]["node_errors"]["2"]["errors"]
     assert error["message"] == "Value 0.9 bigger than max of 0.75"
-    assert server_results["unfused"]["error"].startswith("this model merges no tokens: put Token Fusion (ToFu) before")
+    assert server_results["unmerged"]["error"].startswith("this model merges no tokens: put Token Fusion (ToFu) before")
     assert server_results["flux"]["error"].startswith("no eligible block in Flux")
 
 

@@ -12,11 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import diffusers_reference
 import pytest
-import twins
 
 ROOT = Path(__file__).resolve().parents[2]
-HELPERS = ROOT / "tests" / "helpers"
+SCRIPTS = ROOT / "tests" / "helpers" / "programs"
 CHECKS = ["ratio 0 is bit-equal", "the unpatched model is bit-equal", "two clones at once", "the same seed",
         "the window",
         "odd latents run", "a map made smaller in between",
@@ -30,10 +30,10 @@ def results(request, tmp_path_factory):
     if not program:
         pytest.skip(f"{request.param} names no checkout")
     packages = ("packages_3rdparty", "modules_forge/packages", "repositories/huggingface_guess")
-    paths = [program, *(f"{program}/{folder}" for folder in packages), str(ROOT), str(HELPERS)]
+    paths = [program, *(f"{program}/{folder}" for folder in packages), str(ROOT), str(SCRIPTS)]
     folder = tmp_path_factory.mktemp("forge")
     process = subprocess.run(
-        [python, str(HELPERS / "forge_run.py"), str(folder)], capture_output=True, text=True, cwd=program,
+        [python, str(SCRIPTS / "forge_run.py"), str(folder)], capture_output=True, text=True, cwd=program,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}, timeout=1500,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
@@ -55,6 +55,6 @@ def test_forge_checks_pass(results, kind, check):
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_forge_prediction_matches_diffusers(results, kind):
     """One call of the model with the same weights, latent and prompt. Both match on normed tokens."""
-    distances = twins.read(kind, results["folder"] / kind, match_on="normed")
-    assert max(distances["plain"], *distances["fused"].values()) < 1e-4, distances
+    distances = diffusers_reference.read(kind, results["folder"] / kind, match_on="normed")
+    assert max(distances["plain"], *distances["merged"].values()) < 1e-4, distances
     assert distances["effect"] > 1e-2

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers_reference
 import pytest
 import tiny
 import torch
-import twins
 from patcher_host import CrossAttention, PlainBlock, UNetModel
 from torch import nn
 
@@ -26,7 +26,7 @@ from tofu_sd import TokenFusionConfig
 from tofu_sd.core import matching
 from tofu_sd.hosts import ldm
 
-HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+SCRIPTS = Path(__file__).resolve().parents[1] / "helpers" / "programs"
 
 OPTIONS = [
     {},
@@ -168,9 +168,9 @@ def results(tmp_path_factory):
     if not program or not repositories.exists():
         pytest.skip("A1111 names no checkout of AUTOMATIC1111 that has its repositories/")
     folder, root = tmp_path_factory.mktemp("ldm"), Path(__file__).resolve().parents[2]
-    paths = [repositories / "stable-diffusion-stability-ai", repositories / "generative-models", root, HELPERS]
+    paths = [repositories / "stable-diffusion-stability-ai", repositories / "generative-models", root, SCRIPTS]
     process = subprocess.run(
-        [python, str(HELPERS / "ldm_run.py"), str(folder)], capture_output=True, text=True, cwd=folder,
+        [python, str(SCRIPTS / "ldm_run.py"), str(folder)], capture_output=True, text=True, cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}, timeout=900,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
@@ -182,8 +182,8 @@ def test_ldm_and_sgm_unets_match_diffusers_and_are_restored(results, kind, modul
     assert results[kind]["class"].split(".")[0] == module
     assert f"on {blocks} transformer blocks" in results[kind]["headline"]
     assert set(results[kind]["checks"].values()) == {True}
-    distances = twins.read(kind, results["folder"] / kind, match_on="hidden")
-    assert max(distances["plain"], *distances["fused"].values()) < 1e-4, distances  # to rounding
+    distances = diffusers_reference.read(kind, results["folder"] / kind, match_on="hidden")
+    assert max(distances["plain"], *distances["merged"].values()) < 1e-4, distances  # to rounding
     assert distances["effect"] > 1e-2
 
 

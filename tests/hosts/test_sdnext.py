@@ -22,7 +22,7 @@ import tofu_sd
 from tofu_sd.recipes import FAITHFUL
 
 ROOT = Path(__file__).resolve().parents[2]
-HELPERS = ROOT / "tests" / "helpers"
+SCRIPTS = ROOT / "tests" / "helpers" / "programs"
 MODULE = "tofu_sd.hosts.webui"
 
 
@@ -51,44 +51,44 @@ def off(program):
 
 
 def test_request_matches_the_package_and_restores_the_unet(program):
-    before, (plain, p) = state(program), program.draw(off(program))
+    before, (plain, p) = state(program), program.generate(off(program))
     assert not p.comments
     assert not p.extra_generation_params
-    result, p = program.draw([{"early": "mean", "late": "mean", "proportional": True, "window": 8}])
+    result, p = program.generate([{"early": "mean", "late": "mean", "proportional": True, "window": 8}])
     assert not p.comments
     assert webui_host.saved(p).startswith("ToFu ratio: 0.5, ToFu early: mean, ToFu late: mean")
     assert state(program) == before
     with tofu_sd.patched(program.sd_model, FAITHFUL):
-        expected = program.generate()
+        expected = program.run_pipeline()
     assert torch.equal(result, expected)
     assert not torch.equal(result, plain)
-    assert torch.equal(program.draw(off(program))[0], plain)
+    assert torch.equal(program.generate(off(program))[0], plain)
 
 
 def test_each_option_changes_the_image(program):
-    plain, _ = program.draw([{}])
+    plain, _ = program.generate([{}])
     for options in ({"ratio": 0.25}, {"levels": 2}, {"match_interval": 2}, {"start_percent": 0.5}, {"grid_seed": 3}):
-        assert not torch.equal(program.draw([options])[0], plain), options
+        assert not torch.equal(program.generate([options])[0], plain), options
 
 
 @pytest.mark.parametrize("then", ["off", "on"])
 def test_interrupted_image_does_not_affect_the_next(program, then):
-    expected, _ = program.draw([{"ratio": 0.25}] if then == "on" else off(program))
-    program.draw([{"ratio": 0.75}], interrupted=True)
+    expected, _ = program.generate([{"ratio": 0.25}] if then == "on" else off(program))
+    program.generate([{"ratio": 0.75}], interrupted=True)
     other = program.host.TokenFusionScript()  # the script of the other tab
     other.ui(is_img2img=True)
     program.script = other
-    assert torch.equal(program.draw([{"ratio": 0.25}] if then == "on" else off(program))[0], expected)
+    assert torch.equal(program.generate([{"ratio": 0.25}] if then == "on" else off(program))[0], expected)
 
 
 @pytest.mark.parametrize("method", ["ToMe", "ToDo"])
 @pytest.mark.parametrize("where", ["request", "settings"])
 def test_built_in_merging_disables_token_fusion(program, method, where):
-    plain, _ = program.draw(off(program))
+    plain, _ = program.generate(off(program))
     settings = {"token_merging_method": method, f"{method.lower()}_ratio": 0.3}
     if where == "settings":
         vars(program.modules["modules.shared"].opts).update(settings)
-    result, p = program.draw([{}], **(settings if where == "request" else {}))
+    result, p = program.generate([{}], **(settings if where == "request" else {}))
     assert torch.equal(result, plain)
     assert f"the built-in {method} is on, at 0.3" in next(iter(p.comments))
     assert not p.extra_generation_params
@@ -96,25 +96,25 @@ def test_built_in_merging_disables_token_fusion(program, method, where):
 
 
 def test_hires_ratio_is_ignored_with_a_comment(program):
-    _, p = program.draw([{"ratio": 0.25, "hires_ratio": 0.5}], enable_hr=True)
+    _, p = program.generate([{"ratio": 0.25, "hires_ratio": 0.5}], enable_hr=True)
     assert next(iter(p.comments)) == "Token Fusion: hires_ratio is ignored here; both passes have ratio 0.25."
     assert "ToFu hires ratio: 0.25" in webui_host.saved(p)
-    _, p = program.draw([{"ratio": 0.25, "hires_ratio": 0.25}], enable_hr=True)
+    _, p = program.generate([{"ratio": 0.25, "hires_ratio": 0.25}], enable_hr=True)
     assert not p.comments
 
 
 def test_invalid_option_adds_a_comment_and_keeps_the_baseline_image(program):
-    plain, _ = program.draw(off(program))
-    result, p = program.draw([{"ratio": 0.9}])
+    plain, _ = program.generate(off(program))
+    result, p = program.generate([{"ratio": 0.9}])
     assert torch.equal(result, plain)
     assert "ratio is 0.9; it must be a number from 0 to 0.75" in next(iter(p.comments))
     assert program.processed.comments == next(iter(p.comments))  # below the image
 
 
 def test_only_token_fusion_comments_are_shown_below_the_image(program):
-    program.draw([{}], comments={"another script's": 1})
+    program.generate([{}], comments={"another script's": 1})
     assert program.processed.comments == ""
-    _, p = program.draw([{"ratio": 0.25, "hires_ratio": 0.5}], enable_hr=True, comments={"another script's": 1})
+    _, p = program.generate([{"ratio": 0.25, "hires_ratio": 0.5}], enable_hr=True, comments={"another script's": 1})
     assert len(p.comments) == 2
     assert program.processed.comments.startswith("Token Fusion: hires_ratio is ignored here")
     assert "another" not in program.processed.comments
@@ -135,12 +135,12 @@ def test_grid_axis_sets_an_option_and_enables_token_fusion(program, monkeypatch)
     assert len(added) == len(axes.axis_options) == len(program.host.INPUTS) - 1
     assert "[ToFu] Hires ratio" not in added  # both passes share one ratio
     whole = webui_host.Processing(program)
-    plain, _ = program.draw(off(program), p=webui_host.cell(whole))
+    plain, _ = program.generate(off(program), p=webui_host.cell(whole))
     for ratio in (0.25, 0.0):
         cell = webui_host.cell(whole)
         added["[ToFu] Ratio"].apply(cell, ratio, None)
-        image, _ = program.draw(off(program), p=cell)
-        assert torch.equal(image, program.draw([{"ratio": ratio}])[0])
+        image, _ = program.generate(off(program), p=cell)
+        assert torch.equal(image, program.generate([{"ratio": ratio}])[0])
         assert torch.equal(image, plain) == (ratio == 0)
     with pytest.raises(ValueError, match=r"ratio is 0\.8"):
         added["[ToFu] Ratio"].confirm(None, [0.25, 0.8])
@@ -151,7 +151,7 @@ def test_pipeline_without_a_unet_adds_a_comment(program):
         transformer = torch.nn.Linear(2, 2)
 
     program.sd_model = Transformers()
-    _, p = program.draw([{}], interrupted=True)
+    _, p = program.generate([{}], interrupted=True)
     assert "has no `unet`: token fusion patches" in next(iter(p.comments))
     assert not p.extra_generation_params
 
@@ -166,9 +166,9 @@ def results(tmp_path_factory):
     if not folder:
         pytest.skip("SDNEXT names no checkout of SD.Next")
     process = subprocess.run(
-        [python, str(HELPERS / "sdnext_run.py"), str(tmp_path_factory.mktemp("sdnext"))], cwd=folder, text=True,
+        [python, str(SCRIPTS / "sdnext_run.py"), str(tmp_path_factory.mktemp("sdnext"))], cwd=folder, text=True,
         capture_output=True, timeout=900,
-        env={**os.environ, "PYTHONPATH": str(HELPERS), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (SCRIPTS, SCRIPTS.parent))), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     return json.loads(process.stdout.splitlines()[-1])

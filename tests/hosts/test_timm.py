@@ -206,8 +206,8 @@ def test_depth_split_is_measured_on_images(model, host, images):
     d = probe().measured_split(model, images)
     assert d == best_split(dict(enumerate(probe().linearity(model, images).mean(dim=1).tolist())))
     host.apply_patch(model, r=8, depth_split="auto", images=images)
-    fused = predict(model, images)
-    assert torch.equal(fused, predict(host.apply_patch(model, r=8, depth_split=d), images))
+    merged = predict(model, images)
+    assert torch.equal(merged, predict(host.apply_patch(model, r=8, depth_split=d), images))
 
 
 def test_nonlinear_layers_prune_and_linear_layers_average(host, images):
@@ -299,7 +299,7 @@ def test_linearity_is_measured_on_the_merged_pairs(model, host, images):
         return torch.stack(ways).mean().item()
 
     def attention(points):
-        """A query's, by its formula, among the keys and values of the whole picture."""
+        """A query's, by its formula, among the keys and values of the whole image."""
         attn, (q, _, _), (_, k, v) = (
             block.attn,
             *(
@@ -348,8 +348,8 @@ def test_adaptive_merging_merges_tokens_above_the_threshold(model, host, images)
     host.apply_patch(model, adaptive(model, alpha=-1, beta=0, least=-1))
     with host.record_maps(model) as maps:
         predict(model, images)
-    kept = [map.kept_idx.shape[1] for _, map in maps]
-    assert kept[:2] == [TOKENS // 2, TOKENS // 4]
+    num_kept = [map.kept_idx.shape[1] for _, map in maps]
+    assert num_kept[:2] == [TOKENS // 2, TOKENS // 4]
 
 
 def test_last_layer_can_keep_only_the_class_token(model, host, images):
@@ -443,8 +443,8 @@ def test_token_size_weights_the_reduction(reduction):
     size = torch.tensor([[1.0, 3, 1, 1, 2, 1, 5, 1]]).expand(2, -1)
     map = TokenMap(torch.tensor([[0, 2, 4, 6]]).expand(2, -1), torch.tensor([[0, 0, 1, 1, 2, 2, 3, 3]]).expand(2, -1))
     many = x.repeat_interleave(size[0].long(), dim=1)
-    home = map.group_idx.repeat_interleave(size[0].long(), dim=1)
-    spread = TokenMap(torch.stack([(home[0] == k).nonzero()[0, 0] for k in range(4)]).expand(2, -1), home)
+    group_idx = map.group_idx.repeat_interleave(size[0].long(), dim=1)
+    spread = TokenMap(torch.stack([(group_idx[0] == k).nonzero()[0, 0] for k in range(4)]).expand(2, -1), group_idx)
     assert torch.allclose(reduce_sized(reduction, x, map, size), reduction(many, spread), atol=1e-5)
 
 

@@ -63,8 +63,8 @@ def off(program):
 
 @pytest.mark.parametrize("options", [{}, FAITHFUL, {"ratio": 0.25, "start_percent": 0.4}])
 def test_script_matches_the_adapters_and_restores_the_model(program, options):
-    before, (baseline, _) = webui_host.state(program), program.draw(off(program))
-    result, p = program.draw(args(program, **options))
+    before, (baseline, _) = webui_host.state(program), program.generate(off(program))
+    result, p = program.generate(args(program, **options))
     fields = {name.removesuffix("_percent"): value for name, value in options.items()}
     fusion = TokenFusionConfig.of(fields.pop("ratio", 0.5), **fields)
     if program.forge:
@@ -78,43 +78,43 @@ def test_script_matches_the_adapters_and_restores_the_model(program, options):
             lambda q, k, v, h, o: attention(q, k, v, h, o),
             lambda percent: 10 * (1 - percent),
         )
-        expected, _ = expected_program.draw([])
+        expected, _ = expected_program.generate([])
     else:
         ldm.apply(program.model, fusion)
-        expected, _ = program.draw(off(program))
+        expected, _ = program.generate(off(program))
         ldm.restore(program.model)
     assert torch.equal(result, expected)
     assert (result - baseline).abs().max() > 1e-3
     assert not p.comments
     assert webui_host.state(program) == before
-    assert torch.equal(program.draw(off(program))[0], baseline)
+    assert torch.equal(program.generate(off(program))[0], baseline)
 
 
 def test_disabled_or_ratio_zero_equals_the_baseline(program):
     """Requests without arguments are baseline too: Forge Neo passes none while it starts."""
-    baseline, p = program.draw(off(program))
+    baseline, p = program.generate(off(program))
     assert not p.extra_generation_params
-    bare, p = program.draw([])
+    bare, p = program.generate([])
     assert torch.equal(bare, baseline)
     assert not p.extra_generation_params
     assert not p.comments
-    assert torch.equal(program.draw(args(program, ratio=0))[0], baseline)
+    assert torch.equal(program.generate(args(program, ratio=0))[0], baseline)
 
 
 @pytest.mark.parametrize("hires", [False, True])
 def test_interrupted_sampling_restores_the_model(program, hires):
-    before, (baseline, _) = webui_host.state(program), program.draw(off(program))
+    before, (baseline, _) = webui_host.state(program), program.generate(off(program))
     p = webui_host.Processing(program, enable_hr=True, fails_at=(hires, 500.0))
     with pytest.raises(InterruptedError):
-        program.draw(args(program), p=p)
+        program.generate(args(program), p=p)
     assert p.is_hr_pass is hires
     assert webui_host.state(program) == before
-    assert torch.equal(program.draw(off(program))[0], baseline)
+    assert torch.equal(program.generate(off(program))[0], baseline)
 
 
 def test_reused_sampler_is_patched_once_and_restored(program):
-    once, p = program.draw(args(program))
-    again, _ = program.draw(args(program), batches=3)
+    once, p = program.generate(args(program))
+    again, _ = program.generate(args(program), batches=3)
     assert torch.equal(once, again)
     if not program.forge:
         assert not isinstance(p.sampler.launch_sampling.launch, program.host.PatchedSampling)
@@ -124,23 +124,23 @@ def test_reused_sampler_is_patched_once_and_restored(program):
 
 @pytest.mark.parametrize("options", [{}, FAITHFUL])
 def test_both_passes_are_merged_and_saved(program, options):
-    baseline, _ = program.draw(off(program), enable_hr=True)
-    second, p = program.draw(args(program, ratio=0, **options), enable_hr=True)
-    both, p = program.draw(args(program, **options), enable_hr=True)
+    baseline, _ = program.generate(off(program), enable_hr=True)
+    second, p = program.generate(args(program, ratio=0, **options), enable_hr=True)
+    both, p = program.generate(args(program, **options), enable_hr=True)
     assert len({tensor.sum().item() for tensor in (baseline, second, both)}) == 3
     assert not p.comments
     assert "ToFu ratio: 0.5, ToFu hires ratio: 0.5" in webui_host.saved(p)
 
 
 def test_hires_pass_has_its_own_ratio(program):
-    baseline, _ = program.draw(off(program), enable_hr=True)
-    neither, _ = program.draw(args(program, ratio=0, hires_ratio=0), enable_hr=True)
-    first, _ = program.draw(args(program, ratio=0.5, hires_ratio=0), enable_hr=True)
-    second, p = program.draw(args(program, ratio=0, hires_ratio=0.5), enable_hr=True)
+    baseline, _ = program.generate(off(program), enable_hr=True)
+    neither, _ = program.generate(args(program, ratio=0, hires_ratio=0), enable_hr=True)
+    first, _ = program.generate(args(program, ratio=0.5, hires_ratio=0), enable_hr=True)
+    second, p = program.generate(args(program, ratio=0, hires_ratio=0.5), enable_hr=True)
     assert torch.equal(neither, baseline)
     assert len({tensor.sum().item() for tensor in (baseline, first, second)}) == 3
     assert "ToFu hires ratio: 0.5" in webui_host.saved(p)
-    assert "hires" not in webui_host.saved(program.draw(args(program))[1])
+    assert "hires" not in webui_host.saved(program.generate(args(program))[1])
 
 
 # --- saved and pasted parameters, requests ----------------------------------------------------------------------------
@@ -150,12 +150,12 @@ def test_hires_pass_has_its_own_ratio(program):
     "options", [{}, FAITHFUL, {"hires_ratio": 0.25, "grid_seed": 7, "kv_only": True, "end_percent": 0.6, "levels": 2}]
 )
 def test_pasted_parameters_reproduce_the_image(program, options):
-    result, p = program.draw(args(program, **options), enable_hr=True)
+    result, p = program.generate(args(program, **options), enable_hr=True)
     text = webui_host.saved(p)
     assert text.startswith("ToFu ratio: 0.5")
     pasted = webui_host.paste(program.script, "Steps: 20, " + text)
     assert len(pasted) == len(program.fields)  # each field is set: a field need not have its default
-    again, _ = program.draw([pasted[field.label] for field in program.fields], enable_hr=True)
+    again, _ = program.generate([pasted[field.label] for field in program.fields], enable_hr=True)
     assert torch.equal(result, again)
 
 
@@ -168,11 +168,11 @@ def test_pasting_one_pass_keeps_the_hires_ratio(program):
 
 
 def test_parameters_of_the_previous_image_are_not_saved(program):
-    _, p = program.draw(args(program, window=8))
+    _, p = program.generate(args(program, window=8))
     assert "ToFu window: 8" in webui_host.saved(p)
-    program.draw(args(program), p=p)
+    program.generate(args(program), p=p)
     assert "window" not in webui_host.saved(p)
-    program.draw(off(program), p=p)
+    program.generate(off(program), p=p)
     assert webui_host.saved(p) == ""
 
 
@@ -189,14 +189,16 @@ def test_request_arguments_keep_their_order(program):
 
 
 def test_request_sets_options_by_name(program):
-    by_place, _ = program.draw(args(program, **FAITHFUL))
+    by_place, _ = program.generate(args(program, **FAITHFUL))
     rest = off(program)[1:]
-    by_name, _ = program.draw([FAITHFUL, *rest])
+    by_name, _ = program.generate([FAITHFUL, *rest])
     assert torch.equal(by_place, by_name)
     for switch in (False, "false", 0):
-        assert torch.equal(program.draw([{**FAITHFUL, "enabled": switch}, *rest])[0], program.draw(off(program))[0])
-    unset, _ = program.draw([True, *[None] * len(rest)])
-    assert torch.equal(unset, program.draw(args(program))[0])
+        assert torch.equal(
+            program.generate([{**FAITHFUL, "enabled": switch}, *rest])[0], program.generate(off(program))[0]
+        )
+    unset, _ = program.generate([True, *[None] * len(rest)])
+    assert torch.equal(unset, program.generate(args(program))[0])
 
 
 @pytest.mark.parametrize(
@@ -213,8 +215,8 @@ def test_request_sets_options_by_name(program):
     ],
 )
 def test_invalid_option_adds_one_comment_and_keeps_the_baseline_image(program, options, message, caplog):
-    baseline, _ = program.draw(off(program), enable_hr=True)
-    result, p = program.draw([options], enable_hr=True)
+    baseline, _ = program.generate(off(program), enable_hr=True)
+    result, p = program.generate([options], enable_hr=True)
     (comment,) = p.comments
     assert message in comment
     assert comment.endswith("The image is generated without it.")
@@ -224,13 +226,13 @@ def test_invalid_option_adds_one_comment_and_keeps_the_baseline_image(program, o
 
 
 def test_built_in_merging_disables_token_fusion(program):
-    baseline, _ = program.draw(off(program), enable_hr=True)
-    result, p = program.draw(args(program), enable_hr=True, built_in={False: 0.3, True: 0.3})
+    baseline, _ = program.generate(off(program), enable_hr=True)
+    result, p = program.generate(args(program), enable_hr=True, built_in={False: 0.3, True: 0.3})
     assert torch.equal(result, baseline)
     assert "the built-in token merging is on, at 0.3" in next(iter(p.comments))
     assert "ToFu ratio: 0, ToFu hires ratio: 0" in webui_host.saved(p)
-    second, p = program.draw(args(program), enable_hr=True, built_in={False: 0.3})
-    assert torch.equal(second, program.draw(args(program, ratio=0), enable_hr=True)[0])
+    second, p = program.generate(args(program), enable_hr=True, built_in={False: 0.3})
+    assert torch.equal(second, program.generate(args(program, ratio=0), enable_hr=True)[0])
     assert "ToFu ratio: 0, ToFu hires ratio: 0.5" in webui_host.saved(p)
 
 
@@ -254,10 +256,10 @@ def test_unet_with_replaced_forward_adds_a_comment(program):
     if program.forge:
         pytest.skip("Forge's patches do not touch the UNet")
     block = next(m for m in program.model.modules() if isinstance(m, PlainBlock))
-    baseline, _ = program.draw(off(program))
+    baseline, _ = program.generate(off(program))
     block.attn1.forward = block.attn1.forward  # like the built-in HyperTile
     try:
-        result, p = program.draw(args(program))
+        result, p = program.generate(args(program))
     finally:
         del block.attn1.forward
     assert torch.equal(result, baseline)
@@ -268,32 +270,32 @@ def test_forward_replaced_before_sampling_runs_unmerged(program, caplog):
     if program.forge:
         pytest.skip("Forge's patches do not touch the UNet")
     block = next(m for m in program.model.modules() if isinstance(m, PlainBlock))
-    baseline, _ = program.draw(off(program))
+    baseline, _ = program.generate(off(program))
     p = webui_host.Processing(program, sampler=webui_host.Sampler())
     program.script.process_before_every_sampling(p, *args(program))
     block.attn1.forward = block.attn1.forward
     try:
-        assert p.sampler.launch_sampling(1, lambda: "drawn") == "drawn"
+        assert p.sampler.launch_sampling(1, lambda: "latent") == "latent"
     finally:
         del block.attn1.forward
     assert "has a `forward` of its own" in caplog.text
-    assert torch.equal(program.draw(off(program))[0], baseline)
+    assert torch.equal(program.generate(off(program))[0], baseline)
 
 
 @pytest.mark.parametrize("there", ["hypernetwork", "upcast"])
 def test_proportional_is_rejected_with_hypernetworks_or_upcast(program, there):
     if program.forge:
         pytest.skip("Forge has neither in its own attention")
-    baseline, _ = program.draw(off(program))
+    baseline, _ = program.generate(off(program))
     shared = program.modules["modules.shared"]
     if there == "upcast":
         shared.opts.upcast_attn = True
     else:
         shared.loaded_hypernetworks.append(object())
-    result, p = program.draw(args(program, **FAITHFUL))
+    result, p = program.generate(args(program, **FAITHFUL))
     assert torch.equal(result, baseline)
     assert "proportional replaces the program's attention" in next(iter(p.comments))
-    assert not torch.equal(program.draw(args(program))[0], baseline)
+    assert not torch.equal(program.generate(args(program))[0], baseline)
 
 
 def test_program_without_the_hook_adds_a_comment(program, monkeypatch):
@@ -331,7 +333,7 @@ def test_number_fields_have_no_limits(program):
     numbers = [field for field in program.fields if type(field).__name__ == "Number"]
     assert [field.label for field in numbers] == ["Grid seed", "Min tokens"]
     assert all({"minimum", "maximum"}.isdisjoint(field.options) for field in numbers)
-    _, p = program.draw([{"grid_seed": 2**31}])
+    _, p = program.generate([{"grid_seed": 2**31}])
     assert "seed is 2147483648; it must be None or an integer" in next(iter(p.comments))
 
 
@@ -364,8 +366,8 @@ def test_grid_axis_sets_an_option_and_enables_token_fusion(program):
     p = webui_host.cell(whole)
     axes["[ToFu] Ratio"].apply(p, axes["[ToFu] Ratio"].type("0.25"), None)
     axes["[ToFu] Kv only"].apply(p, "True", None)
-    result, p = program.draw(off(program), p=p)
-    assert torch.equal(result, program.draw(args(program, ratio=0.25, kv_only=True))[0])
+    result, p = program.generate(off(program), p=p)
+    assert torch.equal(result, program.generate(args(program, ratio=0.25, kv_only=True))[0])
     assert webui_host.saved(p) == "ToFu ratio: 0.25, ToFu early: prune, ToFu late: mlerp, ToFu kv only: True"
     assert not hasattr(whole, program.host.AXES)
 

@@ -17,7 +17,7 @@ import pytest
 import sd15_file
 
 ROOT = Path(__file__).resolve().parents[2]
-HELPERS = ROOT / "tests" / "helpers"
+SCRIPTS = ROOT / "tests" / "helpers" / "programs"
 
 
 @pytest.fixture(scope="module", params=["A1111", "FORGE", "NEO", "REFORGE"])
@@ -29,7 +29,7 @@ def server(request):
     if request.param != "NEO" and not (Path(program) / "repositories").exists():
         pytest.skip(f"{program} has no repositories/: it was never started")
     process = subprocess.run(
-        [python, str(HELPERS / "webui_server.py")], capture_output=True, text=True, cwd=program, timeout=2400,
+        [python, str(SCRIPTS / "webui_server.py")], capture_output=True, text=True, cwd=program, timeout=2400,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]

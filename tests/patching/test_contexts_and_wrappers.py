@@ -233,7 +233,7 @@ class Counting(AttnProcessor2_0):
         return super().__call__(attn, hidden_states, encoder_hidden_states, *a, **m)
 
 
-class Deaf(AttnProcessor):
+class ProcessorWithoutMask(AttnProcessor):
     """Ignores its mask."""
 
     def __call__(
@@ -254,7 +254,7 @@ def test_processor_gets_no_encoder_hidden_states_in_self_attention() -> None:
     [
         (Counting(), {"kv_only": True}, "kv_only .* by which Counting may take it for cross-attention"),
         (Counting(), {"merge_crossattn": True}, "merge_crossattn gives Counting fewer queries"),
-        (Deaf(), {"proportional": True}, "as an attention mask, which Deaf ignores"),
+        (ProcessorWithoutMask(), {"proportional": True}, "as an attention mask, which ProcessorWithoutMask ignores"),
     ],
 )
 def test_incompatible_processors_raise_with_their_name(processor: Any, options: Any, message: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from image_independence import check_independence_of_earlier_images
 from oracle import blocks
 
 import tofu_sd
@@ -119,26 +120,8 @@ def test_match_interval_matches_once_per_interval(interval: int, steps: int, mat
 
 
 def test_image_is_independent_of_earlier_images() -> None:
-    """Size, prompt, number of steps or interruption of the previous image have no effect."""
     pipe = tofu_sd.apply_patch(tiny.sd15_pipe(), 0.5, match_interval=3, share_across_blocks=True)
-    expected = tiny.images(pipe, num_inference_steps=4)
-    earlier_calls: list[dict[str, Any]] = [
-        {"num_inference_steps": 4, "prompt": "a blue hat"},
-        {"num_inference_steps": 1},
-        {"num_inference_steps": 4, "guidance_scale": 1.0},
-        {"num_inference_steps": 5, "height": 256, "width": 64},
-    ]
-    for call in earlier_calls:
-        tiny.images(pipe, seed=9, **call)
-        assert torch.equal(tiny.images(pipe, num_inference_steps=4), expected)
-
-    def stop(pipe: Any, i: int, t: Any, kwargs: Any) -> Any:
-        raise KeyboardInterrupt
-
-    for steps in (50, 4):
-        with pytest.raises(KeyboardInterrupt):
-            tiny.images(pipe, seed=9, num_inference_steps=steps, callback_on_step_end=stop)
-        assert torch.equal(tiny.images(pipe, num_inference_steps=4), expected)
+    check_independence_of_earlier_images(pipe)
 
 
 def test_new_conditioning_is_matched_again(matched_batches: list[int]) -> None:

@@ -15,6 +15,7 @@ import torch
 from anatomy import anatomy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from image_independence import check_independence_of_earlier_images
 from oracle import blocks
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -164,27 +165,12 @@ def test_each_block_merges_the_count_of_the_previous_step() -> None:
 
 
 def test_image_is_independent_of_counts_of_earlier_images() -> None:
-    """Size, prompt, number of steps or interruption of the previous image have no effect."""
     pipe = tofu_sd.apply_patch(tiny.sd15_pipe(), **SOME)
-    expected = tiny.images(pipe, num_inference_steps=4)
-    assert not torch.equal(expected, tiny.images(tofu_sd.remove_patch(pipe), num_inference_steps=4))
+    merged = tiny.images(pipe, num_inference_steps=4)
+    assert not torch.equal(merged, tiny.images(tofu_sd.remove_patch(pipe), num_inference_steps=4))
     tofu_sd.apply_patch(pipe, **SOME)
-    earlier_calls: list[dict[str, Any]] = [
-        {"num_inference_steps": 4, "prompt": "a blue hat"},
-        {"num_inference_steps": 1},
-        {"num_inference_steps": 4, "guidance_scale": 1.0},
-        {"num_inference_steps": 5, "height": 256, "width": 64},
-    ]
-    for call in earlier_calls:
-        tiny.images(pipe, seed=9, **call)
-        assert torch.equal(tiny.images(pipe, num_inference_steps=4), expected)
-
-    def stop(pipe: Any, i: int, t: Any, kwargs: Any) -> Any:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tiny.images(pipe, seed=9, num_inference_steps=4, callback_on_step_end=stop)
-    assert torch.equal(tiny.images(pipe, num_inference_steps=4), expected)
+    assert torch.equal(tiny.images(pipe, num_inference_steps=4), merged)
+    check_independence_of_earlier_images(pipe)
 
 
 def test_step_of_an_unknown_image_is_a_first_step() -> None:

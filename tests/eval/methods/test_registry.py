@@ -1,0 +1,198 @@
+"""Methods are registered by name, loaded from files, and never share a row."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from eval import EvalError
+from eval.methods import registry
+from eval.methods import registry as methods
+from eval.methods.registry import METHODS, parse, register_method
+from tofu_sd.core.matching import MATCHERS
+
+FILE = """
+from contextlib import contextmanager
+import torch
+from eval.methods.registry import register_method
+from tofu_sd import TokenFusionConfig
+from tofu_sd.core.matching import register_matcher
+from tofu_sd.core.token_map import TokenMap
+
+@register_method("zeros_out")
+@contextmanager
+def zeros_out(pipe):
+    handle = pipe.unet.register_forward_hook(lambda module, args, out: (0 * out[0],))
+    yield
+    handle.remove()
+
+@register_matcher("every_other")
+def every_other(tokens, grid, config):
+    batch, total, _ = tokens.shape
+    kept_idx = torch.arange(len(grid.num_merged), total)
+    group_idx = torch.arange(total).sub(len(grid.num_merged)).clamp_min(0)
+    return TokenMap(kept_idx.expand(batch, -1), group_idx.expand(batch, -1))
+
+gentle = TokenFusionConfig(kv_only=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _registries() -> Iterator[None]:
+    """What a test registers is gone after it."""
+    parse("baseline", [0.5])
+    before = dict(METHODS), dict(MATCHERS)
+    yield
+    registry._load.cache_clear()
+    for known, entries in zip((METHODS, MATCHERS), before, strict=True):
+        known.clear()
+        known.update(entries)
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_method.py").write_text(FILE)
+    return tmp_path / "my_method.py"
+
+
+@pytest.mark.parametrize(("name", "slug"), [
+    ("zeros_out", "zeros_out"),
+    ("every_other", "tofu-r50-every_other"),
+    ("every_other@kv_only=True", "kv-tofu-r50-every_other"),
+    ("gentle", "kv-tofu-r50"),
+    ("gentle@ratio=0.25", "kv-tofu-r25"),
+])  # fmt: skip
+def test_a_file_brings_a_method_a_matcher_or_a_configuration(file: Path, name: str, slug: str) -> None:
+    (method,) = parse(f"my_method.py:{name}", [0.5])
+    assert method.slug == slug
+
+
+def test_a_method_from_a_file_generates(file: Path) -> None:
+    pipe = tiny.sd15_pipe()
+    (method,) = parse("my_method.py:every_other", [0.5])
+    call = tiny.inputs(pipe.unet)
+    plain = tiny.predict(pipe.unet, **call)
+    with method.apply(pipe):
+        assert not torch.equal(tiny.predict(pipe.unet, **call), plain)
+    assert torch.equal(tiny.predict(pipe.unet, **call), plain)
+
+
+def test_a_changed_file_is_another_method(file: Path) -> None:
+    """Else its old images would be taken for new ones."""
+    for name in ("zeros_out", "every_other", "gentle"):
+        (before,) = parse(f"my_method.py:{name}", [0.5])
+        file.write_text(file.read_text() + "# changed\n")
+        registry._load.cache_clear()
+        (after,) = parse(f"my_method.py:{name}", [0.5])
+        assert before.identity != after.identity
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("none.py:mine", "none.py: there is no such file"),
+    ("my_method.py:mine", "my_method.py registers no method or matcher 'mine'"),
+    ("my_method.py:gentle@ratoi=1", r"unknown option 'ratoi' \(did you mean 'ratio'"),
+    ("my_method.py:gentle@ratio=2", "ratio is 2; it must be a number from 0 to 0.75"),
+])  # fmt: skip
+def test_unknown_name_in_a_method_file_is_refused(file: Path, name: str, message: str) -> None:
+    with pytest.raises(EvalError, match=message) as refused:
+        parse(name, [0.5])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_fails_is_refused_in_a_line(file: Path) -> None:
+    file.write_text("import nothing_of_this_name")
+    with pytest.raises(EvalError, match=r"my_method\.py: ModuleNotFoundError: No module named 'nothing_of_this_name'"):
+        parse("my_method.py:mine", [0.5])
+
+
+@pytest.mark.parametrize("names", ["faithful,tome+p@window=8", "tofu@ratio=0.5,tofu@early=prune"])
+def test_two_names_of_one_method_are_refused(names: str) -> None:
+    """One of their rows would be lost."""
+    with pytest.raises(EvalError, match="would share the row and the folder"):
+        parse(names, [0.5])
+
+
+@pytest.mark.parametrize("name", ["tofu", "baseline", "tomesd"])
+def test_duplicate_method_name_is_refused(name: str) -> None:
+    @contextmanager
+    def mine(pipe: Any) -> Iterator[Any]:
+        yield pipe
+
+    with pytest.raises(ValueError, match=f"a method named '{name}' exists already"):
+        register_method(name)(mine)
+
+
+@pytest.mark.parametrize("name", ["", "a:b", "a/b", "a b"])
+def test_a_name_that_cannot_name_a_folder_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="as it names a folder"):
+        register_method(name)
+
+
+def test_methods_are_parsed_in_order_without_duplicates():
+    found = methods.parse("tofu, kv:tome+p,full,tofu", [0.25, 0.5])
+    assert [(m.name, m.ratio) for m in found] == [
+        ("tofu", 0.25), ("tofu", 0.5), ("kv:tome+p", 0.25), ("kv:tome+p", 0.5), ("baseline", None),
+    ]  # fmt: skip
+    assert len({m.slug for m in found}) == 5
+
+
+def test_ratio_option_of_a_method_is_shown_as_its_ratio():
+    (own,), (asked,) = (methods.parse(*args) for args in (("kv:tome+p@ratio=0.75", [0.5]), ("kv:tome+p", [0.75])))
+    assert (own.name, own.ratio, own.slug) == (asked.name, asked.ratio, asked.slug)
+    (windowed,) = methods.parse("tofu@window=4@ratio=0.25", [0.5])
+    assert (windowed.name, windowed.ratio) == ("tofu@window=4", 0.25)
+
+
+def test_missing_package_of_a_method_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(methods, "version", lambda name: None)
+    (method,) = methods.parse("tomesd", [0.5])
+    assert method.unavailable_reason == "pip install tomesd"
+
+
+def test_folder_with_the_name_of_a_package_is_not_the_package(monkeypatch, tmp_path):
+    """Whoever has cloned it beside the images could import that folder, which is empty to Python."""
+    (tmp_path / "ghost").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("ghost")
+    assert methods.MethodSpec(nullcontext, Path("a.py"), ("ghost", "ghost")).unavailable_reason == "pip install ghost"
+
+
+def test_tomesd_patch_is_removed(pipe):
+    pytest.importorskip("tomesd")
+    (method,) = methods.parse("tomesd", [0.5])
+    classes = [type(module) for module in pipe.unet.modules()]
+    with method.apply(pipe):
+        assert [type(module) for module in pipe.unet.modules()] != classes
+    assert [type(module) for module in pipe.unet.modules()] == classes
+
+
+def test_row_is_labelled_with_its_effective_ratio():
+    (method,) = methods.parse("tofu@ratio=0.3", [0.5])
+    assert (method.slug, method.ratio) == ("tofu-r30", 0.3)
+
+
+def test_only_code_that_decides_images_changes_their_hash(monkeypatch, tmp_path):
+    """A new file elsewhere in the package, such as another host's, must not make all images again."""
+    package = tmp_path / "demo" / "tofu_sd"
+    for folder in ("core", "kernels", "patching", "hosts", "demo"):
+        (package / folder).mkdir(parents=True)
+    (package / "config.py").write_text("a = 1")
+    (package / "core" / "matching.py").write_text("a = 1")
+    monkeypatch.setattr(methods.tofu_sd, "__file__", str(package / "__init__.py"))
+    before = methods.source_hash.__wrapped__()
+    for other in ("demo/classes.py", "hosts/webui.py", "recipes.py"):
+        (package / other).write_text("a = 1")
+    assert methods.source_hash.__wrapped__() == before
+    for own in ("core/matching.py", "config.py", "hosts/diffusers_unet.py"):
+        (package / own).write_text(own)
+        after = methods.source_hash.__wrapped__()
+        assert after != before
+        before = after
