@@ -14,11 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import jsonschema
-from jsonschema.exceptions import best_match
-
 from .. import EvalError
-from ..common.files import listed, parse_json, png, read_json, read_text, to_json, write
+from ..common import formats
+from ..common.files import listed, parse_json, png, read_text, to_json, write
 from ..common.schema_changes import SCHEMA, convert
 from ..images.settings import Settings
 from ..methods.method import BASELINE, OTHER_SEEDS
@@ -73,19 +71,9 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     if not (out / RESULTS).exists():
         raise EvalError(f"{out.name} holds no {RESULTS}: python -m eval.run --out {out.name} writes one")
     try:
-        report = convert(parse_json(read_text(out / RESULTS)))
-    except OSError as error:
-        raise EvalError(f"cannot read {out.name}/{RESULTS}: {error.strerror}") from error
-    except ValueError as error:
-        raise EvalError(f"{out.name}/{RESULTS} is damaged: it holds no JSON: {AGAIN} ({error})") from error
-    schema = report.get("schema") if isinstance(report, dict) else None
-    if schema != SCHEMA:
-        raise EvalError(f"{out.name}/{RESULTS} has schema {schema}, this program reads {SCHEMA}")
-    wrong = best_match(_schema().iter_errors(report))
-    if wrong is not None:
-        at = "".join(f"[{part!r}]" for part in wrong.absolute_path)
-        message = " ".join(wrong.message.split())[:200]
-        raise EvalError(f"{out.name}/{RESULTS} is damaged: {at and f'in {at} '}{message}: {AGAIN}")
+        report = formats.read(out / RESULTS, _schema(), SCHEMA, "eval.run", f"{out.name}/{RESULTS}")
+    except EvalError as error:
+        raise EvalError(f"{error}: {AGAIN}") from error
     rows = [row for row in report["rows"] if "skipped" not in row]
     if not any(row["key"] == BASELINE.slug for row in rows):
         raise EvalError(f"{out.name}/{RESULTS} is damaged: it has no row of the baseline: {AGAIN}")
@@ -133,8 +121,9 @@ def _is_number(text: str) -> bool:
 
 
 @cache
-def _schema() -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator(read_json(Path(__file__).parent / "results.schema.json"))
+def _schema() -> dict[str, Any]:
+    schema: dict[str, Any] = parse_json(read_text(Path(__file__).parent / "results.schema.json"))
+    return schema
 
 
 def check_comparable(a: Path, first: dict[str, Any], b: Path, second: dict[str, Any], names: Sequence[str]) -> None:

@@ -40,9 +40,9 @@ def test_results_of_a_run_killed_while_writing_are_refused(command, monkeypatch,
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("[1]", "has schema None"),
-        ('{"schema": 9}', "has schema 9"),
-        ('{"schema": 2}', "results.json is damaged: 'settings' is a required property"),
+        ("[1]", "its schema is None, this program reads 2: the same command"),
+        ('{"schema": 9}', "its schema is 9, this program reads 2: the same command"),
+        ('{"schema": 2}', "results.json is not as eval.run writes it: 'settings' is a required property"),
     ],
 )
 def test_invalid_results_print_one_line(tmp_path, capsys, content, said):
@@ -55,7 +55,8 @@ def test_results_that_are_not_json_are_not_reported_as_missing(command, capsys):
     Path("out").mkdir()
     Path("out/results.json").write_text("{")
     assert report_module.main(["out"]) == 2
-    assert "out/results.json is damaged: it holds no JSON: the same command" in capsys.readouterr().err
+    assert "out/results.json holds no results of eval.run: " in (message := capsys.readouterr().err)
+    assert "the same command of eval.run writes it again" in message
 
 
 def test_results_without_a_figure_print_one_line(command, capsys):
@@ -66,7 +67,9 @@ def test_results_without_a_figure_print_one_line(command, capsys):
     for program in (lambda: report_module.main(["out", "--markdown"]), lambda: compare_module.main(["out", "out"])):
         capsys.readouterr()
         assert program() == 2
-        assert capsys.readouterr().err.startswith("error: out/results.json is damaged: in ['rows'][1] ")
+        assert capsys.readouterr().err.startswith(
+            "error: out/results.json is not as eval.run writes it: in ['rows'][1] "
+        )
 
 
 def test_corrupt_image_of_a_report_is_named(command, capsys):
