@@ -25,8 +25,8 @@ def test_unknown_option_raises_with_suggestion():
 
 def test_depth_split_follows_equation_7():
     d6 = TokenFusionConfig(depth_split=6)
-    assert [d6.reduction_at(depth, down_path=99) for depth in (0, 5, 6, 15)] == [prune, prune, mlerp, mlerp]
-    assert [TokenFusionConfig().reduction_at(depth, down_path=6) for depth in (5, 6)] == [prune, mlerp]
+    assert [d6.reductions_at(depth, 99).tokens for depth in (0, 5, 6, 15)] == [prune, prune, mlerp, mlerp]
+    assert [TokenFusionConfig().reductions_at(depth, 6).tokens for depth in (5, 6)] == [prune, mlerp]
 
 
 def test_num_merged_of_a_thin_grid_is_at_most_its_sources():
@@ -42,6 +42,10 @@ def test_slugs_of_different_settings_differ():
         TokenFusionConfig(kv_only=True),
         TokenFusionConfig(early=mean, late=mean),
         TokenFusionConfig(early=mlerp, late=prune),
+        TokenFusionConfig(kv_early=mean),
+        TokenFusionConfig(kv_late=mean),
+        TokenFusionConfig(kv_early=mean, kv_late=mean),
+        TokenFusionConfig(kv_early=prune, kv_late=prune),
         TokenFusionConfig(depth_split=6),
         TokenFusionConfig(levels=2),
         TokenFusionConfig(seed=0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from .core.matching import MATCHERS
 from .core.reductions import REDUCTIONS, Reduction, get_reduction, mean
@@ -22,6 +22,19 @@ def layer_threshold(alpha: float, beta: float, threshold_min: float, layer: int)
     max(alpha - (exp(beta layer) - 1), threshold_min)
     """
     return max(alpha - math.expm1(beta * layer), threshold_min)
+
+
+class BlockReductions(NamedTuple):
+    """The reductions of one block: of its tokens, and of the keys and values of its self-attention."""
+
+    tokens: Reduction
+    kv: Reduction
+
+    @property
+    def label(self) -> str:
+        """The names of the reductions: "mlerp", or "mlerp, keys and values mean"."""
+        kv = "" if self.kv is self.tokens else f", keys and values {self.kv.__name__}"
+        return self.tokens.__name__ + kv
 
 
 _MAIN, _METHOD = "Important", "To choose between methods"
@@ -69,6 +82,24 @@ class TokenFusionConfig:
         choices=lambda: REDUCTIONS,
         group=_METHOD,
         help="Reduction of the blocks from `depth_split` on.",
+    )
+    kv_early: Reduction | str | None = option(
+        None,
+        "function",
+        choices=lambda: REDUCTIONS,
+        optional=True,
+        group=_METHOD,
+        help="Reduction of the keys and values of self-attention before `depth_split`, by the same map. None takes "
+        "`early`.",
+    )
+    kv_late: Reduction | str | None = option(
+        None,
+        "function",
+        choices=lambda: REDUCTIONS,
+        optional=True,
+        group=_METHOD,
+        help="Reduction of the keys and values of self-attention from `depth_split` on, by the same map. None takes "
+        "`late`.",
     )
     depth_split: int | str | None = option(
         None,
@@ -240,6 +271,9 @@ class TokenFusionConfig:
     def __post_init__(self) -> None:
         for name in ("early", "late"):
             object.__setattr__(self, name, get_reduction(getattr(self, name)))
+        for name in ("kv_early", "kv_late"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, get_reduction(getattr(self, name)))
         if self.temperature is not None and self.matching == "bipartite":
             object.__setattr__(self, "matching", "soft")
         check_options(self, skip=("ratio",))
@@ -266,9 +300,10 @@ class TokenFusionConfig:
     @property
     def slug(self) -> str:
         """A short name for rows, folders and plots: 'tofu-r50', 'kv-mean-r75+p'."""
-        reductions = (get_reduction(self.early).__name__, get_reduction(self.late).__name__)
-        name = "tofu" if reductions == ("prune", "mlerp") else "-".join(dict.fromkeys(reductions))
-        parts = ["kv-" * self.kv_only + name, f"r{100 * self.ratio:g}"]
+        name = "kv-" * self.kv_only + _pair_name(self.early, self.late)
+        if self.separate_kv:
+            name += f"-kv-{_pair_name(self.kv_early or self.early, self.kv_late or self.late)}"
+        parts = [name, f"r{100 * self.ratio:g}"]
         if self.matching not in ("bipartite", "soft"):
             parts.append(self.matching)
         changed = [
@@ -290,12 +325,18 @@ class TokenFusionConfig:
         several = self.match_interval > 1 or self.threshold is not None
         return self.seed is not None or (self.start, self.end) != (0, 1) or several
 
-    def reduction_at(self, depth: int, down_path: int) -> Reduction:
-        """Returns the reduction of a block (Eq. 7). down_path: number of transformer blocks in the down path."""
+    @property
+    def separate_kv(self) -> bool:
+        """Whether keys and values are reduced otherwise than queries."""
+        return self.kv_early is not None or self.kv_late is not None
+
+    def reductions_at(self, depth: int, down_path: int) -> BlockReductions:
+        """Returns the reductions of a block (Eq. 7). down_path: number of transformer blocks in the down path."""
         if self.depth_split == "auto":
             raise ValueError("depth_split is 'auto', which is measured on a pipeline of diffusers: give a number here")
         d = down_path if self.depth_split is None else int(self.depth_split)
-        return get_reduction(self.early if depth < d else self.late)
+        tokens, kv = (self.early, self.kv_early) if depth < d else (self.late, self.kv_late)
+        return BlockReductions(get_reduction(tokens), get_reduction(kv or tokens))
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -322,6 +363,12 @@ class TokenFusionConfig:
         if self.threshold is None:
             return None
         return layer_threshold(self.threshold, self.threshold_decay, self.threshold_min, depth)
+
+
+def _pair_name(early: Reduction | str, late: Reduction | str) -> str:
+    """Returns the name of two reductions in slugs: 'tofu' for the paper's, else 'mean' or 'mean-prune'."""
+    names = (get_reduction(early).__name__, get_reduction(late).__name__)
+    return "tofu" if names == ("prune", "mlerp") else "-".join(dict.fromkeys(names))
 
 
 # --- checks of more than one option: each gives a message or None -----------------------------------------------------
@@ -359,13 +406,23 @@ def _check_soft_matching(config: TokenFusionConfig) -> str | None:
             f"ratio is {config.ratio} and temperature is {value!r}: each {config.sx} x {config.sy} cell becomes one "
             f"token, so ratio must be 1 - 1/(sx*sy), here {config.max_ratio:g}; sx=2, sy=1 gives 0.5"
         )
-    if (config.early, config.late) != (mean, mean):
-        return f"temperature is {value!r}, which averages: early and late must be 'mean'"
+    if {config.early, config.late, config.kv_early or mean, config.kv_late or mean} != {mean}:
+        return f"temperature is {value!r}, which averages: early, late, kv_early and kv_late must be 'mean'"
     if config.window is None:
         return f"temperature is {value!r} and window is None: soft matching needs a window, an integer >= 1"
     if config.threshold is not None:
         return f"temperature is {value!r} and threshold is {config.threshold!r}: set only one"
     return None
+
+
+def _check_kv(config: TokenFusionConfig) -> str | None:
+    name = "kv_early" if config.kv_early is not None else "kv_late"
+    if not config.separate_kv:
+        return None
+    value = getattr(config, name).__name__
+    if config.kv_only:
+        return f"{name} is {value!r} and kv_only is True, in which early and late reduce keys and values: set only one"
+    return None if config.merge_attn else f"{name} is {value!r} and merge_attn is False: it has no effect"
 
 
 def _check_steps(config: TokenFusionConfig) -> str | None:
@@ -383,7 +440,7 @@ def _check_layers(config: TokenFusionConfig) -> str | None:
 
 
 _CHECKS: tuple[Callable[[TokenFusionConfig], str | None], ...] = (
-    _check_ratio, _check_threshold, _check_soft_matching, _check_steps, _check_layers,
+    _check_ratio, _check_threshold, _check_soft_matching, _check_kv, _check_steps, _check_layers,
 )  # fmt: skip
 
 

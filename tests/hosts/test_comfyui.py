@@ -185,10 +185,10 @@ def test_only_preset_and_ratio_are_not_advanced_inputs(comfy):
     fields = comfy("V1").TokenFusionNode.INPUT_TYPES()["optional"]
     assert [name for name, (_, options) in fields.items() if not options.get("advanced")] == ["preset", "ratio"]
     assert next(iter(fields)) == "preset"
-    assert fields["preset"][0] == ["tofu", "tofu-fast", "faithful", "tome", "custom"]
+    assert fields["preset"][0] == ["tofu", "tofu-fast", "faithful", "asymmetric", "tome", "custom"]
 
 
-@pytest.mark.parametrize("name", ["tofu", "tofu-fast", "faithful", "tome"])
+@pytest.mark.parametrize("name", ["tofu", "tofu-fast", "faithful", "asymmetric", "tome"])
 def test_preset_equals_its_recipe_at_any_ratio(comfy, model, name, caplog):
     nodes = comfy("V1")
     fusion = patches_of(nodes.patch_with_preset(model, preset=name, ratio=0.25, levels=2, start_percent=0.2)).config
@@ -202,7 +202,8 @@ def test_log_names_inputs_that_a_preset_ignores(comfy, model, caplog):
     assert fusion == TokenFusionConfig()
     assert "early, window are ignored, as preset is tofu and not custom" in caplog.text
     tooltip = nodes.TokenFusionNode.INPUT_TYPES()["optional"]["preset"][1]["tooltip"]
-    assert "early, late, depth_split, proportional, kv_only, window; their inputs are used only with custom" in tooltip
+    listed = "early, late, kv_early, kv_late, depth_split, proportional, kv_only, window"
+    assert f"{listed}; their inputs are used only with custom" in tooltip
 
 
 def test_unknown_preset_raises_with_a_suggestion(comfy, model):
@@ -231,7 +232,7 @@ VALUES_BEFORE_PRESETS = [
 def test_workflow_saved_before_presets_keeps_its_config(comfy, model):
     nodes = comfy("V1")
     names = list(nodes.TokenFusionNode.INPUT_TYPES()["optional"])
-    before = dict(zip(names[1:], VALUES_BEFORE_PRESETS, strict=True))
+    before = dict(zip(names[1:], VALUES_BEFORE_PRESETS, strict=False))  # later inputs have their defaults
     assert patches_of(nodes.patch_with_preset(model, **before)).config == RECIPES["faithful"]
     assert patches_of(nodes.patch_with_preset(model, ratio=0.25)).config == TokenFusionConfig(0.25)
     assert patches_of(nodes.patch_with_preset(model, preset="custom", **before)).config == RECIPES["faithful"]

@@ -32,6 +32,8 @@ OPTIONS = [
     {},
     {"match_on": "normed"},
     {"early": "mean", "late": "mean", "proportional": True},
+    {"early": "mlerp", "kv_early": "mean", "kv_late": "prune"},
+    {"early": "mlerp", "kv_early": "mean", "kv_late": "mean", "proportional": True},
     {"kv_only": True, "ratio": 0.75},
     {"kv_only": True, "proportional": True},
     {"levels": 2, "window": 2},

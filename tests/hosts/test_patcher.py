@@ -22,6 +22,8 @@ OPTIONS = [
     {},
     {"ratio": 0.75},
     {"early": "mean", "late": "mean", "proportional": True},
+    {"early": "mlerp", "kv_early": "mean", "kv_late": "prune"},
+    {"early": "mlerp", "kv_early": "mean", "kv_late": "mean", "proportional": True},
     {"kv_only": True},
     {"kv_only": True, "proportional": True, "ratio": 0.75},
     {"levels": 2},

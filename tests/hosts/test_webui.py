@@ -27,6 +27,7 @@ MODULE = "tofu_sd.hosts.webui"
 NAMES = [
     "ratio", "hires_ratio", "early", "late", "depth_split", "proportional", "kv_only", "levels", "start_percent",
     "end_percent", "grid_seed", "window", "match_interval", "share_across_blocks", "min_tokens",
+    "kv_early", "kv_late",
 ]  # fmt: skip
 FAITHFUL = {"early": "mean", "late": "mean", "proportional": True, "window": 2}
 

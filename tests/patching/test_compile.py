@@ -61,6 +61,7 @@ def count_graphs(regional: bool, config: tofu_sd.TokenFusionConfig | None) -> in
         named("tome"),
         named("kv:mlerp+p"),
         TokenFusionConfig(seed=3, merge_mlp=True, merge_crossattn=True),
+        TokenFusionConfig(kv_early="mean", kv_late="prune", proportional=True),
     ],
     ids=lambda f: f.slug,
 )

@@ -186,7 +186,7 @@ def test_auto_depth_split_without_text_to_image_pipeline_raises_and_changes_noth
     with pytest.raises(ValueError, match="depth_split is 'soon'; it must be None, 'auto' or an integer >= 0"):
         TokenFusionConfig(0.5, depth_split="soon")
     with pytest.raises(ValueError, match="is measured on a pipeline of diffusers"):
-        TokenFusionConfig(0.5, depth_split="auto").reduction_at(0, 2)
+        TokenFusionConfig(0.5, depth_split="auto").reductions_at(0, 2)
 
 
 def test_command_prints_every_block_and_the_split_and_repeats_it_from_file(pipe, monkeypatch, capsys, tmp_path):

@@ -22,7 +22,7 @@ from torch._dynamo.testing import CompileCounter
 
 import tofu_sd
 from tofu_sd import TokenFusionConfig, recipes
-from tofu_sd.config import BUCKETS, layer_threshold
+from tofu_sd.config import BUCKETS, BlockReductions, layer_threshold
 from tofu_sd.core.matching import count_above_threshold
 from tofu_sd.core.reductions import prune
 from tofu_sd.patching import block_state, hooks, patch
@@ -204,7 +204,8 @@ def test_remove_patch_undoes_threshold_and_soft_matching(options: dict[str, Any]
 
 def test_skipped_block_keeps_its_count() -> None:
     states = run_block, skipped_block = [
-        patch.BlockState(TokenFusionConfig(threshold=0.5), prune, threshold=0.5) for _ in range(2)
+        patch.BlockState(TokenFusionConfig(threshold=0.5), BlockReductions(prune, prune), threshold=0.5)
+        for _ in range(2)
     ]
     part = ImagePart(None, 900, torch.zeros(1), None)
 

@@ -28,22 +28,23 @@ _mask_matters: dict[type[Any], bool] = {}  # whether the result of a class of pr
 
 def _check_processor(attention: Attention, state: BlockState) -> None:
     """Raises RuntimeError for a processor that would ignore the keys or the weights it is given."""
-    if not (state.kv_only or state.proportional):
+    separate = "kv_only" if state.kv_only else "kv_early or kv_late" if state.separate_kv else ""
+    if not (separate or state.proportional):
         return
     processor = attention.processor
     name = type(processor).__name__
     if name.startswith("PAG") or "CrossFrame" in name:  # they split the batch, or use the keys of another frame
-        option = "kv_only" if state.kv_only else "proportional"
+        option = separate or "proportional"
         raise RuntimeError(f"{option} does not work with {name}, which uses keys of its own: leave {option} off")
-    if state.kv_only and isinstance(processor, FusedAttnProcessor2_0):
+    if separate and isinstance(processor, FusedAttnProcessor2_0):
         raise RuntimeError(
-            "kv_only merges keys and values but not queries, and fuse_qkv_projections() has made them one "
-            "projection: call unfuse_qkv_projections() first, or leave kv_only off"
+            f"{separate} gives keys and values other tokens than queries, and fuse_qkv_projections() has made them one "
+            f"projection: call unfuse_qkv_projections() first, or leave {separate} off"
         )
-    if state.kv_only and type(processor).__module__ != _STOCK:
+    if separate and type(processor).__module__ != _STOCK:
         raise RuntimeError(
-            f"kv_only gives self-attention separate keys, by which {name} may take it for cross-attention: leave "
-            "kv_only off, or set a processor of diffusers.models.attention_processor"
+            f"{separate} gives self-attention separate keys, by which {name} may take it for cross-attention: leave "
+            f"{separate} off, or set a processor of diffusers.models.attention_processor"
         )
     if state.proportional and not is_compiling():
         check_kernel(attention.to_q.weight.device, attention.to_q.weight.dtype)

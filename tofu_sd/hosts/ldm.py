@@ -160,7 +160,7 @@ class PatchSummary:
 
 def summarize(unet: Any, blocks: Collection[BlockInfo], config: TokenFusionConfig) -> PatchSummary:
     """Returns which of a UNet's blocks a configuration merges."""
-    merged = {block.name: state.reduction.__name__ for block, state in block_states(list(blocks), config)}
+    merged = {block.name: state.reductions.label for block, state in block_states(list(blocks), config)}
     return PatchSummary(type(unet).__name__, len(blocks), config, merged)
 
 

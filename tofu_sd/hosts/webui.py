@@ -164,6 +164,7 @@ class TokenFusionScript(scripts.Script):  # type: ignore[misc]
             with gr.Row():
                 buttons = {name: gr.Button(name, size="sm", min_width=80) for name in PRESETS}
             row("early", "late")
+            row("kv_early", "kv_late")
             row("proportional", "kv_only")
             with gr.Accordion("More", open=False):
                 row("start_percent", "end_percent")

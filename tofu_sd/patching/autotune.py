@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import TokenFusionConfig
-from ..core.reductions import Reduction
+from ..config import BlockReductions, TokenFusionConfig
 from .block_state import BlockState
 from .host import ATTRIBUTE
 from .patch import Patch, patch_of
@@ -39,22 +38,22 @@ def break_even(model: nn.Module) -> dict[int, int]:
     assert patch is not None
     config = replace(patch.config, min_tokens=0)
     sizes: dict[int, int] = {}
-    for level, (attention, width, reduction) in _first_attention_of_levels(patch).items():
+    for level, (attention, width, reductions) in _first_attention_of_levels(patch).items():
         _check_measurable(model, attention)
-        key = _cache_key(attention, config, reduction)
+        key = _cache_key(attention, config, reductions)
         if key not in _measured:
-            _measured[key] = _measure(attention, width, config, reduction)
+            _measured[key] = _measure(attention, width, config, reductions)
         sizes[level] = _measured[key]
     return sizes
 
 
-def _first_attention_of_levels(patch: Patch) -> dict[int, tuple[nn.Module, int, Reduction]]:
-    """Returns the first self-attention of each level, with the width of its tokens and its reduction."""
+def _first_attention_of_levels(patch: Patch) -> dict[int, tuple[nn.Module, int, BlockReductions]]:
+    """Returns the first self-attention of each level, with the width of its tokens and its reductions."""
     blocks = {block.layers["attn"]: block for block in patch.blocks}
-    first: dict[int, tuple[nn.Module, int, Reduction]] = {}
+    first: dict[int, tuple[nn.Module, int, BlockReductions]] = {}
     for layer, _, _, state in patch.swaps:
         if layer in blocks:
-            first.setdefault(blocks[layer].level, (layer, blocks[layer].width, state.reduction))
+            first.setdefault(blocks[layer].level, (layer, blocks[layer].width, state.reductions))
     return first
 
 
@@ -78,22 +77,22 @@ def _check_measurable(model: nn.Module, attention: nn.Module) -> None:
         )
 
 
-def _cache_key(attention: nn.Module, config: TokenFusionConfig, reduction: Reduction) -> tuple[Any, ...]:
+def _cache_key(attention: nn.Module, config: TokenFusionConfig, reductions: BlockReductions) -> tuple[Any, ...]:
     """Returns everything on which the time of an attention depends."""
     weight = next(attention.parameters())
     device = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else weight.device.type
     shapes = tuple(parameter.shape for parameter in attention.parameters())
     processor = type(getattr(attention, "processor", None))
-    return device, weight.dtype, shapes, getattr(attention, "heads", None), processor, config, reduction
+    return device, weight.dtype, shapes, getattr(attention, "heads", None), processor, config, reductions
 
 
-def _measure(attention: nn.Module, width: int, config: TokenFusionConfig, reduction: Reduction) -> int:
+def _measure(attention: nn.Module, width: int, config: TokenFusionConfig, reductions: BlockReductions) -> int:
     """Returns the smaller of the first two successive sizes at which merging is faster.
 
     If there are none, one token more than the largest size tried.
     """
     weight = next(attention.parameters())
-    state = BlockState(config, reduction)
+    state = BlockState(config, reductions)
     steps = StepTracker(replace(config, seed=None, start=0.0, end=1.0, match_interval=1))
     generator = torch.Generator(weight.device).manual_seed(0)
     own, faster_from, tokens, spent = getattr(attention, ATTRIBUTE), None, 0, 0.0
@@ -122,7 +121,7 @@ def _time_pair(attention: nn.Module, state: BlockState, x: torch.Tensor, grid: A
         for merge in (False, True):
 
             def run(merge: bool = merge, x: Any = x, grid: Any = grid) -> None:
-                state.start_forward(grid if merge else None, None)
+                state.start_forward(grid if merge else None)
                 if not state.normed:
                     state.update_map(x)
                 attention(x)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import TokenFusionConfig
+from ..config import BlockReductions, TokenFusionConfig
 from ..core.matching import count_above_threshold, get_matcher, most_similar
 from ..core.partition import PartitionTensors
 from ..core.proportional import key_bias
@@ -31,14 +31,16 @@ class ForwardState:
     Args:
         grid: sources and destinations; None where nothing is merged.
         map: the map of the block's tokens.
-        reduction_id_tensor: [id of the reduction]; compiled code reads the id from its length.
+        id_tensor: [id of the reduction]; compiled code reads the id from its length.
+        kv_id_tensor: the same of the reduction of keys and values; None where it is that of the tokens.
         best: [B, S], largest cosine of each source in this call.
         num_similar: how many cosines exceeded the threshold in the step before.
     """
 
     grid: PartitionTensors | None = None
     map: TokenMap | SoftMap | None = None
-    reduction_id_tensor: Tensor | None = None
+    id_tensor: Tensor | None = None
+    kv_id_tensor: Tensor | None = None
     best: Tensor | None = None
     num_similar: float = 0.0
 
@@ -57,7 +59,7 @@ class BlockState:
 
     Args:
         config: how tokens are merged.
-        reduction: the reduction of this block.
+        reductions: of this block's tokens, and of its keys and values.
         shared_map: the map that it shares with other blocks or steps.
         threshold: its cosine threshold; None merges a fixed number of tokens.
     """
@@ -65,12 +67,13 @@ class BlockState:
     def __init__(
         self,
         config: TokenFusionConfig,
-        reduction: Reduction,
+        reductions: BlockReductions,
         shared_map: SharedMap | None = None,
         threshold: float | None = None,
     ):
-        self.reduction = reduction
-        self.reduction_id = reduction_id(reduction)
+        self.reductions = reductions
+        self.reduction_ids = _ids(reductions)
+        self.separate_kv = config.separate_kv
         self.shared_map = shared_map
         self.proportional = config.proportional
         self.kv_only = config.kv_only
@@ -90,10 +93,13 @@ class BlockState:
         """The state of this thread's forward."""
         return self._current.get()
 
-    def start_forward(self, grid: PartitionTensors | None, reduction_id_tensor: Tensor | None) -> None:
+    def start_forward(
+        self, grid: PartitionTensors | None, id_tensor: Tensor | None = None, kv_id_tensor: Tensor | None = None
+    ) -> None:
         """Stores the sources and destinations of a forward that is about to run this block."""
         for current in self._current.both():
-            current.grid, current.map, current.reduction_id_tensor = grid, None, reduction_id_tensor
+            current.grid, current.map = grid, None
+            current.id_tensor, current.kv_id_tensor = id_tensor, kv_id_tensor
         if not is_compiling():
             self.counts.calls += 1
 
@@ -145,12 +151,13 @@ class BlockState:
 
     def reduce(self, x: Tensor, map: TokenMap | SoftMap) -> Tensor:
         """Applies the block's reduction: x [B, N, C] -> [B, K, C]."""
-        gradient = x.requires_grad and torch.is_grad_enabled()
-        if isinstance(map, TokenMap) and is_compiling() and not gradient:
-            reduction_id_tensor = self.current.reduction_id_tensor
-            if reduction_id_tensor is not None:
-                return reduce_by_id(x, map.kept_idx, map.group_idx, len(reduction_id_tensor))
-        return self.reduction(x, map)
+        return _reduce(x, map, self.reductions.tokens, self.current.id_tensor)
+
+    def reduce_kv(self, x: Tensor, map: TokenMap | SoftMap) -> Tensor:
+        """Applies the block's reduction of keys and values: x [B, N, C] -> [B, K, C]."""
+        if not self.separate_kv:  # compiled blocks read this, and so do not depend on the reductions
+            return self.reduce(x, map)
+        return _reduce(x, map, self.reductions.kv, self.current.kv_id_tensor)
 
     def key_bias(self, x: Tensor, map: TokenMap | SoftMap, sdpa: bool) -> Tensor | None:
         """Returns log(n_i) of each key as an additive mask [B, 1, K]; None without proportional attention."""
@@ -173,10 +180,10 @@ class BlockState:
         map = self.pop_map("attn", x)
         if map is None or not can_merge():
             return full()
-        tokens = self.reduce(x, map)
         if self.kv_only:
-            return merged(x, tokens, map)
-        return unmerge(merged(tokens, None, map), map)
+            return merged(x, self.reduce_kv(x, map), map)
+        keys = self.reduce_kv(x, map) if self.separate_kv else None
+        return unmerge(merged(self.reduce(x, map), keys, map), map)
 
     def run_merged(self, layer: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Runs a token-wise layer on merged tokens: unmerge(forward(reduce(x)))."""
@@ -188,7 +195,18 @@ class BlockState:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.reduction_id = reduction_id(self.reduction)  # of this process
+        self.reduction_ids = _ids(self.reductions)  # of this process
+
+
+def _ids(reductions: BlockReductions) -> tuple[int, int]:
+    return reduction_id(reductions.tokens), reduction_id(reductions.kv)
+
+
+def _reduce(x: Tensor, map: TokenMap | SoftMap, reduction: Reduction, id_tensor: Tensor | None) -> Tensor:
+    gradient = x.requires_grad and torch.is_grad_enabled()
+    if isinstance(map, TokenMap) and is_compiling() and not gradient and id_tensor is not None:
+        return reduce_by_id(x, map.kept_idx, map.group_idx, len(id_tensor))
+    return reduction(x, map)
 
 
 def recall_counts(blocks: Sequence[BlockState], part: ImagePart | None, first: bool) -> None:
@@ -237,7 +255,7 @@ def block_states(blocks: Sequence[BlockInfo], config: TokenFusionConfig) -> list
         return shared_maps.setdefault(key, SharedMap(key))
 
     def state(block: BlockInfo) -> BlockState:
-        reduction = config.reduction_at(block.depth, down_path)
-        return BlockState(config, reduction, shared_map(block), config.threshold_at(block.depth))
+        reductions = config.reductions_at(block.depth, down_path)
+        return BlockState(config, reductions, shared_map(block), config.threshold_at(block.depth))
 
     return [(block, state(block)) for block in blocks if block.level < config.levels]

@@ -137,7 +137,9 @@ class _PartitionHook:
             own = grid
             if grid is not None and block.adaptive:
                 own = self.steps.limited(grid, block.current.num_similar)
-            block.start_forward(own, self.steps.length(block.reduction_id, x.device))
+            tokens, kv = block.reduction_ids
+            kv_id_tensor = self.steps.length(kv, x.device) if block.separate_kv else None
+            block.start_forward(own, self.steps.length(tokens, x.device), kv_id_tensor)
 
 
 Hook = _StepHook | _PartitionHook | _GuidanceHook

@@ -121,7 +121,7 @@ def summarize(
         h, w = block.map_size(latent)
         fewest = min_tokens.get(block.level, 0)
         num_merged = config.num_merged(h, w) if h * w >= fewest else 0
-        settings = state.reduction.__name__, fewest, state.threshold
+        settings = state.reductions.label, fewest, state.threshold
         done = (counts or {}).get(block.name, Counts())
         rows.append(Row(block.name, block.depth, (h, w), h * w, h * w - num_merged, *settings, done))
     return Summary(model, latent, len(blocks), config, tuple(rows))

@@ -160,9 +160,12 @@ class AttentionPatches:
         if self.on_map is not None:
             self.on_map(place, map.argmax_map(), *size)
         options[MAP] = map
-        merged = {id(x): x for x in (q, k, v)}  # usually one tensor
-        merged = {key: state.states[place].reduce(x, map) for key, x in merged.items()}
-        return (q if self.config.kv_only else merged[id(q)]), merged[id(k)], merged[id(v)]
+        block = state.states[place]
+        kv = {id(x): block.reduce_kv(x, map) for x in {id(x): x for x in (k, v)}.values()}  # usually one tensor
+        if self.config.kv_only:
+            return q, kv[id(k)], kv[id(v)]
+        queries = kv[id(q)] if id(q) in kv and not block.separate_kv else block.reduce(q, map)
+        return queries, kv[id(k)], kv[id(v)]
 
     @uncompiled
     def after(self, out: Tensor, options: Options) -> Tensor:

@@ -61,7 +61,7 @@ class CallState:
     def match(self, place: Place, q: Tensor, size: tuple[int, int]) -> TokenMap | SoftMap | None:
         """Returns the map of a block's tokens q [B, h w, C]; None where no token is merged."""
         state = self.states[place]
-        state.start_forward(self.steps.grid(*size, q.device), None)
+        state.start_forward(self.steps.grid(*size, q.device))
         state.update_map(q)
         return state.pop_map("attn", q)
 

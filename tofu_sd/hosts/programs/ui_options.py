@@ -73,7 +73,7 @@ class _Screen:
     Args:
         field: the field.
         name: its name on the screen, if another.
-        none: the number that stands for None.
+        none: the number or name that stands for None.
         high: the largest value that the screen offers, where the field has no limit.
         step: step of a slider.
         note: more text for the tooltip.
@@ -81,7 +81,7 @@ class _Screen:
 
     field: str
     name: str = ""
-    none: int | None = None
+    none: int | str | None = None
     high: float | None = None
     step: float | None = 1
     note: str = ""
@@ -93,10 +93,10 @@ class _Screen:
             self.name or self.field,
             self.none if default is None else default,
             self._tooltip(spec.help),
-            low=(spec.low if self.none is None else self.none) if number else None,
+            low=(self.none if isinstance(self.none, int) else spec.low) if number else None,
             high=(self.high if spec.high is None or self.field == "ratio" else spec.high) if number else None,
             step=self.step if number else None,
-            names=tuple(spec.choices()),
+            names=(*([self.none] if isinstance(self.none, str) else []), *spec.choices()),
             advanced=self.field != "ratio",
         )
 
@@ -123,11 +123,13 @@ _SCREENS = (
     _Screen("match_interval", high=20),
     _Screen("share_across_blocks"),
     _Screen("min_tokens", high=2**20, step=64),
+    _Screen("kv_early", none="same"),
+    _Screen("kv_late", none="same"),
 )
 OPTIONS = tuple(screen.option() for screen in _SCREENS)
 CUSTOM = "custom"
-PRESETS = ("tofu", "tofu-fast", "faithful", "tome")
-METHOD = ("early", "late", "depth_split", "proportional", "kv_only", "window")  # the options that a preset sets
+PRESETS = ("tofu", "tofu-fast", "faithful", "asymmetric", "tome")
+METHOD = ("early", "late", "kv_early", "kv_late", "depth_split", "proportional", "kv_only", "window")  # set by a preset
 PRESET = Option(
     "preset",
     "tofu",
@@ -162,8 +164,9 @@ def config_of(values: Mapping[str, Any]) -> TokenFusionConfig:
     fields: dict[str, Any] = {}
     for screen, option in zip(_SCREENS, OPTIONS, strict=True):
         value = parsed[option.name]
+        none = screen.none
         # any negative number is None where -1 is
-        is_none = screen.none is not None and (value <= screen.none < 0 or value == screen.none)
+        is_none = none is not None and (value == none or (isinstance(none, int) and value <= none < 0))
         fields[screen.field] = None if is_none else value
     return TokenFusionConfig.of(fields.pop("ratio"), **fields)
 
