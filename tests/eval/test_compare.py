@@ -15,7 +15,7 @@ from eval import run as run_module
 from eval.common import files
 
 
-def test_compare_two_runs(command, capsys):
+def test_compare_shows_the_differences_of_two_runs(command, capsys):
     assert run_module.main([*command, "--method", "tofu,prune", "--out", "a"]) == 0
     assert run_module.main([*command, "--method", "tofu", "--out", "b"]) == 0
     capsys.readouterr()

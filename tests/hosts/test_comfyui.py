@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from comfyui import run_in_comfyui
+from comfyui import PROGRAM, run_in_comfyui
 from patcher_host import Patcher, UNetModel, attention
 
 from tofu_sd import TokenFusionConfig
@@ -29,7 +29,6 @@ from tofu_sd.hosts.programs.model_patcher import patches_of
 from tofu_sd.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM, PYTHON = os.environ.get("COMFYUI"), os.environ.get("COMFYUI_PYTHON", sys.executable)
 MODULE = "tofu_sd.hosts.comfyui"
 
 

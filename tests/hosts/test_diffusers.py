@@ -366,7 +366,7 @@ def test_video_unet_merges_only_spatial_blocks() -> None:
 @pytest.mark.parametrize(
     ("h", "w"), [(17, 13), (16, 16), (1, 16), (16, 1), (2, 2), (1, 1), (3, 50), (75, 128)], ids=lambda side: str(side)
 )
-def test_any_latent_size(h: int, w: int) -> None:
+def test_merging_equals_the_oracle_at_any_latent_size(h: int, w: int) -> None:
     """Odd sides and sides smaller than a cell; a map of one token has nothing to merge."""
     unet = tiny.shallow_unet()
     plain = tiny.predict(unet, h, w, batch=1)
@@ -379,7 +379,7 @@ def test_any_latent_size(h: int, w: int) -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75])
-def test_odd_full_hd_latent_in_sdxl(ratio: float) -> None:
+def test_merging_equals_the_oracle_at_an_odd_full_hd_latent_in_sdxl(ratio: float) -> None:
     """135 x 240 is 68 x 120 at the first attention: the map is the layer's input, not half the latent."""
     unet = tiny.sdxl_unet(layers=(1, 1, 1))
     with tofu_sd.patched(unet, ratio):
@@ -390,7 +390,7 @@ def test_odd_full_hd_latent_in_sdxl(ratio: float) -> None:
 
 
 @pytest.mark.parametrize("make", [tiny.sd15_unet, tiny.sdxl_unet], ids=["SD 1.5", "SDXL"])
-def test_patched_blocks_of_sd15_and_sdxl(make: Callable[[], Any]) -> None:
+def test_patch_merges_the_blocks_of_the_highest_resolution_of_sd15_and_sdxl(make: Callable[[], Any]) -> None:
     """5 of 16 and 10 of 70: the highest resolution with attention, which in SDXL is not the latent's."""
     unet = make()
     summary = tofu_sd.summary(tofu_sd.apply_patch(unet, 0.5))
@@ -400,7 +400,7 @@ def test_patched_blocks_of_sd15_and_sdxl(make: Callable[[], Any]) -> None:
     assert reductions == ["prune"] * down + ["mlerp"] * (len(reductions) - down)
 
 
-def test_arguments_by_keyword_and_by_position() -> None:
+def test_arguments_work_by_keyword_and_by_position() -> None:
     """Pipelines pass the sample by position; ControlNet pipelines and user code pass it by name."""
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5)
     call = tiny.inputs(unet)
@@ -497,7 +497,9 @@ def test_pipeline_from_pipe_shares_the_patch() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_any_dtype_and_memory_layout(dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_merging_equals_the_oracle_in_any_dtype_and_memory_layout(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
     unet = tiny.shallow_unet().to(dtype, memory_format=layout)
     call = {name: value.to(dtype) if value.ndim else value for name, value in tiny.inputs(unet).items()}
     plain = tiny.predict(unet, **call)

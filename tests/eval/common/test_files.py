@@ -70,6 +70,9 @@ def refusal(capsys, program, *arguments):
     return output.err
 
 
+# --- spreadsheets -----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("text", [*FORMULAS, "\r=1", "a fox", "", "'tis", "'", "-0.5", "-1e-3", "-inf", "a\n=1", "–1"])
 def test_csv_cells_round_trip(text):
     table = spreadsheet.to_csv(["a", "b"], [{"a": text, "b": -0.5}])
@@ -181,6 +184,9 @@ def test_per_image_csv_without_a_hash_is_validated(out, capsys, change, said):
     assert said in refusal(capsys, report_module, "out", "--markdown")
 
 
+# --- JSON of another shape --------------------------------------------------------------------------------------------
+
+
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Where a JSON value has parts."""
     inside = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
@@ -269,6 +275,9 @@ def test_settings_with_a_wrong_type_are_named(out, name, value):
     files.write_json(out / "settings.json", {**files.read_json(out / "settings.json"), name: value})
     with pytest.raises(EvalError, match=f"--out out: {name} in its settings.json is {value!r}; it must be"):
         output_dir.load_settings(out)
+
+
+# --- records of images ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -365,6 +374,9 @@ def test_different_earlier_results_are_kept_under_a_number(tmp_path: Path, capsy
         "bench.json held earlier results, which are kept in bench.1.json",
         "bench.json held earlier results, which are kept in bench.2.json",
     ]
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def test_only_abandoned_temp_files_are_removed(tmp_path):

@@ -23,7 +23,7 @@ def test_report_shows_merge_maps(command, capsys):
 @pytest.mark.parametrize(
     ("method", "step", "at"), [("tofu", 3, 3), ("tofu", None, 3), ("tofu@start=0.5", 1, 3), ("tofu@end=0.5", 4, 2)]
 )
-def test_merge_maps_of_the_requested_or_nearest_step(command, monkeypatch, method, step, at):
+def test_merge_maps_show_the_requested_or_nearest_step(command, monkeypatch, method, step, at):
     captions = []
     monkeypatch.setattr(merge_maps, "fit", lambda text, *_: captions.append(text) or text)
     more = [] if step is None else ["--map-step", str(step)]
@@ -32,7 +32,7 @@ def test_merge_maps_of_the_requested_or_nearest_step(command, monkeypatch, metho
     assert [caption.partition(",")[0] for caption in captions if caption.startswith("step")] == [f"step {at}"] * 2
 
 
-def test_merge_maps_of_the_requested_block(command, deep, monkeypatch, capsys):
+def test_merge_maps_show_the_requested_block(command, deep, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "load_model", lambda *_: (deep, None))
     captions = []
     monkeypatch.setattr(merge_maps, "fit", lambda text, *_: captions.append(text) or text)

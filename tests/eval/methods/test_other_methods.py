@@ -76,7 +76,7 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, torch.Si
 
 
 @pytest.mark.parametrize(("name", "batch", "queries", "keys"), [("todo", 2, 256, 64), ("hypertile", 8, 64, 64)])
-def test_keys_of_the_highest_resolution(
+def test_methods_reduce_the_keys_of_the_highest_resolution(
     name: str, batch: int, queries: int, keys: int, attended: list[tuple[torch.Size, torch.Size]]
 ) -> None:
     unet = tiny.sd15_unet()

@@ -25,7 +25,7 @@ def test_frechet_of_a_shift_is_its_squared_length():
     assert statistics.frechet(x, x + shift) == pytest.approx(140.0, rel=1e-5)  # 0 + 1 + 4 + … + 49; x is float32
 
 
-def test_frechet_of_a_scaling_in_closed_form():
+def test_frechet_of_a_scaling_equals_its_closed_form():
     """Covariances S and 4 S commute: tr(S + 4 S - 2 · 2 S) = tr S."""
     x = random_features(50, 8).double()
     x = x - x.mean(0)

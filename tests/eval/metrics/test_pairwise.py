@@ -17,7 +17,7 @@ WEIGHTS = Path(__file__).resolve().parents[4] / "shared" / "weights" / "squeeze.
 CPU = torch.device("cpu")
 
 
-def test_psnr_by_hand():
+def test_psnr_equals_a_value_by_hand():
     a = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
     b = torch.full((1, 3, 8, 8), 120, dtype=torch.uint8)
     expected = 10 * math.log10(255**2 / 400)  # as uint8, 100 - 120 would wrap to 236

@@ -59,7 +59,7 @@ def test_plot_marker_depends_on_the_method(name: str, family: str, form: str) ->
     assert pareto_plot.family({"method": name}) == family
 
 
-def test_call_of_a_method() -> None:
+def test_call_of_a_method_is_shown_as_code() -> None:
     row = {"method": "kv:tome+p@window=8", "ratio": 0.75}
     assert pareto.call(row) == (
         "`apply_patch(pipe, 0.75, proportional=True, early='mean', late='mean', kv_only=True, window=8)`"
@@ -107,7 +107,7 @@ def test_sweep_is_a_run_with_flops_and_a_plot(swept: Path, capsys: pytest.Captur
     assert all(cost < 1 for cost in costs)
 
 
-def test_pareto_by_time(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pareto_front_can_be_by_time(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_module.main([str(swept), "--pareto", "--by", "time"]) == 0
     head, _, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
     assert head.startswith("| method | seconds / image, relative to the baseline | speed-up |")
@@ -141,7 +141,7 @@ def test_pareto_front_is_empty_where_every_method_is_slower(swept: Path) -> None
     assert "Pareto-optimal" in pareto_plot.svg(found)
 
 
-def test_plot_of_selected_rows(swept: Path, tmp_path: Path) -> None:
+def test_plot_shows_selected_rows(swept: Path, tmp_path: Path) -> None:
     """The baseline, of which costs are shares, need not be among them."""
     rows = ["--rows", "tofu 25%", "prune 25%"]
     assert report_module.main([str(swept), "--plot", str(tmp_path / "some.svg"), *rows]) == 0
@@ -414,7 +414,7 @@ def test_pareto_needs_two_methods(swept: Path) -> None:
         (["--stepps", "3"], "unrecognized arguments: --stepps"),
     ],
 )
-def test_bad_input_is_a_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_input_prints_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert sweep.main(arguments) == 2
     output: Any = capsys.readouterr()
     assert said in output.err

@@ -164,7 +164,7 @@ def test_rows_and_columns_of_the_table_can_be_selected(finished, capsys, tmp_pat
     assert "no column 'PNSR' (did you mean 'PSNR'?)" in capsys.readouterr().err
 
 
-def test_paired_differences_between_methods(finished, capsys):
+def test_report_shows_paired_differences_between_methods(finished, capsys):
     """PSNR of the image i is 20 + 10 i with one method and half a dB more with the other: the spread cancels out."""
     out, found = finished
     assert report_module.main([str(out), "--against", "tofu-r50"]) == 0
@@ -212,7 +212,7 @@ def test_denoiser_seconds_are_reported(finished):
         assert 0 < row["denoiser_seconds"]["median"] < row["seconds"]["median"]
 
 
-def test_footnotes_on_few_images_and_memory(finished):
+def test_footnotes_explain_few_images_and_memory(finished):
     found = json.loads(json.dumps(finished[1]))
     output = "\n".join(tables.footnotes(found))
     assert f"FD-demo: from n={len(PROMPTS)} images in 3 dimensions. It is biased upwards" in output

@@ -251,7 +251,7 @@ def test_half_precision_runs_and_is_reported(trained, images, tmp_path, capsys):
     assert moved[0] != moved[1] == pytest.approx(moved[0], rel=0.5)
 
 
-def test_interleaved_timing_and_plots(trained, images, tmp_path):
+def test_timing_is_interleaved_and_plots_are_written(trained, images, tmp_path):
     results = run(trained, images, tmp_path, "--method", "tome,atm", "--r", "4,8", "--rounds", "2", "--limit", "20",
                 "--maps", str(tmp_path / "maps.png"), "--plot", str(tmp_path / "copy.svg"))  # fmt: skip
     for row in results["rows"]:
