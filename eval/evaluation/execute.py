@@ -28,7 +28,7 @@ from ..images.output_dir import (
     load_settings,
 )
 from ..images.records import generating_runs, is_corrupt, load_records
-from ..images.requests import requests_hash
+from ..images.requests import EMBEDDED, requests_hash
 from ..images.settings import Settings, image_dir, image_path
 from ..methods.method import BASELINE, Method
 from ..metrics.base import Metric, Skipped
@@ -191,7 +191,8 @@ def load_existing_images(run_plan: RunPlan) -> GeneratedImages:
     check_no_obstacles(options.out, run_plan.generated_methods, run_plan.requests)
     for method in run_plan.generated_methods:
         _check_images(run_plan, settings, method)
-    classifier = demo.load_classifier(device=run_plan.device) if settings.model == "demo" else None
+    embedded = EMBEDDED.get(settings.model)
+    classifier = None if embedded is None else demo.load_classifier(embedded, run_plan.device)
     return GeneratedImages(run_plan, settings, options.out, classifier)
 
 

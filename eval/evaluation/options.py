@@ -11,6 +11,7 @@ from tofu_sd import demo, recipes
 from .. import EvalError, suites
 from ..common.cli import Help, Parser, as_path, explicit_options, finite, integer_from
 from ..common.devices import add_device, add_dtype
+from ..images.requests import EMBEDDED, KNOWN, default_prompts
 from ..methods.registry import known_methods
 from ..metrics.clip import CLIP
 from ..metrics.dino import DINO
@@ -64,13 +65,18 @@ def _add_input_options(p: Parser) -> None:
     p.add_argument(
         "--suite", metavar="NAME", help=f"a named set of options: {', '.join(suites.NAMES)}; other options override it"
     )
-    p.add_argument("--model", default="demo", help="demo, or a diffusers text-to-image model: its id or folder")
+    p.add_argument(
+        "--model", default="demo", help=f"{', '.join(EMBEDDED)}, or a diffusers text-to-image model: its id or folder"
+    )
     p.add_argument(
         "--variant",
         metavar="NAME",
         help="of the weights, such as fp16 (default: the plain ones, or fp16 if it is the only one)",
     )
-    p.add_argument("--prompts", default="demo", help="demo, imagenet1k, or a .txt or .jsonl file")
+    p.add_argument(
+        "--prompts",
+        help=f"{', '.join(KNOWN)}, or a .txt or .jsonl file (default: textures for demo-textures, else demo)",
+    )
     p.add_argument(
         "--per-prompt", type=integer_from(1), default=1, metavar="N", help="images of each prompt of the list"
     )
@@ -95,7 +101,7 @@ def _add_image_options(p: Parser) -> None:
     p.add_argument(
         "--guidance",
         type=finite,
-        help=f"classifier-free guidance (default: the pipeline's; {demo.GUIDANCE:g} for demo)",
+        help=f"classifier-free guidance (default: the pipeline's; {demo.GUIDANCE:g} for {' and '.join(EMBEDDED)})",
     )
     add_device(p)
     add_dtype(p)
@@ -185,4 +191,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         options = p.parse_args(argv)
     options.typed = explicit_options(p, argv)
     options.explicit = options.typed | of_suite.keys()
+    if options.prompts is None:
+        options.prompts = default_prompts(options.model)
     return options

@@ -20,7 +20,7 @@ from ..common.cli import flag
 from ..common.devices import pick_device
 from ..images.distributed import Processes, launched_processes
 from ..images.model import check_guidance
-from ..images.requests import Request, load_requests, select
+from ..images.requests import EMBEDDED, Request, default_prompts, load_requests, select
 from ..images.settings import Settings, image_path
 from ..methods.method import BASELINE, OTHER_SEEDS, Method
 from ..methods.registry import parse as parse_methods
@@ -161,7 +161,7 @@ def plan(options: argparse.Namespace) -> RunPlan:
 
 def default_guidance(options: argparse.Namespace) -> float | None:
     """The guidance scale of --guidance; None for the pipeline's default."""
-    is_default = options.guidance is None and options.model == "demo"
+    is_default = options.guidance is None and options.model in EMBEDDED
     scale: float | None = demo.GUIDANCE if is_default else options.guidance
     return scale
 
@@ -184,7 +184,7 @@ def with_earlier_results(run_plan: RunPlan, out: Path, settings: Settings) -> Ru
 
 def _select_requests(options: argparse.Namespace, requests: list[Request]) -> tuple[int | None, list[Request]]:
     """(limit, the requests of the run): a small sample of the embedded model where nothing else is given."""
-    if options.limit is not None or options.only is not None or (options.model, options.prompts) != ("demo", "demo"):
+    if options.limit is not None or options.only is not None or not _is_own_list(options):
         limit = None if options.limit == "all" else options.limit
         return limit, select(requests, options.per_prompt, options.only, limit)
     whole = select(requests, options.per_prompt, None, None)
@@ -192,6 +192,11 @@ def _select_requests(options: argparse.Namespace, requests: list[Request]) -> tu
     if existing and (options.metrics_only or len(existing) > SAMPLE * options.per_prompt):
         return None, existing
     return SAMPLE, select(requests, options.per_prompt, None, SAMPLE)
+
+
+def _is_own_list(options: argparse.Namespace) -> bool:
+    """Whether an embedded model generates its own prompts."""
+    return options.model in EMBEDDED and options.prompts == default_prompts(options.model)
 
 
 def _check_net_options(options: argparse.Namespace, metric_names: Sequence[str]) -> None:

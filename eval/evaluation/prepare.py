@@ -32,7 +32,7 @@ from ..images.model import (
 )
 from ..images.output_dir import check_no_obstacles, check_settings_match, differing_setting, load_settings
 from ..images.records import load_records
-from ..images.requests import requests_hash
+from ..images.requests import EMBEDDED, requests_hash
 from ..images.settings import Settings, image_dir
 from ..methods.method import BASELINE
 from ..metrics.base import Skipped
@@ -168,10 +168,10 @@ def make_settings(run_plan: RunPlan, pipe: Any, dtype: torch.dtype) -> Settings:
 
 def model_name(model: str) -> str:
     """The name of a model: of a folder its last part. A folder named demo is not the embedded model."""
-    if model == "demo" or not Path(model).is_dir():
+    if model in EMBEDDED or not Path(model).is_dir():
         return model
     name = Path(os.path.abspath(model)).name
-    return "demo, a folder" if name == "demo" else name
+    return f"{name}, a folder" if name in EMBEDDED else name
 
 
 def default_out(settings: Settings, limit: int | None, only: str | None) -> Path:

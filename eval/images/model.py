@@ -24,6 +24,7 @@ from ..common.files import without_paths
 from ..methods.method import Method
 from .checkpoint import HALF, check_path, local_folder, pick_variant
 from .components import check_components, check_weights, missing_weights
+from .requests import EMBEDDED
 
 # what libraries raise for files that are damaged, missing, pickled or of another version
 LOAD_ERRORS = (
@@ -41,10 +42,10 @@ LOAD_ERRORS = (
 def load_model(
     model: str, device: torch.device, dtype: torch.dtype, variant: str | None = None
 ) -> tuple[Any, nn.Module | None]:
-    """Loads a pipeline and, for the embedded model, its classifier.
+    """Loads a pipeline and, for an embedded model, its classifier.
 
     Args:
-        model: "demo", a folder, or an id of the hub.
+        model: one of EMBEDDED, a folder, or an id of the hub.
         device: where it runs.
         dtype: of its weights.
         variant: of the weights' files, such as fp16; None takes the plain ones, or fp16 where there are no others.
@@ -55,14 +56,15 @@ def load_model(
     Raises:
         EvalError: it cannot be loaded, with the reason.
     """
-    if model == "demo":
+    embedded = EMBEDDED.get(model)
+    if embedded is not None:
         if variant is not None:
             raise EvalError(f"--variant is {variant!r}; the embedded model has none")
     else:
         check_path(model)
     try:
-        if model == "demo":
-            pipe, classifier = demo.load(device=device, dtype=dtype), demo.load_classifier(device=device)
+        if embedded is not None:
+            pipe, classifier = demo.load(embedded, device, dtype), demo.load_classifier(embedded, device)
         else:
             pipe, classifier = _load(model, device, dtype, variant), None
         check_components(pipe)
@@ -138,8 +140,8 @@ def _why(error: BaseException, model: str) -> str:
 
 
 def revision(model: str) -> str | None:
-    """The commit of a loaded model of the hub; None for a folder and the embedded model."""
-    if model == "demo" or Path(model).is_dir():
+    """The commit of a loaded model of the hub; None for a folder and an embedded model."""
+    if model in EMBEDDED or Path(model).is_dir():
         return None
     found = try_to_load_from_cache(model, "model_index.json")
     return Path(found).parent.name if isinstance(found, str) else None

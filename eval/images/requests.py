@@ -9,8 +9,10 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from tofu_sd.demo.models import SCENES, TEXTURES, DemoModel
 from tofu_sd.demo.scene_classes import PROMPT
 from tofu_sd.utils import did_you_mean
 
@@ -19,6 +21,7 @@ from ..common.files import parse_json, read_text
 
 IMAGENET_HASH = "0b0f9fee7c952f25"  # start of the SHA-256 of the 1000 names, joined by newlines
 IMAGENET_IMAGES = 2  # of each class
+EMBEDDED = {"demo": SCENES.name, "demo-textures": TEXTURES.name}  # --model, and its name in tofu_sd.demo
 MAX_ID_BYTES = 200  # bytes; file systems allow 255 with the ending
 EXAMPLE = '{"prompt": "a fox", "id": "fox", "seed": 1}'
 
@@ -70,15 +73,11 @@ def load_requests(name: str, first_seed: int = 0) -> list[Request]:
     )
 
 
-def demo(first_seed: int = 0) -> list[Request]:
-    """The embedded model's 96 classes, one image each.
-
-    Neighbours in CLASSES differ little, so the list strides through them: the first N are a mixture for any N.
-    """
-    from tofu_sd.demo.scene_classes import CLASSES
-
-    order = [37 * i % len(CLASSES) for i in range(len(CLASSES))]  # 37 has no factor in common with 96
-    return [Request(f"{i:04d}", CLASSES[i].prompt, first_seed + i) for i in order]
+def demo(model: DemoModel, first_seed: int = 0) -> list[Request]:
+    """An embedded model's classes, one image each; the first N are a mixture for any N."""
+    classes = model.classes
+    order = [model.stride * i % len(classes) for i in range(len(classes))]
+    return [Request(f"{i:04d}", classes[i].prompt, first_seed + i) for i in order]
 
 
 def imagenet1k(first_seed: int = 0) -> list[Request]:
@@ -110,7 +109,16 @@ def imagenet_names() -> list[str]:
     return names
 
 
-KNOWN: dict[str, Callable[[int], list[Request]]] = {"demo": demo, "imagenet1k": imagenet1k}
+KNOWN: dict[str, Callable[[int], list[Request]]] = {
+    "demo": partial(demo, SCENES),
+    "textures": partial(demo, TEXTURES),
+    "imagenet1k": imagenet1k,
+}
+
+
+def default_prompts(model: str) -> str:
+    """The name of the list that --prompts is for a model by default: an embedded model's own."""
+    return "textures" if EMBEDDED.get(model) == TEXTURES.name else "demo"
 
 
 def repeat(requests: list[Request], per_prompt: int, of: int) -> list[Request]:

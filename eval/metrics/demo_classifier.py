@@ -56,10 +56,8 @@ def _pooled_features(classifier: Any, device: torch.device) -> Features:
 
 
 def class_accuracy(classifier: Any, prompts: Collection[str], device: torch.device) -> Metric:
-    """Proportion of images that the demo classifier assigns to the shape, material and setting of their prompt."""
-    from tofu_sd.demo.scene_classes import CLASSES
-
-    name, labels = "class accuracy", {kind.prompt: kind.labels for kind in CLASSES}
+    """Proportion of images that the demo classifier assigns to all labels of their prompt."""
+    name, labels = "class accuracy", classifier.labels_of_prompts
     if not set(prompts) <= labels.keys():
         return Skipped(name, "the classifier knows only the demo model's own prompts")
 

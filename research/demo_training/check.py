@@ -1,7 +1,7 @@
-"""Measures the embedded model: `python -m research.demo_training.check`.
+"""Measures an embedded model: `python -m research.demo_training.check [--model textures]`.
 
 It generates images of all classes in order with fixed seeds and classifies them with the demo classifier. It prints the
-share whose shape, material and setting are all those of the prompt, with its 95 % Wilson interval.
+share whose labels are all those of the prompt, with its 95 % Wilson interval.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,25 +21,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.metrics.statistics import wilson
-from tofu_sd.demo import GUIDANCE, NATIVE_SIZE, WEIGHTS, load, load_classifier
-from tofu_sd.demo.scene_classes import CLASSES, MATERIALS, SETTINGS, SHAPES
+from tofu_sd.demo import GUIDANCE, NATIVE_SIZE, load, load_classifier
+from tofu_sd.demo.models import MODELS, DemoModel
 
 from .stages import classifier_accuracy
 
 
-def digests() -> dict[str, str]:
+def digests(folder: Path) -> dict[str, str]:
     """Returns the SHA-256 of every file of weights, which identifies the training of figures."""
-    files = sorted(WEIGHTS.rglob("*.safetensors"))
-    return {path.relative_to(WEIGHTS).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    files = sorted(folder.rglob("*.safetensors"))
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def generate(pipe: Any, images: int, steps: int, guidance: float, size: int, batch: int) -> Tensor:
-    """Generates images of class i mod 96 with seed i, for i < images: uint8 [images, 3, size, size]."""
+def generate(
+    pipe: Any, classes: Sequence[Any], images: int, *, steps: int, guidance: float, size: int, batch: int
+) -> Tensor:
+    """Generates images of all classes in order, repeatedly, with seeds from 0: uint8 [images, 3, size, size]."""
     rows = []
     for start in tqdm(range(0, images, batch), desc="generate", unit_scale=batch, unit="image"):
         numbers = range(start, min(start + batch, images))
         generated = pipe(
-            [CLASSES[i % len(CLASSES)].prompt for i in numbers],
+            [classes[i % len(classes)].prompt for i in numbers],
             num_inference_steps=steps,
             guidance_scale=guidance,
             height=size,
@@ -64,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
         description=(__doc__ or "").split("\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    p.add_argument("--model", default="scenes", choices=list(MODELS))
     p.add_argument("--images", type=int, default=240)
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--guidance", type=float, default=GUIDANCE)
@@ -72,30 +77,34 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--renders", type=int, default=960, help="fresh renders that measure the classifier itself")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", type=Path, help="also write the figures there, as JSON")
-    p.add_argument("--sheet", type=Path, help="write the first 96 images there, as one PNG")
+    p.add_argument("--sheet", type=Path, help="write an image of each class there, as one PNG")
     return p
 
 
-def measure(args: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
+def measure(model: DemoModel, args: argparse.Namespace) -> tuple[dict[str, Any], Tensor]:
     """Returns (the figures, the images)."""
-    pipe, net = load(args.device), load_classifier(args.device)
+    pipe, net = load(model.name, args.device), load_classifier(model.name, args.device)
     pipe.set_progress_bar_config(disable=True)
-    images = generate(pipe, args.images, args.steps, args.guidance, args.size, args.batch)
+    classes, settings = model.classes, {name: getattr(args, name) for name in ("steps", "guidance", "size", "batch")}
+    images = generate(pipe, classes, args.images, **settings)
     predicted = torch.cat([net.classify(part.to(args.device).float() / 255).cpu() for part in torch.split(images, 32)])
-    prompted = torch.tensor([CLASSES[i % len(CLASSES)].labels for i in range(args.images)])
+    prompted = torch.tensor([classes[i % len(classes)].labels for i in range(args.images)])
     right = predicted == prompted
     whole = int(right.all(1).sum())
     figures = {
         "class_accuracy": whole / args.images,
         "interval_95": wilson(whole, args.images),
-        **dict(zip(("shape", "material", "setting"), right.float().mean(0).tolist(), strict=True)),
-        "worst": sorted({CLASSES[i % len(CLASSES)].name for i in range(args.images) if not right[i].all()}),
-        "classifier_on_fresh_renders": classifier_accuracy(net, torch.device(args.device), args.renders),
-        "chance": 1 / (len(SHAPES) * len(MATERIALS) * len(SETTINGS)),
+        **dict(zip(model.labels, right.float().mean(0).tolist(), strict=True)),
+        "worst": sorted({classes[i % len(classes)].name for i in range(args.images) if not right[i].all()}),
+        "classifier_on_fresh_renders": classifier_accuracy(
+            net, torch.device(args.device), args.renders, content=model.name
+        ),
+        "chance": 1 / math.prod(model.label_counts),
         "n": args.images,
         "seeds": f"0..{args.images - 1}",
-        **{name: getattr(args, name) for name in ("steps", "guidance", "size", "batch", "device")},
-        "weights": digests(),
+        **settings,
+        "device": args.device,
+        "weights": digests(model.weights),
         "torch": torch.__version__,
         "diffusers": version("diffusers"),
     }
@@ -114,12 +123,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.out and not args.out.parent.is_dir():
         options.error(f"--out is {str(args.out)!r}; its folder does not exist")
 
-    figures, images = measure(args)
+    model = MODELS[args.model]
+    figures, images = measure(model, args)
     print(json.dumps(figures, indent=1))
     if args.out:
         args.out.write_text(json.dumps(figures, indent=1) + "\n")
     if args.sheet:
-        contact_sheet(images[: len(CLASSES)], columns=12, side=128).save(args.sheet)
+        contact_sheet(images[: len(model.classes)], columns=12, side=128).save(args.sheet)
 
 
 if __name__ == "__main__":

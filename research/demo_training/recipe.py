@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tofu_sd.demo import texture_classes
-from tofu_sd.demo.scene_classes import CLASSES, MATERIALS, SETTINGS, SHAPES
+from tofu_sd.demo.models import SCENES, TEXTURES, DemoModel
 
 from . import textures
 from .scenes import render
@@ -24,16 +23,18 @@ class Content:
     """The images that a model is trained on.
 
     Args:
-        classes: each with a `prompt`, a `name` and `labels`.
+        model: its name, classes and labels.
         render: (classes, seeds, size, device) -> images [B, 3, size, size] in 0..1.
-        answers: number of values of each label.
         widths: of the UNet's levels.
     """
 
-    classes: Sequence[Any]
+    model: DemoModel
     render: Callable[[list[Any], list[int], int, torch.device], Tensor]
-    answers: tuple[int, ...]
     widths: tuple[int, int, int]
+
+    @property
+    def classes(self) -> Sequence[Any]:
+        return self.model.classes
 
 
 def _textures(kinds: list[Any], seeds: list[int], size: int, device: torch.device) -> Tensor:
@@ -41,10 +42,8 @@ def _textures(kinds: list[Any], seeds: list[int], size: int, device: torch.devic
 
 
 CONTENTS = {
-    "scenes": Content(CLASSES, render, (len(SHAPES), len(MATERIALS), len(SETTINGS)), (64, 112, 160)),
-    "textures": Content(
-        texture_classes.CLASSES, _textures, (len(texture_classes.THINGS), len(texture_classes.LOOKS)), (64, 112, 144)
-    ),
+    "scenes": Content(SCENES, render, (64, 112, 160)),
+    "textures": Content(TEXTURES, _textures, (64, 112, 144)),
 }
 
 

@@ -91,7 +91,7 @@ def train_classifier(
 ) -> tuple[DemoClassifier, dict[str, Any]]:
     """Trains the demo classifier on renders. Returns (the classifier, the figures)."""
     torch.manual_seed(recipe.seed)
-    classifier = DemoClassifier(recipe.shown.answers).to(device)
+    classifier = DemoClassifier(recipe.shown.model).to(device)
     labels = torch.tensor([recipe.shown.classes[c].labels for c in recipe.kinds()], device=device)
     batch = 48
 

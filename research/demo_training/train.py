@@ -7,7 +7,7 @@
     low         UNet and text encoder on 16 × 16 latents            unet/, text_encoder/
     high        the same weights on 32 × 32 latents
     large       the same weights on 64 × 64 latents of 512 × 512 renders, only for textures
-    export      averaged weights in half precision -> tofu_sd/demo/weights
+    export      averaged weights in half precision -> tofu_sd/demo/weights/NAME
 
 Each stage writes its result to --work and is skipped if that exists. After an interrupt, a training resumes from its
 last checkpoint; renders and latents, which take minutes, are made again. Batches depend on (seed, step), so an
@@ -28,8 +28,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from tofu_sd.demo import WEIGHTS
 from tofu_sd.demo.classifier import DemoClassifier
+from tofu_sd.demo.models import MODELS
 
 # isort: split
 # after .stages, which explains an installation that cannot import these
@@ -94,7 +94,7 @@ class _Training:
         """Returns the demo classifier, trained or loaded."""
         file = self.work / "classifier.safetensors"
         if file.exists():
-            classifier = DemoClassifier(self.recipe.shown.answers).to(self.device).eval().requires_grad_(False)
+            classifier = DemoClassifier(self.recipe.shown.model).to(self.device).eval().requires_grad_(False)
             classifier.load_state_dict(load_file(file))
             return classifier
         classifier, values = train_classifier(self.recipe, self.work, self.device, renders)
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m research.demo_training.train", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="folder for renders, checkpoints")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder for the finished weights")
+    parser.add_argument("--out", type=Path, help="folder for the finished weights (default: the embedded model's own)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=1, help="processes that render; default: %(default)s")
     for field in fields(Recipe):
@@ -143,7 +143,8 @@ def main(argv: list[str] | None = None) -> None:
             help="default: %(default)s",
         )
     args = vars(parser.parse_args(argv))
-    work, out, device = args.pop("work"), args.pop("out"), torch.device(args.pop("device"))
+    work, device = args.pop("work"), torch.device(args.pop("device"))
+    out = args.pop("out") or MODELS.get(args["content"], MODELS["scenes"]).weights
     workers = args.pop("workers")
     if workers < 1:
         parser.error(f"--workers is {workers}; it must be an integer >= 1")

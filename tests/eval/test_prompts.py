@@ -13,9 +13,10 @@ from eval import prompts as prompts_module
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def test_the_stored_demo_list_is_what_the_command_prints(capsys):
-    assert prompts_module.main(["demo"]) == 0
-    assert capsys.readouterr().out == (REPOSITORY / "prompts" / "demo.txt").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["demo", "textures"])
+def test_stored_list_is_what_the_command_prints(capsys, name):
+    assert prompts_module.main([name]) == 0
+    assert capsys.readouterr().out == (REPOSITORY / "prompts" / f"{name}.txt").read_text(encoding="utf-8")
 
 
 def test_closed_pipe_ends_the_command():

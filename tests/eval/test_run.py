@@ -14,7 +14,7 @@ from eval.common import files
 from eval.evaluation import prepare
 from eval.reporting import results as results_module
 from eval.reporting import tables
-from tofu_sd import demo
+from tofu_sd.demo.models import SCENES
 
 
 def test_class_accuracy_is_measured_for_demo_prompts(command, monkeypatch, pipe):
@@ -44,7 +44,7 @@ def test_json_keeps_stdout_for_the_results(command, capsys, monkeypatch):
     assert json.loads(printed.out) == files.read_json(out / "results.json")
 
 
-@pytest.mark.skipif(not (demo.WEIGHTS / "model_index.json").exists(), reason="the embedded model has no weights here")
+@pytest.mark.skipif(not SCENES.is_available, reason="the embedded model has no weights here")
 def test_embedded_model_is_measured_by_the_demo_classifier(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--limit", "2", "--steps", "3", "--metrics", "psnr,ms-ssim,demo-classifier", "--out", "out"]

@@ -2,6 +2,8 @@
 
 import torch
 
+from tofu_sd.demo.models import SCENES
+
 COMMAND = [
     "--model",
     "tiny",
@@ -19,6 +21,8 @@ PROMPTS = ['a <script>alert("x")</script> & co', "a bee", "an old oak", "a kite"
 
 class ToyClassifier(torch.nn.Module):
     """The classifier's interface. An image's class is the one whose index is the red level of its first pixel."""
+
+    labels_of_prompts = SCENES.labels_of_prompts
 
     def maps(self, images):
         return [images, images[:, :, ::2, ::2]]

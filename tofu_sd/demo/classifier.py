@@ -1,15 +1,14 @@
-"""The demo classifier: predicts shape, material and setting of a generated image."""
+"""The demo classifier: predicts the labels of a generated image, such as shape, material and setting."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .scene_classes import MATERIALS, SETTINGS, SHAPES
+from .models import SCENES, DemoModel
 
 
 def perceptual_distance(classifier: Any, a: Tensor, b: Tensor, stages: int = 5) -> Tensor:
@@ -32,13 +31,14 @@ class DemoClassifier(nn.Module):
     """A small classifier of renders, for images [B, 3, H, W] in 0..1 of any size. Its features compare images.
 
     Args:
-        labels: number of values of each label; by default of shapes, materials and settings.
+        model: the embedded model whose images it classifies; it says which labels there are.
     """
 
     WIDTHS = (24, 48, 80, 112, 144)
 
-    def __init__(self, labels: Sequence[int] = (len(SHAPES), len(MATERIALS), len(SETTINGS))) -> None:
+    def __init__(self, model: DemoModel = SCENES) -> None:
         super().__init__()
+        self.labels_of_prompts = model.labels_of_prompts
         stages, width = [], 3
         for out in self.WIDTHS:
             stages.append(
@@ -53,7 +53,7 @@ class DemoClassifier(nn.Module):
             )
             width = out
         self.stages = nn.ModuleList(stages)
-        self.heads = nn.ModuleList(nn.Linear(width, count) for count in labels)
+        self.heads = nn.ModuleList(nn.Linear(width, count) for count in model.label_counts)
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Returns the feature maps of the five stages; each has half the size of the one before."""

@@ -12,13 +12,11 @@ from eval import run as run_module
 from eval.common import files
 from eval.evaluation import execute, options, plan, prepare
 from eval.images import generate, settings
-from tofu_sd import demo
+from tofu_sd.demo.models import SCENES
 
 PROMPTS = ["a red fox", "a bee", "an old oak", "a kite", "a pond"]
 TINY = ["--model", "tiny", "--steps", "1", "--size", "64", "--batch", "2", "--metrics", "psnr", "--out", "out"]
-needs_weights = pytest.mark.skipif(
-    not (demo.WEIGHTS / "model_index.json").exists(), reason="the embedded model has no weights here"
-)
+needs_weights = pytest.mark.skipif(not SCENES.is_available, reason="the embedded model has no weights here")
 
 
 @pytest.fixture

@@ -20,6 +20,15 @@ def test_the_demo_list_has_every_class_once_under_its_own_seed():
     assert all(r.seed == 100 + int(r.id) and r.prompt == CLASSES[int(r.id)].prompt for r in requests)
 
 
+def test_each_embedded_model_has_its_own_prompts_by_default():
+    assert [requests_module.default_prompts(name) for name in ("demo", "demo-textures", "mine")] == [
+        "demo", "textures", "demo",
+    ]  # fmt: skip
+    from tofu_sd.demo.texture_classes import CLASSES
+
+    assert {r.prompt for r in requests_module.load_requests("textures")} == {kind.prompt for kind in CLASSES}
+
+
 def test_the_first_demo_prompts_are_a_mixture():
     """--limit 12 should show more than one corner of the model."""
     from tofu_sd.demo.scene_classes import CLASSES

@@ -13,6 +13,7 @@ from research.demo_training.fit import Schedule, fit
 from research.demo_training.recipe import Recipe
 from research.demo_training.scene_materials import noise_tiles
 from research.demo_training.scenes import draw_scene, nearness, render
+from tofu_sd.demo.models import SCENES
 from tofu_sd.demo.scene_classes import CLASSES, SHAPES
 from tofu_sd.demo.tokenizer import build_tokenizer
 
@@ -115,8 +116,9 @@ FEW = CLASSES[::6]  # 16, the number that is rendered at a time
 
 def test_interrupted_training_resumes_and_keeps_its_recipe(tmp_path, monkeypatch):
     """From random weights to a model that loads. Finished stages are kept; another recipe's work is rejected."""
-    work, out, done = tmp_path / "work", tmp_path / "out", []
-    monkeypatch.setattr(recipe, "CLASSES", FEW)
+    work, out, done = tmp_path / "work", tmp_path / "scenes", []
+    few = replace(recipe.CONTENTS["scenes"], model=replace(SCENES, classes=FEW))
+    monkeypatch.setitem(recipe.CONTENTS, "scenes", few)
     monkeypatch.setattr(stages, "classifier_accuracy", lambda *_, **__: 1.0)
     fit = fit_module.fit
 
@@ -135,7 +137,7 @@ def test_interrupted_training_resumes_and_keeps_its_recipe(tmp_path, monkeypatch
     figures = json.loads((out / "figures.json").read_text())
     assert [figures[name]["samples"] for name in ("classifier", "vae", "low", "high")] == [48, 8, 24, 24]
     assert not any(str(tmp_path) in file.read_text() for file in out.rglob("*.json"))
-    monkeypatch.setattr("tofu_sd.demo.WEIGHTS", out)
+    monkeypatch.setattr("tofu_sd.demo.models.WEIGHTS", tmp_path)
     pipe = tofu_sd.demo.load()
     assert pipe.unet.dtype == torch.float32
     assert len(tofu_sd.summary(tofu_sd.apply_patch(pipe)).rows) == 5
