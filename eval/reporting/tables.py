@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from .footnotes import (
     measured,
     records,
     run_header,
+    with_unique_labels,
 )  # fmt: skip
 
 
@@ -55,7 +57,7 @@ def table(results: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, A
                Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
     cells = [[_spread(row["speedup"], 2, "×"), _spread(_of_one_run(row, "seconds"), 2)] for row in rows]
     if any(row.get("denoiser_seconds") for row in rows):
-        columns.append(Column("denoising", "seconds of it in the UNet; median over batches"))
+        columns.append(Column("s in UNet", "of s/image; median over batches, 5th to 95th percentile"))
         for row, line in zip(rows, cells, strict=True):
             line.append(_spread(_of_one_run(row, "denoiser_seconds"), 2))
     if any(row.get("flops") for row in rows):
@@ -147,14 +149,17 @@ def planned(plan: dict[str, Any]) -> list[str]:
 
 
 LONG_NAME = 17  # of a method, in the terminal: longer ones are folded
+LONG_TITLE = 9  # of a column, in the terminal
 
 
 def terminal(results: dict[str, Any], console: Console) -> None:
+    """Prints the table of a run."""
+    results = with_unique_labels(results)
     columns, rows = table(results)
     generated = RichTable(title=f"{results['settings']['model']}: methods against the baseline", box=SIMPLE_HEAD)
     method_column(generated, [label(row) for row, _ in rows])
     for column in columns:
-        generated.add_column(column.title, justify="right", overflow="fold")
+        generated.add_column(heading(column.title), justify="right", overflow="fold")
     for row, cells in rows:
         # the space lets an interval break where the terminal is narrow
         texts = [Text.assemble(c.value, "\n", (c.interval.replace("–", " – "), "dim")) for c in cells]
@@ -162,6 +167,11 @@ def terminal(results: dict[str, Any], console: Console) -> None:
     console.print(generated)
     for line in (run_header(results), *footnotes(results)):
         console.print(line, style="dim", highlight=False, markup=False)
+
+
+def heading(title: str) -> str:
+    """A column's title in the terminal: a long one breaks after "/" or "-", not within a word."""
+    return re.sub(r"(?<=[/-])(?=\w)", "\n", title) if len(title) > LONG_TITLE else title
 
 
 def method_column(generated: RichTable, names: Sequence[str]) -> None:
@@ -181,7 +191,7 @@ def terminal_rows(
     """The same for the terminal."""
     generated = RichTable(title=title or None, box=SIMPLE_HEAD)
     for i, name in enumerate(titles):
-        generated.add_column(name, justify="right" if i else "left", overflow="fold")
+        generated.add_column(heading(name), justify="right" if i else "left", overflow="fold")
     for line in lines:
         generated.add_row(*map(_below, line))
     console.print(generated)

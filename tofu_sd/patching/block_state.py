@@ -13,7 +13,7 @@ from ..config import TokenFusionConfig
 from ..core.matching import count_above_threshold, get_matcher, most_similar
 from ..core.partition import PartitionTensors
 from ..core.proportional import key_bias
-from ..core.reductions import Reduction, reduce_by_id, reduction_id, unmerge
+from ..core.reductions import Reduction, apply_reduction, reduce_by_id, reduction_id, unmerge
 from ..core.token_map import SoftMap, TokenMap
 from ..kernels.operators import is_compiling
 from .host import BlockInfo
@@ -150,7 +150,7 @@ class BlockState:
             reduction_id_tensor = self.current.reduction_id_tensor
             if reduction_id_tensor is not None:
                 return reduce_by_id(x, map.kept_idx, map.group_idx, len(reduction_id_tensor))
-        return self.reduction(x, map)
+        return apply_reduction(self.reduction, x, map)
 
     def key_bias(self, x: Tensor, map: TokenMap | SoftMap, sdpa: bool) -> Tensor | None:
         """Returns log(n_i) of each key as an additive mask [B, 1, K]; None without proportional attention."""
