@@ -231,14 +231,11 @@ def _unknown_in_file(path: Path, module: Any, own: str) -> str:
 
 def _registered_by(path: Path) -> list[str]:
     """The names of methods, matchers and reductions that a file has registered."""
-    sources = {
-        **{name: spec.source for name, spec in METHODS.items()},
-        **{
-            name: Path(code.co_filename)
-            for name, function in (*MATCHERS.items(), *REDUCTIONS.items())
-            if (code := getattr(inspect.unwrap(function), "__code__", None))
-        },
-    }
+    sources = {name: spec.source for name, spec in METHODS.items()}
+    functions: list[tuple[str, Callable[..., Any]]] = [*MATCHERS.items(), *REDUCTIONS.items()]
+    for name, function in functions:
+        if code := getattr(inspect.unwrap(function), "__code__", None):
+            sources[name] = Path(code.co_filename)
     return [name for name, source in sources.items() if source.resolve() == path.resolve()]
 
 

@@ -149,7 +149,6 @@ def planned(plan: dict[str, Any]) -> list[str]:
 
 
 LONG_NAME = 17  # of a method, in the terminal: longer ones are folded
-LONG_TITLE = 9  # of a column, in the terminal
 
 
 def terminal(results: dict[str, Any], console: Console) -> None:
@@ -157,21 +156,43 @@ def terminal(results: dict[str, Any], console: Console) -> None:
     results = with_unique_labels(results)
     columns, rows = table(results)
     generated = RichTable(title=f"{results['settings']['model']}: methods against the baseline", box=SIMPLE_HEAD)
-    method_column(generated, [label(row) for row, _ in rows])
-    for column in columns:
-        generated.add_column(heading(column.title), justify="right", overflow="fold")
-    for row, cells in rows:
-        # the space lets an interval break where the terminal is narrow
-        texts = [Text.assemble(c.value, "\n", (c.interval.replace("–", " – "), "dim")) for c in cells]
-        generated.add_row(label(row), *(texts or [Text("skipped", "dim")]))
+    names = [label(row) for row, _ in rows]
+    method_column(generated, names)
+    # the space lets an interval break where the terminal is narrow
+    lines = [[(c.value, c.interval.replace("–", " – ")) for c in cells] for _, cells in rows]
+    texts = [[text for line in lines if line for text in line[i]] for i in range(len(columns))]
+    room = console.width - 1 - min(max(map(len, names)), LONG_NAME) - 3 * (len(columns) + 1)  # 3: margins of a column
+    for title, width in _headings([column.title for column in columns], texts, room):
+        generated.add_column(title, justify="right", overflow="fold", width=width)
+    for name, line in zip(names, lines, strict=True):
+        cells = [Text.assemble(value, "\n", (interval, "dim")) for value, interval in line]
+        generated.add_row(name, *(cells or [Text("skipped", "dim")]))
     console.print(generated)
-    for line in (run_header(results), *footnotes(results)):
-        console.print(line, style="dim", highlight=False, markup=False)
+    for note in (run_header(results), *footnotes(results)):
+        console.print(note, style="dim", highlight=False, markup=False)
 
 
-def heading(title: str) -> str:
-    """A column's title in the terminal: a long one breaks after "/" or "-", not within a word."""
-    return re.sub(r"(?<=[/-])(?=\w)", "\n", title) if len(title) > LONG_TITLE else title
+def _headings(titles: Sequence[str], texts: Sequence[Sequence[str]], room: int) -> list[tuple[str, int | None]]:
+    """The headings of columns and their widths, so that no word breaks. Widths are None where there is no room for it.
+
+    Args:
+        titles: of the columns. They break at spaces; where the room is narrow, also after "/" and "-".
+        texts: what each column holds; it breaks at spaces.
+        room: the sum of the widths.
+    """
+    broken = [re.sub(r"(?<=[/-])(?=\w)", "\n", title) for title in titles]
+    for headings in (titles, broken):
+        columns = [[heading, *own] for heading, own in zip(headings, texts, strict=True)]
+        widths = [max(len(word) for text in column for word in text.split()) for column in columns]
+        wanted = [max(len(line) for text in column for line in text.split("\n")) for column in columns]
+        spare = room - sum(widths)
+        if spare >= 0:
+            for i in sorted(range(len(widths)), key=lambda i: wanted[i] - widths[i]):
+                if wanted[i] - widths[i] <= spare:  # the column that lacks least comes first
+                    spare -= wanted[i] - widths[i]
+                    widths[i] = wanted[i]
+            return list(zip(headings, widths, strict=True))
+    return [(title, None) for title in titles]
 
 
 def method_column(generated: RichTable, names: Sequence[str]) -> None:
@@ -191,7 +212,7 @@ def terminal_rows(
     """The same for the terminal."""
     generated = RichTable(title=title or None, box=SIMPLE_HEAD)
     for i, name in enumerate(titles):
-        generated.add_column(heading(name), justify="right" if i else "left", overflow="fold")
+        generated.add_column(name, justify="right" if i else "left", overflow="fold")
     for line in lines:
         generated.add_row(*map(_below, line))
     console.print(generated)

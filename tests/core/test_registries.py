@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,15 +20,7 @@ from tofu_sd.core.partition import PartitionTensors
 from tofu_sd.core.reductions import REDUCTIONS, mean, prune, register_reduction
 from tofu_sd.core.token_map import SoftMap, TokenMap
 
-
-@pytest.fixture(autouse=True)
-def _restore_registries() -> Iterator[None]:
-    """Restores the registries after each test."""
-    before = dict(MATCHERS), dict(REDUCTIONS)
-    yield
-    for registry, entries in zip((MATCHERS, REDUCTIONS), before, strict=True):
-        registry.clear()
-        registry.update(entries)
+pytestmark = pytest.mark.usefixtures("registries")
 
 
 def first_sources(tokens: Tensor, grid: PartitionTensors, config: Any) -> TokenMap:

@@ -15,9 +15,7 @@ import torch
 from eval import EvalError
 from eval.methods import registry
 from eval.methods import registry as methods
-from eval.methods.registry import METHODS, parse, register_method
-from tofu_sd.core.matching import MATCHERS
-from tofu_sd.core.reductions import REDUCTIONS
+from eval.methods.registry import parse, register_method
 
 FILE = """
 from contextlib import contextmanager
@@ -50,16 +48,7 @@ gentle = TokenFusionConfig(kv_only=True)
 """
 
 
-@pytest.fixture(autouse=True)
-def _registries() -> Iterator[None]:
-    """What a test registers is gone after it."""
-    parse("baseline", [0.5])
-    before = dict(METHODS), dict(MATCHERS), dict(REDUCTIONS)
-    yield
-    registry._load.cache_clear()
-    for known, entries in zip((METHODS, MATCHERS, REDUCTIONS), before, strict=True):
-        known.clear()
-        known.update(entries)
+pytestmark = pytest.mark.usefixtures("registries")
 
 
 @pytest.fixture
