@@ -1,4 +1,4 @@
-"""Compares two runs: `python -m eval.compare A B`."""
+"""Compares two runs: `python -m eval.compare FIRST SECOND`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def parser() -> Parser:
         epilog=EXAMPLES,
         formatter_class=Help,
     )
-    p.add_argument("a", type=as_path, help="folder of a run")
-    p.add_argument("b", type=as_path, help="folder of another")
+    p.add_argument("a", type=as_path, metavar="FIRST", help="folder of a run, `a` in the table")
+    p.add_argument("b", type=as_path, metavar="SECOND", help="folder of another run, `b` in the table")
     p.add_argument("--json", action="store_true", help="print it as JSON")
     return p
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterator
 from typing import NoReturn
 from urllib.error import URLError
 
@@ -29,3 +30,19 @@ logging.getLogger("tofu_sd").setLevel(logging.WARNING)
 @pytest.fixture(autouse=True)
 def _seed_torch() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Methods, matchers and reductions that a test registers are gone after it."""
+    from eval.methods import registry
+    from tofu_sd.core.matching import MATCHERS
+    from tofu_sd.core.reductions import REDUCTIONS
+
+    registry.known_methods()  # loads the evaluation's own
+    before = [(known, dict(known)) for known in (registry.METHODS, MATCHERS, REDUCTIONS)]
+    yield
+    registry._load.cache_clear()
+    for known, entries in before:
+        known.clear()
+        known.update(entries)

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from torch import Tensor
 
+import tofu_sd
 from eval.evaluation import options
-from eval.methods import registry
-from eval.methods.registry import METHODS, parse
-from tofu_sd.core.matching import MATCHERS
+from eval.methods.registry import parse
+from tofu_sd import recipes
+from tofu_sd.core.matching import register_matcher
+from tofu_sd.core.partition import PartitionTensors
+from tofu_sd.core.token_map import TokenMap
 
 PAGE = (Path(__file__).parents[1] / "docs" / "add_a_method.md").read_text()
 EXAMPLES = re.findall(r"`(\w+)\.py`:\n\n```python\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
-@pytest.fixture(autouse=True)
-def _restore_registries() -> Iterator[None]:
-    """Restores the registries after each test."""
-    before = dict(MATCHERS), dict(METHODS)
-    yield
-    registry._load.cache_clear()
-    for names, entries in zip((MATCHERS, METHODS), before, strict=True):
-        names.clear()
-        names.update(entries)
+pytestmark = pytest.mark.usefixtures("registries")
 
 
 def test_page_has_two_examples_of_at_most_15_lines() -> None:
@@ -52,11 +49,38 @@ def test_example_method_changes_the_image_and_is_undone(
 
 
 def test_page_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    """The files lie outside of the checkout, in which the commands run."""
+    for folder in ("mine", "checkout"):
+        (tmp_path / folder).mkdir()
     for name, code in EXAMPLES:
-        Path(f"{name}.py").write_text(code)
-    (arguments,) = re.findall(r"^python -m eval\.run (.*)$", PAGE, flags=re.MULTILINE)
+        (tmp_path / "mine" / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path / "checkout")
+    (arguments,) = re.findall(r"^\.venv/bin/python -m eval\.run (.*)$", PAGE, flags=re.MULTILINE)
     parsed = options.parser().parse_args(arguments.split())
-    assert len(parse(parsed.method, [0.5])) == 3
-    (with_options,) = re.findall(r"`--method (small_norm\S+)`", PAGE)
-    assert parse(with_options, [0.5])[0].slug == "mean-r50-small_norm"
+    tome, small_norm, freeu = parse(parsed.method, [0.5])
+    assert (tome.slug, small_norm.slug, freeu.slug) == ("mean-r50", "mean-r50-small_norm", "freeu")
+    for each in re.findall(r"--method (\S*small_norm\.py\S+)", PAGE):
+        monkeypatch.chdir(tmp_path / ("checkout" if "../" in each else "mine"))
+        assert "mean-r50-small_norm" in [method.slug for method in parse(each.strip("`."), [0.5])]
+
+
+def test_comparison_differs_from_tome_in_the_matcher_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matcher alone has ToFu's reductions, and tome the mean: two differences at once."""
+    monkeypatch.chdir(tmp_path)
+    Path("small_norm.py").write_text(dict(EXAMPLES)["small_norm"])
+    (mine,) = parse("small_norm.py:small_norm@early=mean@late=mean", [0.5])
+    assert mine.fusion is not None
+    assert replace(mine.fusion, matching="bipartite") == recipes.TOME
+
+
+def test_matcher_may_keep_tokens_that_are_no_destinations(monkeypatch: pytest.MonkeyPatch) -> None:
+    def last(tokens: Tensor, grid: PartitionTensors, config: Any) -> TokenMap:
+        (B, N, _), r = tokens.shape, len(grid.num_merged)
+        kept_idx = torch.arange(r, N).expand(B, -1)
+        assert not set(grid.parts.dst.tolist()) <= set(kept_idx[0].tolist())
+        return TokenMap(kept_idx, (torch.arange(N) - r).clamp_min(0).expand(B, -1))
+
+    register_matcher("last")(last)
+    unet = tiny.shallow_unet()
+    plain = tiny.predict(unet)
+    assert not torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5, matching="last")), plain)

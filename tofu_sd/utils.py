@@ -1,4 +1,4 @@
-"""Small helpers: suggestions for misspelt names, the origin of registered functions, and the log of command lines."""
+"""Small helpers: errors, suggestions for misspelt names, the origin of functions, and the log of command lines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 logging.getLogger("tofu_sd").addHandler(logging.NullHandler())
+
+
+class RegistrationError(ValueError):
+    """A name under which nothing can be registered: it is taken, or no identifier."""
+
+
+class InvalidResultError(ValueError):
+    """A matcher or reduction from outside of this package returned something invalid."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 from tqdm import tqdm
 
 from tofu_sd.interrupts import STOPPED, interrupted, interruptible
-from tofu_sd.utils import did_you_mean
+from tofu_sd.utils import InvalidResultError, did_you_mean
 
 from .. import EvalError
 from .files import TEMPORARY, explain
@@ -34,7 +34,8 @@ class Main(Protocol):
 def command(resumes: bool) -> Callable[[Callable[[Sequence[str]], int]], Main]:
     """Decorator that makes a program of a function of its arguments.
 
-    It exits with 2, after one line, for options that cannot be fulfilled, and with 130 after Ctrl-C.
+    It exits with 2, after one line, for options that cannot be fulfilled and for an invalid result of a user's matcher
+    or reduction, and with 130 after Ctrl-C.
 
     Args:
         resumes: whether the same command resumes an interrupted run. The message of what stopped it then says so,
@@ -51,7 +52,7 @@ def command(resumes: bool) -> Callable[[Callable[[Sequence[str]], int]], Main]:
             except BrokenPipeError:  # the reader closed the pipe, as `head` does
                 _drop_output()
                 return 141  # the exit code of a shell for SIGPIPE
-            except (EvalError, OSError, KeyboardInterrupt) as error:
+            except (EvalError, InvalidResultError, OSError, KeyboardInterrupt) as error:
                 if interrupted(error):
                     print(f"\nstopped{hint}", file=sys.stderr)  # below the ^C of a terminal
                     return STOPPED

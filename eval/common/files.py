@@ -80,6 +80,12 @@ def shown(path: Path) -> str:
     return path.name or str(path)
 
 
+def check_exists(path: Path, option: str = "") -> None:
+    """EvalError for a file or folder that does not exist. option: that names it, for the message."""
+    if not path.exists():
+        raise EvalError(f"{option} {without_paths(str(path))} does not exist".strip())
+
+
 def check_place(path: Path, option: str, folder: bool = False) -> None:
     """Checks that a file or folder can be written, without writing: a full disk is not noticed.
 

@@ -15,7 +15,7 @@ from tofu_sd.interrupts import interrupted
 from .. import EvalError
 from ..common import provenance
 from ..common.devices import enough_memory
-from ..common.files import listed, remove_temp_files
+from ..common.files import check_exists, listed, remove_temp_files
 from ..images import flops, merge_maps
 from ..images.distributed import Processes
 from ..images.generate import generate
@@ -140,7 +140,7 @@ def _init_folder(run_plan: RunPlan, prepared: Prepared) -> RunPlan:
     init_output_dir(out, settings)
     warn_too_small(run_plan, settings)
     if main and run_plan.writes_results:
-        warn_missing_weights(run_plan, settings)
+        run_plan = replace(run_plan, unavailable_metrics=warn_missing_weights(run_plan, settings))
     if main:
         remove_temp_files(out)
     if options.reference and main:
@@ -204,6 +204,7 @@ def _existing_settings(run_plan: RunPlan) -> Settings:
     for name in ("reference", "repeats", "flops", "maps"):
         if name in options.explicit:
             raise EvalError(f"--metrics-only generates nothing, and --{name} is for generating")
+    check_exists(options.out, "--out")
     settings = load_settings(options.out)
     if settings is None:
         raise EvalError(f"--out {options.out.name}: there is no settings.json of eval.run in it")
@@ -242,7 +243,7 @@ def measure(images: GeneratedImages) -> tuple[Scores, list[dict[str, Any]]] | No
     with enough_memory("--metrics-only --device cpu measures without the accelerator"):
         metrics = build_metrics(
             run_plan.metric_names, run_plan.nets, size=settings.size, prompts=prompts, device=run_plan.device,
-            classifier=images.classifier,
+            classifier=images.classifier, unavailable=run_plan.unavailable_metrics,
         )  # fmt: skip
         examples = load(image_dir(out, BASELINE.slug), run_plan.requests[:2])
         metrics = available_everywhere(probe_metrics(metrics, examples, prompts[:2]), run_plan.processes)

@@ -24,6 +24,7 @@ from ..images.requests import EMBEDDED, Request, default_prompts, load_requests,
 from ..images.settings import Settings, image_path
 from ..methods.method import BASELINE, OTHER_SEEDS, Method
 from ..methods.registry import parse as parse_methods
+from ..metrics.base import Skipped
 from ..metrics.registry import METRICS_OF_OPTIONS, Nets, parse_metric_names
 from ..reporting import earlier_results
 
@@ -44,6 +45,7 @@ class RunPlan:
         processes: of this launch.
         device: of this process.
         metric_names: as --metrics names them.
+        unavailable_metrics: those whose networks could not be loaded before the first image.
     """
 
     options: argparse.Namespace
@@ -55,6 +57,7 @@ class RunPlan:
     processes: Processes
     device: torch.device
     metric_names: str
+    unavailable_metrics: Sequence[Skipped] = ()
 
     @property
     def generated_methods(self) -> list[Method]:

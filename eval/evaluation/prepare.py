@@ -17,10 +17,12 @@ from torch import nn
 
 from .. import EvalError
 from ..common import provenance
-from ..common.devices import pick_dtype
-from ..common.files import check_place
+from ..common.cli import quiet_patches
+from ..common.devices import enough_memory, pick_dtype
+from ..common.files import check_exists, check_place
 from ..images import merge_maps
 from ..images.components import check_prompts
+from ..images.generate import generate_batch
 from ..images.model import (
     check_guidance,
     check_steps,
@@ -35,6 +37,7 @@ from ..images.records import load_records
 from ..images.requests import EMBEDDED, requests_hash
 from ..images.settings import Settings, image_dir
 from ..methods.method import BASELINE
+from ..methods.registry import has_outside_code
 from ..metrics.base import Skipped
 from ..metrics.registry import build_metrics, parse_metric_names, too_small
 from ..reporting import earlier_results
@@ -56,6 +59,7 @@ def prepare(run_plan: RunPlan) -> Prepared:
 
     Raises:
         EvalError: the model cannot be loaded, or does not fit the methods, prompts, steps, size or reference.
+        InvalidResultError: a user's matcher or reduction returns something invalid.
     """
     options = run_plan.options
     reference = load_reference_settings(options.reference) if options.reference else None
@@ -80,7 +84,20 @@ def prepare(run_plan: RunPlan) -> Prepared:
             f"--reference {options.reference.name}: its images were generated with {name} "
             f"{getattr(reference, name)!r}, this run has {getattr(settings, name)!r}"
         )
+    _try_outside_code(pipe, run_plan, settings)
     return Prepared(pipe, classifier, settings, options.out or default_out(settings, run_plan.limit, options.only))
+
+
+def _try_outside_code(pipe: Any, run_plan: RunPlan, settings: Settings) -> None:
+    """Runs one step of each method whose matcher or reduction is a user's, before hours of generating.
+
+    Raises:
+        InvalidResultError: it returns something invalid.
+    """
+    for method in run_plan.methods:
+        if has_outside_code(method.fusion):
+            with enough_memory("a smaller --size takes less"), quiet_patches(), method.apply(pipe):
+                generate_batch(pipe, run_plan.requests[:1], method, settings, steps=1)
 
 
 def dry_run(run_plan: RunPlan) -> dict[str, Any]:
@@ -106,6 +123,7 @@ def dry_run(run_plan: RunPlan) -> dict[str, Any]:
 
 def load_reference_settings(folder: Path) -> Settings:
     """The settings of another run's images. EvalError for a folder without images of the baseline."""
+    check_exists(folder, "--reference")
     if not image_dir(folder, BASELINE.slug).is_dir():
         raise EvalError(f"--reference {folder.name}: there is no folder {BASELINE.slug!r} in it")
     settings = load_settings(folder, "--reference")
@@ -128,15 +146,21 @@ def warn_too_small(run_plan: RunPlan, settings: Settings) -> None:
             print(f"{metric.name} is skipped: {metric.reason}", file=sys.stderr)
 
 
-def warn_missing_weights(run_plan: RunPlan, settings: Settings) -> None:
-    """Names the metrics that lack weights or packages, before hours of generating: it loads their networks once."""
+def warn_missing_weights(run_plan: RunPlan, settings: Settings) -> list[Skipped]:
+    """Names the metrics that lack weights or packages, before hours of generating: it loads their networks once.
+
+    Returns:
+        These metrics.
+    """
     parsed = parse_metric_names(run_plan.metric_names, run_plan.nets)
     names = ",".join(name for name in parsed if name != "demo-classifier")
     named = {metric.name for metric in too_small(run_plan.metric_names, settings.size)}
     cpu = torch.device("cpu")
-    for metric in build_metrics(names, run_plan.nets, size=settings.size, prompts=(), device=cpu) if names else ():
-        if isinstance(metric, Skipped) and metric.name not in named:
-            print(f"{metric.name} will be skipped: {metric.reason}", file=sys.stderr)
+    metrics = build_metrics(names, run_plan.nets, size=settings.size, prompts=(), device=cpu) if names else []
+    missing = [metric for metric in metrics if isinstance(metric, Skipped) and metric.name not in named]
+    for metric in missing:
+        print(f"{metric.name} will be skipped: {metric.reason}", file=sys.stderr)
+    return missing
 
 
 def make_settings(run_plan: RunPlan, pipe: Any, dtype: torch.dtype) -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -13,8 +14,9 @@ from typing import Any, TypeVar
 
 import tofu_sd
 from tofu_sd import TokenFusionConfig, recipes
-from tofu_sd.core.matching import MATCHERS
-from tofu_sd.utils import did_you_mean
+from tofu_sd.core.matching import BUILT_IN_MATCHERS, MATCHERS
+from tofu_sd.core.reductions import BUILT_IN_REDUCTIONS, REDUCTIONS
+from tofu_sd.utils import RegistrationError, did_you_mean
 
 from .. import EvalError
 from ..common.files import digest
@@ -22,6 +24,7 @@ from ..common.provenance import version
 from .method import BASELINE, Method
 
 BASELINE_ALIAS = "full"  # its name in the papers and in earlier versions
+RESERVED = (BASELINE.name, BASELINE_ALIAS, "ideal")  # rows that are no methods
 
 Apply = TypeVar("Apply", bound=Callable[..., AbstractContextManager[Any]])
 
@@ -75,16 +78,18 @@ def register_method(name: str, **spec: Any) -> Callable[[Apply], Apply]:
         spec: further fields of MethodSpec, such as `takes_ratio=True`.
 
     Raises:
-        ValueError: the name has other characters, or is taken.
+        RegistrationError: the name has other characters, or is taken.
     """
     if not name.replace("-", "_").isidentifier():
-        raise ValueError(f"the method's name is {name!r}; letters, digits, '-' and '_' alone, as it names a folder")
+        raise RegistrationError(
+            f"the method's name is {name!r}; letters, digits, '-' and '_' alone, as it names a folder"
+        )
 
     def register(apply: Apply) -> Apply:
         source = Path(getattr(apply, "__wrapped__", apply).__code__.co_filename)
         taken = METHODS.get(name)
-        if name in (BASELINE.name, BASELINE_ALIAS, *recipes.RECIPES) or (taken is not None and taken.source != source):
-            raise ValueError(f"a method named {name!r} exists already: give yours another name")
+        if name in (*RESERVED, *recipes.RECIPES) or (taken is not None and taken.source != source):
+            raise RegistrationError(f"a method named {name!r} exists already: give yours another name")
         METHODS[name] = MethodSpec(apply, source, **spec)
         return apply
 
@@ -138,8 +143,14 @@ def _one(name: str, ratio: float) -> Method:
             "FILE.py:NAME loads one from a file"
         ) from error
     except (ValueError, TypeError) as error:
-        raise EvalError(str(error)) from error
+        raise EvalError(_with_hint(error)) from error
     return _of_config(name, fusion)
+
+
+def _with_hint(error: Exception) -> str:
+    """The message of an invalid configuration, with how a matcher or reduction of a file is loaded."""
+    from_file = str(error).startswith(("matching is", "unknown reduction"))
+    return f"{error}" + "; --method FILE.py:NAME loads one from a file" * from_file
 
 
 def _of_config(name: str, fusion: TokenFusionConfig, source: dict[str, Any] | None = None) -> Method:
@@ -173,28 +184,67 @@ def _stacked(name: str, spec: MethodSpec, outer: str, inner: Method) -> Method:
 
 
 def _from_file(name: str, ratio: float) -> Method:
-    """`FILE.py:NAME[@option=value]`: a registered method, a registered matcher, or a TokenFusionConfig of that file."""
+    """The method of `FILE.py:NAME[@option=value]`.
+
+    NAME is a registered method, matcher or reduction (early and late), or a TokenFusionConfig of that file.
+    """
     file, _, rest = name.rpartition(".py:")
     path = Path(f"{file}.py")
     own, *changes = rest.split("@")
     module = _load(path)
+    config = getattr(module, own, None)
+    _check_free(path, own)
     try:
-        if own in METHODS and METHODS[own].source.resolve() == path.resolve() and not changes:
+        if own in METHODS:
+            if changes:
+                raise EvalError(f"--method {path.name}: {own!r} is a whole-pipeline patch and has no @option=value")
             return _registered(own, TokenFusionConfig(ratio=ratio).ratio)
         options = {"ratio": ratio, **dict(recipes.option(change, name) for change in changes)}
-        config = getattr(module, own, None)
         if isinstance(config, TokenFusionConfig):
             config = TokenFusionConfig.of(config, **options)
-        elif own in MATCHERS:
-            config = TokenFusionConfig.of(matching=own, **{key: options[key] for key in options})
+        elif own in MATCHERS and own not in BUILT_IN_MATCHERS:
+            config = TokenFusionConfig.of(**{"matching": own, **options})
+        elif own in REDUCTIONS and REDUCTIONS[own] not in BUILT_IN_REDUCTIONS:
+            config = TokenFusionConfig.of(**{"early": own, "late": own, **options})
         else:
-            raise EvalError(
-                f"{path.name} registers no method or matcher {own!r} and has no TokenFusionConfig of that name: use "
-                "@register_method or @register_matcher"
-            )
+            raise EvalError(_unknown_in_file(path, module, own))
     except (ValueError, TypeError) as error:
-        raise EvalError(str(error)) from error
+        raise EvalError(_with_hint(error)) from error
     return _of_config("@".join([own, *changes]), config, {"source": digest(path)})
+
+
+def _unknown_in_file(path: Path, module: Any, own: str) -> str:
+    """The message that a file has nothing of this name."""
+    configs = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, TokenFusionConfig) and value not in recipes.RECIPES.values()
+    ]
+    known = [*_registered_by(path), *configs]
+    if not known:
+        return (
+            f"{path.name} registers nothing and has no TokenFusionConfig: use @register_method, @register_matcher or "
+            "@register_reduction"
+        )
+    return f"{path.name} has no {own!r}{did_you_mean(own, known)}; it has {', '.join(known)}"
+
+
+def _registered_by(path: Path) -> list[str]:
+    """The names of methods, matchers and reductions that a file has registered."""
+    sources = {name: spec.source for name, spec in METHODS.items()}
+    functions: list[tuple[str, Callable[..., Any]]] = [*MATCHERS.items(), *REDUCTIONS.items()]
+    for name, function in functions:
+        if code := getattr(inspect.unwrap(function), "__code__", None):
+            sources[name] = Path(code.co_filename)
+    return [name for name, source in sources.items() if source.resolve() == path.resolve()]
+
+
+def _check_free(path: Path, own: str) -> None:
+    """EvalError where a name of a file, or the requested one, is that of another method: they would share labels."""
+    elsewhere = [name for name, spec in METHODS.items() if spec.source.resolve() != path.resolve()]
+    for name in (*_registered_by(path), own):
+        if name in (*RESERVED, *recipes.RECIPES, *elsewhere):
+            raise EvalError(f"--method {path.name}: a method named {name!r} exists already: give yours another name")
 
 
 @cache
@@ -208,6 +258,8 @@ def _load(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+    except RegistrationError as error:
+        raise EvalError(f"--method {path.name}: {error}") from error
     except Exception as error:  # whatever a user's file raises
         raise EvalError(f"--method {path.name}: {type(error).__name__}: {error}") from error
     return module
@@ -219,6 +271,14 @@ def _load_own_methods() -> None:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         if file.stem not in ("__init__", "registry", "method"):
             importlib.import_module(f"{__package__}.{file.stem}")
+
+
+def has_outside_code(fusion: TokenFusionConfig | None) -> bool:
+    """Whether the matcher or a reduction of a configuration is not built in."""
+    if fusion is None:
+        return False
+    reductions = [value for value in vars(fusion).values() if callable(value)]
+    return fusion.matching not in BUILT_IN_MATCHERS or any(one not in BUILT_IN_REDUCTIONS for one in reductions)
 
 
 def fusion_fields(fusion: Any) -> dict[str, Any]:

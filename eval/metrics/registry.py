@@ -68,6 +68,7 @@ def build_metrics(
     prompts: Collection[str],
     device: torch.device,
     classifier: nn.Module | None = None,
+    unavailable: Sequence[Skipped] = (),
 ) -> list[Metric]:
     """Loads the metrics of a list such as "psnr,lpips", "standard" or "all".
 
@@ -78,16 +79,19 @@ def build_metrics(
         prompts: of the images.
         device: where the networks run.
         classifier: of the embedded model; None for other models.
+        unavailable: metrics whose networks could not be loaded before; they are not loaded again.
     """
     parsed = parse_metric_names(names, nets)
-    features = cache(lambda: inception(nets.inception, device))  # one network for two metrics
+    failed = {metric.name: metric for metric in unavailable}
+    reason = next((metric.reason for metric in unavailable if metric.name in ("FID", "KID")), None)
+    features = cache(lambda: reason or inception(nets.inception, device))  # one network for two metrics
     builders: dict[str, Callable[[], list[Metric]]] = {
         "psnr": lambda: [psnr()],
         "ssim": lambda: [ssim(size)],
         "ms-ssim": lambda: [ms_ssim(size)],
-        "lpips": lambda: [lpips(nets.lpips, nets.lpips_backbone, device)],
-        "dino": lambda: [dino(nets.dino, device)],
-        "clip": lambda: [clip(nets.clip, device)],
+        "lpips": lambda: [failed.get(f"LPIPS-{nets.lpips}") or lpips(nets.lpips, nets.lpips_backbone, device)],
+        "dino": lambda: [failed.get("DINO") or dino(nets.dino, device)],
+        "clip": lambda: [failed.get("CLIP score") or clip(nets.clip, device)],
         "fid": lambda: [fid(features())],
         "kid": lambda: [kid(features()), *([kd_demo(classifier, device)] if classifier else [])],
         "demo-classifier": lambda: demo_classifier_metrics(classifier, prompts, device),

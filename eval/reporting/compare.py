@@ -1,4 +1,4 @@
-"""`python -m eval.compare A B`: two runs side by side, each against its own baseline.
+"""`python -m eval.compare FIRST SECOND`: two runs side by side, each against its own baseline.
 
 What decides the images must be the same in both (model, dtype, prompts, seeds, size, steps, guidance, number).
 Differences in machine or versions are named instead. Times are compared only on one machine.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tofu_sd.recipes import UnknownMethodError
+
 from .. import EvalError
 from ..common.files import listed, read_json, read_text, shown
 from ..common.schema_changes import convert
@@ -107,6 +109,11 @@ def _method_of_row(row: dict[str, Any], out: Path, settings: Settings, requests:
         ratios = [float(ratio)] if isinstance(ratio, int | float) else [0.5]
         (method,) = [OTHER_SEEDS] if row["key"] == OTHER_SEEDS.slug else parse_methods(row["method"], ratios)
     except EvalError as error:
+        if isinstance(error.__cause__, UnknownMethodError):  # rows do not name the file of their method
+            raise EvalError(
+                f"{where}, and {row['method']} is no method of this package: add FILE.py:{row['method']} to --method, "
+                f"{other}"
+            ) from error
         raise EvalError(f"{where}, which this version does not know ({error}); give another --out") from error
     if "skipped" in row:
         return [method] if method.unavailable_reason else []

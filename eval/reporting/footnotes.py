@@ -9,8 +9,18 @@ from typing import Any
 
 
 def label(row: dict[str, Any]) -> str:
-    """A row's name: the method and its ratio of merged tokens."""
+    """A row's name: the method and its ratio of merged tokens; its key where `with_unique_labels` found another such
+    row."""
+    if row.get("label"):
+        return str(row["label"])
     return row["method"] if row["ratio"] is None else f"{row['method']} {100 * row['ratio']:g}%"
+
+
+def with_unique_labels(results: dict[str, Any]) -> dict[str, Any]:
+    """The results, in which rows that would share a label are labelled by their keys."""
+    counts = Counter(label(row) for row in results["rows"])
+    rows = [{**row, "label": row["key"]} if counts[label(row)] > 1 else row for row in results["rows"]]
+    return {**results, "rows": rows}
 
 
 def run_header(results: dict[str, Any], short: bool | None = None) -> str:
@@ -61,7 +71,7 @@ def records(results: dict[str, Any]) -> list[str]:
     return [f"[{file.parent.name}]({file.as_posix()})" for file in files]
 
 
-SECONDS = frozenset({"s/image", "denoising"})
+SECONDS = frozenset({"s/image", "s in UNet"})
 
 
 def footnotes(results: dict[str, Any], shown: Collection[str] | None = None) -> list[str]:
@@ -157,12 +167,12 @@ def timing(results: dict[str, Any]) -> str:
         but += f", step by step but for {', '.join(coarse)}, which were timed by turns"
     elif not coarse:
         but += ", step by step"
-    said = f"Speed-up: median of {usual} batches{but}; it and s/image with the 5th to 95th percentile"
     other = results["provenance"].get("timing")
     if records(results):
         of = f" on {other['device']}, commit {other['commit']}" if other else ""
         return f"Speed-up: median of {usual} batches{but}{of}; 5th to 95th percentile."
-    return said + (f"; all of another run, on {other['device']}, of commit {other['commit']}." if other else ".")
+    of = f" All times are of another run, on {other['device']}, of commit {other['commit']}." if other else ""
+    return f"Speed-up: median of {usual} batches{but}. Ranges of speed-up and seconds: 5th to 95th percentile.{of}"
 
 
 def _runtimes(provenance: dict[str, Any]) -> list[str]:

@@ -16,14 +16,14 @@ from typing import Any
 
 from .. import EvalError
 from ..common import formats
-from ..common.files import listed, parse_json, png, read_text, to_json, write
+from ..common.files import check_exists, listed, parse_json, png, read_text, to_json, write
 from ..common.schema_changes import SCHEMA, convert
 from ..images.settings import Settings
 from ..methods.method import BASELINE, OTHER_SEEDS
 from ..methods.registry import parse
 from ..metrics.score import Scores
 from . import spreadsheet
-from .footnotes import RECORD, commits
+from .footnotes import RECORD, commits, with_unique_labels
 from .html import GRID_ROWS, TIMES, grid, html
 
 RESULTS, PER_IMAGE = "results.json", "per_image.csv"
@@ -68,6 +68,7 @@ def write_report(out: Path) -> None:
 
 def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """(results.json, the rows of per_image.csv). EvalError where they are not there, or not of one run."""
+    check_exists(out)
     if not (out / RESULTS).exists():
         raise EvalError(f"{out.name} holds no {RESULTS}: python -m eval.run --out {out.name} writes one")
     try:
@@ -85,7 +86,7 @@ def read(out: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     ids = {row["key"]: sorted(image["id"] for image in images if image["key"] == row["key"]) for row in rows}
     if other := [key for key, own in ids.items() if own != ids[BASELINE.slug] or not own]:
         raise EvalError(f"{out.name}: {PER_IMAGE} lacks images of {listed(other)}, which {RESULTS} has: {AGAIN}")
-    return report, images
+    return with_unique_labels(report), images
 
 
 def _images(out: Path, report: dict[str, Any]) -> list[dict[str, str]]:
@@ -190,7 +191,7 @@ def merge_runs(outs: Sequence[Path]) -> tuple[dict[str, Any], list[dict[str, str
         }
         images += [image for image in its_images if image["key"] not in keys]
     report["provenance"] = {**report["provenance"], "folders": [str(out) for out in outs]}
-    return report, images
+    return with_unique_labels(report), images
 
 
 CHANGED = "+changes"

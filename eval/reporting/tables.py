@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ from .footnotes import (
     measured,
     records,
     run_header,
+    with_unique_labels,
 )  # fmt: skip
 
 
@@ -55,7 +57,7 @@ def table(results: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, A
                Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
     cells = [[_spread(row["speedup"], 2, "×"), _spread(_of_one_run(row, "seconds"), 2)] for row in rows]
     if any(row.get("denoiser_seconds") for row in rows):
-        columns.append(Column("denoising", "seconds of it in the UNet; median over batches"))
+        columns.append(Column("s in UNet", "of s/image; median over batches, 5th to 95th percentile"))
         for row, line in zip(rows, cells, strict=True):
             line.append(_spread(_of_one_run(row, "denoiser_seconds"), 2))
     if any(row.get("flops") for row in rows):
@@ -150,18 +152,47 @@ LONG_NAME = 17  # of a method, in the terminal: longer ones are folded
 
 
 def terminal(results: dict[str, Any], console: Console) -> None:
+    """Prints the table of a run."""
+    results = with_unique_labels(results)
     columns, rows = table(results)
     generated = RichTable(title=f"{results['settings']['model']}: methods against the baseline", box=SIMPLE_HEAD)
-    method_column(generated, [label(row) for row, _ in rows])
-    for column in columns:
-        generated.add_column(column.title, justify="right", overflow="fold")
-    for row, cells in rows:
-        # the space lets an interval break where the terminal is narrow
-        texts = [Text.assemble(c.value, "\n", (c.interval.replace("–", " – "), "dim")) for c in cells]
-        generated.add_row(label(row), *(texts or [Text("skipped", "dim")]))
+    names = [label(row) for row, _ in rows]
+    method_column(generated, names)
+    # the space lets an interval break where the terminal is narrow
+    lines = [[(c.value, c.interval.replace("–", " – ")) for c in cells] for _, cells in rows]
+    texts = [[text for line in lines if line for text in line[i]] for i in range(len(columns))]
+    room = console.width - 1 - min(max(map(len, names)), LONG_NAME) - 3 * (len(columns) + 1)  # 3: margins of a column
+    for title, width in _headings([column.title for column in columns], texts, room):
+        generated.add_column(title, justify="right", overflow="fold", width=width)
+    for name, line in zip(names, lines, strict=True):
+        cells = [Text.assemble(value, "\n", (interval, "dim")) for value, interval in line]
+        generated.add_row(name, *(cells or [Text("skipped", "dim")]))
     console.print(generated)
-    for line in (run_header(results), *footnotes(results)):
-        console.print(line, style="dim", highlight=False, markup=False)
+    for note in (run_header(results), *footnotes(results)):
+        console.print(note, style="dim", highlight=False, markup=False)
+
+
+def _headings(titles: Sequence[str], texts: Sequence[Sequence[str]], room: int) -> list[tuple[str, int | None]]:
+    """The headings of columns and their widths, so that no word breaks. Widths are None where there is no room for it.
+
+    Args:
+        titles: of the columns. They break at spaces; where the room is narrow, also after "/" and "-".
+        texts: what each column holds; it breaks at spaces.
+        room: the sum of the widths.
+    """
+    broken = [re.sub(r"(?<=[/-])(?=\w)", "\n", title) for title in titles]
+    for headings in (titles, broken):
+        columns = [[heading, *own] for heading, own in zip(headings, texts, strict=True)]
+        widths = [max(len(word) for text in column for word in text.split()) for column in columns]
+        wanted = [max(len(line) for text in column for line in text.split("\n")) for column in columns]
+        spare = room - sum(widths)
+        if spare >= 0:
+            for i in sorted(range(len(widths)), key=lambda i: wanted[i] - widths[i]):
+                if wanted[i] - widths[i] <= spare:  # the column that lacks least comes first
+                    spare -= wanted[i] - widths[i]
+                    widths[i] = wanted[i]
+            return list(zip(headings, widths, strict=True))
+    return [(title, None) for title in titles]
 
 
 def method_column(generated: RichTable, names: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -67,7 +68,13 @@ def bench(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     metadata = provenance.begin("eval.bench", argv, device)
     began = time.monotonic()
-    for setup in tqdm(setups, unit="setup"):
+    names = ", ".join(["baseline", "ideal", *(method.name for method in chosen)])
+    print(
+        f"timing {names} on {provenance.device_name(device)}, {str(dtype).removeprefix('torch.')}, random weights, "
+        f"{options.rounds} rounds",
+        file=sys.stderr,
+    )
+    for setup in setups:
         for mode in modes:
             if options.minutes and time.monotonic() - began > 60 * options.minutes:
                 rows.append({**setup.describe(device), **Contender("all", "all", mode, skipped=OUT_OF_TIME).row({})})
@@ -95,26 +102,34 @@ def measure(
     Returns:
         The rows: baseline, ideal and every method.
     """
-    model, call = setup.build(device)
-    latent = call.sample.shape[-1]
-    best = Method("ideal", "ideal", apply=partial(ideal, ratio=setup.ratio, latent=latent))
-    contenders: list[Contender] = []
-    torch._dynamo.reset()  # graphs of earlier models count against the limit, beyond which everything runs eagerly
-    with torch.no_grad(), BACKENDS[setup.backend](), allow_graphs(2 + len(chosen)), contextlib.ExitStack() as patches:
+    title = f"{setup.case.title}, {SCOPES[setup.scope]}" + (f", torch.compile {mode}" if mode else "")
+    print(title, file=sys.stderr)
+    with (
+        tqdm(total=2 + len(chosen) + rounds, unit="phase", file=sys.stderr) as bar,
+        torch.no_grad(), BACKENDS[setup.backend](), allow_graphs(2 + len(chosen)), contextlib.ExitStack() as patches,
+    ):  # fmt: skip
+        bar.set_description("building the model")
+        model, call = setup.build(device)
+        best = Method("ideal", "ideal", apply=partial(ideal, ratio=setup.ratio, latent=call.sample.shape[-1]))
+        torch._dynamo.reset()  # graphs of earlier models count against the limit, beyond which everything runs eagerly
+        contenders: list[Contender] = []
         for method in (BASELINE, best, *chosen):
+            bar.set_description(f"preparing {method.name}")
             contender = Contender(method.name, method.slug, mode, skipped=unsuitable_reason(method, setup.scope))
             contenders.append(contender)
-            if contender.skipped:
-                continue
-            own_model = shared_weights_copy(model)
-            try:
-                patches.enter_context(method.apply(own_model))
-                contender.prepare(own_model, call, method.period, device)
-            except Exception as error:  # an error of a method or compiler is a row with that error
-                contender.skipped = " ".join(str(error).split())[:160]
+            if not contender.skipped:
+                own_model = shared_weights_copy(model)
+                try:
+                    patches.enter_context(method.apply(own_model))
+                    contender.prepare(own_model, call, method.period, device)
+                except Exception as error:  # an error of a method or compiler is a row with that error
+                    contender.skipped = " ".join(str(error).split())[:160]
+            bar.update()
         running = [contender for contender in contenders if not contender.skipped]
-        for turn in tqdm(range(rounds), unit="round", leave=False):
+        bar.set_description("timing")
+        for turn in range(rounds):
             for i in range(len(running)):  # each round begins with another one
                 running[(turn + i) % len(running)].sample(device)
+            bar.update()
     base = {contender.method: contender.seconds for contender in running}
     return [{**setup.describe(device), **c.row(base)} for c in contenders]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -186,6 +187,12 @@ def _figure(formula: Callable[[Tensor, Tensor, Tensor], Tensor], *seconds: list[
     return {"value": formula(*times.quantile(0.5, dim=-1)).item(), "low": low, "high": high}
 
 
+def profiler(**options: Any) -> profile:
+    """The profiler of torch. Its library does not log: it would report a missing GPU driver as an error."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when the first profiler starts
+    return profile(**options)
+
+
 def peak(run: Callable[[], Any], device: torch.device) -> int | None:
     """Peak bytes of one call above what was allocated before; None where torch does not report it."""
     if device.type not in ("cpu", "cuda"):
@@ -196,7 +203,7 @@ def peak(run: Callable[[], Any], device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         run()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profiler(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
@@ -210,7 +217,7 @@ def launched_kernels(run: Callable[[], Any], device: torch.device) -> int | None
     """How many CUDA kernels one call launches; None on other devices."""
     if device.type != "cuda":
         return None
-    with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+    with profiler(activities=[ProfilerActivity.CUDA]) as recorded:
         run()
         synchronize(device)
     return sum(e.device_type() == torch.profiler.DeviceType.CUDA for e in recorded.profiler.kineto_results.events())

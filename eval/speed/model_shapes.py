@@ -43,11 +43,18 @@ class Case:
     pixels: int
 
     @property
+    def title(self) -> str:
+        """The name of the model and the size, for people."""
+        family = self.name.partition("-")[0]
+        return f"{FAMILIES.get(family, family)} at {self.pixels} px"
+
+    @property
     def latent(self) -> int:
         """A side of the latent."""
         return self.pixels // 8
 
 
+FAMILIES = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1", "sdxl": "SDXL"}
 CASES = {
     f"{name}-{pixels}": Case(f"{name}-{pixels}", shape, pixels)
     for name, shape, sizes in (

@@ -22,6 +22,11 @@ from ..reporting.footnotes import RECORD
 from ..reporting.tables import method_column, short
 from .contender import _setups
 
+HOW_TO_READ = (
+    "Speed-up above 1×: faster than the baseline; below 1×: slower; with 1 in its interval: no difference shown. "
+    "ideal: the upper bound, attention on the kept tokens alone, without matching, merging or unmerging."
+)
+
 
 def read(path: Path) -> dict[str, Any]:
     """Results that were written by --out."""
@@ -87,6 +92,7 @@ def markdown(found: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
 
 
 def terminal(found: dict[str, Any], console: Console) -> None:
+    """Prints a table for each setup, and how to read it."""
     for title, rows in _setups(found):
         drawn = Table(title=title, box=SIMPLE_HEAD)
         method_column(drawn, [row["method"] for row in rows])
@@ -100,6 +106,7 @@ def terminal(found: dict[str, Any], console: Console) -> None:
                 drawn.add_row(row["method"], *(cell(row) for cell in columns.values()))
         console.print(drawn)
     console.print(run_header(found), style="dim", highlight=False, markup=False)
+    console.print(HOW_TO_READ, highlight=False, markup=False)
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], str]]:

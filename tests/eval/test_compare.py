@@ -122,3 +122,9 @@ def test_compare_names_other_versions_and_ignores_their_times(command, capsys):
     files.write_json(Path("b/results.json"), found)
     assert compare_module.main(["a", "b"]) == 2
     assert "PSNR is measured by float64, peak 255, dB in one, by by hand in the other" in capsys.readouterr().err
+
+
+def test_missing_folders_are_named_first_and_second(capsys):
+    for arguments, said in (([], "FIRST, SECOND"), (["one"], "SECOND")):
+        assert compare_module.main(arguments) == 2
+        assert f"the following arguments are required: {said}" in capsys.readouterr().err

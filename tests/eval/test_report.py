@@ -18,6 +18,18 @@ def test_a_folder_without_results_has_no_report(tmp_path, capsys):
     assert "no results.json" in capsys.readouterr().err
 
 
+def test_a_folder_that_does_not_exist_is_named_as_typed(command, capsys):
+    for program, arguments, said in (
+        (report_module, ["runs/nosuch"], "runs/nosuch does not exist"),
+        (report_module, ["runs/nosuch", "--markdown"], "runs/nosuch does not exist"),
+        (compare_module, ["runs/nosuch", "runs/other"], "runs/nosuch does not exist"),
+        (run_module, [*command, "--reference", "runs/nosuch"], "--reference runs/nosuch does not exist"),
+        (run_module, [*command, "--metrics-only", "--out", "runs/nosuch"], "--out runs/nosuch does not exist"),
+    ):
+        assert program.main(arguments) == 2
+        assert capsys.readouterr().err == f"error: {said}\n"
+
+
 def test_results_of_a_run_killed_while_writing_are_refused(command, monkeypatch, capsys):
     assert run_module.main([*command, "--method", "tofu", "--metrics", "psnr", "--out", "out"]) == 0
     write = results_module.write

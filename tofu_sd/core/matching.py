@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import build_map, nearest_dst
-from ..utils import did_you_mean, same_source
+from ..utils import RegistrationError, did_you_mean, same_source
+from .checked import CheckedMatcher, Matcher
 from .partition import Partition, PartitionTensors, Windows
 from .token_map import SoftMap, TokenMap
 
@@ -118,7 +119,6 @@ def soft_merge_map(metric: Tensor, windows: Windows, temperature: float) -> Soft
         return SoftMap(weights * real.unsqueeze(-1), src, src_index, dst.flatten()[dst_index], dst_index)
 
 
-Matcher = Callable[[Tensor, PartitionTensors, Any], "TokenMap | SoftMap"]
 MATCHERS: dict[str, Matcher] = {}
 
 
@@ -130,14 +130,16 @@ def register_matcher(name: str) -> Callable[[Matcher], Matcher]:
     not read a tensor's values.
 
     Raises:
-        ValueError: the name is no identifier, or another matcher has it.
+        RegistrationError: the name is no identifier, or another matcher has it.
     """
     if not name.isidentifier():
-        raise ValueError(f"the matcher's name is {name!r}; it must be an identifier, as folders are named after it")
+        raise RegistrationError(
+            f"the matcher's name is {name!r}; it must be an identifier, as folders are named after it"
+        )
 
     def register(matcher: Matcher) -> Matcher:
         if not same_source(MATCHERS.get(name, matcher), matcher):
-            raise ValueError(f"a matcher named {name!r} is registered already: give yours another name")
+            raise RegistrationError(f"a matcher named {name!r} is registered already: give yours another name")
         MATCHERS[name] = matcher
         return matcher
 
@@ -145,11 +147,16 @@ def register_matcher(name: str) -> Callable[[Matcher], Matcher]:
 
 
 def get_matcher(name: str) -> Matcher:
-    """Returns the matcher registered as `name`. ValueError for an unknown one."""
+    """Returns the matcher registered as `name`; what it returns is checked unless it is built in.
+
+    Raises:
+        ValueError: an unknown name.
+    """
     if name not in MATCHERS:
         hint = did_you_mean(name, MATCHERS)
         raise ValueError(f"unknown matching {name!r}{hint}; known: {', '.join(MATCHERS)}")
-    return MATCHERS[name]
+    matcher = MATCHERS[name]
+    return matcher if name in BUILT_IN_MATCHERS else CheckedMatcher(name, matcher)
 
 
 @register_matcher("bipartite")
@@ -161,3 +168,6 @@ def _bipartite(tokens: Tensor, grid: PartitionTensors, config: Any) -> TokenMap:
 def _soft(tokens: Tensor, grid: PartitionTensors, config: Any) -> SoftMap:
     assert grid.windows is not None  # the configuration requires a window
     return soft_merge_map(tokens, grid.windows, config.temperature)
+
+
+BUILT_IN_MATCHERS = tuple(MATCHERS)

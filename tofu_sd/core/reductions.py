@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import merge, take
-from ..kernels.operators import operator
-from ..utils import did_you_mean, same_source
+from ..kernels.operators import is_compiling, operator
+from ..utils import InvalidResultError, RegistrationError, did_you_mean, same_source
 from .token_map import SoftMap, TokenMap
 
 Reduction = Callable[[Tensor, Any], Tensor]  # of a TokenMap; `mean` of a SoftMap too
@@ -60,6 +60,7 @@ def mlerp(x: Tensor, map: TokenMap) -> Tensor:
 
 
 REDUCTIONS: dict[str, Reduction] = {"prune": prune, "mean": mean, "mlerp": mlerp}
+BUILT_IN_REDUCTIONS = tuple(REDUCTIONS.values())
 
 
 def register_reduction(reduction: Reduction) -> Reduction:
@@ -69,11 +70,11 @@ def register_reduction(reduction: Reduction) -> Reduction:
         reduction: takes tokens [B, N, C] and a TokenMap to [B, K, C].
 
     Raises:
-        ValueError: the function has no name, or another reduction has it.
+        RegistrationError: the function has no name, or another reduction has it.
     """
     name = get_reduction(reduction).__name__
     if not same_source(REDUCTIONS.get(name, reduction), reduction):
-        raise ValueError(f"a reduction named {name!r} is registered already: give yours another name")
+        raise RegistrationError(f"a reduction named {name!r} is registered already: give yours another name")
     REDUCTIONS[name] = reduction
     return reduction
 
@@ -86,12 +87,32 @@ def get_reduction(name: str | Reduction) -> Reduction:
     """
     if callable(name):
         if not getattr(name, "__name__", "").isidentifier():
-            raise ValueError(f"the reduction {name!r} has no name of its own: write it as a function, with def")
+            raise RegistrationError(f"the reduction {name!r} has no name of its own: write it as a function, with def")
         return name
     if name not in REDUCTIONS:
         hint = did_you_mean(str(name), REDUCTIONS)
         raise ValueError(f"unknown reduction {name!r}{hint}; known: {', '.join(REDUCTIONS)}")
     return REDUCTIONS[name]
+
+
+def apply_reduction(reduction: Reduction, x: Tensor, map: TokenMap | SoftMap) -> Tensor:
+    """Returns reduction(x, map): x [B, N, C] -> [B, K, C]. What a reduction that is not built in returns is checked.
+
+    Raises:
+        InvalidResultError: it returned another type, shape, dtype or device.
+    """
+    reduced = reduction(x, map)
+    if reduction in BUILT_IN_REDUCTIONS or is_compiling():
+        return reduced
+    name, shape = reduction.__name__, [*map.after, x.shape[-1]]
+    if not isinstance(reduced, Tensor):
+        raise InvalidResultError(f"reduction {name} returned a {type(reduced).__name__}; it must be a tensor {shape}")
+    if list(reduced.shape) != shape:
+        raise InvalidResultError(f"reduction {name} returned {list(reduced.shape)}; it must be {shape}")
+    if (reduced.dtype, reduced.device) != (x.dtype, x.device):
+        returned, required = (f"{tensor.dtype} on {tensor.device}" for tensor in (reduced, x))
+        raise InvalidResultError(f"reduction {name} returned {returned}; it must be {required}, as the tokens are")
+    return reduced
 
 
 _NUMBERED: dict[Reduction, int] = {reduction: i for i, reduction in enumerate(REDUCTIONS.values(), 2)}
@@ -115,4 +136,4 @@ def reduce_by_id(x: Tensor, kept_idx: Tensor, group_idx: Tensor, id: int) -> Ten
 
     It has no gradient.
     """
-    return list(_NUMBERED)[id - 2](x, TokenMap(kept_idx, group_idx)).contiguous()
+    return apply_reduction(list(_NUMBERED)[id - 2], x, TokenMap(kept_idx, group_idx)).contiguous()

@@ -13,7 +13,7 @@ from ..config import BlockReductions, TokenFusionConfig
 from ..core.matching import count_above_threshold, get_matcher, most_similar
 from ..core.partition import PartitionTensors
 from ..core.proportional import key_bias
-from ..core.reductions import Reduction, reduce_by_id, reduction_id, unmerge
+from ..core.reductions import Reduction, apply_reduction, reduce_by_id, reduction_id, unmerge
 from ..core.token_map import SoftMap, TokenMap
 from ..kernels.operators import is_compiling
 from .host import BlockInfo
@@ -206,7 +206,7 @@ def _reduce(x: Tensor, map: TokenMap | SoftMap, reduction: Reduction, id_tensor:
     gradient = x.requires_grad and torch.is_grad_enabled()
     if isinstance(map, TokenMap) and is_compiling() and not gradient and id_tensor is not None:
         return reduce_by_id(x, map.kept_idx, map.group_idx, len(id_tensor))
-    return reduction(x, map)
+    return apply_reduction(reduction, x, map)
 
 
 def recall_counts(blocks: Sequence[BlockState], part: ImagePart | None, first: bool) -> None:

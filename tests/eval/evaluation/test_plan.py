@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from eval import run as run_module
+from eval.common.files import read_json
 from eval.evaluation import execute, plan, prepare
 from eval.methods import registry as methods
 from eval.metrics import registry as metrics
+from eval.metrics.base import Skipped
 
 
 @pytest.mark.parametrize(
@@ -90,6 +92,22 @@ def test_missing_weights_of_a_metric_are_reported_before_generating(command, mon
         run_module.main([*command, "--metrics", "psnr,fid"])
 
 
+def test_missing_weights_of_a_metric_are_looked_for_once(command, monkeypatch, capsys):
+    """A failed download was announced before the first image and again after the last."""
+    tried = []
+    monkeypatch.setattr(metrics, "inception", lambda *_: tried.append("inception") or "no Inception weights")
+    monkeypatch.setattr(metrics, "lpips", lambda *_: tried.append("lpips") or Skipped("LPIPS-alex", "no network"))
+    monkeypatch.setattr(metrics, "clip", lambda *_: tried.append("clip") or Skipped("CLIP score", "no network"))
+    monkeypatch.setattr(metrics, "dino", lambda *_: tried.append("dino") or Skipped("DINO", "no network"))
+    arguments = ["--metrics", "psnr,fid,kid,lpips,clip,dino", "--limit", "2", "--out", "out"]
+    assert run_module.main([*command, *arguments]) == 0
+    assert sorted(tried) == ["clip", "dino", "inception", "lpips"]
+    assert capsys.readouterr().err.count("LPIPS-alex will be skipped: no network") == 1
+    found = read_json(Path("out/results.json"))["metrics"]
+    skipped = {metric["name"] for metric in found if "skipped" in metric}
+    assert skipped == {"FID", "KID", "LPIPS-alex", "CLIP score", "DINO"}
+
+
 def test_method_that_does_not_fit_the_model_is_reported_before_generating(command, monkeypatch, capsys):
     monkeypatch.setattr(prepare, "load_model", lambda *_: (Namespace(transformer=torch.nn.Linear(2, 2)), None))
     arguments = [argument for argument in command if argument not in ("--size", "64")]
@@ -119,13 +137,13 @@ def test_method_that_is_not_installed_is_reported_before_generating(command, mon
     ("arguments", "said"),
     [
         (["--metrics-only"], "name it by --out"),
-        (["--metrics-only", "--out", "nowhere"], "there is no settings.json"),
+        (["--metrics-only", "--out", "nowhere"], "--out nowhere does not exist"),
         (["--metrics-only", "--out", "out", "--seed", "1"], "are not those of --prompts and --seed"),
         (["--metrics-only", "--out", "out", "--repeats", "2"], "--metrics-only generates nothing"),
         (["--shard", "3/2"], "'3/2' is not a part such as 1/4"),
         (["--shard", "1/2", "--generate-only"], "not allowed with argument"),
         (["--suite", "papper"], "unknown suite 'papper' (did you mean 'paper'?); known: depth, modes, paper"),
-        (["--reference", "nowhere"], "--reference nowhere: there is no folder 'baseline' in it"),
+        (["--reference", "nowhere"], "--reference nowhere does not exist"),
     ],
 )
 def test_incompatible_stage_options_are_refused(command, capsys, arguments, said):
@@ -148,3 +166,59 @@ def test_too_many_steps_are_refused_before_writing(command, capsys):
     assert run_module.main([*command, "--steps", "1001", "--out", "out"]) == 2
     assert re.search(r"error: --steps is 1001: .*1000", capsys.readouterr().err)
     assert not Path("out").exists()
+
+
+INVALID = """
+from tofu_sd.core.matching import bipartite_soft_matching, register_matcher
+from tofu_sd.core.reductions import mean, register_reduction
+
+@register_matcher("third_a")
+def third_a(tokens, grid, config):
+    map = bipartite_soft_matching(tokens, grid.parts, len(grid.num_merged))
+    return map._replace(group_idx=map.group_idx[:, 1:])
+
+@register_matcher("far")
+def far(tokens, grid, config):
+    map = bipartite_soft_matching(tokens, grid.parts, len(grid.num_merged))
+    return map._replace(kept_idx=0 * map.kept_idx + 64)
+
+@register_matcher("late")
+def late(tokens, grid, config):
+    map = bipartite_soft_matching(tokens, grid.parts, len(grid.num_merged))
+    return map if len(tokens) < 4 else map._replace(group_idx=map.group_idx[:, 1:])
+
+@register_reduction
+def halves(x, map):
+    return mean(x, map)[:, ::2]
+"""
+
+
+@pytest.fixture
+def user_file(command, registries):
+    Path("mine.py").write_text(INVALID)
+    return "mine.py"
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("third_a", "matcher third_a returned group_idx [2, 63]; it must be [2, 64]"),
+        ("far", "matcher far returned kept_idx from 64 to 64; it must be from 0 to 63"),
+        ("halves", "reduction halves returned [2, 16, 16]; it must be [2, 32, 16]"),
+    ],
+)
+def test_invalid_result_of_a_users_function_is_one_line_before_generating(command, capsys, user_file, name, said, dry):
+    """A wrong shape skipped merging silently, and the table showed an infinite PSNR."""
+    assert run_module.main([*command, "--guidance", "3", "--method", f"tofu,{user_file}:{name}", *dry]) == 2
+    assert capsys.readouterr().err == f"error: {said}\n"
+    assert [path.name for path in Path.cwd().iterdir()] == [user_file]
+
+
+def test_invalid_result_that_comes_later_is_one_line(command, capsys, user_file):
+    arguments = [*command, "--guidance", "3", "--method", f"{user_file}:late", "--out", "out"]
+    assert run_module.main(arguments) == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "error: matcher late returned group_idx [4, 63]; it must be [4, 64]"
+    )
+    assert not list(Path("out").glob("*late*/*"))

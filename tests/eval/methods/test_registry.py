@@ -15,8 +15,7 @@ import torch
 from eval import EvalError
 from eval.methods import registry
 from eval.methods import registry as methods
-from eval.methods.registry import METHODS, parse, register_method
-from tofu_sd.core.matching import MATCHERS
+from eval.methods.registry import parse, register_method
 
 FILE = """
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ import torch
 from eval.methods.registry import register_method
 from tofu_sd import TokenFusionConfig
 from tofu_sd.core.matching import register_matcher
+from tofu_sd.core.reductions import mean, register_reduction
 from tofu_sd.core.token_map import TokenMap
 
 @register_method("zeros_out")
@@ -40,20 +40,15 @@ def every_other(tokens, grid, config):
     group_idx = torch.arange(total).sub(len(grid.num_merged)).clamp_min(0)
     return TokenMap(kept_idx.expand(batch, -1), group_idx.expand(batch, -1))
 
+@register_reduction
+def halved(x, map):
+    return mean(x, map) / 2
+
 gentle = TokenFusionConfig(kv_only=True)
 """
 
 
-@pytest.fixture(autouse=True)
-def _registries() -> Iterator[None]:
-    """What a test registers is gone after it."""
-    parse("baseline", [0.5])
-    before = dict(METHODS), dict(MATCHERS)
-    yield
-    registry._load.cache_clear()
-    for known, entries in zip((METHODS, MATCHERS), before, strict=True):
-        known.clear()
-        known.update(entries)
+pytestmark = pytest.mark.usefixtures("registries")
 
 
 @pytest.fixture
@@ -67,10 +62,12 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("zeros_out", "zeros_out"),
     ("every_other", "tofu-r50-every_other"),
     ("every_other@kv_only=True", "kv-tofu-r50-every_other"),
+    ("halved", "halved-r50"),
+    ("halved@late=mean", "halved-mean-r50"),
     ("gentle", "kv-tofu-r50"),
     ("gentle@ratio=0.25", "kv-tofu-r25"),
 ])  # fmt: skip
-def test_a_file_brings_a_method_a_matcher_or_a_configuration(file: Path, name: str, slug: str) -> None:
+def test_a_file_brings_a_method_a_matcher_a_reduction_or_a_configuration(file: Path, name: str, slug: str) -> None:
     (method,) = parse(f"my_method.py:{name}", [0.5])
     assert method.slug == slug
 
@@ -97,7 +94,12 @@ def test_a_changed_file_is_another_method(file: Path) -> None:
 
 @pytest.mark.parametrize(("name", "message"), [
     ("none.py:mine", "none.py: there is no such file"),
-    ("my_method.py:mine", "my_method.py registers no method or matcher 'mine'"),
+    ("my_method.py:mine", "my_method.py has no 'mine'; it has zeros_out, every_other, halved, gentle"),
+    ("my_method.py:every_ohter", r"my_method.py has no 'every_ohter' \(did you mean 'every_other'\?\); it has"),
+    ("my_method.py:bipartite", "my_method.py has no 'bipartite'; it has"),
+    ("my_method.py:zeros_out@levels=2", "'zeros_out' is a whole-pipeline patch and has no @option=value"),
+    ("my_method.py:tome", "my_method.py: a method named 'tome' exists already: give yours another name"),
+    ("my_method.py:deepcache", "my_method.py: a method named 'deepcache' exists already: give yours another name"),
     ("my_method.py:gentle@ratoi=1", r"unknown option 'ratoi' \(did you mean 'ratio'"),
     ("my_method.py:gentle@ratio=2", "ratio is 2; it must be a number from 0 to 0.75"),
 ])  # fmt: skip
@@ -111,6 +113,47 @@ def test_a_file_that_fails_is_refused_in_a_line(file: Path) -> None:
     file.write_text("import nothing_of_this_name")
     with pytest.raises(EvalError, match=r"my_method\.py: ModuleNotFoundError: No module named 'nothing_of_this_name'"):
         parse("my_method.py:mine", [0.5])
+
+
+REGISTER = {
+    "method": "@register_method('NAME')\n@contextmanager\ndef mine(pipe):\n    yield\n",
+    "matcher": "@register_matcher('NAME')\ndef mine(tokens, grid, config): ...\n",
+    "reduction": "@register_reduction\ndef NAME(x, map): ...\n",
+}
+
+
+@pytest.mark.parametrize("name", ["tome", "tofu", "deepcache", "full", "baseline", "ideal"])
+@pytest.mark.parametrize("kind", REGISTER)
+def test_a_file_cannot_take_the_name_of_a_method(file: Path, kind: str, name: str) -> None:
+    """Two rows of a table would have one label, and one of them was dropped."""
+    file.write_text(FILE + REGISTER[kind].replace("NAME", name))
+    for asked in (name, "every_other"):
+        with pytest.raises(EvalError) as refused:
+            parse(f"my_method.py:{asked}", [0.5])
+        assert str(refused.value) == (
+            f"--method my_method.py: a method named {name!r} exists already: give yours another name"
+        )
+        registry._load.cache_clear()
+
+
+def test_a_taken_matcher_or_reduction_name_is_one_line_without_an_error_class(file: Path) -> None:
+    for name, kind in (("bipartite", "matcher"), ("prune", "reduction")):
+        file.write_text(FILE + REGISTER[kind].replace("NAME", name))
+        registry._load.cache_clear()
+        with pytest.raises(EvalError, match=rf"^--method my_method\.py: a {kind} named '{name}' is registered already"):
+            parse("my_method.py:gentle", [0.5])
+
+
+def test_a_file_that_registers_nothing_says_what_to_use(file: Path) -> None:
+    file.write_text("x = 1")
+    with pytest.raises(EvalError, match=r"my_method\.py registers nothing .*use @register_method, @register_matcher"):
+        parse("my_method.py:mine", [0.5])
+
+
+@pytest.mark.parametrize("name", ["tofu@matching=xx", "tofu@early=xx", "my_method.py:gentle@matching=xx"])
+def test_unknown_matcher_or_reduction_says_how_to_load_one_from_a_file(file: Path, name: str) -> None:
+    with pytest.raises(EvalError, match=r"'xx'.*'?(bipartite|prune)'?.*; --method FILE\.py:NAME loads one from a file"):
+        parse(name, [0.5])
 
 
 @pytest.mark.parametrize("names", ["faithful,tome+p@window=8", "tofu@ratio=0.5,tofu@early=prune"])

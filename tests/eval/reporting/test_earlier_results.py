@@ -111,6 +111,28 @@ def test_methods_of_earlier_rows_are_parsed_again(command):
     assert list(rows()) == [*before, "prune-r50"]
 
 
+MATCHER = """
+from tofu_sd.core.matching import bipartite_soft_matching, register_matcher
+
+@register_matcher("NAME")
+def match(tokens, grid, config):
+    return bipartite_soft_matching(tokens, grid.parts, len(grid.num_merged))
+"""
+
+
+def test_method_of_a_file_says_how_its_row_is_kept(command, capsys, registries):
+    """Rows do not name the file of their method."""
+    for name in ("every_third", "every_fifth"):
+        Path(f"{name}.py").write_text(MATCHER.replace("NAME", name))
+    first, second = "every_third.py:every_third", "every_fifth.py:every_fifth"
+    assert run.main([*command, "--method", first]) == 0
+    message = refusal(capsys, *command, "--method", second)
+    assert "its results have tofu-r50-every_third, and every_third is no method of this package" in message
+    assert message.endswith("add FILE.py:every_third to --method, or give another --out\n")
+    assert run.main([*command, "--method", f"{second},{first}"]) == 0
+    assert list(rows()) == ["baseline", "tofu-r50-every_third", "tofu-r50-every_fifth"]
+
+
 @pytest.mark.parametrize("fewer", [["--limit", "2"], ["--only", "0001,0003"]])
 @pytest.mark.parametrize("method", ["tofu", "prune"])
 @pytest.mark.parametrize("stage", [[], ["--metrics-only"], ["--dry-run"]])
@@ -147,6 +169,10 @@ def test_earlier_method_that_is_unavailable_is_not_dropped(command, capsys, monk
         assert "tomesd-r50, which needs: pip install tomesd; install it or give another --out" in output
     found = results()
     found["rows"][1] |= {"method": "tofuu"}
+    files.write_json(Path("out/results.json"), found)
+    output = refusal(capsys, *command, "--method", "prune")
+    assert "tofu-r50, and tofuu is no method of this package" in output
+    found["rows"][1] |= {"method": "tofu@levles=2"}
     files.write_json(Path("out/results.json"), found)
     assert "tofu-r50, which this version does not know" in refusal(capsys, *command, "--method", "prune")
 

@@ -266,12 +266,12 @@ def test_times_can_be_taken_from_another_run(
     assert "| todo | – |" in table
     assert "todo: no times, it is not in the run that times are of" in table
     assert (
-        "Speed-up: median of 1 batches, step by step; it and s/image with the 5th to 95th percentile; all of another "
-        "run, on another machine, of commit" in table
+        "Speed-up: median of 1 batches, step by step. Ranges of speed-up and seconds: 5th to 95th percentile. "
+        "All times are of another run, on another machine, of commit" in table
     )
     assert table.endswith("\n\n`draw low`\n\n`draw high`\n\n`draw speed`\n")
     assert report_module.main([str(low), str(high), "--times", str(speed), "--pareto"]) == 0
-    assert "all of another run, on another machine, of commit" in capsys.readouterr().out
+    assert "All times are of another run, on another machine, of commit" in capsys.readouterr().out
     plot_file = tmp_path / "plot.svg"
     assert report_module.main([str(low), str(high), "--times", str(speed), "--plot", str(plot_file)]) == 0
     assert plot_file.exists()
@@ -291,9 +291,9 @@ def test_times_can_be_taken_from_another_run(
 def test_rows_without_interleaved_timing_are_named(swept: Path) -> None:
     """As older runs were: a shared machine is another one a turn later."""
     found, _ = results_module.read(swept)
-    assert " batches, step by step; it and s/image" in tables.markdown(found)
+    assert " batches, step by step. Ranges of speed-up and seconds" in tables.markdown(found)
     del found["rows"][1]["interleaved"]
-    assert ", step by step but for tofu 25%, which were timed by turns; it" in tables.markdown(found)
+    assert ", step by step but for tofu 25%, which were timed by turns. Ranges" in tables.markdown(found)
     for row in found["rows"]:
         row.pop("interleaved", None)
     assert "step by step" not in tables.markdown(found)
@@ -309,14 +309,18 @@ def test_number_of_timed_batches_is_reported(swept: Path) -> None:
     found, _ = results_module.read(swept)
     n = found["rows"][0]["speedup"]["n"]
     found["rows"][2]["speedup"]["n"] = n + 1
-    assert f"Speed-up: median of {n} batches (tofu 50% of {n + 1}), step by step; it and s/image" in tables.markdown(
-        found
+    assert (
+        f"Speed-up: median of {n} batches (tofu 50% of {n + 1}), step by step. Ranges of speed-up and seconds"
+        in tables.markdown(found)
     )
     few = [row for row in found["rows"] if row["ratio"] == 0.5][1:]
     for row in few:
         row["speedup"]["n"] = n - 1
     names = ", ".join(tables.label(row) for row in few)
-    assert f"(tofu 50% of {n + 1}; {names} of {n - 1}), step by step; it and s/image" in tables.markdown(found)
+    assert (
+        f"(tofu 50% of {n + 1}; {names} of {n - 1}), step by step. Ranges of speed-up and seconds"
+        in tables.markdown(found)
+    )
 
 
 def test_rows_without_the_baseline_have_no_times(swept: Path) -> None:

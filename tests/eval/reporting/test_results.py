@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,25 @@ def test_rows_and_columns_of_the_table_can_be_selected(finished, capsys, tmp_pat
     assert "no column 'PNSR' (did you mean 'PSNR'?)" in capsys.readouterr().err
 
 
+def test_rows_that_share_a_label_are_labelled_by_their_keys(finished, capsys, tmp_path):
+    """A matcher named like a method gave a second row of that label, and one of the two was dropped."""
+    shutil.copytree(finished[0], tmp_path / "out")
+    found = files.read_json(tmp_path / "out" / "results.json")
+    rows(found)["tomesd-r50"]["method"] = "tofu"
+    files.write_json(tmp_path / "out" / "results.json", found)
+    assert report_module.main([str(tmp_path / "out"), "--markdown"]) == 0
+    names = [line.split(" | ")[0].strip("| ") for line in capsys.readouterr().out.splitlines()[2:7]]
+    assert names == ["baseline", "tofu-r50", "kv:tome+p 50%", "tomesd-r50", "baseline, other seeds"]
+    assert report_module.main([str(tmp_path / "out"), "--markdown", "--rows", "tomesd-r50"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].startswith("| tomesd-r50 | ")
+    assert report_module.main([str(tmp_path / "out"), "--markdown", "--rows", "tofu 50%"]) == 2
+    assert "no row 'tofu 50%'" in capsys.readouterr().err
+    tables.terminal(found, Console(width=120))
+    shown = capsys.readouterr().out
+    assert "tofu-r50" in shown
+    assert "tomesd-r50" in shown
+
+
 def test_report_shows_paired_differences_between_methods(finished, capsys):
     """PSNR of the image i is 20 + 10 i with one method and half a dB more with the other: the spread cancels out."""
     out, found = finished
@@ -237,6 +257,8 @@ def test_a_terminal_shows_every_figure(capsys, width):
     tables.terminal(tables.with_rows(found, ["tofu 50%", "baseline, other seeds"]), Console(width=width))
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= width
+    for column in columns:  # a heading breaks between words only: "denoisin/g" and "TFLOP/im/age" stood there
+        assert set(re.split(r"(?<=[/-])(?=\w)| ", column.title)) <= set(re.split(r"(?<=[/-])(?=\w)|\s+", shown))
     for _, cells in rows:
         for cell in cells:
             assert {cell.value, *cell.interval.split("–")} <= {*shown.split(), ""}

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +105,28 @@ def test_benchmark_rows_describe_the_setup(capsys: pytest.CaptureFixture[str], t
     saved = json.loads((tmp_path / "b.json").read_text())
     assert saved["rows"] == rows
     assert saved["provenance"]["command"].startswith("python -m eval.bench --case small-128")
+
+
+def test_benchmark_says_what_it_does_and_how_to_read_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """For minutes nothing but "0/1 setup" stood there."""
+    arguments = ["--case", "small-128", "--device", "cpu", "--scope", "attention", "--rounds", "2", "--method", "tofu"]
+    assert bench_module.main(arguments) == 0
+    output = capsys.readouterr()
+    lines = output.err.replace("\r", "\n").splitlines()
+    assert lines[0].startswith("timing baseline, ideal, tofu on cpu")
+    assert lines[0].endswith("float32, random weights, 2 rounds")
+    assert lines[1] == "small at 128 px, self-attention of the highest resolution"
+    for phase in ("building the model", "preparing ideal", "preparing tofu", "timing"):
+        assert phase in output.err
+    assert "above 1×: faster than the baseline" in output.out.replace("\n", " ")
+    assert CASES["sd15-512"].title == "Stable Diffusion 1.5 at 512 px"
+
+
+def test_profiler_does_not_log() -> None:
+    """With a torch for CUDA and without a driver, its library reports "ERROR ... gpuGetDeviceCount failed"."""
+    code = "import torch; from eval.speed.contender import peak; peak(lambda: torch.ones(3) + 1, torch.device('cpu'))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not re.search(r"^[A-Z]+:\d{4}-\d\d-\d\d ", ended.stderr, flags=re.MULTILINE)
 
 
 def test_failing_method_is_a_skipped_row(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
