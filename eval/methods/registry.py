@@ -297,4 +297,5 @@ def _sources() -> Iterator[Path]:
     for folder in ("core", "kernels", "patching"):
         yield from sorted((root / folder).glob("*.py"))
     yield root / "config.py"
+    yield root / "config_fields.py"
     yield from sorted((root / "hosts").glob("diffusers*.py"))

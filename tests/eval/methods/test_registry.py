@@ -227,14 +227,15 @@ def test_only_code_that_decides_images_changes_their_hash(monkeypatch, tmp_path)
     package = tmp_path / "demo" / "tofu_sd"
     for folder in ("core", "kernels", "patching", "hosts", "demo"):
         (package / folder).mkdir(parents=True)
-    (package / "config.py").write_text("a = 1")
+    for name in ("config", "config_fields"):
+        (package / f"{name}.py").write_text("a = 1")
     (package / "core" / "matching.py").write_text("a = 1")
     monkeypatch.setattr(methods.tofu_sd, "__file__", str(package / "__init__.py"))
     before = methods.source_hash.__wrapped__()
     for other in ("demo/classes.py", "hosts/webui.py", "recipes.py"):
         (package / other).write_text("a = 1")
     assert methods.source_hash.__wrapped__() == before
-    for own in ("core/matching.py", "config.py", "hosts/diffusers_unet.py"):
+    for own in ("core/matching.py", "config.py", "config_fields.py", "hosts/diffusers_unet.py"):
         (package / own).write_text(own)
         after = methods.source_hash.__wrapped__()
         assert after != before
