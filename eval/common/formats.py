@@ -74,6 +74,12 @@ CONDENSATION = objects(
     ),
 )  # fmt: skip
 
+VALIDITY = objects(
+    settings=objects(model=TEXT, n=COUNT, steps=COUNT, size=COUNT, device=TEXT, dtype=TEXT, torch=TEXT),
+    provenance=objects(command=TEXT, commit=MAYBE_TEXT),
+    rows=rows_of(objects(name=TEXT, measured=TEXT, required=TEXT, holds={"type": "boolean"})),
+)
+
 CLASSIFIER = objects(
     architecture={"type": "object"}, seed={"type": ["integer", "null"]}, classes={"type": "array", "items": TEXT}
 )

@@ -1,0 +1,158 @@
+"""The criteria: what a model must share with photographs before anything is recommended on its word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from ..metrics.statistics import bootstrap
+from . import photographs
+
+RATIOS = (0.25, 0.5, 0.75)
+GROWING = ("tome", "tofu", "prune", "mlerp")  # methods whose error must grow with the ratio
+MS_SSIM_LIMITS = (0.6, 0.9)
+COSINE_TOLERANCE = 0.05
+RANK_CORRELATION = 0.9
+HEAVY_TAILS = 6.0  # kurtosis: twice that of a Gaussian
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One criterion.
+
+    Args:
+        name: what is compared.
+        measured: of this model.
+        required: the limit, with its source.
+        holds: whether the model meets it.
+    """
+
+    name: str
+    measured: str
+    required: str
+    holds: bool
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+Psnr = Mapping[str, Mapping[str, float]]  # method and ratio -> image -> PSNR
+
+
+def error_grows(psnr: Psnr, prompts: Mapping[str, str]) -> list[Criterion]:
+    """(a): more merged tokens leave a larger error, for each method.
+
+    Args:
+        psnr: of each image, by "method ratio".
+        prompts: of each image.
+    """
+    rows = []
+    for method in GROWING:
+        texts, holds = [], True
+        for low, high in pairwise(RATIOS):
+            mean, interval = paired_difference(psnr[f"{method} {high}"], psnr[f"{method} {low}"], prompts)
+            texts.append(f"{mean:+.2f} dB ({interval[0]:+.2f} to {interval[1]:+.2f}) from {low:g} to {high:g}")
+            holds &= interval[1] < 0
+        rows.append(
+            Criterion(f"PSNR of {method} falls with the ratio", "; ".join(texts), "below 0 in each step", holds)
+        )
+    return rows
+
+
+def paired_difference(
+    own: Mapping[str, float], other: Mapping[str, float], prompts: Mapping[str, str]
+) -> tuple[float, tuple[float, float]]:
+    """Returns the mean of own minus other over the same images, with its 95 % interval.
+
+    Raises:
+        ValueError: there are fewer than 5 prompts.
+    """
+    values = torch.tensor([own[i] - other[i] for i in own], dtype=torch.float64)
+    interval = bootstrap(values, [prompts[i] for i in own])
+    if interval is None:
+        raise ValueError(f"{len(set(prompts.values()))} prompts are too few for an interval")
+    return values.mean().item(), interval
+
+
+def magnitude(ms_ssim: Mapping[str, Any], lpips: Mapping[str, Any] | None) -> Criterion:
+    """(b): at guidance 7.5 and 50 steps ToMe changes images about as much as Stable Diffusion's.
+
+    Args:
+        ms_ssim: the figure of ToMe at ratio 0.5, with its interval.
+        lpips: the same of LPIPS, if it was measured.
+    """
+    low, high = MS_SSIM_LIMITS
+    measured = f"{ms_ssim['value']:.3f} ({ms_ssim['low']:.3f}–{ms_ssim['high']:.3f})"
+    if lpips:
+        measured += f", {lpips['name']} {lpips['value']:.3f}"
+    required = (
+        f"{low} to {high}; SD 1.5 at 512 px: {photographs.MS_SSIM_OF_TOME}, LPIPS (AlexNet) "
+        f"{photographs.LPIPS_OF_TOME} (ToFu, Table 5)"
+    )
+    return Criterion(
+        "MS-SSIM of tome 50% at guidance 7.5, 50 steps", measured, required, low <= ms_ssim["value"] <= high
+    )
+
+
+def spectra(slope: float, latent_slope: float, kurtosis: float) -> list[Criterion]:
+    """(c): images have the amplitude spectrum and the gradients of natural images.
+
+    Args:
+        slope: mean spectral slope of images.
+        latent_slope: the same of their latents.
+        kurtosis: of gradients.
+    """
+    low, high = photographs.SPECTRAL_SLOPES
+    return [
+        Criterion(
+            "spectral slope a of images, amplitude ~ 1/f^a",
+            f"{slope:.2f} (of latents {latent_slope:.2f})",
+            f"{low} to {high} (Field 1987; Tolhurst et al. 1992)",
+            low <= slope <= high,
+        ),
+        Criterion(
+            "kurtosis of log gradients",
+            f"{kurtosis:.1f}",
+            f"at least {HEAVY_TAILS:g}; natural images: {photographs.GRADIENT_KURTOSIS} (Huang & Mumford 1999)",
+            kurtosis >= HEAVY_TAILS,
+        ),
+    ]
+
+
+def token_similarity(cosines: Sequence[float]) -> Criterion:
+    """(d): tokens are as similar as those of photographs. cosines: the median of each block of the top resolution."""
+    gaps = [abs(own - other) for own, other in zip(cosines, photographs.TOKEN_COSINES, strict=True)]
+    return Criterion(
+        "nearest-destination cosine of tokens, five top blocks",
+        ", ".join(f"{value:.3f}" for value in cosines),
+        f"each within {COSINE_TOLERANCE} of {', '.join(f'{value:.3f}' for value in photographs.TOKEN_COSINES)}",
+        max(gaps) <= COSINE_TOLERANCE,
+    )
+
+
+def order_of_methods(psnr: Psnr) -> Criterion:
+    """(e): methods rank as on photographs, by PSNR."""
+    own = [mean(psnr[f"{one.method} {one.ratio}"]) for one in photographs.METHODS]
+    other = [one.psnr for one in photographs.METHODS]
+    correlation = rank_correlation(own, other)
+    return Criterion(
+        f"rank correlation (Spearman) of {len(own)} methods' PSNR with photographs",
+        f"{correlation:.2f}",
+        f"at least {RANK_CORRELATION}",
+        correlation >= RANK_CORRELATION,
+    )
+
+
+def mean(values: Mapping[str, float]) -> float:
+    """Returns the mean over images."""
+    return sum(values.values()) / len(values)
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Returns Spearman's rank correlation of values without ties."""
+    ranks = torch.stack([torch.tensor(values, dtype=torch.float64).argsort().argsort() for values in (x, y)])
+    return float(torch.corrcoef(ranks.double())[0, 1])
