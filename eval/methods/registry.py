@@ -191,7 +191,7 @@ def _from_file(name: str, ratio: float) -> Method:
     file, _, rest = name.rpartition(".py:")
     path = Path(f"{file}.py")
     own, *changes = rest.split("@")
-    module = _load(path)
+    module = _load(path.resolve())  # once, however the path is written
     config = getattr(module, own, None)
     _check_free(path, own)
     try:

@@ -72,6 +72,13 @@ def test_a_file_brings_a_method_a_matcher_a_reduction_or_a_configuration(file: P
     assert method.slug == slug
 
 
+def test_a_file_is_loaded_once_however_its_path_is_written(file: Path) -> None:
+    """Its second load would register its names again, from another file by its path."""
+    (file.parent / "other").mkdir()
+    paths = ("my_method.py", "other/../my_method.py", str(file))
+    assert len({parse(f"{path}:every_other", [0.5])[0].slug for path in paths}) == 1
+
+
 def test_a_method_from_a_file_generates(file: Path) -> None:
     pipe = tiny.sd15_pipe()
     (method,) = parse("my_method.py:every_other", [0.5])
