@@ -163,6 +163,27 @@ def test_page_has_short_lines_and_plain_words(page):
     assert not re.search(r"\b(told|alike|anew|take_stock|leave_alone|sighting)\b", text, flags=re.IGNORECASE)
 
 
+PROGRAMS = (
+    "eval.run", "eval.sweep", "eval.bench", "eval.compare", "eval.report", "eval.prompts", "eval.validate",
+    "eval.speed.stand_in", "research.classifiers.classify", "research.classifiers.train",
+    "research.adaptivision.ablations",
+)  # fmt: skip
+OTHER_OPTIONS = {"--num_processes", "--no-deps"}  # of accelerate and pip
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "tables" not in page])
+def test_options_named_in_text_exist(page):
+    """A renamed option may stay in prose, where no command is parsed."""
+    pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
+    parsers = [options.parser(), *(importlib.import_module(name).parser() for name in PROGRAMS[1:])]
+    known = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    text = re.sub(
+        r"```.*?```|^    .*?$", "", GENERATED.sub("", (ROOT / page).read_text()), flags=re.DOTALL | re.MULTILINE
+    )
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", " ".join(re.findall(r"`([^`]+)`", text))))
+    assert not named - known - OTHER_OPTIONS
+
+
 def test_pages_are_below_size_limits():
     """README and pages stay short enough to be read completely."""
     assert len(README.encode()) <= 8192
