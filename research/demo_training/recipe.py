@@ -26,11 +26,13 @@ class Content:
         model: its name, classes and labels.
         render: (classes, seeds, size, device) -> images [B, 3, size, size] in 0..1.
         widths: of the UNet's levels.
+        has_parts: whether a part of an image shows its class, so that the classifier may train on crops.
     """
 
     model: DemoModel
     render: Callable[[list[Any], list[int], int, torch.device], Tensor]
     widths: tuple[int, int, int]
+    has_parts: bool = False
 
     @property
     def classes(self) -> Sequence[Any]:
@@ -43,7 +45,7 @@ def _textures(kinds: list[Any], seeds: list[int], size: int, device: torch.devic
 
 CONTENTS = {
     "scenes": Content(SCENES, render, (64, 112, 160)),
-    "textures": Content(TEXTURES, _textures, (64, 112, 144)),
+    "textures": Content(TEXTURES, _textures, (64, 112, 144), has_parts=True),
 }
 
 
@@ -54,6 +56,7 @@ class Recipe:
     content: str = "scenes"
     images: int = 80  # renders of each class
     size: int = 256  # pixels; latents are size / 8
+    features: int = 0  # a classifier for the autoencoder's perceptual loss; 0 takes the demo classifier
     classifier: int = 60_000
     vae: int = 48_000
     low: int = 60_000
@@ -65,8 +68,9 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.content not in CONTENTS:
             raise ValueError(f"content is {self.content!r}; it must be one of {', '.join(CONTENTS)}")
-        if self.large < 0:
-            raise ValueError(f"large is {self.large}; it must be an integer >= 0")
+        for name in ("features", "large"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be an integer >= 0")
         if self.size < 2 * CROP or self.size % 16:
             raise ValueError(f"size is {self.size}; it must be a multiple of 16 and at least {2 * CROP} pixels")
         for name in ("images", "classifier", "vae", "low", "high", "large_images"):

@@ -86,10 +86,19 @@ def classifier_accuracy(
     return right / images
 
 
+def _view(images: Tensor, crop: bool, g: torch.Generator) -> Tensor:
+    """Returns the images or, with `crop`, a random part of them of 5/8 to 8/8 of their side, mirrored half the time."""
+    size = images.shape[-1]
+    side = size - int(torch.rand((), generator=g) * size * 3 / 8) if crop else size
+    y, x = torch.randint(size - side + 1, (2,), generator=g).tolist() if crop else (0, 0)
+    images = F.interpolate(images[..., y : y + side, x : x + side], (128, 128), mode="area")
+    return images.flip(-1) if torch.rand((), generator=g) < 0.5 else images
+
+
 def train_classifier(
-    recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray
+    name: str, recipe: Recipe, work: Path, device: torch.device, renders: np.ndarray
 ) -> tuple[DemoClassifier, dict[str, Any]]:
-    """Trains the demo classifier on renders. Returns (the classifier, the figures)."""
+    """Trains a classifier of renders. Returns (the classifier, the figures). name: of the stage, as in the recipe."""
     torch.manual_seed(recipe.seed)
     classifier = DemoClassifier(recipe.shown.model).to(device)
     labels = torch.tensor([recipe.shown.classes[c].labels for c in recipe.kinds()], device=device)
@@ -97,9 +106,7 @@ def train_classifier(
 
     def loss(g: torch.Generator) -> Tensor:
         rows = torch.randint(len(renders), (batch,), generator=g)
-        images = F.interpolate(_images(renders[rows.numpy()], device), (128, 128), mode="area")
-        if torch.rand((), generator=g) < 0.5:
-            images = images.flip(-1)
+        images = _view(_images(renders[rows.numpy()], device), recipe.shown.has_parts, g)
         # blur, contrast and noise, so that it recognizes content and not sharpness
         gain, shift, grain = torch.rand(3, generator=g).tolist()
         images = (images - 0.5) * (0.8 + 0.4 * gain) + 0.5 + 0.1 * (shift - 0.5)
@@ -111,7 +118,7 @@ def train_classifier(
         wanted = labels[rows.to(device)]
         return sum(F.cross_entropy(lg.float(), wanted[:, i], label_smoothing=0.05) for i, lg in enumerate(logits))  # type: ignore[return-value]
 
-    figures = fit("classifier", classifier, loss, Schedule(recipe.classifier, batch, 2e-3, recipe.seed + 1), work)
+    figures = fit(name, classifier, loss, Schedule(getattr(recipe, name), batch, 2e-3, recipe.seed + 1), work)
     classifier.eval().requires_grad_(False)
     figures["accuracy"] = classifier_accuracy(classifier, device, 960, recipe.size, recipe.content)
     return classifier, figures

@@ -2,6 +2,7 @@
 
     render      classes × images each                               renders.npy, 256 × 256
     classifier  demo classifier on renders; accuracy on fresh ones  classifier.safetensors
+    features    a classifier for the autoencoder's perceptual loss  features.safetensors, only where the recipe has one
     vae         autoencoder on 96-pixel crops                       vae/
     encode      latents of the renders and their mirror images      latents-32.npy, latents-16.npy
     low         UNet and text encoder on 16 × 16 latents            unet/, text_encoder/
@@ -56,7 +57,8 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device, workers: 
     work.mkdir(parents=True, exist_ok=True)
     training = _Training(recipe, work, device)
     renders = make_renders(recipe, work, device, workers=workers)
-    vae = training.autoencoder(renders, training.classifier(renders))
+    classifier = training.classifier("classifier", renders)
+    vae = training.autoencoder(renders, training.classifier("features", renders) if recipe.features else classifier)
     make_latents(work, device, renders, vae, (1, 2))
     stages = [("low", recipe.size // 16, 5e-4), ("high", recipe.size // 8, 3e-4)]
     if recipe.large:
@@ -90,15 +92,15 @@ class _Training:
         self._write()
         print(stage, json.dumps(values), flush=True)
 
-    def classifier(self, renders: np.ndarray) -> DemoClassifier:
-        """Returns the demo classifier, trained or loaded."""
-        file = self.work / "classifier.safetensors"
+    def classifier(self, name: str, renders: np.ndarray) -> DemoClassifier:
+        """Returns the classifier of a stage, trained or loaded."""
+        file = self.work / f"{name}.safetensors"
         if file.exists():
             classifier = DemoClassifier(self.recipe.shown.model).to(self.device).eval().requires_grad_(False)
             classifier.load_state_dict(load_file(file))
             return classifier
-        classifier, values = train_classifier(self.recipe, self.work, self.device, renders)
-        self._record("classifier", values)
+        classifier, values = train_classifier(name, self.recipe, self.work, self.device, renders)
+        self._record(name, values)
         _whole(file, lambda part: save_file(classifier.state_dict(), part))
         return classifier
 
