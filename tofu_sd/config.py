@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from .config_fields import ConfigFields
+from .core.matching import BUILT_IN_MATCHERS
 from .core.reductions import Reduction, get_reduction, mean
 from .options import check_options, defaults_of, markdown_table, specs_of
 from .utils import did_you_mean
@@ -166,6 +167,11 @@ def _check_threshold(config: TokenFusionConfig) -> str | None:
         defaults = defaults_of(config)
         idle = [name for name in ("threshold_decay", "threshold_min") if getattr(config, name) != defaults[name]]
         return f"{idle[0]} is {getattr(config, idle[0])!r} and threshold is None: it has no effect" if idle else None
+    if config.matching not in BUILT_IN_MATCHERS:
+        return (
+            f"matching is {config.matching!r} and threshold is {config.threshold!r}, which counts cosines of bipartite "
+            "matching: set only one"
+        )
     if config.match_interval == 1 and not config.share_across_blocks:
         return None
     shared = (

@@ -162,6 +162,13 @@ def test_indices_are_read_once_for_each_number_of_tokens_and_never_in_compiled_c
     assert read == [256, 64]
 
 
+def test_threshold_refuses_a_registered_matcher() -> None:
+    """It would not be called, as a threshold counts the cosines of bipartite matching."""
+    register_matcher("first_sources")(first_sources)
+    with pytest.raises(ValueError, match=r"matching is 'first_sources' and threshold is 0\.7.*: set only one"):
+        TokenFusionConfig(matching="first_sources", threshold=0.7)
+
+
 def test_built_in_matchers_are_not_checked() -> None:
     assert get_matcher("bipartite") is MATCHERS["bipartite"]
 
