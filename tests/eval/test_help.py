@@ -18,6 +18,7 @@ PROGRAMS = [
     "eval.compare",
     "eval.bench",
     "eval.prompts",
+    "eval.validate",
     "eval.reporting.pages",
     "eval.speed.stand_in",
     "research.classifiers.classify",
