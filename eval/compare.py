@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from .common.cli import Help, Parser, as_path, command
 from .common.files import to_json
 from .reporting.compare import compare
+from .reporting.tables import terminal_rows
 
 EXAMPLES = """examples:
   python -m eval.compare runs/yesterday runs/today
@@ -53,15 +52,12 @@ def main(argv: Sequence[str]) -> int:
             end="",
         )
         return 0
-    table = Table(title=f"{options.a.name} and {options.b.name}", box=SIMPLE_HEAD)
-    for title in ("method", "figure", "a", "b", "b - a"):
-        table.add_column(title, justify="left" if title in ("method", "figure") else "right")
-    last = ""
+    titles, lines, last = ["method", "figure", "a", "b", "b - a"], list[list[str]](), ""
     for row in found.rows:
-        table.add_row(row["method"] if row["method"] != last else "", *(row[t] for t in ("figure", "a", "b", "b - a")))
+        lines.append(["" if row["method"] == last else row["method"], *(row[title] for title in titles[1:])])
         last = row["method"]
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table)
+    terminal_rows(f"{options.a.name} and {options.b.name}", titles, lines, [], console, left=2)
     for name, (mine, its) in found.differences.items():
         console.print(f"{name}: {mine} in a, {its} in b", style="dim", highlight=False, markup=False)
     for line in found.warnings:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from .config_fields import ConfigFields
 from .core.matching import BUILT_IN_MATCHERS
 from .core.reductions import Reduction, get_reduction, mean
-from .options import check_options, defaults_of, markdown_table, specs_of
+from .options import check_options, defaults_of, describe_options, specs_of
 from .utils import did_you_mean
 
 BUCKETS = 8
@@ -230,4 +230,4 @@ _CHECKS: tuple[Callable[[TokenFusionConfig], str | None], ...] = (
 
 
 if __name__ == "__main__":
-    print(markdown_table(TokenFusionConfig))
+    print(describe_options(TokenFusionConfig))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
-from .utils import did_you_mean
+from .utils import did_you_mean, markdown_table
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,13 @@ def check_options(config: Any, *, skip: tuple[str, ...] = ()) -> None:
             spec.check(name, getattr(config, name))
 
 
-def markdown_table(config: Any) -> str:
-    """Returns a table of all options: name, default, values, meaning; one section for each group."""
-    lines, group, defaults = list[str](), None, defaults_of(config)
+def describe_options(config: Any) -> str:
+    """Returns tables of all options in Markdown: name, default, values, meaning; one for each group."""
+    rows: dict[str, list[list[str]]] = {}
     for name, spec in specs_of(config).items():
-        if spec.group != group:
-            group = spec.group
-            lines += ["", f"**{group}**", "", "| option | default | values | what it does |", "|---|---|---|---|"]
-        default = getattr(defaults[name], "__name__", defaults[name])
-        lines.append(f"| `{name}` | `{default}` | {spec.requirement} | {spec.help} |")
-    return "\n".join(lines[1:])
+        default = defaults_of(config)[name]
+        shown = getattr(default, "__name__", default)
+        rows.setdefault(spec.group, []).append([f"`{name}`", f"`{shown}`", spec.requirement, spec.help])
+    titles = ["option", "default", "values", "what it does"]
+    tables = ["\n".join([f"**{group}**", "", *markdown_table(titles, own, left=4)]) for group, own in rows.items()]
+    return "\n\n".join(tables)

@@ -1,10 +1,10 @@
-"""Small helpers: errors, suggestions for misspelt names, the origin of functions, and the log of command lines."""
+"""Small helpers: errors, suggestions for misspelt names, tables in Markdown, the log of command lines."""
 
 from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 logging.getLogger("tofu_sd").addHandler(logging.NullHandler())
@@ -22,6 +22,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Returns ' (did you mean …?)' with the most similar of the known names, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def markdown_table(titles: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """Returns the lines of a table in Markdown.
+
+    Args:
+        titles: of the columns.
+        rows: the cells of each row.
+        left: how many columns, from the first, are left-aligned; the others are right-aligned.
+    """
+    rule = "|" + "---|" * left + "--:|" * (len(titles) - left)
+    return [f"| {' | '.join(titles)} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def same_source(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

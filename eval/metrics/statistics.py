@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,6 +33,24 @@ def bootstrap(values: Tensor, groups: Sequence[str]) -> tuple[float, float] | No
         means.append(sums[sample].sum(1) / counts[sample].sum(1))
     low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+def paired_difference(
+    own: Mapping[str, float], other: Mapping[str, float], groups: Mapping[str, str]
+) -> tuple[float, tuple[float, float] | None, int]:
+    """Returns the mean of own minus other over the same images, its 95 % interval, and how many images count.
+
+    Images with a difference that is not finite do not count: equal images have an infinite PSNR.
+
+    Args:
+        own: a figure of each image, by id.
+        other: the same of another method; it has all these images.
+        groups: of each image, such as its prompt.
+    """
+    gaps = {image: value - other[image] for image, value in own.items()}
+    finite = [image for image, gap in gaps.items() if math.isfinite(gap)]
+    values = torch.tensor([gaps[image] for image in finite], dtype=torch.float64)
+    return values.mean().item(), bootstrap(values, [groups[image] for image in finite]), len(finite)
 
 
 def effective_size(values: Tensor, groups: Sequence[str]) -> float:

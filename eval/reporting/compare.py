@@ -128,6 +128,6 @@ def _metric_row(
 def _time_rows(a: dict[str, Any], b: dict[str, Any], same_environment: bool) -> list[dict[str, str]]:
     """Medians and percentiles of both runs. Their difference is also the machine's, so there is no b - a."""
     return [
-        {"figure": name, "a": text(a), "b": text(b) if same_environment else "n/a (other environment)", "b - a": "–"}
+        {"figure": name, "a": text(a), "b": text(b) if same_environment else "n/a: other environment", "b - a": "–"}
         for name, text in (("speed-up", gained), ("s/image", spent))
     ]

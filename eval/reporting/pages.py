@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tofu_sd import TokenFusionConfig
-from tofu_sd.options import markdown_table
+from tofu_sd.options import describe_options
 
 from .. import EvalError
 from ..common.cli import Help, Parser, as_path, command
@@ -57,7 +57,7 @@ def filled(page: str, to_root: str = "") -> str:
 
 def _printed(program: str, arguments: str) -> str:
     if program == OPTIONS:
-        return markdown_table(TokenFusionConfig) + "\n"
+        return describe_options(TokenFusionConfig) + "\n"
     try:
         argv = shlex.split(arguments)
     except ValueError as error:

@@ -15,7 +15,7 @@ from .. import EvalError
 from ..methods.method import BASELINE, OTHER_SEEDS
 from ..methods.registry import fusion_fields
 from .footnotes import batch_warnings, commands, image_warnings, label, measured, run_header, timing
-from .tables import baseline_row, gained, short
+from .tables import baseline_row, gained, markdown_rows, short
 
 
 @dataclass(frozen=True)
@@ -136,12 +136,10 @@ def markdown(results: dict[str, Any], by: str | None = None) -> str:
         m for m in results["metrics"] if "skipped" not in m and (m in metrics_shown(results) or m["name"] == "PSNR")
     ]
     titles = [f"{m['name']} {'↓' if m['lower_is_better'] else '↑'}" for m in shown]
-    lines = [f"| method | {cost.title} | speed-up | {' | '.join(titles)} | call |"]
-    lines += ["|---|--:|--:|" + "--:|" * len(shown) + "---|"]
+    lines = []
     for point in front:
-        cells = [f"{point.cost:.3f}", gained(point.row)]
-        cells += [short(point.row["metrics"].get(m["name"]), m["digits"]) for m in shown]
-        lines.append(f"| {label(point.row)} | {' | '.join(cells)} | {call(point.row)} |")
+        figures = [short(point.row["metrics"].get(m["name"]), m["digits"]) for m in shown]
+        lines.append([label(point.row), call(point.row), f"{point.cost:.3f}", gained(point.row), *figures])
     optimal = {**results, "rows": [point.row for point in front]}
     footnotes = [
         run_header(results) + ".",
@@ -154,7 +152,8 @@ def markdown(results: dict[str, Any], by: str | None = None) -> str:
         footnotes.append("No method costs less than the baseline.")
     if missing := without_cost(results, cost):
         footnotes.append(f"Not compared, without measured {cost.name}: {', '.join(missing)}.")
-    return "\n".join([*lines, "", *footnotes, "", commands(results)]) + "\n"
+    columns = ["method", "call", cost.title, "speed-up", *titles]
+    return markdown_rows(columns, lines, [*footnotes, "", commands(results)], left=2)
 
 
 def call(row: dict[str, Any]) -> str:

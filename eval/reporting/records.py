@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tofu_sd.utils import markdown_table
+
 from ..common.files import read_json
 from . import results
 from .footnotes import RECORD
@@ -64,10 +66,8 @@ def _evaluation(found: dict[str, Any]) -> list[str]:
     if (keys := results.committed_keys(found)) is not None:
         left = [row["key"] for row in found["rows"] if row["key"] not in keys]
         lines += [*_fill(f"Not published, because files differed from the commit: {', '.join(left)}."), ""]
-    lines += ["| metric | measured by |", "|---|---|"]
-    for metric in found["metrics"]:
-        by = metric["implementation"] if "skipped" not in metric else f"skipped: {_reason(metric['skipped'])}"
-        lines.append(f"| {metric['name']} | {by} |")
+    measured = ([metric["name"], _measured_by(metric)] for metric in found["metrics"])
+    lines += markdown_table(["metric", "measured by"], measured, left=2)
     lines += ["", "Metrics compare with the baseline under the same seeds; intervals are 95 %.", ""]
     commands = dict.fromkeys([*(run["command"] for run in runs if "command" in run), provenance["command"]])
     return lines + _commands(commands)
@@ -103,6 +103,13 @@ def _commits(commits: Iterable[str | None]) -> str:
         changed = commit.endswith(results.CHANGED)
         texts.append(f"{commit.removesuffix(results.CHANGED)} with uncommitted changes" if changed else commit)
     return ", ".join(texts)
+
+
+def _measured_by(metric: dict[str, Any]) -> str:
+    implementation: str = (
+        metric["implementation"] if "skipped" not in metric else f"skipped: {_reason(metric['skipped'])}"
+    )
+    return implementation
 
 
 def _reason(text: str) -> str:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from tofu_sd.utils import did_you_mean
+from tofu_sd.utils import did_you_mean, markdown_table
 
 from .. import EvalError
 from ..methods.method import BASELINE, OTHER_SEEDS
-from ..metrics.statistics import bootstrap
+from ..metrics import statistics
 from .footnotes import (
     batch_warnings,
     commands,
@@ -155,21 +153,10 @@ def terminal(results: dict[str, Any], console: Console) -> None:
     """Prints the table of a run."""
     results = with_unique_labels(results)
     columns, rows = table(results)
-    generated = RichTable(title=f"{results['settings']['model']}: methods against the baseline", box=SIMPLE_HEAD)
-    names = [label(row) for row, _ in rows]
-    method_column(generated, names)
-    # the space lets an interval break where the terminal is narrow
-    lines = [[(c.value, c.interval.replace("–", " – ")) for c in cells] for _, cells in rows]
-    texts = [[text for line in lines if line for text in line[i]] for i in range(len(columns))]
-    room = console.width - 1 - min(max(map(len, names)), LONG_NAME) - 3 * (len(columns) + 1)  # 3: margins of a column
-    for title, width in _headings([column.title for column in columns], texts, room):
-        generated.add_column(title, justify="right", overflow="fold", width=width)
-    for name, line in zip(names, lines, strict=True):
-        cells = [Text.assemble(value, "\n", (interval, "dim")) for value, interval in line]
-        generated.add_row(name, *(cells or [Text("skipped", "dim")]))
-    console.print(generated)
-    for note in (run_header(results), *footnotes(results)):
-        console.print(note, style="dim", highlight=False, markup=False)
+    lines = [[label(row), *(map(str, cells) if cells else ["skipped"])] for row, cells in rows]
+    title = f"{results['settings']['model']}: methods against the baseline"
+    notes = [run_header(results), *footnotes(results)]
+    terminal_rows(title, ["method", *(column.title for column in columns)], lines, notes, console)
 
 
 def _headings(titles: Sequence[str], texts: Sequence[Sequence[str]], room: int) -> list[tuple[str, int | None]]:
@@ -195,35 +182,56 @@ def _headings(titles: Sequence[str], texts: Sequence[Sequence[str]], room: int) 
     return [(title, None) for title in titles]
 
 
-def method_column(generated: RichTable, names: Sequence[str]) -> None:
-    """The first column. It has a width: given a least one instead, a table that is too wide is cropped at its right."""
-    generated.add_column("method", width=min(max(map(len, names)), LONG_NAME), overflow="fold")
-
-
-def markdown_rows(titles: Sequence[str], lines: Sequence[Sequence[str]], footnotes: Sequence[str]) -> str:
-    """A table for a page, of texts; the first column is left-aligned."""
-    head = ["| " + " | ".join(titles) + " |", "|---|" + "--:|" * (len(titles) - 1)]
-    return "\n".join([*head, *("| " + " | ".join(line) + " |" for line in lines), "", *footnotes]) + "\n"
+def markdown_rows(
+    titles: Sequence[str], lines: Sequence[Sequence[str]], footnotes: Sequence[str], left: int = 1
+) -> str:
+    """A table for a page, with lines below it; the first `left` columns are left-aligned."""
+    return "\n".join([*markdown_table(titles, lines, left), "", *footnotes]) + "\n"
 
 
 def terminal_rows(
-    title: str, titles: Sequence[str], lines: Sequence[Sequence[str]], footnotes: Sequence[str], console: Console
+    title: str,
+    titles: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    footnotes: Sequence[str],
+    console: Console,
+    left: int = 1,
 ) -> None:
-    """The same for the terminal."""
-    generated = RichTable(title=title or None, box=SIMPLE_HEAD)
-    for i, name in enumerate(titles):
-        generated.add_column(name, justify="right" if i else "left", overflow="fold")
-    for line in lines:
-        generated.add_row(*map(_below, line))
-    console.print(generated)
+    """Prints a table in the terminal, with lines below it; figures have their intervals below them.
+
+    Args:
+        title: above the table; "" for none.
+        titles: of the columns.
+        lines: the cells of each row. A row with fewer cells is one that was skipped.
+        footnotes: lines below the table.
+        console: where it is printed.
+        left: how many columns, from the first, are left-aligned.
+    """
+    drawn = RichTable(title=title or None, box=SIMPLE_HEAD)
+    cells = [[_below(cell) if i >= left else Text(cell) for i, cell in enumerate(line)] for line in lines]
+    columns = [[line[i].plain for line in cells if len(line) == len(titles)] for i in range(len(titles))]
+    room = console.width - 1 - 3 * len(titles)  # 3: margins of a column
+    longest = max((len(line[0]) for line in lines), default=0)
+    for name in dict.fromkeys((longest, min(longest, LONG_NAME))):
+        headings = _headings(titles[1:], columns[1:], room - name)
+        if headings and headings[0][1] is not None:
+            break
+    for i, (heading, width) in enumerate([(titles[0], name), *headings]):
+        drawn.add_column(heading, justify="left" if i < left else "right", overflow="fold", width=width)
+    for line in cells:
+        drawn.add_row(
+            *(line if len(line) == len(titles) else [line[0], *(Text(cell.plain, "dim") for cell in line[1:])])
+        )
+    console.print(drawn)
     for note in footnotes:
         console.print(note, style="dim", highlight=False, markup=False)
 
 
-def _below(text: str) -> str:
+def _below(text: str) -> Text:
     """A figure with its interval below it, which can break at its dash where the terminal is narrow."""
     figure, opened, interval = text.partition(" (")
-    return f"{figure}\n({interval.replace('–', ' – ')}" if opened else text
+    shown = interval.removesuffix(")").replace("–", " – ")
+    return Text.assemble(figure, "\n", (shown, "dim")) if opened else Text(figure)
 
 
 def with_rows(results: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
@@ -292,12 +300,12 @@ def paired_difference(
 ) -> str:
     """The mean of own minus reference on the same images, by their ids, with its 95 % interval."""
     name, digits = metric["name"], metric["digits"]
-    gaps = {image["id"]: float(image[name]) - float(reference[image["id"]][name]) for image in own}
-    kept = [image for image in own if math.isfinite(gaps[image["id"]])]  # equal images have an infinite PSNR
-    if not kept:
+    mean, interval, n = statistics.paired_difference(
+        {image["id"]: float(image[name]) for image in own},
+        {key: float(image[name]) for key, image in reference.items()},
+        {image["id"]: image["prompt"] for image in own},
+    )
+    if not n:
         return "–"
-    values = torch.tensor([gaps[image["id"]] for image in kept], dtype=torch.float64)
-    interval = bootstrap(values, [image["prompt"] for image in kept])
     between = f" ({interval[0]:+.{digits}f} to {interval[1]:+.{digits}f})" if interval else ""
-    fewer = f", {len(kept)} of {len(own)} images" if len(kept) < len(own) else ""
-    return f"{values.mean().item():+.{digits}f}{between}{fewer}"
+    return f"{mean:+.{digits}f}{between}" + (f", {n} of {len(own)} images" if n < len(own) else "")

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+
+from tofu_sd.utils import markdown_table
 
 from .. import EvalError
 from ..common import formats
@@ -19,7 +18,7 @@ from ..common.schema_changes import SCHEMA
 from ..methods.method import BASELINE
 from ..reporting import results as report
 from ..reporting.footnotes import RECORD
-from ..reporting.tables import method_column, short
+from ..reporting.tables import short, terminal_rows
 from .contender import _setups
 
 HOW_TO_READ = (
@@ -73,16 +72,15 @@ def markdown(found: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
     lines = []
     for title, rows in _setups(found):
         columns = _columns(rows)
-        lines += [f"**{title}**", "", f"| method | {' | '.join([*columns, *metrics])} |"]
-        lines += ["|---|" + "--:|" * (len(columns) + len(metrics))]
+        cells_of_rows = []
         for row in rows:
             costs = [figures.get(row["key"], {}).get(metric, "–") for metric in metrics]
             if "skipped" in row:
                 cells = [f"skipped: {row['skipped']}", *[""] * (len(columns) - 1), *costs]
             else:
                 cells = [cell(row) for cell in columns.values()] + costs
-            lines.append(f"| {row['method']} | {' | '.join(cells)} |")
-        lines.append("")
+            cells_of_rows.append([row["method"], *cells])
+        lines += [f"**{title}**", "", *markdown_table(["method", *columns, *metrics], cells_of_rows), ""]
     record = found["provenance"].get("record")
     lines += [run_header(found)]
     if metrics:
@@ -94,17 +92,15 @@ def markdown(found: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
 def terminal(found: dict[str, Any], console: Console) -> None:
     """Prints a table for each setup, and how to read it."""
     for title, rows in _setups(found):
-        drawn = Table(title=title, box=SIMPLE_HEAD)
-        method_column(drawn, [row["method"] for row in rows])
         columns = _columns(rows)
-        for column in columns:
-            drawn.add_column(column, justify="right", overflow="fold")
-        for row in rows:
-            if "skipped" in row:
-                drawn.add_row(row["method"], Text(f"skipped: {row['skipped']}", "dim"))
-            else:
-                drawn.add_row(row["method"], *(cell(row) for cell in columns.values()))
-        console.print(drawn)
+        lines = [
+            [
+                row["method"],
+                *([f"skipped: {row['skipped']}"] if "skipped" in row else (cell(row) for cell in columns.values())),
+            ]
+            for row in rows
+        ]
+        terminal_rows(title, ["method", *columns], lines, [], console)
     console.print(run_header(found), style="dim", highlight=False, markup=False)
     console.print(HOW_TO_READ, highlight=False, markup=False)
 

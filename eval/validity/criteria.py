@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..metrics.statistics import bootstrap
+from ..metrics.statistics import paired_difference
 from . import photographs
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -49,33 +49,23 @@ def error_grows(psnr: Psnr, prompts: Mapping[str, str]) -> list[Criterion]:
     Args:
         psnr: of each image, by "method ratio".
         prompts: of each image.
+
+    Raises:
+        ValueError: there are too few prompts for an interval.
     """
     rows = []
     for method in GROWING:
         texts, holds = [], True
         for low, high in pairwise(RATIOS):
-            mean, interval = paired_difference(psnr[f"{method} {high}"], psnr[f"{method} {low}"], prompts)
-            texts.append(f"{mean:+.2f} dB ({interval[0]:+.2f} to {interval[1]:+.2f}) from {low:g} to {high:g}")
+            gap, interval, _ = paired_difference(psnr[f"{method} {high}"], psnr[f"{method} {low}"], prompts)
+            if interval is None:
+                raise ValueError(f"{len(set(prompts.values()))} prompts are too few for an interval")
+            texts.append(f"{gap:+.2f} dB ({interval[0]:+.2f} to {interval[1]:+.2f}) from {low:g} to {high:g}")
             holds &= interval[1] < 0
         rows.append(
             Criterion(f"PSNR of {method} falls with the ratio", "; ".join(texts), "below 0 in each step", holds)
         )
     return rows
-
-
-def paired_difference(
-    own: Mapping[str, float], other: Mapping[str, float], prompts: Mapping[str, str]
-) -> tuple[float, tuple[float, float]]:
-    """Returns the mean of own minus other over the same images, with its 95 % interval.
-
-    Raises:
-        ValueError: there are fewer than 5 prompts.
-    """
-    values = torch.tensor([own[i] - other[i] for i in own], dtype=torch.float64)
-    interval = bootstrap(values, [prompts[i] for i in own])
-    if interval is None:
-        raise ValueError(f"{len(set(prompts.values()))} prompts are too few for an interval")
-    return values.mean().item(), interval
 
 
 def magnitude(ms_ssim: Mapping[str, Any], lpips: Mapping[str, Any] | None) -> Criterion:

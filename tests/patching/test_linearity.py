@@ -247,7 +247,7 @@ def test_command_measures_a_classifier_on_images(monkeypatch, capsys, tmp_path):
     options = ["--model", "vit_tiny_patch16_224", "--images", str(tmp_path), "--out", path, "--plot", str(plot)]
     assert command.main(options) == 0
     output = capsys.readouterr().out
-    assert output.startswith("| depth | block | attention | feed-forward |\n")
+    assert output.startswith("| block | depth | attention | feed-forward |\n")
     assert output.count("| blocks.") == 3
     assert "vit_tiny_patch16_224: 2 images" in output
     json.loads(Path(path).read_text(), parse_constant=pytest.fail)  # NaN is not JSON

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 from ..patching.linearity import LAYERS, Linearity, best_split, by_depth
+from ..utils import markdown_table
 
 TITLES = {"attn": "attention", "mlp": "feed-forward"}
 _RENAMED = {"role": "layer", "fused": "merged", "pictures": "images"}  # keys of older files
@@ -70,16 +71,15 @@ class Curve:
 
     def __str__(self) -> str:
         """A table: for each block and layer the mean linearity, and the smallest and largest of all calls."""
-        titles = " | ".join(TITLES[layer] for layer in self.layers)
-        head = [f"| depth | block | {titles} |", "|--:|---|" + "--:|" * len(self.layers)]
-        return "\n".join([*head, *self._rows(), "", *self._notes()])
+        titles = ["block", "depth", *(TITLES[layer] for layer in self.layers)]
+        return "\n".join([*markdown_table(titles, self._rows()), "", *self._notes()])
 
-    def _rows(self) -> Iterator[str]:
+    def _rows(self) -> Iterator[list[str]]:
         marks = self._marks_merged
         for depth, name in sorted({(one.depth, one.block) for one in self.measured}):
-            cells = " | ".join(self._cell(depth, layer) for layer in self.layers)
             mark = " \\*" if marks and depth in self.merged else ""
-            yield f"| {depth}{mark} | {name.replace('.transformer_blocks', '')} | {cells} |"
+            cells = [self._cell(depth, layer) for layer in self.layers]
+            yield [name.replace(".transformer_blocks", ""), f"{depth}{mark}", *cells]
 
     @property
     def _marks_merged(self) -> bool:

@@ -102,7 +102,7 @@ def test_sweep_is_a_run_with_flops_and_a_plot(swept: Path, capsys: pytest.Captur
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     assert report_module.main([str(swept), "--pareto"]) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    costs = [float(line.split(" | ")[1]) for line in table[1:]]
+    costs = [float(line.split(" | ")[2]) for line in table[1:]]
     assert costs == sorted(costs)
     assert all(cost < 1 for cost in costs)
 
@@ -110,8 +110,8 @@ def test_sweep_is_a_run_with_flops_and_a_plot(swept: Path, capsys: pytest.Captur
 def test_pareto_front_can_be_by_time(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report_module.main([str(swept), "--pareto", "--by", "time"]) == 0
     head, _, *rows = capsys.readouterr().out.partition("\n\n")[0].splitlines()
-    assert head.startswith("| method | seconds / image, relative to the baseline | speed-up |")
-    spent = [(float(cells[1]), cells[2]) for cells in (row.split(" | ") for row in rows)]
+    assert head.startswith("| method | call | seconds / image, relative to the baseline | speed-up |")
+    spent = [(float(cells[2]), cells[3]) for cells in (row.split(" | ") for row in rows)]
     assert [cost for cost, _ in spent] == sorted(cost for cost, _ in spent)
     for cost, gain in spent:
         median, low, high = map(float, re.fullmatch(r"(.+)× \((.+)–(.+)\)", gain).groups())  # type: ignore[union-attr]
