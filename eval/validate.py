@@ -13,13 +13,14 @@ from typing import Any
 
 from rich.console import Console
 
+from tofu_sd.demo.models import EMBEDDED
+
 from . import EvalError
 from .common import formats
 from .common.cli import Help, Parser, as_path, command, integer_from
 from .common.devices import add_device
 from .common.files import check_place, write_results
 from .common.schema_changes import SCHEMA
-from .images.requests import EMBEDDED
 from .metrics.statistics import MIN_GROUPS
 from .reporting.footnotes import RECORD
 from .reporting.tables import markdown_rows, terminal_rows

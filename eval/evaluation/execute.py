@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tofu_sd import demo
+from tofu_sd.demo.models import EMBEDDED
 from tofu_sd.interrupts import interrupted
 
 from .. import EvalError
@@ -28,7 +29,7 @@ from ..images.output_dir import (
     load_settings,
 )
 from ..images.records import generating_runs, is_corrupt, load_records
-from ..images.requests import EMBEDDED, requests_hash
+from ..images.requests import requests_hash
 from ..images.settings import Settings, image_dir, image_path
 from ..methods.method import BASELINE, Method
 from ..metrics.base import Metric, Skipped
@@ -192,7 +193,7 @@ def load_existing_images(run_plan: RunPlan) -> GeneratedImages:
     for method in run_plan.generated_methods:
         _check_images(run_plan, settings, method)
     embedded = EMBEDDED.get(settings.model)
-    classifier = None if embedded is None else demo.load_classifier(embedded, run_plan.device)
+    classifier = None if embedded is None else demo.load_classifier(embedded.name, run_plan.device)
     return GeneratedImages(run_plan, settings, options.out, classifier)
 
 

@@ -7,11 +7,12 @@ import re
 from collections.abc import Sequence
 
 from tofu_sd import demo, recipes
+from tofu_sd.demo.models import EMBEDDED
 
 from .. import EvalError, suites
 from ..common.cli import Help, Parser, as_path, explicit_options, finite, integer_from
 from ..common.devices import add_device, add_dtype
-from ..images.requests import EMBEDDED, KNOWN, default_prompts
+from ..images.requests import KNOWN, default_prompts
 from ..methods.registry import known_methods
 from ..metrics.clip import CLIP
 from ..metrics.dino import DINO

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from tofu_sd import demo
+from tofu_sd.demo.models import EMBEDDED
 from tofu_sd.environment import check_torchvision
 
 from .. import EvalError
@@ -20,7 +21,7 @@ from ..common.cli import flag
 from ..common.devices import pick_device
 from ..images.distributed import Processes, launched_processes
 from ..images.model import check_guidance
-from ..images.requests import EMBEDDED, Request, default_prompts, load_requests, select
+from ..images.requests import Request, default_prompts, load_requests, select
 from ..images.settings import Settings, image_path
 from ..methods.method import BASELINE, OTHER_SEEDS, Method
 from ..methods.registry import parse as parse_methods

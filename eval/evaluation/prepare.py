@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tofu_sd.demo.models import EMBEDDED
+
 from .. import EvalError
 from ..common import provenance
 from ..common.cli import quiet_patches
@@ -34,7 +36,7 @@ from ..images.model import (
 )
 from ..images.output_dir import check_no_obstacles, check_settings_match, differing_setting, load_settings
 from ..images.records import load_records
-from ..images.requests import EMBEDDED, requests_hash
+from ..images.requests import requests_hash
 from ..images.settings import Settings, image_dir
 from ..methods.method import BASELINE
 from ..methods.registry import has_outside_code

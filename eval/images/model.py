@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from tofu_sd import demo
+from tofu_sd.demo.models import EMBEDDED
 
 from .. import EvalError
 from ..common.cli import quiet_patches
@@ -24,7 +25,6 @@ from ..common.files import without_paths
 from ..methods.method import Method
 from .checkpoint import HALF, check_path, local_folder, pick_variant
 from .components import check_components, check_weights, missing_weights
-from .requests import EMBEDDED
 
 # what libraries raise for files that are damaged, missing, pickled or of another version
 LOAD_ERRORS = (
@@ -64,7 +64,8 @@ def load_model(
         check_path(model)
     try:
         if embedded is not None:
-            pipe, classifier = demo.load(embedded, device, dtype), demo.load_classifier(embedded, device)
+            pipe = demo.load(embedded.name, device, dtype)
+            classifier = demo.load_classifier(embedded.name, device)
         else:
             pipe, classifier = _load(model, device, dtype, variant), None
         check_components(pipe)

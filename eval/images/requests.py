@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tofu_sd.demo.models import SCENES, TEXTURES, DemoModel
+from tofu_sd.demo.models import EMBEDDED, SCENES, TEXTURES, DemoModel
 from tofu_sd.demo.scene_classes import PROMPT
 from tofu_sd.utils import did_you_mean
 
@@ -21,7 +21,6 @@ from ..common.files import parse_json, read_text
 
 IMAGENET_HASH = "0b0f9fee7c952f25"  # start of the SHA-256 of the 1000 names, joined by newlines
 IMAGENET_IMAGES = 2  # of each class
-EMBEDDED = {"demo": SCENES.name, "demo-textures": TEXTURES.name}  # --model, and its name in tofu_sd.demo
 MAX_ID_BYTES = 200  # bytes; file systems allow 255 with the ending
 EXAMPLE = '{"prompt": "a fox", "id": "fox", "seed": 1}'
 
@@ -118,7 +117,7 @@ KNOWN: dict[str, Callable[[int], list[Request]]] = {
 
 def default_prompts(model: str) -> str:
     """The name of the list that --prompts is for a model by default: an embedded model's own."""
-    return "textures" if EMBEDDED.get(model) == TEXTURES.name else "demo"
+    return "textures" if EMBEDDED.get(model) is TEXTURES else "demo"
 
 
 def repeat(requests: list[Request], per_prompt: int, of: int) -> list[Request]:

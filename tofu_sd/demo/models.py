@@ -63,6 +63,7 @@ TEXTURES = DemoModel(
     stride=13,
 )
 MODELS = {model.name: model for model in (SCENES, TEXTURES)}
+EMBEDDED = {"demo": SCENES, "demo-textures": TEXTURES}  # by their names on command lines
 
 
 def get_model(name: str) -> DemoModel:

@@ -34,7 +34,11 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    p.add_argument("--model", default="demo", help="demo, what from_pretrained takes, or a classifier of timm's (demo)")
+    p.add_argument(
+        "--model",
+        default="demo",
+        help="demo, demo-textures, what from_pretrained takes, or a classifier of timm's (demo)",
+    )
     generated = p.add_argument_group("text-to-image models")
     generated.add_argument("--prompt", action="append", help="may be given several times (default: four prompts)")
     generated.add_argument("--steps", type=int, help=f"sampling steps ({STEPS})")

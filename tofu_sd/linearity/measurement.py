@@ -78,7 +78,7 @@ def measure(model: str, prompts: Sequence[str], steps: int, ratio: float, seed: 
     """Returns the curve of a text-to-image model over a sampling of one image for each prompt.
 
     Args:
-        model: "demo", or what from_pretrained takes.
+        model: "demo", "demo-textures", or what from_pretrained takes.
         prompts: one for each image.
         steps: of the sampling.
         ratio: share of tokens that would be merged.
@@ -139,11 +139,12 @@ def measure_classifier(name: str, folder: str) -> Curve:
 
 
 def load(model: str) -> Any:
-    """Loads a text-to-image pipeline: "demo", or what from_pretrained takes."""
-    if model == "demo":
-        from .. import demo
+    """Loads a text-to-image pipeline: an embedded model, or what from_pretrained takes."""
+    from .. import demo
+    from ..demo.models import EMBEDDED
 
-        return demo.load()
+    if model in EMBEDDED:
+        return demo.load(EMBEDDED[model].name)
     from diffusers import AutoPipelineForText2Image
 
     return AutoPipelineForText2Image.from_pretrained(model)
