@@ -22,8 +22,8 @@ REDUCTIONS = ("tofu", "tome", "prune", "mlerp")
 
 EXAMPLES = """examples:
   python -m eval.sweep
-      prune, mean, MLERP and the hybrid, with and without log n, for all tokens or only keys and values; `faithful`;
-      at three ratios; and all other methods
+      prune, mean, MLERP and the hybrid, with and without log n, for all tokens or only keys and values; `faithful`
+      and `asymmetric`; at three ratios; and all other methods
   python -m eval.sweep --reduction tofu,tome --form plain,p --ratio 0.5 --with window=8 --with match_interval=3
       two of them, also in windows, also with matching in every third step
   python -m eval.sweep --model MODEL --prompts imagenet1k --limit 200 --dry-run
@@ -61,8 +61,8 @@ def parser() -> Parser:
 
 
 def _others() -> list[str]:
-    """The further methods: a recipe outside the grid, and all methods that are not this package's."""
-    return ["faithful", *known_methods(), *(f"{name}:tofu" for name in known_methods(stackable=True))]
+    """The further methods: recipes outside the grid, and all methods that are not this package's."""
+    return ["faithful", "asymmetric", *known_methods(), *(f"{name}:tofu" for name in known_methods(stackable=True))]
 
 
 def grid(reductions: str, forms: str, options: Sequence[str], also: str) -> str:

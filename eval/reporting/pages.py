@@ -27,6 +27,7 @@ OPTIONS = "tofu_sd.config"
 PROGRAMS = (
     "eval.report",
     "eval.bench",
+    "eval.validate",
     "research.classifiers.classify",
     "research.adaptivision.ablations",
     "tofu_sd.linearity",

@@ -24,11 +24,12 @@ HEAD = "*Written by `python -m eval.reporting.pages`. Commands are as recorded, 
 
 def written(root: Path) -> Iterator[tuple[Path, str]]:
     """(file, text) of the record of each folder below `root`, and of `root`, which describes the files in it."""
-    folders = sorted(folder for folder in root.iterdir() if folder.is_dir())
+    folders = sorted({file.parent for file in root.rglob("*.json")} - {root})
     for folder in folders:
         yield folder / RECORD, _folder(folder)
     lines = ["# Results", "", HEAD, "", "Folders, each with its own record:", ""]
-    lines += [f"- [{folder.name}]({folder.name}/{RECORD})" for folder in folders]
+    names = [folder.relative_to(root).as_posix() for folder in folders]
+    lines += [f"- [{name}]({name}/{RECORD})" for name in names]
     for file in sorted(root.glob("*.json")):
         lines += ["", f"## {file.stem}", "", f"Figures: [{file.name}]({file.name})", "", *_single(read_json(file))]
     yield root / RECORD, _text(lines)

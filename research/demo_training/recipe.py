@@ -15,6 +15,7 @@ from . import textures
 from .scenes import render
 
 CROP = 96  # side of the autoencoder's training crops in pixels, at full and at half size
+PART = 160  # side of the classifier's training crops in pixels, where a part of an image shows its class
 TEST_SEED = 10_000_000  # renders with seeds from here on are never used in training
 
 

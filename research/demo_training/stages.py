@@ -27,7 +27,7 @@ from .networks import build_scheduler, build_text_encoder, build_unet, build_vae
 # after .networks, which explains an installation that cannot import these
 
 from .fit import Schedule, _autocast, _whole, fit
-from .recipe import CONTENTS, CROP, TEST_SEED, Content, Recipe
+from .recipe import CONTENTS, CROP, PART, TEST_SEED, Content, Recipe
 
 
 def _images(rows: np.ndarray, device: torch.device) -> Tensor:
@@ -86,12 +86,14 @@ def classifier_accuracy(
     return right / images
 
 
-def _view(images: Tensor, crop: bool, g: torch.Generator) -> Tensor:
-    """Returns the images or, with `crop`, a random part of them of 5/8 to 8/8 of their side, mirrored half the time."""
-    size = images.shape[-1]
-    side = size - int(torch.rand((), generator=g) * size * 3 / 8) if crop else size
-    y, x = torch.randint(size - side + 1, (2,), generator=g).tolist() if crop else (0, 0)
-    images = F.interpolate(images[..., y : y + side, x : x + side], (128, 128), mode="area")
+def _view(images: Tensor, content: Content, g: torch.Generator) -> Tensor:
+    """Returns a part of the images or, where parts do not show their class, all of them, mirrored half the time."""
+    size = content.model.classifier_size
+    if content.has_parts:
+        y, x = torch.randint(images.shape[-1] - PART + 1, (2,), generator=g).tolist()
+        images = images[..., y : y + PART, x : x + PART]
+    else:
+        images = F.interpolate(images, (size, size), mode="area")
     return images.flip(-1) if torch.rand((), generator=g) < 0.5 else images
 
 
@@ -106,15 +108,15 @@ def train_classifier(
 
     def loss(g: torch.Generator) -> Tensor:
         rows = torch.randint(len(renders), (batch,), generator=g)
-        images = _view(_images(renders[rows.numpy()], device), recipe.shown.has_parts, g)
+        images = _view(_images(renders[rows.numpy()], device), recipe.shown, g)
         # blur, contrast and noise, so that it recognizes content and not sharpness
         gain, shift, grain = torch.rand(3, generator=g).tolist()
         images = (images - 0.5) * (0.8 + 0.4 * gain) + 0.5 + 0.1 * (shift - 0.5)
         if torch.rand((), generator=g) < 0.5:
-            images = F.interpolate(F.avg_pool2d(images, 2), (128, 128), mode="bilinear")
+            images = F.interpolate(F.avg_pool2d(images, 2), images.shape[-2:], mode="bilinear")
         images = images + 0.06 * grain * torch.randn(images.shape, generator=g).to(device)
         with _autocast(device):
-            logits = classifier(images)
+            logits = classifier.logits(classifier.pooled(images))
         wanted = labels[rows.to(device)]
         return sum(F.cross_entropy(lg.float(), wanted[:, i], label_smoothing=0.05) for i, lg in enumerate(logits))  # type: ignore[return-value]
 

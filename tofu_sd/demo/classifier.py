@@ -39,6 +39,7 @@ class DemoClassifier(nn.Module):
     def __init__(self, model: DemoModel = SCENES) -> None:
         super().__init__()
         self.labels_of_prompts = model.labels_of_prompts
+        self.size = model.classifier_size
         stages, width = [], 3
         for out in self.WIDTHS:
             stages.append(
@@ -64,12 +65,19 @@ class DemoClassifier(nn.Module):
         return maps
 
     def features(self, images: Tensor) -> Tensor:
-        """Returns pooled features [B, 144] of the images, resized to its training size of 128 × 128."""
-        return self.maps(F.interpolate(images, (128, 128), mode="area"))[-1].mean(dim=(2, 3))
+        """Returns pooled features [B, 144] of the images, resized to the classifier's size."""
+        return self.pooled(F.interpolate(images, (self.size, self.size), mode="area"))
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Returns pooled features [B, 144] of the images at their own size."""
+        return self.maps(images)[-1].mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Returns the logits of each label; by default shape, material and setting: [B, 6], [B, 4], [B, 4]."""
-        features = self.features(images)
+        return self.logits(self.features(images))
+
+    def logits(self, features: Tensor) -> list[Tensor]:
+        """Returns the logits of each label from pooled features."""
         return [head(features) for head in self.heads]
 
     @torch.no_grad()

@@ -21,12 +21,14 @@ class DemoModel:
         name: of the model and of its folder in `WEIGHTS`.
         classes: each with a `prompt`, a `name` and `labels`.
         labels: the values of each label, by its name.
+        classifier_size: side in pixels to which its classifier resizes images.
         stride: the list of prompts takes every class in steps of it, so that its first N are a mixture for any N.
     """
 
     name: str
     classes: Sequence[Any]
     labels: dict[str, tuple[str, ...]]
+    classifier_size: int
     stride: int
 
     @property
@@ -54,12 +56,14 @@ SCENES = DemoModel(
     "scenes",
     scene_classes.CLASSES,
     {"shape": scene_classes.SHAPES, "material": scene_classes.MATERIALS, "setting": scene_classes.SETTINGS},
+    classifier_size=128,
     stride=37,
 )
 TEXTURES = DemoModel(
     "textures",
     texture_classes.CLASSES,
     {"thing": texture_classes.THINGS, "look": texture_classes.LOOKS},
+    classifier_size=256,
     stride=13,
 )
 MODELS = {model.name: model for model in (SCENES, TEXTURES)}
