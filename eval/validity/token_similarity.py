@@ -49,12 +49,13 @@ def measure(pipe: Any, requests: Sequence[Request], **sampling: Any) -> dict[str
         size = block.map_size((sampling["height"] // pipe.vae_scale_factor, sampling["width"] // pipe.vae_scale_factor))
 
         def record(_: Any, args: tuple[Any, ...], name: str = block.name, size: tuple[int, int] = size) -> None:
-            if calls % steps in wanted:
+            if calls in wanted:
                 found[name].append(nearest_cosines(args[0], *size).flatten())
 
         handles.append(block.layers["norm"].register_forward_pre_hook(record))
     try:
         for request in requests:
+            calls = -1
             pipe(
                 request.prompt, generator=torch.Generator().manual_seed(request.seed), output_type="latent", **sampling
             )

@@ -161,11 +161,11 @@ class AttentionPatches:
             self.on_map(place, map.argmax_map(), *size)
         options[MAP] = map
         block = state.states[place]
-        kv = {id(x): block.reduce_kv(x, map) for x in {id(x): x for x in (k, v)}.values()}  # usually one tensor
+        keys = block.reduce_kv(k, map)
+        values = keys if v is k else block.reduce_kv(v, map)  # usually one tensor
         if self.config.kv_only:
-            return q, kv[id(k)], kv[id(v)]
-        queries = kv[id(q)] if id(q) in kv and not block.separate_kv else block.reduce(q, map)
-        return queries, kv[id(k)], kv[id(v)]
+            return q, keys, values
+        return keys if q is k and not block.separate_kv else block.reduce(q, map), keys, values
 
     @uncompiled
     def after(self, out: Tensor, options: Options) -> Tensor:
