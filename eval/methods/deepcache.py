@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial, update_wrapper
 from types import SimpleNamespace
 from typing import Any
 
 from .registry import register_method
 from .schedule import timesteps
 
-INTERVAL = 3  # steps, one of which runs in full; its authors' example
+INTERVALS = {"deepcache": 3, "deepcache-2": 2}  # steps, one of which runs in full; 3 is its authors' example
 MOST_STEPS = 500  # of the stand-in schedule of a UNet without a pipeline: as many as `timesteps` has
 
 
-@register_method("deepcache", package=("DeepCache", "deepcache"), stackable=True, period=INTERVAL)
 @contextmanager
-def deepcache(pipe: Any, inner: Callable[[Any], AbstractContextManager[Any]]) -> Iterator[Any]:
+def deepcache(
+    pipe: Any, inner: Callable[[Any], AbstractContextManager[Any]], *, interval: int = INTERVALS["deepcache"]
+) -> Iterator[Any]:
     """Inside, the pipeline generates with DeepCache on top of another method."""
     from DeepCache import DeepCacheSDHelper
 
@@ -26,7 +28,7 @@ def deepcache(pipe: Any, inner: Callable[[Any], AbstractContextManager[Any]]) ->
     with ExitStack() as stack:
         stack.enter_context(inner(pipe))
         helper = DeepCacheSDHelper(pipe)
-        helper.set_params(cache_interval=INTERVAL, cache_branch_id=0)
+        helper.set_params(cache_interval=interval, cache_branch_id=0)
         untouched = [module for module in pipe.unet.modules() if "forward" not in vars(module)]
         try:
             helper.enable()
@@ -36,3 +38,9 @@ def deepcache(pipe: Any, inner: Callable[[Any], AbstractContextManager[Any]]) ->
                 helper.disable()
             for module in untouched:  # it leaves each its own `forward`, set on the instance
                 vars(module).pop("forward", None)
+
+
+for _name, _interval in INTERVALS.items():
+    register_method(_name, package=("DeepCache", "deepcache"), stackable=True, period=_interval)(
+        update_wrapper(partial(deepcache, interval=_interval), deepcache)
+    )

@@ -86,7 +86,7 @@ def register_method(name: str, **spec: Any) -> Callable[[Apply], Apply]:
         )
 
     def register(apply: Apply) -> Apply:
-        source = Path(getattr(apply, "__wrapped__", apply).__code__.co_filename)
+        source = Path(inspect.unwrap(apply).__code__.co_filename)
         taken = METHODS.get(name)
         if name in (*RESERVED, *recipes.RECIPES) or (taken is not None and taken.source != source):
             raise RegistrationError(f"a method named {name!r} exists already: give yours another name")
@@ -121,14 +121,22 @@ def known_methods(stackable: bool | None = None) -> list[str]:
     return [name for name, spec in METHODS.items() if stackable in (None, spec.stackable)]
 
 
+def outer_and_inner(name: str) -> tuple[str | None, str]:
+    """Splits the name of stacked methods: "deepcache:tofu" is ("deepcache", "tofu"), "deepcache" ("deepcache", "")."""
+    outer, colon, inner = name.partition(":")
+    if outer in known_methods(stackable=True) and (inner or not colon):
+        return outer, inner
+    return None, name
+
+
 def _one(name: str, ratio: float) -> Method:
     _load_own_methods()
     if name in (BASELINE.name, BASELINE_ALIAS):
         return BASELINE
     if ".py:" in name:
         return _from_file(name, ratio)
-    outer, colon, inner = name.partition(":")
-    if outer in known_methods(stackable=True) and (inner or not colon):
+    outer, inner = outer_and_inner(name)
+    if outer is not None:
         return _stacked(name, METHODS[outer], outer, _one(inner, ratio) if inner else BASELINE)
     try:
         if name in METHODS:

@@ -13,7 +13,7 @@ from tofu_sd import TokenFusionConfig, recipes
 
 from .. import EvalError
 from ..methods.method import BASELINE, OTHER_SEEDS
-from ..methods.registry import fusion_fields
+from ..methods.registry import fusion_fields, outer_and_inner
 from .footnotes import batch_warnings, commands, image_warnings, label, measured, run_header, timing
 from .tables import baseline_row, gained, markdown_rows, short
 
@@ -101,7 +101,7 @@ def metrics_shown(results: dict[str, Any]) -> list[dict[str, Any]]:
 def fusion_of(row: dict[str, Any]) -> TokenFusionConfig | None:
     """The configuration of a row's method; None for someone else's method."""
     try:
-        return recipes.named(str(row["method"]).removeprefix("deepcache:"), row["ratio"] or 0)
+        return recipes.named(outer_and_inner(str(row["method"]))[1], row["ratio"] or 0)
     except (ValueError, TypeError):  # of a version with other options
         return None
 
@@ -159,7 +159,7 @@ def markdown(results: dict[str, Any], by: str | None = None) -> str:
 def call(row: dict[str, Any]) -> str:
     """The call of apply_patch for a row's method; a dash for other people's methods."""
     fusion = fusion_of(row)
-    if fusion is None or row["method"].startswith("deepcache"):
+    if fusion is None or outer_and_inner(row["method"])[0]:
         return "–"
     defaults, values = fusion_fields(TokenFusionConfig()), fusion_fields(fusion)
     options = [f"{name}={value!r}" for name, value in values.items() if name != "ratio" and value != defaults[name]]

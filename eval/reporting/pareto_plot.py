@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .. import EvalError
+from ..methods.registry import outer_and_inner
 from . import plots
 from .footnotes import label
 from .pareto import FLOPS, TIME, Cost, Point, fusion_of, metrics_shown, pareto, points, without_cost
@@ -74,7 +75,7 @@ class Looks:
 
 def is_peer(row: dict[str, Any]) -> bool:
     """Whether a method is, or contains, someone else's."""
-    return fusion_of(row) is None or str(row["method"]).startswith("deepcache:")
+    return fusion_of(row) is None or outer_and_inner(row["method"])[0] is not None
 
 
 @dataclass(frozen=True)

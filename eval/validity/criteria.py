@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..metrics.statistics import paired_difference
 from . import photographs
@@ -40,10 +41,10 @@ class Criterion:
         return asdict(self)
 
 
-Psnr = Mapping[str, Mapping[str, float]]  # method and ratio -> image -> PSNR
+Values = Mapping[str, Mapping[str, float]]  # method and ratio -> image -> value of a metric
 
 
-def error_grows(psnr: Psnr, prompts: Mapping[str, str]) -> list[Criterion]:
+def error_grows(psnr: Values, prompts: Mapping[str, str]) -> list[Criterion]:
     """(a): more merged tokens leave a larger error, for each method.
 
     Args:
@@ -68,24 +69,31 @@ def error_grows(psnr: Psnr, prompts: Mapping[str, str]) -> list[Criterion]:
     return rows
 
 
-def magnitude(ms_ssim: Mapping[str, Any], lpips: Mapping[str, Any] | None) -> Criterion:
+def magnitude(tome: Mapping[str, Any], without: Mapping[str, Any]) -> Criterion:
     """(b): at guidance 7.5 and 50 steps ToMe changes images about as much as Stable Diffusion's.
 
     Args:
-        ms_ssim: the figure of ToMe at ratio 0.5, with its interval.
-        lpips: the same of LPIPS, if it was measured.
+        tome: figures of ToMe at ratio 0.5, with intervals, by metric: "MS-SSIM" and, if it was measured, LPIPS.
+        without: the same without the self-attention that ToMe merges. A model that needs this attention little
+            cannot meet the criterion.
     """
     low, high = MS_SSIM_LIMITS
-    measured = f"{ms_ssim['value']:.3f} ({ms_ssim['low']:.3f}–{ms_ssim['high']:.3f})"
-    if lpips:
-        measured += f", {lpips['name']} {lpips['value']:.3f}"
+    measured = f"{_figures(tome)}; without that attention {_figures(without)}"
     required = (
         f"{low} to {high}; SD 1.5 at 512 px: {photographs.MS_SSIM_OF_TOME}, LPIPS (AlexNet) "
         f"{photographs.LPIPS_OF_TOME} (ToFu, Table 5)"
     )
     return Criterion(
-        "MS-SSIM of tome 50% at guidance 7.5, 50 steps", measured, required, low <= ms_ssim["value"] <= high
+        "MS-SSIM of tome 50% at guidance 7.5, 50 steps", measured, required, low <= tome["MS-SSIM"]["value"] <= high
     )
+
+
+def _figures(metrics: Mapping[str, Any]) -> str:
+    """Returns MS-SSIM with its interval, then LPIPS with its name."""
+    ms_ssim = metrics["MS-SSIM"]
+    texts = [f"{ms_ssim['value']:.3f} ({ms_ssim['low']:.3f}–{ms_ssim['high']:.3f})"]
+    texts += [f"{name} {figure['value']:.3f}" for name, figure in metrics.items() if name.startswith("LPIPS")]
+    return ", ".join(texts)
 
 
 def spectra(slope: float, latent_slope: float, kurtosis: float) -> list[Criterion]:
@@ -124,13 +132,18 @@ def token_similarity(cosines: Sequence[float]) -> Criterion:
     )
 
 
-def order_of_methods(psnr: Psnr) -> Criterion:
-    """(e): methods rank as on photographs, by PSNR."""
-    own = [mean(psnr[f"{one.method} {one.ratio}"]) for one in photographs.METHODS]
-    other = [one.psnr for one in photographs.METHODS]
+def order_of_methods(metric: str, values: Values) -> Criterion:
+    """(e): methods rank as on photographs.
+
+    Args:
+        metric: "PSNR" or "MS-SSIM".
+        values: of each image, by "method ratio".
+    """
+    own = [mean(values[f"{one.method} {one.ratio}"]) for one in photographs.METHODS]
+    other = [one.psnr if metric == "PSNR" else one.ms_ssim for one in photographs.METHODS]
     correlation = rank_correlation(own, other)
     return Criterion(
-        f"rank correlation (Spearman) of {len(own)} methods' PSNR with photographs",
+        f"rank correlation (Spearman) of {len(own)} methods' {metric} with photographs",
         f"{correlation:.2f}",
         f"at least {RANK_CORRELATION}",
         correlation >= RANK_CORRELATION,
@@ -143,6 +156,10 @@ def mean(values: Mapping[str, float]) -> float:
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
-    """Returns Spearman's rank correlation of values without ties."""
-    ranks = torch.stack([torch.tensor(values, dtype=torch.float64).argsort().argsort() for values in (x, y)])
-    return float(torch.corrcoef(ranks.double())[0, 1])
+    """Returns Spearman's rank correlation. Equal values share the mean of their ranks."""
+    return float(torch.corrcoef(torch.stack([_ranks(x), _ranks(y)]))[0, 1])
+
+
+def _ranks(values: Sequence[float]) -> Tensor:
+    v = torch.tensor(values, dtype=torch.float64)
+    return ((v[:, None] > v).sum(1) + (v[:, None] >= v).sum(1)).double() / 2

@@ -24,7 +24,6 @@ from ..methods.method import BASELINE
 from ..methods.registry import parse as parse_methods
 from ..reporting import results
 from . import criteria, image_statistics, photographs, token_similarity
-from .criteria import Criterion
 
 GUIDANCE, STRONG_GUIDANCE = 3.0, 7.5
 STRONG_STEPS = 50  # of ToFu's Table 5
@@ -43,15 +42,17 @@ def measure(options: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     order, strong = options.out / "guidance-3", options.out / "guidance-7.5"
     for arguments in (*_order_runs(options, order), _strong_run(options, strong)):
         run(parse(arguments), arguments)
-    psnr, prompts = _psnr(order)
+    psnr, prompts = _values(order, "PSNR")
+    ms_ssim, _ = _values(order, "MS-SSIM")
     pipe, _ = load_model(options.model, device, torch.float32)
     settings = results.read(order)[0]["settings"]
     rows = [
         *criteria.error_grows(psnr, prompts),
-        _magnitude(strong),
+        criteria.magnitude(*_strong_figures(strong)),
         *criteria.spectra(*_spectra(order, pipe, device)),
         criteria.token_similarity(_cosines(options, pipe, settings)),
-        criteria.order_of_methods(psnr),
+        criteria.order_of_methods("PSNR", psnr),
+        criteria.order_of_methods("MS-SSIM", ms_ssim),
     ]
     return {
         "schema": SCHEMA,
@@ -80,31 +81,28 @@ def _order_runs(options: argparse.Namespace, out: Path) -> Iterator[list[str]]:
 
 
 def _strong_run(options: argparse.Namespace, out: Path) -> list[str]:
-    """The evaluation of ToMe at the guidance and the steps of ToFu's Table 5."""
+    """The evaluation of ToMe, and of no attention, at the guidance and the steps of ToFu's Table 5."""
     sampling = ["--guidance", str(STRONG_GUIDANCE), "--steps", str(STRONG_STEPS)]
-    return [*_common(options, out), *sampling, "--method", "tome", "--ratio", "0.5"]
+    return [*_common(options, out), *sampling, "--method", "tome,no-attention", "--ratio", "0.5"]
 
 
-def _psnr(out: Path) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
-    """Returns (PSNR of each image by "method ratio", the prompt of each image)."""
+def _values(out: Path, metric: str) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Returns (a metric of each image by "method ratio", the prompt of each image)."""
     _, images = results.read(out)
     wanted = [(method, ratio) for method in criteria.GROWING for ratio in criteria.RATIOS]
     wanted += [(one.method, one.ratio) for one in photographs.METHODS]
     slugs = {f"{method} {ratio}": parse_methods(method, [ratio])[0].slug for method, ratio in wanted}
     by_slug: dict[str, dict[str, float]] = {}
     for image in images:
-        if image["PSNR"]:
-            by_slug.setdefault(image["key"], {})[image["id"]] = float(image["PSNR"])
+        if image[metric]:
+            by_slug.setdefault(image["key"], {})[image["id"]] = float(image[metric])
     return {name: by_slug[slug] for name, slug in slugs.items()}, {image["id"]: image["prompt"] for image in images}
 
 
-def _magnitude(out: Path) -> Criterion:
+def _strong_figures(out: Path) -> list[dict[str, Any]]:
+    """Returns the figures of ToMe, then those without attention, by metric."""
     report, _ = results.read(out)
-    (row,) = (row for row in report["rows"] if row["key"] != BASELINE.slug)
-    name = next((name for name in row["metrics"] if name.startswith("LPIPS")), None)
-    return criteria.magnitude(
-        row["metrics"]["MS-SSIM"], None if name is None else {"name": name, **row["metrics"][name]}
-    )
+    return [row["metrics"] for row in report["rows"] if row["key"] != BASELINE.slug]
 
 
 @torch.no_grad()

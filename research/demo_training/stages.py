@@ -254,25 +254,40 @@ def train_denoiser(
     work: Path,
     device: torch.device,
     *,
-    size: int,
+    sizes: Sequence[int],
     samples: int,
     rate: float,
 ) -> dict[str, Any]:
-    """Trains UNet and text encoder on latents of one size. Returns the figures."""
+    """Trains UNet and text encoder on latents. Returns the figures.
+
+    Args:
+        name: of the stage.
+        model: is trained in place.
+        recipe: classes and seed.
+        work: folder of the latents and the checkpoint.
+        device: on which to train.
+        sizes: of the latents. Each step takes a batch of each size.
+        samples: of the first size.
+        rate: largest learning rate.
+    """
     torch.manual_seed(recipe.seed)
-    latents = torch.from_numpy(np.load(work / f"latents-{size}.npy"))
+    latents = [torch.from_numpy(np.load(work / f"latents-{size}.npy")) for size in sizes]
+    batches = [24 if size < 32 else 16 if size < 64 else 4 for size in sizes]
     classes = recipe.shown.classes
-    images = len(latents) // 2 // len(classes)  # of each class
-    kinds = torch.tensor(recipe.kinds(images) * 2)
     texts = [c.prompt for c in classes] + [c.name for c in classes] + [""]
     ids = model.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
-    noising, batch = build_scheduler(), 24 if size < 32 else 16 if size < 64 else 4
+    noising = build_scheduler()
 
-    def loss(g: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents), (batch,), generator=g)
-        text, u = kinds[rows], torch.rand(batch, generator=g)
+    def loss_of_batch(pool: Tensor, batch: int, g: torch.Generator) -> Tensor:
+        rows = torch.randint(len(pool), (batch,), generator=g)
+        images = len(pool) // 2 // len(classes)  # of each class; the second half are their mirror images
+        text, u = rows % (len(pool) // 2) // images, torch.rand(batch, generator=g)
         text = torch.where(u < 0.2, text + len(classes), text)  # the bare name
         text = torch.where(u > 0.9, len(texts) - 1, text)  # no prompt, for guidance
-        return velocity_loss(model, latents[rows].to(device).float(), ids[text].to(device), noising, g)
+        return velocity_loss(model, pool[rows].to(device).float(), ids[text].to(device), noising, g)
 
-    return fit(name, model, loss, Schedule(samples, batch, rate, recipe.seed + 3, horizon=400), work)
+    def loss(g: torch.Generator) -> Tensor:
+        losses = [loss_of_batch(pool, batch, g) for pool, batch in zip(latents, batches, strict=True)]
+        return torch.stack(losses).mean()
+
+    return fit(name, model, loss, Schedule(samples, batches[0], rate, recipe.seed + 3, horizon=400), work)

@@ -7,7 +7,7 @@
     encode      latents of the renders and their mirror images      latents-32.npy, latents-16.npy
     low         UNet and text encoder on 16 × 16 latents            unet/, text_encoder/
     high        the same weights on 32 × 32 latents
-    large       the same weights on 64 × 64 latents of 512 × 512 renders, only for textures
+    large       the same weights on 64 × 64 latents of 512 × 512 renders too, only where the recipe has it
     export      averaged weights in half precision -> tofu_sd/demo/weights/NAME
 
 Each stage writes its result to --work and is skipped if that exists. After an interrupt, a training resumes from its
@@ -60,13 +60,16 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device, workers: 
     classifier = training.classifier("classifier", renders)
     vae = training.autoencoder(renders, training.classifier("features", renders) if recipe.features else classifier)
     make_latents(work, device, renders, vae, (1, 2))
-    stages = [("low", recipe.size // 16, 5e-4), ("high", recipe.size // 8, 3e-4)]
+    stages: list[_Stage] = [("low", (recipe.size // 16,), 5e-4), ("high", (recipe.size // 8,), 3e-4)]
     if recipe.large:
         large = make_renders(recipe, work, device, recipe.large_images, scale=2, workers=workers)
         make_latents(work, device, large, vae, (1,))
-        stages.append(("large", recipe.size // 4, 1e-4))
+        stages.append(("large", (recipe.size // 4, recipe.size // 8), 1e-4))
     training.denoiser(stages)
     _whole(out, lambda part: export(work, part, training.figures, recipe))
+
+
+_Stage = tuple[str, tuple[int, ...], float]  # of the denoiser: name, sizes of the latents, learning rate
 
 
 class _Training:
@@ -114,16 +117,16 @@ class _Training:
         _whole(folder, vae.save_pretrained)
         return vae
 
-    def denoiser(self, stages: list[tuple[str, int, float]]) -> None:
-        """Trains UNet and text encoder in stages of (name, size of the latents, learning rate)."""
+    def denoiser(self, stages: list[_Stage]) -> None:
+        """Trains UNet and text encoder in stages."""
         torch.manual_seed(self.recipe.seed)  # of the initial weights
         model = Denoiser(self.recipe.shown).to(self.device)
-        for name, size, rate in stages:
+        for name, sizes, rate in stages:
             file = self.work / f"{name}.safetensors"
             if not file.exists():
                 samples = getattr(self.recipe, name)
-                sizes = {"size": size, "samples": samples, "rate": rate}
-                self._record(name, train_denoiser(name, model, self.recipe, self.work, self.device, **sizes))
+                place = (self.recipe, self.work, self.device)
+                self._record(name, train_denoiser(name, model, *place, sizes=sizes, samples=samples, rate=rate))
                 _whole(file, lambda part: save_file(copy.deepcopy(model).cpu().state_dict(), part))
             model.load_state_dict(load_file(file))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from eval.methods import attention, hypertile, schedule
 from eval.methods import registry as methods
 
-NAMES = [*methods.known_methods(), "deepcache:tofu"]
+NAMES = [*methods.known_methods(), "deepcache:tofu", "deepcache-2:tofu"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -86,6 +86,18 @@ def test_methods_reduce_the_keys_of_the_highest_resolution(
     shapes = [(q[0], q[2], k[2]) for q, k in attended]
     assert shapes.count((batch, queries, keys)) == 5
     assert (2, 256, 256) not in shapes
+
+
+def test_no_attention_leaves_out_the_highest_resolution_alone(attended: list[tuple[torch.Size, torch.Size]]) -> None:
+    unet = tiny.sd15_unet()
+    tiny.predict(unet)
+    whole = [(q[2], k[2]) for q, k in attended]
+    attended.clear()
+    [method] = methods.parse("no-attention", [0.5])
+    with method.apply(unet):
+        tiny.predict(unet)
+    assert [(q[2], k[2]) for q, k in attended] == [one for one in whole if one != (256, 256)]
+    assert whole.count((256, 256)) == 5
 
 
 def test_hypertile_tiles_contain_neighbours() -> None:

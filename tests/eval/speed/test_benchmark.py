@@ -236,20 +236,21 @@ def test_periodic_methods_are_timed_over_a_period(
     assert all(calls % 3 == 0 for calls in steps)
 
 
-def test_deepcache_runs_one_step_of_three_whole() -> None:
+@pytest.mark.parametrize(("outer", "interval"), [("deepcache", 3), ("deepcache-2", 2)])
+def test_deepcache_runs_one_step_of_its_interval_whole(outer: str, interval: int) -> None:
     pytest.importorskip("DeepCache")
     model, call = shapes.unet(CASES["small-128"], 2, CPU, torch.float32)
     before = {name: {*vars(module)} for name, module in model.named_modules()}
     count = {"deep": 0, "top": 0}
     for name, resnet in (("deep", model.mid_block.resnets[0]), ("top", model.up_blocks[-1].resnets[-1])):
         resnet.conv1.register_forward_pre_hook(lambda module, args, name=name: count.update({name: count[name] + 1}))
-    [method] = methods.parse("deepcache:tofu", [0.5])
-    assert (method.slug, method.period) == ("deepcache-tofu-r50", 3)
+    [method] = methods.parse(f"{outer}:tofu", [0.5])
+    assert (method.slug, method.period) == (f"{outer}-tofu-r50", interval)
     with method.apply(model):
         assert tofu_sd.summary(model).config is not None
-        for t in (500, 499, 498) * 2:
+        for t in 2 * [*range(500, 500 - interval, -1)]:
             model(call.sample, torch.tensor(t), **call.more)
-    assert count == {"deep": 2, "top": 6}
+    assert count == {"deep": 2, "top": 2 * interval}
     assert tofu_sd.summary(model).config is None
     assert {name: {*vars(module)} for name, module in model.named_modules()} == before
 

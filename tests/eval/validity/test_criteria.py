@@ -43,12 +43,14 @@ def test_error_that_grows_within_its_interval_fails():
 
 @pytest.mark.parametrize(("value", "holds"), [(0.73, True), (0.98, False), (0.5, False)])
 def test_magnitude_of_the_error_is_that_of_stable_diffusion(value, holds):
+    figure = {"value": value, "low": value - 0.01, "high": value + 0.01}
     row = criteria.magnitude(
-        {"value": value, "low": value - 0.01, "high": value + 0.01}, {"name": "LPIPS", "value": 0.3}
+        {"MS-SSIM": figure, "PSNR": {"value": 31.0}, "LPIPS-squeeze": {"value": 0.3}},
+        {"MS-SSIM": {"value": 0.4, "low": 0.3, "high": 0.5}},
     )
     assert row.holds == holds
     assert f"{value:.3f}" in row.measured
-    assert "LPIPS 0.300" in row.measured
+    assert "LPIPS-squeeze 0.300; without that attention 0.400" in row.measured
     assert "0.7304" in row.required
 
 
@@ -96,15 +98,24 @@ def test_nearest_cosine_is_that_of_a_source_to_a_destination():
     torch.testing.assert_close(token_similarity.nearest_cosines(tokens, 2, 2), expected)
 
 
-def test_order_of_methods_holds_for_the_same_order_and_fails_for_the_opposite():
-    same = psnr_of({f"{one.method} {one.ratio}": one.psnr + 9 for one in photographs.METHODS})
-    assert criteria.order_of_methods(same).holds
-    assert criteria.order_of_methods(same).measured == "1.00"
-    opposite = psnr_of({f"{one.method} {one.ratio}": -one.psnr for one in photographs.METHODS})
-    assert criteria.order_of_methods(opposite).measured == "-1.00"
-    assert not criteria.order_of_methods(opposite).holds
+@pytest.mark.parametrize(("metric", "field"), [("PSNR", "psnr"), ("MS-SSIM", "ms_ssim")])
+def test_order_of_methods_holds_for_the_same_order_and_fails_for_the_opposite(metric, field):
+    values = {f"{one.method} {one.ratio}": getattr(one, field) for one in photographs.METHODS}
+    same = criteria.order_of_methods(metric, psnr_of({name: value + 9 for name, value in values.items()}))
+    assert same.holds
+    assert same.measured == "1.00"
+    assert metric in same.name
+    opposite = criteria.order_of_methods(metric, psnr_of({name: -value for name, value in values.items()}))
+    assert opposite.measured == "-1.00"
+    assert not opposite.holds
 
 
 def test_rank_correlation_by_hand():
     """Spearman: 1 - 6 sum d^2 / (n (n^2 - 1)); here the ranks differ by 0, 1, 1: 1 - 12 / 24."""
     assert criteria.rank_correlation([1.0, 5.0, 9.0], [10.0, 30.0, 20.0]) == pytest.approx(0.5)
+
+
+def test_equal_values_share_a_rank():
+    """Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: the correlation of these, by hand 4.5 / sqrt(4.5 * 5)."""
+    assert criteria.rank_correlation([1.0, 2.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]) == pytest.approx((4.5 / 5) ** 0.5)
+    assert criteria.rank_correlation([1.0, 2.0, 2.0, 3.0], [5.0, 6.0, 6.0, 9.0]) == pytest.approx(1)

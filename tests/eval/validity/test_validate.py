@@ -36,7 +36,7 @@ def finished(tmp_path_factory):
 
 def test_run_measures_every_criterion(finished):
     found = read_json(finished / "validity.json")
-    assert len(found["rows"]) == len(criteria.GROWING) + 5
+    assert len(found["rows"]) == len(criteria.GROWING) + 6
     assert found["settings"]["n"] == 5
     assert all(set(row) == {"name", "measured", "required", "holds"} for row in found["rows"])
     assert "nan" not in json.dumps(found["rows"])
@@ -48,7 +48,10 @@ def test_run_evaluates_the_methods_of_the_photographs(finished):
     assert slugs <= {row["key"] for row in report["rows"]}
     assert report["settings"]["guidance"] == 3
     strong, _ = results.read(finished / "guidance-7.5")
-    assert (strong["settings"]["guidance"], [row["key"] for row in strong["rows"]]) == (7.5, ["baseline", "mean-r50"])
+    assert (strong["settings"]["guidance"], [row["key"] for row in strong["rows"]]) == (
+        7.5,
+        ["baseline", "mean-r50", "no-attention"],
+    )
 
 
 def test_table_prints_a_finished_run(finished, capsys):

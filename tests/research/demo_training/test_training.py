@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,6 +145,33 @@ def test_interrupted_training_resumes_and_keeps_its_recipe(tmp_path, monkeypatch
     assert tofu_sd.demo.load_classifier().classify(torch.rand(1, 3, 64, 64)).shape == (1, 3)
     with pytest.raises(ValueError, match="work holds results for images 1, not 2"):
         train.train(replace(SMALL, images=2), work, out, CPU)
+
+
+def test_a_stage_of_two_sizes_trains_on_a_batch_of_each_in_every_step(tmp_path, monkeypatch):
+    """Weights that last saw large latents alone forget the smaller ones. Captions are those of the rows' classes."""
+    content = replace(recipe.CONTENTS["scenes"], model=replace(SCENES, classes=FEW))
+    monkeypatch.setitem(recipe.CONTENTS, "scenes", content)
+    for size, images in ((4, 3), (2, 5)):  # latents whose values are the class of their row, mirror images included
+        kinds = np.repeat(np.arange(len(FEW)), images)
+        latents = np.zeros((2 * len(kinds), 4, size, size), np.float16) + np.r_[kinds, kinds][:, None, None, None]
+        np.save(tmp_path / f"latents-{size}.npy", latents)
+    model = stages.Denoiser(content)
+    names = [c.name for c in FEW]
+    pad = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
+    texts = model.tokenizer([c.prompt for c in FEW] + names + [""], **pad).input_ids.tolist()
+    seen = []
+
+    def loss(model, clean, ids, *_):
+        seen.append(clean.shape[-1])
+        for latent, text in zip(clean, ids.tolist(), strict=True):
+            kind = int(latent[0, 0, 0])
+            assert text in (texts[kind], texts[kind + len(FEW)], texts[-1])
+        return next(model.parameters()).sum() * 0
+
+    monkeypatch.setattr(stages, "velocity_loss", loss)
+    figures = stages.train_denoiser("large", model, SMALL, tmp_path, CPU, sizes=(4, 2), samples=48, rate=1e-4)
+    assert seen == [4, 2, 4, 2]
+    assert figures["samples"] == 48
 
 
 @pytest.mark.parametrize(
