@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from . import EvalError
 from .common.cli import Help, Parser, as_path, command, integer_from
@@ -11,8 +13,9 @@ from .common.files import check_place, png, write
 from .common.schema_changes import METRIC_NAMES
 from .methods.method import BASELINE
 from .methods.registry import BASELINE_ALIAS
-from .reporting import pareto, pareto_plot
-from .reporting.html import GRID_ROWS, grid
+from .reporting import pareto
+from .reporting.drawings import disagreement, pareto_plot
+from .reporting.drawings.pictures import GRID_ROWS, grid
 from .reporting.results import merge_runs, with_times, write_report
 from .reporting.tables import markdown, markdown_against, with_rows
 
@@ -27,11 +30,15 @@ EXAMPLES = """examples:
       the Pareto-optimal methods in cost and quality with the call for each, from two runs of the same settings
   python -m eval.report runs/half runs/quarter --times runs/speed --plot pareto.svg
       quality against cost as a plot, with the times of a third run that timed all the methods
+  python -m eval.report runs/try --disagreement pair.png --rows 'faithful 50%' 'tome 50%'
+      the image on which PSNR prefers one of the two and LPIPS or MS-SSIM the other, and how often that happens
 """
 TAKES = {  # which of --rows, --columns, --by, --times and --first each part of a report uses
     "markdown": ("rows", "columns", "times"), "against": ("rows",), "grid": ("rows", "first"),
-    "pareto": ("by", "times"), "plot": ("rows", "times"),
+    "pareto": ("by", "times"), "plot": ("rows", "times"), "disagreement": ("rows",),
 }  # fmt: skip
+
+FILES = ("plot", "grid", "disagreement")  # parts that are written to the file that is named
 
 
 def parser() -> Parser:
@@ -53,6 +60,12 @@ def parser() -> Parser:
     what.add_argument("--pareto", action="store_true", help="print the Pareto-optimal methods and the call for each")
     what.add_argument("--plot", type=as_path, metavar="FILE", help="write a plot of quality against cost, as SVG")
     what.add_argument("--grid", type=as_path, metavar="FILE", help="write the images of --rows side by side, as PNG")
+    what.add_argument(
+        "--disagreement",
+        type=as_path,
+        metavar="FILE",
+        help="write the image on which PSNR and LPIPS or MS-SSIM prefer different ones of two --rows, as PNG",
+    )
     p.add_argument(
         "--rows", nargs="+", default=[], metavar="ROW", help="rows of the table, such as baseline 'tofu 50%%'"
     )
@@ -79,11 +92,11 @@ def main(argv: Sequence[str]) -> int:
         if getattr(options, name) and name not in TAKES.get(part, ()):
             raise EvalError(f"--{name} has no effect on {f'--{part}' if part else 'the whole report'}")
     out = options.out[0]
-    for name in ("plot", "grid"):
+    for name in FILES:
         if (place := getattr(options, name)) is not None:
             check_place(place, f"--{name}")
-    if len(options.out) > 1 and part in ("", "grid"):
-        raise EvalError(f"{'--grid' if part else 'the whole report'} shows the images of one folder")
+    if len(options.out) > 1 and part in ("", "grid", "disagreement"):
+        raise EvalError(f"{f'--{part}' if part else 'the whole report'} shows the images of one folder")
     found, images = merge_runs(options.out)
     if options.times:
         found = with_times(found, out, options.times)
@@ -94,14 +107,24 @@ def main(argv: Sequence[str]) -> int:
         print(markdown(found, [METRIC_NAMES.get(title, title) for title in options.columns]), end="")
     elif options.pareto:
         print(pareto.markdown(found, options.by), end="")
-    elif options.plot:
-        write(options.plot, pareto_plot.svg(found))
-    elif options.grid:
-        write(options.grid, png(grid(out, found, images, options.first or GRID_ROWS)))
+    elif part in FILES:
+        _draw(options, found, images)
     else:
         write_report(out)
         print(f"wrote {out / 'report.html'} and {out / 'grid.png'}", file=sys.stderr)
     return 0
+
+
+def _draw(options: argparse.Namespace, found: dict[str, Any], images: list[dict[str, str]]) -> None:
+    """Writes the plot or the images."""
+    if options.plot:
+        write(options.plot, pareto_plot.svg(found))
+    elif options.grid:
+        write(options.grid, png(grid(options.out[0], found, images, options.first or GRID_ROWS)))
+    else:
+        sheet, text = disagreement.draw(options.out[0], found, images, options.rows)
+        write(options.disagreement, png(sheet))
+        print(text)
 
 
 if __name__ == "__main__":

@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import markupsafe
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import Image
 
 from .. import EvalError
-from ..images.merge_maps import FOLDER, fit
+from ..images.merge_maps import FOLDER
 from ..images.settings import image_path
 from ..methods.method import BASELINE
-from . import pareto, pareto_plot, plots
+from . import pareto
+from .drawings import pareto_plot, plots
+from .drawings.pictures import MAGNIFY, difference, open_image, ranking, worst_first
 from .footnotes import footnotes, label, run_header
 from .tables import table
 
 PAIRS = 10  # shown of each method: the worst and the best
-GRID_ROWS = 6
 TIMES = ("seconds", "denoiser_seconds", "speedup", "interleaved", "same_run")  # of a row
 THUMBNAIL, SMALL, MANY = 512, 160, 8  # pixels at most; SMALL for more methods than MANY, to limit the size of the page
 MAPS_WIDTH = 1600  # pixels at most, of an image with its maps
-MAGNIFY = 4  # of difference images
-
-
-def ranking(results: dict[str, Any]) -> dict[str, Any] | None:
-    """The metric that pairs are sorted by: the most perceptual one of the run."""
-    there = {m["name"]: m for m in results["metrics"] if m.get("per_image") and m["name"] != "class accuracy"}
-    names = [name for name in there if name.startswith("LPIPS")] + ["PD-demo", "MS-SSIM", "PSNR"]
-    return next((there[name] for name in names if name in there), None)
-
-
-def worst_first(images: Sequence[dict[str, str]], metric: dict[str, Any] | None) -> list[dict[str, str]]:
-    """Pairs by decreasing distance; in their own order without a metric."""
-    if metric is None:
-        return list(images)
-    sign = -1 if metric["lower_is_better"] else 1
-    return sorted(images, key=lambda image: sign * float(image[metric["name"]]))
 
 
 def html(out: Path, results: dict[str, Any], images: list[dict[str, str]]) -> str:
@@ -93,10 +77,16 @@ def _sections(out: Path, results: dict[str, Any], images: list[dict[str, str]]) 
                 "of": len(own),
                 "worst": [_pair(out, image, measured, side) for image in worst],
                 "best": [_pair(out, image, measured, side) for image in best],
-                "maps": _embedded(_open(out / FOLDER / f"{row['key']}.png"), MAPS_WIDTH) if row.get("maps") else None,
+                "maps": _embedded(open_image(out / FOLDER / f"{row['key']}.png"), MAPS_WIDTH)
+                if row.get("maps")
+                else None,
             }
         )
     return sections
+
+
+def _maps(out: Path, row: dict[str, Any]) -> Path:
+    return out / FOLDER / f"{row['key']}.png"
 
 
 def _plots(results: dict[str, Any], images: list[dict[str, str]]) -> list[dict[str, Any]]:
@@ -115,43 +105,13 @@ def _plots(results: dict[str, Any], images: list[dict[str, str]]) -> list[dict[s
 
 
 def _pair(out: Path, image: dict[str, str], measured: list[dict[str, Any]], side: int) -> dict[str, Any]:
-    baseline, own = (_open(image_path(out, key, image["id"])) for key in (BASELINE.slug, image["key"]))
-    difference = ImageChops.difference(baseline, own).point(lambda level: min(255, MAGNIFY * level))
+    baseline, own = (open_image(image_path(out, key, image["id"])) for key in (BASELINE.slug, image["key"]))
     figures = {m["name"]: f"{float(image[m['name']]):.{m['digits']}f}" for m in measured if image[m["name"]]}
     return {
         **image,
         "figures": figures,
-        "images": [_embedded(image, side) for image in (baseline, own, difference)],
+        "images": [_embedded(image, side) for image in (baseline, own, difference(baseline, own))],
     }
-
-
-def grid(out: Path, results: dict[str, Any], images: list[dict[str, str]], first: int) -> Image.Image:
-    """The first prompts, a row each; the baseline and the methods, a column each."""
-    rows = [row for row in results["rows"] if "skipped" not in row]
-    shown = [image for image in images if image["key"] == BASELINE.slug][:first]
-    side, gap, head, caption = min(256, results["settings"]["size"]), 8, 28, 20
-    width = gap + len(rows) * (side + gap)
-    canvas = Image.new("RGB", (width, head + len(shown) * (caption + side + gap)), "white")
-    pen, bold, small = ImageDraw.Draw(canvas), ImageFont.load_default(15), ImageFont.load_default(11)
-    for i, row in enumerate(rows):
-        pen.text((gap + i * (side + gap), 6), fit(label(row), bold, side), fill="black", font=bold)
-    for j, image in enumerate(shown):
-        top = head + j * (caption + side + gap)
-        pen.text((gap, top + 2), fit(image["prompt"], small, width - 2 * gap), fill="dimgray", font=small)
-        for i, row in enumerate(rows):
-            tile = _open(image_path(out, row["key"], image["id"])).resize((side, side), Image.Resampling.LANCZOS)
-            canvas.paste(tile, (gap + i * (side + gap), top + caption))
-    return canvas
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        why = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
-        again = "the same command of eval.run generates it again"
-        raise EvalError(f"the image {path.parent.name}/{path.name} {why}: {again}") from error
 
 
 def _embedded(image: Image.Image, most: int) -> str:

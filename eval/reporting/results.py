@@ -23,8 +23,9 @@ from ..methods.method import BASELINE, OTHER_SEEDS
 from ..methods.registry import parse
 from ..metrics.score import Scores
 from . import spreadsheet
+from .drawings.pictures import GRID_ROWS, grid
 from .footnotes import RECORD, commits, with_unique_labels
-from .html import GRID_ROWS, TIMES, grid, html
+from .html import TIMES, html
 
 RESULTS, PER_IMAGE = "results.json", "per_image.csv"
 FIELDS = ("method", "key", "id", "prompt", "seed", "seconds")  # of the table, before the metrics

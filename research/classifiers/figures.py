@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from eval.reporting import plots
-from eval.reporting.pareto_plot import COLOURS
+from eval.reporting.drawings import plots
+from eval.reporting.drawings.pareto_plot import COLOURS
 from tofu_sd.core.token_map import TokenMap
 from tofu_sd.hosts import timm as host
 

@@ -17,8 +17,9 @@ from eval import report as report_module
 from eval.common import files
 from eval.evaluation import prepare
 from eval.metrics.score import Scores
-from eval.reporting import pareto, pareto_plot, tables
+from eval.reporting import pareto, tables
 from eval.reporting import results as results_module
+from eval.reporting.drawings import pareto_plot
 from eval.reporting.pareto import Point
 
 FIGURE = st.floats(0, 1.2, allow_nan=False).map(lambda x: round(x, 1))  # coarse, so that some are equal

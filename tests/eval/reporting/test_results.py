@@ -19,8 +19,9 @@ from eval import run as run_module
 from eval.common import files
 from eval.common.schema_changes import convert
 from eval.evaluation import prepare
-from eval.reporting import html, tables
 from eval.reporting import results as results_module
+from eval.reporting import tables
+from eval.reporting.drawings import pictures
 
 
 @pytest.fixture(scope="module")
@@ -223,8 +224,8 @@ def test_report_is_reproducible_from_the_files(finished, capsys):
 def test_pairs_are_sorted_worst_first():
     lower, higher = {"name": "D", "lower_is_better": True}, {"name": "D", "lower_is_better": False}
     images = [{"id": "a", "D": "0.1"}, {"id": "b", "D": "0.3"}, {"id": "c", "D": "0.2"}]
-    assert [i["id"] for i in html.worst_first(images, lower)] == ["b", "c", "a"]
-    assert [i["id"] for i in html.worst_first(images, higher)] == ["a", "c", "b"]
+    assert [i["id"] for i in pictures.worst_first(images, lower)] == ["b", "c", "a"]
+    assert [i["id"] for i in pictures.worst_first(images, higher)] == ["a", "c", "b"]
 
 
 def test_denoiser_seconds_are_reported(finished):
@@ -262,3 +263,16 @@ def test_a_terminal_shows_every_figure(capsys, width):
     for _, cells in rows:
         for cell in cells:
             assert {cell.value, *cell.interval.split("–")} <= {*shown.split(), ""}
+
+
+def test_disagreement_is_written_for_two_rows_alone(finished, capsys, tmp_path):
+    """One step of a random model: whether its metrics disagree is left open, a file without a sentence is not."""
+    out, _ = finished
+    pair = tmp_path / "pair.png"
+    code = report_module.main([str(out), "--disagreement", str(pair), "--rows", "tofu 50%", "kv:tome+p 50%"])
+    printed = capsys.readouterr()
+    assert (code == 0) == pair.exists() == ("prefer different methods on" in printed.out)
+    assert code == 0 or "agree on each of" in printed.err
+    assert report_module.main([str(out), "--disagreement", str(pair), "--rows", "tofu 50%"]) == 2
+    assert "--rows names 1" in capsys.readouterr().err
+    assert report_module.main([str(out), "--disagreement", str(tmp_path / "none" / "pair.png"), "--rows", "a"]) == 2

@@ -12,11 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .. import EvalError
-from ..methods.registry import outer_and_inner
+from ... import EvalError
+from ...methods.registry import outer_and_inner
+from ..footnotes import label
+from ..pareto import FLOPS, TIME, Cost, Point, fusion_of, metrics_shown, pareto, points, without_cost
 from . import plots
-from .footnotes import label
-from .pareto import FLOPS, TIME, Cost, Point, fusion_of, metrics_shown, pareto, points, without_cost
 
 FORMS = {"merged": "o", "with log n (+p)": "^", "keys and values (kv:)": "s", "both": "D"}
 COLOURS = ("#3358d4", "#d6409f", "#30a46c", "#f76b15", "#8e4ec6", "#12a594", "#978365", "#60646c")

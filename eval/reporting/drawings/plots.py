@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..methods.method import BASELINE, OTHER_SEEDS
-from .footnotes import label
+from ...methods.method import BASELINE, OTHER_SEEDS
+from ..footnotes import label
 
 
 def style() -> AbstractContextManager[None]:

@@ -1,0 +1,1 @@
+"""Draws plots as SVG, and images beside each other."""
