@@ -1,7 +1,7 @@
 """What log(n_i) on the keys costs in attention alone, by each way to say it and on each backend.
 
 `python -m benchmarks.proportional [--device cuda --dtype bfloat16]`. Per shape and backend: milliseconds without it;
-and as ratios to that, with a mask, with two more channels (`tofu_sd.proportional`), with FlexAttention, compiled.
+and as ratios to that, with a mask, with two more channels (`tofu_sd.core.proportional`), with FlexAttention, compiled.
 """
 
 import argparse
@@ -9,10 +9,10 @@ import time
 
 import torch
 import torch.nn.functional as F
-from tofu_sd.proportional import by_channel, by_mask
 from torch.nn.attention.flex_attention import flex_attention
 
-from eval.bench import BACKENDS
+from eval.speed.contender import BACKENDS
+from tofu_sd.core.proportional import by_channel, by_mask
 from tofu_sd.patching.autotune import synchronize
 
 SHAPES = {  # (heads, channels of one, tokens) of the highest resolution, half of which are fused

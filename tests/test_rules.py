@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,27 @@ def test_random_numbers_of_the_library_have_a_generator() -> None:
         and "generator" not in {keyword.arg for keyword in node.keywords}
     }
     assert not without
+
+
+def _own_imports() -> list[tuple[str, str, str]]:
+    """(file, module, name) of each import of this project's packages in benchmarks, which no other check reads."""
+    return [
+        (str(path.relative_to(ROOT)), node.module, alias.name)
+        for path in sorted((ROOT / "benchmarks").rglob("*.py"))
+        for node in ast.walk(_tree(path))
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module
+        if node.module.split(".")[0] in ("tofu_sd", "eval", "research")
+        for alias in node.names
+    ]
+
+
+def test_benchmarks_import_what_exists() -> None:
+    """benchmarks/proportional.py kept the name of a module that had moved, and failed."""
+    imports = _own_imports()
+    assert imports
+    missing = [
+        (file, module, name)
+        for file, module, name in imports
+        if not hasattr(importlib.import_module(module), name) and importlib.util.find_spec(f"{module}.{name}") is None
+    ]
+    assert not missing
