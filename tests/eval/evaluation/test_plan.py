@@ -142,7 +142,10 @@ def test_method_that_is_not_installed_is_reported_before_generating(command, mon
         (["--metrics-only", "--out", "out", "--repeats", "2"], "--metrics-only generates nothing"),
         (["--shard", "3/2"], "'3/2' is not a part such as 1/4"),
         (["--shard", "1/2", "--generate-only"], "not allowed with argument"),
-        (["--suite", "papper"], "unknown suite 'papper' (did you mean 'paper'?); known: depth, modes, paper"),
+        (
+            ["--suite", "papper"],
+            "unknown suite 'papper' (did you mean 'paper'?); known: depth, embedded, ",
+        ),
         (["--reference", "nowhere"], "--reference nowhere does not exist"),
     ],
 )

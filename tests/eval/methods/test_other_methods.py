@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from eval.methods import attention, hypertile, schedule
 from eval.methods import registry as methods
+from tofu_sd.core.reductions import mean, prune
 
 NAMES = [*methods.known_methods(), "deepcache:tofu", "deepcache-2:tofu"]
 
@@ -115,3 +117,17 @@ def test_todo_keeps_every_other_token_of_every_other_row() -> None:
     assert attention.as_square_map(tokens)[:, ::2, ::2].flatten().tolist() == [0, 2, 8, 10]
     with pytest.raises(RuntimeError, match="invalid for input"):
         attention.as_square_map(torch.zeros(1, 15, 1))
+
+
+def test_split_reductions_of_keys_and_values_are_the_asymmetric_recipe_where_they_are_equal() -> None:
+    """benchmarks/split_kv.py: with the mean for both it is `asymmetric`, else it differs; both are undone."""
+    split_kv = methods._load(Path(__file__).parents[3] / "benchmarks" / "split_kv.py")
+    unet = tiny.sd15_unet()
+    [asymmetric] = methods.parse("asymmetric", [0.5])
+    with asymmetric.apply(unet):
+        expected = tiny.predict(unet)
+    with split_kv.split(unet, 0.5, mean, mean):
+        assert torch.equal(tiny.predict(unet), expected)
+    with split_kv.split(unet, 0.5, mean, prune):
+        assert not torch.equal(tiny.predict(unet), expected)
+    assert not any("forward" in vars(module) for module in unet.modules())
