@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from .config_fields import ConfigFields
-from .core.matching import BUILT_IN_MATCHERS
 from .core.reductions import Reduction, get_reduction, mean
 from .options import check_options, defaults_of, describe_options, specs_of
 from .utils import did_you_mean
+
+PAIRED_ONCE = 0.5  # the ratio at which each token has one partner
 
 BUCKETS = 8
 """Under a threshold the number of merged tokens is a multiple of this share of the most that may be merged."""
@@ -78,6 +79,18 @@ class TokenFusionConfig(ConfigFields):
         return 1 - 1 / (self.sx * self.sy)
 
     @property
+    def in_cells(self) -> bool:
+        """Whether tokens are matched within cells of 2 x 2."""
+        return self.matching in ("pairs", "cells")
+
+    @property
+    def group_size(self) -> int | None:
+        """How many tokens each survivor stands for where all groups have one size; None where sizes are not known."""
+        if not self.in_cells:
+            return None
+        return 2 if self.matching == "pairs" and self.ratio <= PAIRED_ONCE else 4
+
+    @property
     def slug(self) -> str:
         """A short name for rows, folders and plots: 'tofu-r50', 'kv-mean-r75+p'."""
         name = "kv-" * self.kv_only + _pair_name(self.early, self.late)
@@ -129,6 +142,11 @@ class TokenFusionConfig(ConfigFields):
 
         Under a threshold this is the maximum.
         """
+        if self.in_cells:
+            cells, wanted = (h // 2) * (w // 2), int(h * w * self.ratio)
+            if self.matching == "cells":
+                return 3 * min(wanted // 3, cells)
+            return min(wanted, 2 * cells) if self.ratio <= PAIRED_ONCE else 3 * cells
         sources = h * w - max(1, h // self.sy) * max(1, w // self.sx)
         if self.temperature is not None:
             return sources if self.ratio else 0
@@ -167,7 +185,7 @@ def _check_threshold(config: TokenFusionConfig) -> str | None:
         defaults = defaults_of(config)
         idle = [name for name in ("threshold_decay", "threshold_min") if getattr(config, name) != defaults[name]]
         return f"{idle[0]} is {getattr(config, idle[0])!r} and threshold is None: it has no effect" if idle else None
-    if config.matching not in BUILT_IN_MATCHERS:
+    if config.matching not in ("bipartite", "soft"):
         return (
             f"matching is {config.matching!r} and threshold is {config.threshold!r}, which counts cosines of bipartite "
             "matching: set only one"
@@ -200,6 +218,23 @@ def _check_soft_matching(config: TokenFusionConfig) -> str | None:
     return None
 
 
+def _check_cells(config: TokenFusionConfig) -> str | None:
+    if not config.in_cells:
+        return None
+    matching = f"matching is {config.matching!r}"
+    for name in ("window", "seed"):
+        if (value := getattr(config, name)) is not None:
+            return f"{name} is {value!r} and {matching}, which stays within cells of 2 x 2: it has no effect"
+    if (config.sx, config.sy) != (2, 2):
+        return f"sx is {config.sx}, sy is {config.sy} and {matching}, whose cells are 2 x 2"
+    if config.matching == "pairs" and config.ratio > PAIRED_ONCE and not math.isclose(config.ratio, config.max_ratio):
+        return (
+            f"ratio is {config.ratio!r} and {matching}: it must be at most {PAIRED_ONCE}, where each token is merged "
+            f"with another, or {config.max_ratio:g}, where the pairs are paired again"
+        )
+    return None
+
+
 def _check_kv(config: TokenFusionConfig) -> str | None:
     name = "kv_early" if config.kv_early is not None else "kv_late"
     if not config.separate_kv:
@@ -225,7 +260,7 @@ def _check_layers(config: TokenFusionConfig) -> str | None:
 
 
 _CHECKS: tuple[Callable[[TokenFusionConfig], str | None], ...] = (
-    _check_ratio, _check_threshold, _check_soft_matching, _check_kv, _check_steps, _check_layers,
+    _check_ratio, _check_threshold, _check_soft_matching, _check_cells, _check_kv, _check_steps, _check_layers,
 )  # fmt: skip
 
 

@@ -83,7 +83,8 @@ class ConfigFields:
         "choice",
         choices=lambda: MATCHERS,
         group=_METHOD,
-        help="How tokens are matched: bipartite soft matching (ToMe, ToFu), or a registered matcher.",
+        help="How tokens are matched: 'bipartite' soft matching (ToMe, ToFu); 'pairs' or 'cells', which compare only "
+        "within cells of 2 x 2 tokens; or a registered matcher.",
     )
     kv_only: bool = option(
         False,

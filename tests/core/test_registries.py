@@ -49,7 +49,9 @@ def test_matcher_name_is_part_of_the_slug() -> None:
 
 
 def test_unknown_matcher_raises_and_lists_known_matchers() -> None:
-    with pytest.raises(ValueError, match=r"'bipartit' \(did you mean 'bipartite'\?\).*'bipartite' or 'soft'"):
+    with pytest.raises(
+        ValueError, match=r"'bipartit' \(did you mean 'bipartite'\?\).*'bipartite', 'soft', 'pairs' or 'cells'"
+    ):
         TokenFusionConfig(matching="bipartit")
 
 
@@ -130,14 +132,14 @@ def _soft(tokens: Tensor, total: int, **changes: Any) -> SoftMap:
     ({"src_index": lambda i: i[1:]}, "src_index [255]; it must be [256]"),
 ])  # fmt: skip
 def test_soft_map_of_a_matcher_is_checked(changes: dict[str, Any], message: str) -> None:
-    register_matcher("pairs")(lambda tokens, grid, config: _soft(tokens, tokens.shape[1], **changes))
-    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, matching="pairs", early=mean, late=mean)
+    register_matcher("soft_pairs")(lambda tokens, grid, config: _soft(tokens, tokens.shape[1], **changes))
+    unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, matching="soft_pairs", early=mean, late=mean)
     if not message:
         assert tiny.predict(unet).isfinite().all()
         return
     with pytest.raises(ValueError) as refused:  # noqa: PT011
         tiny.predict(unet)
-    assert str(refused.value) == f"matcher pairs returned {message}"
+    assert str(refused.value) == f"matcher soft_pairs returned {message}"
 
 
 def test_indices_are_read_once_for_each_number_of_tokens_and_never_in_compiled_code(

@@ -62,6 +62,7 @@ def count_graphs(regional: bool, config: tofu_sd.TokenFusionConfig | None) -> in
         named("kv:mlerp+p"),
         TokenFusionConfig(seed=3, merge_mlp=True, merge_crossattn=True),
         TokenFusionConfig(kv_early="mean", kv_late="prune", proportional=True),
+        TokenFusionConfig(matching="cells"),
     ],
     ids=lambda f: f.slug,
 )

@@ -204,3 +204,36 @@ def test_unknown_kind_of_map_is_reduced_too() -> None:
     tofu_sd.apply_patch(both, 0.5, **options)
     tofu_sd.apply_patch(one, 0.5, **{name: value for name, value in options.items() if name != "kv_late"})
     assert torch.equal(tiny.predict(both), tiny.predict(one))
+
+
+@pytest.mark.parametrize(("matching", "ratio"), [("pairs", 0.5), ("pairs", 0.75), ("cells", 0.75)])
+def test_equal_groups_are_exact_without_a_bias(matching: str, ratio: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """softmax cancels a constant, so that proportional attention changes no bit and passes no mask."""
+    masks: list[Any] = []
+    plain = F.scaled_dot_product_attention
+
+    def noted(*args: Any, **more: Any) -> Tensor:
+        if args[0].shape[-2] > 16:  # the test of whether masks are used has 16 tokens
+            masks.append(more.get("attn_mask"))
+        return plain(*args, **more)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    unet = tiny.sd15_unet()
+    outputs = []
+    for proportional in (False, True):
+        config = TokenFusionConfig(ratio=ratio, matching=matching, proportional=proportional)
+        with tofu_sd.patched(unet, config):
+            outputs.append(tiny.predict(unet))
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], tiny.predict(unet))
+    assert set(masks) == {None}
+
+
+def test_partly_merged_pairs_have_a_bias() -> None:
+    """Two sizes: log 2 on some of the keys changes the result."""
+    unet = tiny.sd15_unet()
+    outputs = []
+    for proportional in (False, True):
+        with tofu_sd.patched(unet, 0.25, matching="pairs", proportional=proportional):
+            outputs.append(tiny.predict(unet))
+    assert not torch.equal(*outputs)

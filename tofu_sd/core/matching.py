@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..kernels import build_map, nearest_dst
 from ..utils import RegistrationError, did_you_mean, same_source
+from .cells import match_in_cells
 from .checked import CheckedMatcher, Matcher
 from .partition import Partition, PartitionTensors, Windows
 from .token_map import SoftMap, TokenMap
@@ -168,6 +169,18 @@ def _bipartite(tokens: Tensor, grid: PartitionTensors, config: Any) -> TokenMap:
 def _soft(tokens: Tensor, grid: PartitionTensors, config: Any) -> SoftMap:
     assert grid.windows is not None  # the configuration requires a window
     return soft_merge_map(tokens, grid.windows, config.temperature)
+
+
+@register_matcher("pairs")
+def _pairs(tokens: Tensor, grid: PartitionTensors, config: Any) -> TokenMap:
+    assert grid.cells is not None
+    return match_in_cells(tokens, grid.cells, len(grid.num_merged), whole=False)
+
+
+@register_matcher("cells")
+def _cells(tokens: Tensor, grid: PartitionTensors, config: Any) -> TokenMap:
+    assert grid.cells is not None
+    return match_in_cells(tokens, grid.cells, len(grid.num_merged), whole=True)
 
 
 BUILT_IN_MATCHERS = tuple(MATCHERS)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cells import Cells
+
 
 class Partition(NamedTuple):
     """Raster positions of the source tokens [S], in raster order, and of the destination tokens [D], cell by cell."""
@@ -108,8 +110,15 @@ class PartitionTensors(NamedTuple):
         parts: sources and destinations.
         num_merged: [r]; its length is the number of tokens to merge.
         windows: the windows within which sources are compared; None for the whole map.
+        cells: the 2 x 2 cells of the map, for matchers that stay within them; None for others.
     """
 
     parts: Partition
     num_merged: Tensor
     windows: Windows | None
+    cells: Cells | None = None
+
+    @property
+    def indices(self) -> tuple[Tensor, ...]:
+        """All tensors of positions."""
+        return (*self.parts, *(self.windows or ()), *(self.cells or ()))

@@ -105,6 +105,11 @@ class SoftMap(NamedTuple):
         return TokenMap(self.kept_idx.expand(B, -1), group_idx.index_copy(1, self.kept_idx, n.expand(B, -1)))
 
 
+def has_equal_groups(map: TokenMap | SoftMap, size: int | None) -> bool:
+    """Whether all survivors stand for `size` tokens each, given that none stands for more; False for None."""
+    return size is not None and map.before[1] == size * map.after[1]
+
+
 def draw_merge_map(map: TokenMap, h: int, w: int) -> Tensor:
     """Draws a map as images [B, 3, h, w] in 0..1: a colour for each group, dark gray for a token that is alone."""
     size = map.size.gather(1, map.group_idx)  # [B, N] of each token's group

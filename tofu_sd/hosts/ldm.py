@@ -221,7 +221,7 @@ def merged_attention(kind: type[nn.Module]) -> type[nn.Module]:
                 return attend(x, context=context, mask=mask, **more)
 
             def merged(queries: Tensor, keys: Tensor | None, map: TokenMap | SoftMap) -> Tensor:
-                if not state.proportional:
+                if not state.needs_bias(map):
                     return attend(queries, context=keys, **more)
                 # the program's own attention has no additive mask
                 source = queries if keys is None else keys

@@ -14,7 +14,7 @@ from ..core.matching import count_above_threshold, get_matcher, most_similar
 from ..core.partition import PartitionTensors
 from ..core.proportional import key_bias
 from ..core.reductions import Reduction, apply_reduction, reduce_by_id, reduction_id, unmerge
-from ..core.token_map import SoftMap, TokenMap
+from ..core.token_map import SoftMap, TokenMap, has_equal_groups
 from ..kernels.operators import is_compiling
 from .host import BlockInfo
 from .image_parts import ImagePart
@@ -159,9 +159,13 @@ class BlockState:
             return self.reduce(x, map)
         return _reduce(x, map, self.reductions.kv, self.current.kv_id_tensor)
 
+    def needs_bias(self, map: TokenMap | SoftMap) -> bool:
+        """Whether attention adds log(n_i) to its keys. Softmax cancels it where all groups have one size."""
+        return self.proportional and not has_equal_groups(map, self.config.group_size)
+
     def key_bias(self, x: Tensor, map: TokenMap | SoftMap, sdpa: bool) -> Tensor | None:
         """Returns log(n_i) of each key as an additive mask [B, 1, K]; None without proportional attention."""
-        return key_bias(map.size, x.dtype, sdpa) if self.proportional else None
+        return key_bias(map.size, x.dtype, sdpa) if self.needs_bias(map) else None
 
     def run_attention(
         self, x: Tensor, full: Callable[[], Tensor], merged: MergedForward, can_merge: Callable[[], bool]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import TokenFusionConfig
+from ..core.cells import make_cells
 from ..core.partition import Partition, PartitionTensors, partition, windows
 from ..kernels.operators import is_compiling
 from .image_parts import ImagePart, ImagePartTracker
@@ -76,7 +77,7 @@ class StepTracker:
         if self.config.seed is None and self.config.num_merged(h, w):
             with torch.inference_mode(False):  # inference tensors cannot be used in training
                 grid = self._make_grid(h, w, device)
-            for index in (*grid.parts, *(grid.windows or ())):
+            for index in grid.indices:
                 torch._dynamo.mark_static_address(index)  # CUDA graphs read it in place
             self._prepared = (*self._prepared, (h, w, grid))
 
@@ -150,7 +151,7 @@ class StepTracker:
         grids = self._grids if self.config.seed is None else now.grids
         if (h, w, device) not in grids:
             grid = self._make_grid(h, w, device)
-            for index in (*grid.parts, grid.num_merged, *(grid.windows or ())):
+            for index in (*grid.indices, grid.num_merged):
                 # one graph of a compiled block for every size and ratio
                 torch._dynamo.maybe_mark_dynamic(index, list(range(index.ndim)))
             if len(grids) > 16:  # a new dictionary: another thread may be reading this one
@@ -183,7 +184,8 @@ class StepTracker:
         if config.window is not None:
             everyone = Partition(torch.arange(h * w, device=device), parts.dst)
             near = windows(parts if config.temperature is None else everyone, h, w, config.sx, config.sy, config.window)
-        return PartitionTensors(parts, torch.empty(config.num_merged(h, w), device=device), near)
+        cells = make_cells(h, w, device) if config.in_cells else None
+        return PartitionTensors(parts, torch.empty(config.num_merged(h, w), device=device), near, cells)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_grids": {}, "_lengths": {}, "_prepared": ()}

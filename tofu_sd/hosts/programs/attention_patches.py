@@ -19,7 +19,7 @@ from torch import Tensor
 from ...config import TokenFusionConfig
 from ...core.proportional import proportional_attention
 from ...core.reductions import unmerge
-from ...core.token_map import TokenMap
+from ...core.token_map import TokenMap, has_equal_groups
 from ...patching.host import BlockInfo
 from ..ldm import Place, fixed_min_tokens
 from .call_state import CallState, Options, map_size, place_of
@@ -179,7 +179,7 @@ class AttentionPatches:
     def attention(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         """attn1_replace: proportional attention of the projected q, k, v [B, N, C]."""
         heads, map = options["n_heads"], options.get(MAP)
-        if map is None or k.shape[:2] != map.after:
+        if map is None or k.shape[:2] != map.after or has_equal_groups(map, self.config.group_size):
             assert self.plain is not None
             return self.plain(q, k, v, heads, options)
         dtype = v.dtype
