@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 from urllib.error import URLError
 
@@ -30,6 +31,18 @@ logging.getLogger("tofu_sd").setLevel(logging.WARNING)
 @pytest.fixture(autouse=True)
 def _seed_torch() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _merging_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps of tests are tiny. What is measured, and what follows, is tested in patching/test_autotune.py."""
+    from tofu_sd import timing_cache
+    from tofu_sd.patching import autotune
+
+    cache = timing_cache.TimingCache(Path(os.devnull, "times.json"))  # cannot be written
+    monkeypatch.setattr(autotune, "cache", cache)
+    monkeypatch.setattr(autotune.MergeRule, "_measure_for_real", autotune.MergeRule._measure, raising=False)
+    monkeypatch.setattr(autotune.MergeRule, "_measure", lambda *_: timing_cache.Timing(full=2.0, merged=1.0))
 
 
 @pytest.fixture

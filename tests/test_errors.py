@@ -218,10 +218,10 @@ def test_interrupted_apply_patch_is_undone_completely(monkeypatch: pytest.Monkey
     def interrupt(*args: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(unet.up_blocks[3].attentions[1], "register_forward_pre_hook", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        tofu_sd.apply_patch(unet, 0.5)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(unet.up_blocks[3].attentions[1], "register_forward_pre_hook", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tofu_sd.apply_patch(unet, 0.5)
     assert [type(module) for module in unet.modules()] == classes
     assert not any(module._forward_pre_hooks or "_tofu" in vars(module) for module in unet.modules())
     assert torch.equal(tiny.predict(unet), baseline)

@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 from .config import TokenFusionConfig
 from .environment import check_torchvision
 from .linearity import measure_split
-from .patching.autotune import break_even
 from .patching.host import BlockInfo
-from .patching.patch import Patch, attach, detach, min_tokens_by_level, patch_of, plan, set_min_tokens, states_of
+from .patching.patch import Patch, attach, detach, patch_of, plan, rules_of, states_of
 from .patching.recording import MapRecord, recording
 from .patching.summary import Summary, summarize
 from .utils import did_you_mean
@@ -62,8 +61,6 @@ def apply_patch(model: Model, ratio: float | TokenFusionConfig = 0.5, *more: Any
         patch = plan(unet, blocks, config, host, train_steps=train_steps, swapped=swapped)
         host.check_processors(patch)
         attach(unet, patch)
-        if config.min_tokens == "auto":
-            set_min_tokens(unet, break_even(unet))
         report = _summary(unet, blocks, host.latent_size(unet))
     except BaseException:  # also an interrupt must not lose the earlier patch
         if patch_of(unet) is not None:
@@ -179,9 +176,9 @@ def summary(model: Any, latent: tuple[int, int] | None = None) -> Summary:
 
 def _summary(unet: Any, blocks: list[BlockInfo], latent: tuple[int, int]) -> Summary:
     patch = patch_of(unet)
-    min_tokens = min_tokens_by_level(patch) if patch else {}
+    rules = rules_of(patch) if patch else {}
     counts = {name: state.counts for name, state in states_of(patch).items()} if patch else {}
-    return summarize(type(unet).__name__, blocks, patch.config if patch else None, min_tokens, latent, counts)
+    return summarize(type(unet).__name__, blocks, patch.config if patch else None, rules, latent, counts)
 
 
 def _host() -> ModuleType:

@@ -103,6 +103,7 @@ class TokenFusionConfig(ConfigFields):
             (spec, getattr(self, name))
             for name, spec in specs_of(self).items()
             if spec.mark and name != "proportional" and getattr(self, name) != defaults_of(self)[name]
+            if (name, getattr(self, name)) != ("min_tokens", 0)  # which maps are merged is no part of a method
         ]
         parts += [f"{spec.mark}{value}" for spec, value in changed if spec.kind in ("integer", "number")]
         if (self.sx, self.sy) != (2, 2):
@@ -254,8 +255,6 @@ def _check_steps(config: TokenFusionConfig) -> str | None:
 def _check_layers(config: TokenFusionConfig) -> str | None:
     if not config.layers:
         return "merge_attn, merge_crossattn and merge_mlp are all False: nothing would be merged"
-    if config.min_tokens == "auto" and not config.merge_attn:
-        return "min_tokens is 'auto', which measures self-attention, and merge_attn is False: give a number"
     return None
 
 

@@ -102,14 +102,15 @@ class ConfigFields:
         help="How many attention resolutions are merged, from the highest that has attention downwards.",
     )
     min_tokens: int | str = option(
-        0,
+        "auto",
         "integer",
         low=0,
         words=("auto",),
         mark="min",
         group=_METHOD,
-        help="Maps of fewer tokens are skipped. 'auto' measures, in about a second, from how many tokens on merging "
-        "is faster on this machine; images then depend on the machine.",
+        help="Maps of fewer tokens are skipped. 'auto' skips those on which merging is not faster: it times "
+        "self-attention both ways at the first call with a size, and remembers the result on this machine. With a "
+        "number images do not depend on the machine; 0 merges all.",
     )
     window: int | None = option(
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import math
@@ -141,7 +142,7 @@ def _one(name: str, ratio: float) -> Method:
     try:
         if name in METHODS:
             return _registered(name, TokenFusionConfig(ratio=ratio).ratio)  # the same limits, with the same message
-        fusion = recipes.named(name, ratio)
+        fusion = _of_any_machine(recipes.named(name, ratio), name)
     except recipes.UnknownMethodError as error:
         known = [BASELINE.name, *recipes.RECIPES, *METHODS]
         stackable = " or ".join(f"{one}:" for one in known_methods(stackable=True))
@@ -218,7 +219,12 @@ def _from_file(name: str, ratio: float) -> Method:
             raise EvalError(_unknown_in_file(path, module, own))
     except (ValueError, TypeError) as error:
         raise EvalError(_with_hint(error)) from error
-    return _of_config("@".join([own, *changes]), config, {"source": digest(path)})
+    return _of_config("@".join([own, *changes]), _of_any_machine(config, name), {"source": digest(path)})
+
+
+def _of_any_machine(config: TokenFusionConfig, name: str) -> TokenFusionConfig:
+    """The configuration that merges all maps unless the name says otherwise: figures do not depend on the machine."""
+    return config if "@min_tokens=" in name else dataclasses.replace(config, min_tokens=0)
 
 
 def _unknown_in_file(path: Path, module: Any, own: str) -> str:

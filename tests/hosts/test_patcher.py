@@ -14,8 +14,10 @@ from torch import nn
 import tofu_sd
 from tofu_sd import TokenFusionConfig
 from tofu_sd.hosts import ldm
-from tofu_sd.hosts.programs.attention_patches import map_size
+from tofu_sd.hosts.programs.attention_patches import SLOWER, map_size
 from tofu_sd.hosts.programs.model_patcher import patch_model, patches_of
+from tofu_sd.patching import autotune
+from tofu_sd.timing_cache import Timing
 
 # in these programs a patch gets only normed tokens, so both adapters match on them
 OPTIONS = [
@@ -78,6 +80,27 @@ def test_patcher_matches_the_diffusers_adapter(unets, options, size):
     assert torch.allclose(result, expected, atol=1e-4)
     if options.get("min_tokens", 0) == 0:
         assert (result - call(unet, patcher, *size)).abs().max() > 1e-3  # merging changes the prediction
+
+
+@pytest.mark.parametrize(("seconds", "skipped"), [(1.0, False), (3.0, True)])
+def test_maps_on_which_merging_is_not_faster_are_not_merged(unets, monkeypatch, seconds, skipped):
+    unet, patcher = unets
+    monkeypatch.setattr(autotune.MergeRule, "_measure", lambda *_: Timing(full=2.0, merged=seconds))
+    clone = merged(patcher)
+    assert torch.equal(call(unet, clone), call(unet, patcher)) == skipped
+    assert (SLOWER in patches_of(clone).reasons) == skipped
+    assert not torch.equal(call(unet, merged(patcher, min_tokens=0)), call(unet, patcher))
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_only": True}, {"kv_early": "mean"}], ids=options_id)
+def test_the_programs_own_attention_is_timed_and_left_as_it_was(unets, monkeypatch, options):
+    unet, patcher = unets
+    monkeypatch.setattr(autotune.MergeRule, "_measure", autotune.MergeRule._measure_for_real)
+    kinds = [(type(module), {*vars(module)}) for module in patcher.model.diffusion_model.modules()]
+    call(unet, merged(patcher, **options))
+    assert len(autotune.cache._timings) == 2  # of two reductions
+    assert all(timing.full > 0 and timing.merged > 0 for timing in autotune.cache._timings.values())
+    assert [(type(module), {*vars(module)}) for module in patcher.model.diffusion_model.modules()] == kinds
 
 
 @pytest.mark.parametrize("size", [(15, 13), (17, 23)])
@@ -224,7 +247,6 @@ def test_split_batch_equals_the_whole_batch(unets):
     [
         ({"merge_mlp": True}, "merge_mlp is unavailable here: these programs let patches change only self-attention"),
         ({"merge_crossattn": True}, "merge_crossattn is unavailable here"),
-        ({"min_tokens": "auto"}, "min_tokens is 'auto', which is measured in diffusers only"),
         ({"share_across_cfg": True}, "share_across_cfg is unavailable here: these programs decide"),
         ({"threshold": 0.0}, "threshold is unavailable here: it counts in one call for the next"),
     ],

@@ -156,13 +156,6 @@ def test_latent_without_area_raises(latent: Any) -> None:
         tofu_sd.summary(tofu_sd.apply_patch(tiny.shallow_unet(), 0.5), latent)
 
 
-def test_auto_min_tokens_with_quantized_dtype_raises() -> None:
-    unet = torch.ao.quantization.quantize_dynamic(tiny.shallow_unet(), {nn.Linear}, dtype=torch.qint8)
-    with pytest.raises(ValueError, match=r"min_tokens is 'auto'.*it is quantized"):
-        tofu_sd.apply_patch(unet, 0.5, min_tokens="auto")
-    assert current_ratio(unet) is None
-
-
 def test_summary_counts_calls_and_maps() -> None:
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_interval=2)
     assert tofu_sd.summary(unet).observed == []

@@ -124,13 +124,6 @@ def latent_size(unet: Any) -> None:
     """Returns None: these UNets do not say for which size they were made."""
 
 
-def fixed_min_tokens(config: TokenFusionConfig) -> int:
-    """Returns min_tokens. ValueError for "auto", which is measured on diffusers models only."""
-    if config.min_tokens == "auto":
-        raise ValueError("min_tokens is 'auto', which is measured in diffusers only: give a number of tokens here")
-    return int(config.min_tokens)
-
-
 @dataclass(frozen=True)
 class PatchSummary:
     """Which blocks of a model are merged. The size of the map is unknown until an image is generated.
@@ -151,6 +144,8 @@ class PatchSummary:
     def headline(self) -> str:
         fewest = self.config.min_tokens
         skipped = f", maps of fewer than {fewest} tokens skipped" if fewest else ""
+        if fewest == "auto":
+            skipped = ", on maps where that is faster"
         return f"{self.model}: {self.config.slug} on {len(self.merged)} of {self.blocks} transformer blocks{skipped}"
 
     def __str__(self) -> str:
@@ -174,7 +169,6 @@ def apply(unet: Any, config: TokenFusionConfig) -> PatchSummary:
         ValueError, RuntimeError: it cannot be patched. The UNet is then without a patch.
     """
     restore(unet)
-    fixed_min_tokens(config)
     blocks = find_blocks(unet)
     host = cast(Host, sys.modules[__name__])
     attach(unet, plan(unet, blocks, config, host, train_steps=1000, one_sampling=True))

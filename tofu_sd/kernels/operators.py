@@ -17,13 +17,16 @@ def _never() -> bool:
 is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", _never)  # torch 2.3 brought it
 
 
+is_dynamo_compiling: Callable[[], bool] = getattr(torch.compiler, "is_dynamo_compiling", _never)  # not in an export
+
+
 def refuse_export() -> None:
     """Raises RuntimeError while a model is traced or exported in a way that does not support a patch.
 
     A trace would keep the matching of one image size and one step, and ONNX cannot express the matching. torch.compile
     and torch.export support a patched model.
     """
-    if getattr(torch.compiler, "is_dynamo_compiling", _never)():
+    if is_dynamo_compiling():
         return
     if torch.onnx.is_in_onnx_export():
         raise RuntimeError("a patched model cannot be exported to ONNX: call tofu_sd.remove_patch before the export")

@@ -1,8 +1,18 @@
-"""Measures from how many tokens on merging is faster: on the model's own attention, once for each device and kind."""
+"""Decides on which maps tokens are merged: where that is faster, by timing the model's own attention both ways.
+
+A decision is made once for each device, type, batch, map and method, and remembered by a `TimingCache`.
+"""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import importlib
+import logging
+import math
+import platform
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,132 +21,224 @@ import torch
 from torch import nn
 
 from ..config import BlockReductions, TokenFusionConfig
+from ..kernels.operators import is_compiling, is_dynamo_compiling
+from ..timing_cache import Timing, TimingCache
 from .block_state import BlockState
 from .host import ATTRIBUTE
-from .patch import Patch, patch_of
 from .step_tracker import StepTracker
 
-SIDES = (8, 12, 16, 24, 32, 48, 64, 96, 128)
-BUDGET = 1.0  # timed seconds for one kind of attention; the size that exceeds it is the last
-REPEATS = 3  # of each size, of which the first warms up and compiles
-_measured: dict[tuple[Any, ...], int] = {}
+logger = logging.getLogger("tofu_sd")
+
+PACKAGE = __name__.rpartition(".patching")[0]
+ROUNDS = 5
+BUDGET = 0.2  # seconds of timed calls, after which no further round begins
+CLEAR = 1.25  # a first round that differs by this factor decides alone
+LAUNCHES = 4  # calls between two synchronizations of a GPU, whose launches would else not overlap
+cache = TimingCache()
+clock: Callable[[], float] = time.perf_counter
+_reported: set[tuple[str, int]] = set()
 
 
-def break_even(model: nn.Module) -> dict[int, int]:
-    """Returns, for each level that a patch merges, from how many tokens on its merged self-attention is faster.
-
-    It takes about a second for each kind of attention on each device, once in a process. Every block is measured with a
-    matching of its own; blocks that share a map are faster from fewer tokens on than this says.
+class MergeRule:
+    """On which maps of one resolution level tokens are merged: from `min_tokens` on, or where it was measured to pay.
 
     Args:
-        model: a patched UNet.
-
-    Raises:
-        ValueError: the weights are not where they will run, or not of the type in which they will run.
+        attention: a self-attention of the level.
+        width: channels of its tokens.
+        config: how tokens are merged.
+        reductions: of its block.
+        users: how many calls of blocks use one map.
+        merged_class: the class that runs on merged tokens, where the attention is not of it.
+        native: height and width of the level's map at the model's own size, for compiled code.
     """
-    patch = patch_of(model)
-    assert patch is not None
-    config = replace(patch.config, min_tokens=0)
-    sizes: dict[int, int] = {}
-    for level, (attention, width, reductions) in _first_attention_of_levels(patch).items():
-        _check_measurable(model, attention)
-        key = _cache_key(attention, config, reductions)
-        if key not in _measured:
-            _measured[key] = _measure(attention, width, config, reductions)
-        sizes[level] = _measured[key]
-    return sizes
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        width: int,
+        config: TokenFusionConfig,
+        reductions: BlockReductions,
+        *,
+        users: int = 1,
+        merged_class: type[nn.Module] | None = None,
+        native: tuple[int, int] | None = None,
+    ):
+        self.attention = attention
+        self.width = width
+        self.config = config
+        self.reductions = reductions
+        self.users = users
+        self.merged_class = merged_class
+        self.native = native
+        self.known: tuple[tuple[int, int, int, torch.device, torch.dtype, bool], ...] = ()
+        self._register()
+
+    def _register(self) -> None:
+        # a compiled model that is patched again with the same options keeps its graph
+        self.number = _numbers.setdefault((id(self.attention), self.config, self.reductions), len(_numbers))
+        _rules[self.number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()
+
+    @property
+    def measures(self) -> bool:
+        """Whether it is measured where merging pays. Without self-attention nothing is."""
+        return self.config.min_tokens == "auto" and self.config.merge_attn
+
+    def merges(self, batch: int, h: int, w: int, device: torch.device, dtype: torch.dtype) -> bool:
+        """Returns whether h x w maps of a batch are merged. Measures, unless it is known.
+
+        Compiled code cannot measure. When it is compiled, the model's own size is measured with two samples; maps of
+        fewer tokens are not merged, and all others are if that pays. An exported model merges all.
+        """
+        if not self.measures:
+            return h * w >= self.fewest
+        if is_compiling():
+            if self.native is None or not is_dynamo_compiling():
+                return True
+            return h * w >= math.prod(self.native) and _pays_at_native_size(self.number)
+        situation = (batch, h, w, device, dtype)
+        for *known, pays in self.known:
+            if tuple(known) == situation:
+                return bool(pays)
+        pays = self._decide(*situation)
+        self.known = (*self.known[-31:], (*situation, pays))
+        return pays
+
+    @property
+    def fewest(self) -> int:
+        """Maps of fewer tokens are never merged."""
+        return 0 if self.config.min_tokens == "auto" else int(self.config.min_tokens)
+
+    def pays(self, h: int, w: int) -> bool | None:
+        """Returns the last decision on h x w maps; None before it, and where nothing is measured."""
+        decisions = [pays for _, height, width, _, _, pays in self.known if (height, width) == (h, w)]
+        return decisions[-1] if decisions else None
+
+    def pays_at_native_size(self) -> bool:
+        """Returns whether merging pays for two samples of the model's own size, where the weights are now."""
+        weight = next(self.attention.parameters(), None)
+        if self.native is None or weight is None or not weight.is_floating_point() or weight.device.type == "meta":
+            return True  # nothing to measure with
+        return self._decide(2, *self.native, weight.device, weight.dtype)
+
+    def _decide(self, batch: int, h: int, w: int, device: torch.device, dtype: torch.dtype) -> bool:
+        if not self.config.num_merged(h, w):
+            return False
+        key = self._key(batch, h, w, device, dtype)
+        timing = cache.get(key)
+        if timing is None:
+            try:
+                timing = self._measure(batch, h, w, device, dtype)
+            except Exception as error:  # attention of a kind that was never seen, or too little memory for both ways
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                logger.warning(f"self-attention cannot be timed here, so it is merged as requested ({reason})")
+                return True
+            cache.put(key, timing)
+        level = logging.INFO if timing.pays else logging.WARNING
+        if (key, level) not in _reported:
+            _reported.add((key, level))
+            logger.log(level, _report(timing, batch, h, w, device, self.config))
+        return timing.pays
+
+    def _key(self, batch: int, h: int, w: int, device: torch.device, dtype: torch.dtype) -> str:
+        """Returns everything on which the time depends."""
+        attention = self.attention
+        shapes = " ".join("x".join(map(str, parameter.shape)) for parameter in attention.parameters())
+        processor = type(getattr(attention, "processor", None)).__name__
+        kind = f"{type(attention).__name__} {getattr(attention, 'heads', '')} {processor} {shapes}"
+        config = replace(self.config, min_tokens=0, depth_split=None, start=0.0, end=1.0)
+        options = {name: getattr(value, "__name__", value) for name, value in vars(config).items()}
+        method = f"{options} {self.reductions.label} {self.users}"
+        digest = hashlib.sha256(f"{kind} {method}".encode()).hexdigest()[:16]
+        versions = f"tofu_sd {importlib.import_module(PACKAGE).__version__}, torch {torch.__version__}"
+        size = f"{batch} x {h} x {w} x {self.width}"
+        return f"{device_name(device)}, {versions}, {dtype}, {size}, {config.slug}, {digest}"
+
+    def _measure(self, batch: int, h: int, w: int, device: torch.device, dtype: torch.dtype) -> Timing:
+        """Times attention with and without merging in turns, on noise. Changes neither the model nor random states."""
+        steps = StepTracker(replace(self.config, seed=None, start=0.0, end=1.0, match_interval=1, threshold=None))
+        state = BlockState(replace(self.config, share_across_blocks=False), self.reductions)
+        attention = copy.copy(self.attention)  # shares the weights; another thread may be running the original
+        vars(attention)[ATTRIBUTE] = state
+        attention.__class__ = self.merged_class or type(attention)
+        generator = torch.Generator(device).manual_seed(0)
+        x = torch.randn(batch, h * w, self.width, device=device, dtype=dtype, generator=generator)
+        grid = steps.grid(h, w, device)
+
+        def full() -> None:
+            state.start_forward(None)
+            attention(x)
+
+        def match() -> None:
+            state.start_forward(grid)
+            state.update_map(x)
+
+        def merged() -> None:
+            match()
+            attention(x)
+
+        with torch.no_grad():
+            return _time(full, merged, match if self.users > 1 else None, self.users, device)
 
 
-def _first_attention_of_levels(patch: Patch) -> dict[int, tuple[nn.Module, int, BlockReductions]]:
-    """Returns the first self-attention of each level, with the width of its tokens and its reductions."""
-    blocks = {block.layers["attn"]: block for block in patch.blocks}
-    first: dict[int, tuple[nn.Module, int, BlockReductions]] = {}
-    for layer, _, _, state in patch.swaps:
-        if layer in blocks:
-            first.setdefault(blocks[layer].level, (layer, blocks[layer].width, state.reductions))
-    return first
+_numbers: dict[Any, int] = {}
+_rules: weakref.WeakValueDictionary[int, MergeRule] = weakref.WeakValueDictionary()
 
 
-def _check_measurable(model: nn.Module, attention: nn.Module) -> None:
-    """Raises ValueError where the time of an attention cannot be measured now."""
-    weight = next(attention.parameters(), None)
-    if weight is None:
-        raise ValueError(
-            "min_tokens is 'auto', which measures with tokens of the weights' type, and this model's attention has "
-            "no weights of its own (it is quantized): give a number of tokens"
-        )
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ValueError(
-            f"min_tokens is 'auto', which measures with tokens of the weights' type, and these are {weight.dtype}: "
-            "give a number of tokens"
-        )
-    if weight.device.type == "meta" or any("_hf_hook" in vars(module) for module in model.modules()):
-        raise ValueError(
-            "min_tokens is 'auto', which measures where the model runs; offloading decides that later: give a "
-            "number of tokens, or apply the patch before offloading is set up"
-        )
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _pays_at_native_size(number: int) -> bool:
+    """Runs when code is compiled, outside of it, and is a constant there."""
+    return _rules[number].pays_at_native_size()
 
 
-def _cache_key(attention: nn.Module, config: TokenFusionConfig, reductions: BlockReductions) -> tuple[Any, ...]:
-    """Returns everything on which the time of an attention depends."""
-    weight = next(attention.parameters())
-    device = torch.cuda.get_device_name(weight.device) if weight.device.type == "cuda" else weight.device.type
-    shapes = tuple(parameter.shape for parameter in attention.parameters())
-    processor = type(getattr(attention, "processor", None))
-    return device, weight.dtype, shapes, getattr(attention, "heads", None), processor, config, reductions
-
-
-def _measure(attention: nn.Module, width: int, config: TokenFusionConfig, reductions: BlockReductions) -> int:
-    """Returns the smaller of the first two successive sizes at which merging is faster.
-
-    If there are none, one token more than the largest size tried.
-    """
-    weight = next(attention.parameters())
-    state = BlockState(config, reductions)
-    steps = StepTracker(replace(config, seed=None, start=0.0, end=1.0, match_interval=1))
-    generator = torch.Generator(weight.device).manual_seed(0)
-    own, faster_from, tokens, spent = getattr(attention, ATTRIBUTE), None, 0, 0.0
-    setattr(attention, ATTRIBUTE, state)
-    try:
-        for side in SIDES:
-            tokens = side * side
-            x = torch.randn(2, tokens, width, device=weight.device, dtype=weight.dtype, generator=generator)
-            full, merged, seconds = _time_pair(attention, state, x, steps.grid(side, side, weight.device))
-            spent += seconds
-            if merged < full and faster_from is not None:
-                return faster_from
-            faster_from = tokens if merged < full else None
-            if spent > BUDGET:
-                break
-    finally:
-        setattr(attention, ATTRIBUTE, own)
-    return tokens + 1 if faster_from is None else faster_from
-
-
-@torch.no_grad()
-def _time_pair(attention: nn.Module, state: BlockState, x: torch.Tensor, grid: Any) -> tuple[float, float, float]:
-    """Times full and merged attention of x [B, N, C], interleaved: (fastest full, fastest merged, all), in seconds."""
-    times: dict[bool, list[float]] = {False: [], True: []}
-    for _ in range(REPEATS):
-        for merge in (False, True):
-
-            def run(merge: bool = merge, x: Any = x, grid: Any = grid) -> None:
-                state.start_forward(grid if merge else None)
-                if not state.normed:
-                    state.update_map(x)
-                attention(x)
-
-            times[merge].append(_seconds(run, x.device))
-    full, merged = times[False][1:], times[True][1:]
-    return min(full), min(merged), sum(full) + sum(merged)
+def _time(
+    full: Callable[[], None], merged: Callable[[], None], match: Callable[[], None] | None, users: int,
+    device: torch.device,
+) -> Timing:  # fmt: skip
+    """Returns the fastest of a few interleaved rounds; a map that several calls use counts by its share."""
+    merged()  # first calls compile, choose kernels and take memory
+    full()
+    best_full = best_merged = math.inf
+    spent = 0.0
+    for _ in range(ROUNDS):
+        own_full, own_merged = _seconds(full, device), _seconds(merged, device)
+        if match is not None:
+            own_merged -= (1 - 1 / users) * _seconds(match, device)
+        best_full, best_merged = min(best_full, own_full), min(best_merged, own_merged)
+        spent += own_full + own_merged
+        if spent > BUDGET or not 1 / CLEAR < best_merged / best_full < CLEAR:
+            break
+    return Timing(best_full, max(best_merged, 1e-9))
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
+    """Returns the seconds of a call. On a GPU several calls are launched at once, as in a model."""
+    calls = 1 if device.type == "cpu" else LAUNCHES
     synchronize(device)
-    start = time.perf_counter()
-    run()
+    start = clock()
+    for _ in range(calls):
+        run()
     synchronize(device)
-    return time.perf_counter() - start
+    return (clock() - start) / calls
+
+
+def _report(timing: Timing, batch: int, h: int, w: int, device: torch.device, config: TokenFusionConfig) -> str:
+    """Returns a sentence for the log."""
+    where = f"maps of {h} x {w} tokens in batches of {batch} on {device_name(device)}"
+    takes = f"self-attention takes {timing.ratio:.2f} times as long with {config.slug}"
+    return f"{where}: {takes}" + ("" if timing.pays else ", so they are not merged; min_tokens=0 merges them anyway")
+
+
+def device_name(device: torch.device) -> str:
+    """Returns the name of a GPU; of a CPU its kind and the number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()} with {torch.get_num_threads()} threads"
+    return device.type
 
 
 def synchronize(device: torch.device) -> None:

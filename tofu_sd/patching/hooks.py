@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.operators import is_compiling, refuse_export
+from .autotune import MergeRule
 from .block_state import BlockState, keep_best, recall_counts
 from .host import ArgumentNames
 from .shared_map import SharedMap
@@ -110,18 +111,14 @@ class _PartitionHook:
     Args:
         steps: makes the grids.
         blocks: the patched blocks in this module.
-        level: their resolution level.
-        min_tokens: maps of fewer tokens are skipped.
+        rule: on which maps they are merged.
         arguments: where the module takes its map [B, C, h, w].
     """
 
-    def __init__(
-        self, steps: StepTracker, blocks: list[BlockState], level: int, min_tokens: int, arguments: ArgumentNames
-    ):
+    def __init__(self, steps: StepTracker, blocks: list[BlockState], rule: MergeRule, arguments: ArgumentNames):
         self.steps = steps
         self.blocks = blocks
-        self.level = level
-        self.min_tokens = min_tokens
+        self.rule = rule
         self.arguments = arguments
         self.one_at_a_time = OneAtATime()
 
@@ -130,7 +127,9 @@ class _PartitionHook:
             self.one_at_a_time.hold(module)
         x = self.arguments.tokens.get(args, kwargs)
         h, w = x.shape[-2:]
-        grid = self.steps.grid(h, w, x.device) if h * w >= self.min_tokens else None
+        grid = self.steps.grid(h, w, x.device)
+        if grid is not None and not self.rule.merges(x.shape[0], h, w, x.device, x.dtype):
+            grid = None
         if grid is not None:
             refuse_export()
         for block in self.blocks:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import TokenFusionConfig
+from .autotune import MergeRule
 from .block_state import BlockState, block_states
 from .hooks import Hook, _GuidanceHook, _PartitionHook, _StepEndHook, _StepHook
 from .host import ATTRIBUTE, ArgumentNames, BlockInfo, Host
@@ -86,8 +87,9 @@ def plan(
         for name, layer in block.layers.items()
         if name in layers
     )
-    hooks, after = _hooks(model, states, steps, host.ARGUMENTS)
-    _prepare_grids(model, states, steps, host.latent_size(model))
+    latent = host.latent_size(model)
+    hooks, after = _hooks(model, states, steps, host.ARGUMENTS, latent)
+    _prepare_grids(model, states, steps, latent)
     return Patch(
         swaps, hooks, after, config=config, blocks=tuple(block for block, _ in states), arguments=host.ARGUMENTS
     )
@@ -97,7 +99,11 @@ Pair = tuple[BlockInfo, BlockState]
 
 
 def _hooks(
-    model: nn.Module, states: Sequence[Pair], steps: StepTracker, arguments: ArgumentNames
+    model: nn.Module,
+    states: Sequence[Pair],
+    steps: StepTracker,
+    arguments: ArgumentNames,
+    latent: tuple[int, int] | None,
 ) -> tuple[tuple[tuple[nn.Module, Hook], ...], tuple[tuple[nn.Module, _StepEndHook], ...]]:
     """Returns the hooks before and after modules, in the order in which they run."""
     config = steps.config
@@ -116,11 +122,21 @@ def _hooks(
     by_module = dict[nn.Module, list[Pair]]()
     for block, state in states:
         by_module.setdefault(block.spatial_module, []).append((block, state))
-    min_tokens = 0 if config.min_tokens == "auto" else int(config.min_tokens)
+    rules: dict[Any, MergeRule] = {}
     for module, pairs in by_module.items():
-        own = [state for _, state in pairs]
-        hooks.append((module, _PartitionHook(steps, own, pairs[-1][0].level, min_tokens, arguments)))
+        block, state = pairs[0]
+        rule = rules.setdefault((block.level, block.width, state.reductions), _rule(block, state, states, latent))
+        hooks.append((module, _PartitionHook(steps, [state for _, state in pairs], rule, arguments)))
     return tuple(hooks), tuple(after)
+
+
+def _rule(block: BlockInfo, state: BlockState, states: Sequence[Pair], latent: tuple[int, int] | None) -> MergeRule:
+    """Returns the rule of a block's level: on which maps tokens are merged."""
+    users = state.config.match_interval
+    if state.config.share_across_blocks:
+        users *= sum(other.level == block.level for other, _ in states)
+    native = None if latent is None else block.map_size(latent)
+    return MergeRule(block.layers["attn"], block.width, state.config, state.reductions, users=users, native=native)
 
 
 def _prepare_grids(
@@ -175,14 +191,8 @@ def states_of(patch: Patch) -> dict[str, BlockState]:
     return {owners[layer]: state for layer, _, _, state in patch.swaps}
 
 
-def set_min_tokens(model: nn.Module, min_tokens: dict[int, int]) -> None:
-    """Sets, for each level, from how many tokens on the patch of a model merges a map."""
-    patch = patch_of(model)
-    for _, hook in patch.hooks if patch else ():
-        if isinstance(hook, _PartitionHook):
-            hook.min_tokens = min_tokens[hook.level]
-
-
-def min_tokens_by_level(patch: Patch) -> dict[int, int]:
-    """Returns, for each level, from how many tokens on a patch merges a map."""
-    return {hook.level: hook.min_tokens for _, hook in patch.hooks if isinstance(hook, _PartitionHook)}
+def rules_of(patch: Patch) -> dict[str, MergeRule]:
+    """Returns on which maps each patched block merges tokens, by the block's name."""
+    names = {id(state): name for name, state in states_of(patch).items()}
+    hooks = (hook for _, hook in patch.hooks if isinstance(hook, _PartitionHook))
+    return {names[id(state)]: hook.rule for hook in hooks for state in hook.blocks}

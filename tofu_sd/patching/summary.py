@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..config import TokenFusionConfig
+from .autotune import MergeRule
 from .block_state import Counts, block_states
 from .host import BlockInfo
 
@@ -20,6 +21,7 @@ class Row:
         before, after: tokens before and after merging; under a threshold `after` is the fewest.
         reduction: name of the reduction.
         min_tokens: maps of fewer tokens are skipped.
+        pays: whether merging was measured to be faster; None where that is not known.
         threshold: cosine above which tokens merge; None merges a fixed number.
         counts: calls of the block so far.
     """
@@ -31,12 +33,17 @@ class Row:
     after: int
     reduction: str
     min_tokens: int = 0
+    pays: bool | None = None
     threshold: float | None = None
     counts: Counts = field(default_factory=Counts)
 
     @property
     def skipped(self) -> bool:
-        return self.before < self.min_tokens
+        return self.before < self.min_tokens or self.pays is False
+
+    @property
+    def why_skipped(self) -> str:
+        return "slower with merging" if self.pays is False else f"fewer than {self.min_tokens}"
 
     @property
     def method(self) -> str:
@@ -63,8 +70,8 @@ class Summary:
         pairs = sorted({(row.before, row.after) for row in merged}, reverse=True)
         tokens = ", ".join(f"{before}{arrow}{after}" for before, after in pairs)
         what = f", {'keys and values' if self.config.kv_only else 'tokens'} {tokens}" if merged else ""
-        small = sorted({(row.before, row.min_tokens) for row in self.rows if row.skipped}, reverse=True)
-        skipped = "".join(f", {before} skipped (fewer than {fewest})" for before, fewest in small)
+        small = sorted({(row.before, row.why_skipped) for row in self.rows if row.skipped}, reverse=True)
+        skipped = "".join(f", {before} skipped ({why})" for before, why in small)
         h, w = self.latent
         return (
             f"{self.model}: {self.config.slug} on {len(merged)} of {self.blocks} transformer blocks"
@@ -95,7 +102,7 @@ def summarize(
     model: str,
     blocks: Sequence[BlockInfo],
     config: TokenFusionConfig | None,
-    min_tokens: dict[int, int],
+    rules: Mapping[str, MergeRule],
     latent: tuple[int, int],
     counts: Mapping[str, Counts] | None = None,
 ) -> Summary:
@@ -105,7 +112,7 @@ def summarize(
         model: name of the model's class.
         blocks: all its transformer blocks.
         config: how tokens are merged; None for a model without a patch.
-        min_tokens: for each level, maps of fewer tokens are skipped.
+        rules: on which maps each patched block merges tokens, by its name.
         latent: height and width of the latent.
         counts: calls of each block so far, by its name.
 
@@ -119,9 +126,10 @@ def summarize(
     rows = []
     for block, state in block_states(blocks, config):
         h, w = block.map_size(latent)
-        fewest = min_tokens.get(block.level, 0)
-        num_merged = config.num_merged(h, w) if h * w >= fewest else 0
-        settings = state.reductions.label, fewest, state.threshold
+        rule = rules.get(block.name)
+        fewest, pays = (rule.fewest, rule.pays(h, w)) if rule else (0, None)
+        num_merged = config.num_merged(h, w) if h * w >= fewest and pays is not False else 0
+        settings = state.reductions.label, fewest, pays, state.threshold
         done = (counts or {}).get(block.name, Counts())
         rows.append(Row(block.name, block.depth, (h, w), h * w, h * w - num_merged, *settings, done))
     return Summary(model, latent, len(blocks), config, tuple(rows))

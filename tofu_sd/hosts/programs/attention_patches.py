@@ -21,7 +21,7 @@ from ...core.proportional import proportional_attention
 from ...core.reductions import unmerge
 from ...core.token_map import TokenMap, has_equal_groups
 from ...patching.host import BlockInfo
-from ..ldm import Place, fixed_min_tokens
+from ..ldm import Place
 from .call_state import CallState, Options, map_size, place_of
 
 logger = logging.getLogger("tofu_sd")
@@ -30,6 +30,7 @@ MAP = "tofu_sd_map"  # in the options: the map of the block that is running
 # why a block is not merged
 OUTSIDE = "the step lies outside start_percent..end_percent"
 SMALL = "the map has fewer tokens than min_tokens"
+SLOWER = "merging is not faster on this map"
 UNKNOWN = "the size of the map is unknown"
 FEW = "no token is to be merged"
 CHANGED = "another node changes the tokens of its self-attention first (as HyperTile and TomePatchModel do)"
@@ -92,7 +93,6 @@ class AttentionPatches:
         self.config = config
         self.blocks = dict(blocks)
         self.places = tuple(CallState(config, blocks).states)
-        self.min_tokens = fixed_min_tokens(config)
         self.percent_to_sigma = percent_to_sigma
         self.call = Call(frozenset(), self._window(percent_to_sigma))  # where `prepare` does not run
         self.plain = plain
@@ -229,7 +229,14 @@ class AttentionPatches:
             return CHANGED
         if map_size(options, q.shape[1]) is None:
             return UNKNOWN if options.get("activations_shape") is None else CHANGED
-        return SMALL if q.shape[1] < self.min_tokens else None
+        return self._reason_of_rule(place, q, options, state)
+
+    def _reason_of_rule(self, place: Place, q: Tensor, options: Options, state: CallState) -> str | None:
+        """Returns why merging is not wanted on this map, or None."""
+        rule, size = state.rules[place], map_size(options, q.shape[1])
+        if size is None or rule.merges(q.shape[0], *size, q.device, q.dtype):
+            return None
+        return SLOWER if rule.measures else SMALL
 
     def _layers(self, place: Place) -> Iterator[Any]:
         """Yields the modules of a block that run between `before` and `after`."""

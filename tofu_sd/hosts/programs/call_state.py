@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ...config import TokenFusionConfig
 from ...core.token_map import SoftMap, TokenMap
+from ...patching.autotune import MergeRule
 from ...patching.block_state import BlockState, block_states
 from ...patching.host import BlockInfo
 from ...patching.step_tracker import StepTracker
-from ..ldm import Place
+from ..ldm import Place, merged_attention
 
 # the options of a patch, one dict for each call of a block: block, block_index, activations_shape, sigmas, ...
 Options = MutableMapping[str, Any]
@@ -27,6 +28,7 @@ class CallState:
         self.states: dict[Place, BlockState] = {
             places[block.name]: state for block, state in block_states(list(blocks.values()), config)
         }
+        self.rules = {place: _rule(blocks[place], state) for place, state in self.states.items()}
         self.steps = StepTracker(replace(config, start=0.0, end=1.0))  # the window is in noise levels here
         self.is_active = True
         self.previous: Place | None = None  # place of the last merged block
@@ -64,6 +66,14 @@ class CallState:
         state.start_forward(self.steps.grid(*size, q.device))
         state.update_map(q)
         return state.pop_map("attn", q)
+
+
+def _rule(block: BlockInfo, state: BlockState) -> MergeRule:
+    """Returns on which maps a block is merged. Each measures for itself, and finds what the others have measured."""
+    attention = block.layers["attn"]
+    merged_class = merged_attention(type(attention))  # type: ignore[arg-type]
+    users = state.config.match_interval
+    return MergeRule(attention, block.width, state.config, state.reductions, users=users, merged_class=merged_class)
 
 
 def identifiers_of(options: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -73,7 +73,8 @@ class _Screen:
     Args:
         field: the field.
         name: its name on the screen, if another.
-        none: the number or name that stands for None.
+        none: the number or name that stands for None, or for `word`.
+        word: the word of the field that -1 stands for.
         high: the largest value that the screen offers, where the field has no limit.
         step: step of a slider.
         note: more text for the tooltip.
@@ -82,6 +83,7 @@ class _Screen:
     field: str
     name: str = ""
     none: int | str | None = None
+    word: str | None = None
     high: float | None = None
     step: float | None = 1
     note: str = ""
@@ -91,7 +93,7 @@ class _Screen:
         number = spec.kind in ("integer", "number")
         return Option(
             self.name or self.field,
-            self.none if default is None else default,
+            self.none if default == self.word else default,
             self._tooltip(spec.help),
             low=(self.none if isinstance(self.none, int) else spec.low) if number else None,
             high=(self.high if spec.high is None or self.field == "ratio" else spec.high) if number else None,
@@ -122,7 +124,13 @@ _SCREENS = (
     _Screen("window", none=0, high=64),
     _Screen("match_interval", high=20),
     _Screen("share_across_blocks"),
-    _Screen("min_tokens", high=2**20, step=64),
+    _Screen(
+        "min_tokens",
+        none=-1,
+        word="auto",
+        high=2**20,
+        note="-1 skips those on which merging is not faster, which is measured once on this machine.",
+    ),
     _Screen("kv_early", none="same"),
     _Screen("kv_late", none="same"),
 )
@@ -167,7 +175,7 @@ def config_of(values: Mapping[str, Any]) -> TokenFusionConfig:
         none = screen.none
         # any negative number is None where -1 is
         is_none = none is not None and (value == none or (isinstance(none, int) and value <= none < 0))
-        fields[screen.field] = None if is_none else value
+        fields[screen.field] = screen.word if is_none else value
     return TokenFusionConfig.of(fields.pop("ratio"), **fields)
 
 
@@ -178,7 +186,7 @@ def values_of(config: TokenFusionConfig) -> dict[str, Any]:
         value = getattr(config, screen.field)
         if callable(value):
             value = get_reduction(value).__name__
-        values[option.name] = screen.none if value is None else type(option.default)(value)
+        values[option.name] = screen.none if value == screen.word else type(option.default)(value)
     return values
 
 
