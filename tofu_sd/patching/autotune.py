@@ -140,7 +140,8 @@ class MergeRule:
         level = logging.INFO if timing.pays else logging.WARNING
         if (key, level) not in _reported:
             _reported.add((key, level))
-            logger.log(level, _report(timing, batch, h, w, device, self.config))
+            method = f"{self.config.slug} ({self.reductions.label})"
+            logger.log(level, _report(timing, batch, h, w, device, method))
         return timing.pays
 
     def _key(self, batch: int, h: int, w: int, device: torch.device, dtype: torch.dtype) -> str:
@@ -225,10 +226,10 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
     return (clock() - start) / calls
 
 
-def _report(timing: Timing, batch: int, h: int, w: int, device: torch.device, config: TokenFusionConfig) -> str:
+def _report(timing: Timing, batch: int, h: int, w: int, device: torch.device, method: str) -> str:
     """Returns a sentence for the log."""
     where = f"maps of {h} x {w} tokens in batches of {batch} on {device_name(device)}"
-    takes = f"self-attention takes {timing.ratio:.2f} times as long with {config.slug}"
+    takes = f"self-attention takes {timing.ratio:.2f} times as long with {method}"
     return f"{where}: {takes}" + ("" if timing.pays else ", so they are not merged; min_tokens=0 merges them anyway")
 
 
