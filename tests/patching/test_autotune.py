@@ -230,7 +230,8 @@ def test_a_skipped_map_is_reported_once_in_plain_words(takes: Any, caplog: pytes
     (message,) = (record.message for record in caplog.records if record.levelno == logging.WARNING)
     assert message.startswith("maps of 16 x 16 tokens in batches of 2 on ")
     assert message.endswith(
-        "self-attention takes 1.12 times as long with mean-r50 (mean), so they are not merged; min_tokens=0 merges them anyway"
+        "self-attention takes 1.12 times as long with mean-r50 (mean), so they are not merged; "
+        "min_tokens=0 merges them anyway"
     )
     assert "256 skipped (slower with merging)" in tofu_sd.summary(unet).headline
 
