@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +27,8 @@ def split(pipe: Any, ratio: float, keys: Reduction, values: Reduction) -> Iterat
     """Inside, queries are reduced by MLERP, keys and values by two other reductions, with log n on the keys."""
     unet = getattr(pipe, "unet", pipe)
     own: list[tuple[Any, str]] = []
-    with tofu_sd.patched(pipe, tofu_sd.TokenFusionConfig.of(recipes.ASYMMETRIC, ratio=ratio)):
+    config = tofu_sd.TokenFusionConfig.of(recipes.ASYMMETRIC, ratio=ratio, min_tokens=0)  # the same on any machine
+    with tofu_sd.patched(pipe, config):
         patch = patch_of(unet)
         assert patch is not None
         try:
@@ -60,5 +61,4 @@ def _reduce_both(
 
 for _name, _reductions in (("keys-pruned", (prune, mean)), ("values-pruned", (mean, prune))):
     _apply = partial(split, keys=_reductions[0], values=_reductions[1])
-    _apply.__wrapped__ = split  # type: ignore[attr-defined]
-    register_method(_name, takes_ratio=True)(_apply)
+    register_method(_name, takes_ratio=True)(update_wrapper(_apply, split))

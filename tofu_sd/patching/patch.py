@@ -125,8 +125,10 @@ def _hooks(
     rules: dict[Any, MergeRule] = {}
     for module, pairs in by_module.items():
         block, state = pairs[0]
-        rule = rules.setdefault((block.level, block.width, state.reductions), _rule(block, state, states, latent))
-        hooks.append((module, _PartitionHook(steps, [state for _, state in pairs], rule, arguments)))
+        kind = (block.level, block.width, state.reductions)
+        if kind not in rules:
+            rules[kind] = _rule(block, state, states, latent)
+        hooks.append((module, _PartitionHook(steps, [state for _, state in pairs], rules[kind], arguments)))
     return tuple(hooks), tuple(after)
 
 
