@@ -31,6 +31,7 @@ from ..images.output_dir import (
 from ..images.records import generating_runs, is_corrupt, load_records
 from ..images.requests import requests_hash
 from ..images.settings import Settings, image_dir, image_path
+from ..images.timing import Timing
 from ..methods.method import BASELINE, Method
 from ..metrics.base import Metric, Skipped
 from ..metrics.registry import build_metrics, probe_metrics
@@ -115,9 +116,8 @@ def generate_images(run_plan: RunPlan, metadata: dict[str, Any]) -> GeneratedIma
     num_new, was_interrupted = 0, False
     with enough_memory("a smaller --batch takes less; it changes the last bits, so it needs a new folder"):
         try:
-            num_new = generate(
-                prepared.pipe, run_plan.requests, methods, settings, out, share, options.repeats, metadata
-            )
+            timing = Timing(options.repeats, options.timed)
+            num_new = generate(prepared.pipe, run_plan.requests, methods, settings, out, share, timing, metadata)
         except BaseException as error:
             run_plan, was_interrupted = _complete_part(run_plan, prepared, error), True
         # before metrics load their networks
@@ -202,7 +202,7 @@ def _existing_settings(run_plan: RunPlan) -> Settings:
     options = run_plan.options
     if options.out is None:
         raise EvalError("--metrics-only measures the images of a folder: name it by --out")
-    for name in ("reference", "repeats", "flops", "maps"):
+    for name in ("reference", "repeats", "timed", "flops", "maps"):
         if name in options.explicit:
             raise EvalError(f"--metrics-only generates nothing, and --{name} is for generating")
     check_exists(options.out, "--out")

@@ -13,6 +13,7 @@ from .. import EvalError, suites
 from ..common.cli import Help, Parser, as_path, explicit_options, finite, integer_from
 from ..common.devices import add_device, add_dtype
 from ..images.requests import KNOWN, default_prompts
+from ..images.timing import TIMED
 from ..methods.registry import known_methods
 from ..metrics.clip import CLIP
 from ..metrics.dino import DINO
@@ -121,6 +122,13 @@ def _add_output_options(p: Parser) -> None:
     )
     p.add_argument(
         "--repeats", type=integer_from(1), default=1, metavar="N", help="generate each batch N times, time the fastest"
+    )
+    p.add_argument(
+        "--timed",
+        type=integer_from(0),
+        default=TIMED,
+        metavar="N",
+        help="batches of each method in which the baseline runs too; 0: quality alone, in less time",
     )
     p.add_argument("--flops", action="store_true", help="also count the FLOPs of an image")
     p.add_argument("--maps", action="store_true", help="show merge maps in the report")

@@ -40,10 +40,11 @@ from .records import is_corrupt, load_record
 from .requests import Request
 from .settings import RUNS, Settings, expected_record, image_path, record_path
 from .timing import (
-    TIMED,
+    DEFAULT_TIMING,
     WARM_UP,
     WARM_UP_STEPS,
     MemoryTracker,
+    Timing,
     UNetTimer,
     denoiser_of,
     fastest,
@@ -89,7 +90,7 @@ def generate(
     settings: Settings,
     out: Path,
     processes: Processes = SINGLE_PROCESS,
-    repeats: int = 1,
+    timing: Timing = DEFAULT_TIMING,
     metadata: dict[str, Any] | None = None,
 ) -> int:
     """Generates every image of this process's share that is missing.
@@ -101,7 +102,7 @@ def generate(
         settings: of all images in the folder.
         out: the folder.
         processes: which share of the batches is this process's.
-        repeats: how often each batch is generated; the fastest time counts, the images are the same.
+        timing: how each method's batches are timed, by all processes together.
         metadata: of this run, stored once in `runs/`.
 
     Returns:
@@ -117,7 +118,7 @@ def generate(
         by_method = [list(group) for _, group in groupby(pending, key=lambda batch: batch.method.slug)]
         for number, own in enumerate(by_method, start=1):
             bar.set_description(f"{own[0].method.slug} ({number} of {len(by_method)})", refresh=False)
-            timer = BatchTimer(pipe, own[0].method, settings, repeats, math.ceil(TIMED / processes.num_processes))
+            timer = BatchTimer(pipe, own[0].method, settings, timing.of_one(processes.num_processes))
             for batch in own:
                 images, cost = timer.time_batch(batch.requests)
                 _save_batch(out, settings, batch, images, {"run": run, **cost})
@@ -144,15 +145,13 @@ class BatchTimer:
         pipe: the pipeline, unpatched.
         method: applied to it for each batch.
         settings: of the images.
-        repeats: how often each batch is generated.
-        with_baseline: in how many batches the baseline's denoiser runs after each step.
+        timing: how often each batch is generated, and how many are timed beside the baseline.
     """
 
     pipe: Any
     method: Method
     settings: Settings
-    repeats: int
-    with_baseline: int
+    timing: Timing
     _warm_sizes: set[int] = field(default_factory=set)
     _timed: int = 0
 
@@ -161,20 +160,21 @@ class BatchTimer:
 
     def time_batch(self, batch: Sequence[Request]) -> tuple[Any, dict[str, Any]]:
         """The images of a batch and their cost, as `generate_batch` returns them."""
-        baseline_unet = self._baseline_unet if self._timed < self.with_baseline else None
+        baseline_unet = self._baseline_unet if self._timed < self.timing.with_baseline else None
         self._timed += 1
         with self.method.apply(self.pipe):
             if len(batch) not in self._warm_sizes:
                 self._warm_up(batch)
             images, cost = self._generate(batch, self.settings.steps, baseline_unet)
-            for _ in range(self.repeats - 1):
+            for _ in range(self.timing.repeats - 1):
                 cost = fastest(cost, self._generate(batch, self.settings.steps, baseline_unet)[1])
         return images, cost
 
     def _warm_up(self, batch: Sequence[Request]) -> None:
         self._warm_sizes.add(len(batch))
         for _ in range(math.ceil(WARM_UP / len(batch))):
-            self._generate(batch, min(WARM_UP_STEPS, self.settings.steps), self._baseline_unet)
+            baseline_unet = self._baseline_unet if self.timing.with_baseline else None
+            self._generate(batch, min(WARM_UP_STEPS, self.settings.steps), baseline_unet)
 
     def _generate(
         self, batch: Sequence[Request], steps: int, baseline_unet: nn.Module | None

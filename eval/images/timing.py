@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import time
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -14,6 +16,26 @@ from torch import nn
 WARM_UP = 2  # images that a method generates at least, at each batch size, before it is timed
 WARM_UP_STEPS = 4  # of such an image: enough for methods that repeat every third step
 TIMED = 10  # batches of each method in which the baseline's denoiser runs too, which doubles their time
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How the batches of each method are timed.
+
+    Args:
+        repeats: how often each batch is generated; the fastest time counts, the images are the same.
+        with_baseline: in how many batches the baseline's denoiser runs after each step; 0 compares no times.
+    """
+
+    repeats: int = 1
+    with_baseline: int = TIMED
+
+    def of_one(self, num_processes: int) -> Timing:
+        """That of one of several processes, which share the batches."""
+        return replace(self, with_baseline=math.ceil(self.with_baseline / num_processes))
+
+
+DEFAULT_TIMING = Timing()
 
 
 class RunBaseline(Protocol):

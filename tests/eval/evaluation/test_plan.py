@@ -140,6 +140,7 @@ def test_method_that_is_not_installed_is_reported_before_generating(command, mon
         (["--metrics-only", "--out", "nowhere"], "--out nowhere does not exist"),
         (["--metrics-only", "--out", "out", "--seed", "1"], "are not those of --prompts and --seed"),
         (["--metrics-only", "--out", "out", "--repeats", "2"], "--metrics-only generates nothing"),
+        (["--metrics-only", "--out", "out", "--timed", "0"], "--metrics-only generates nothing"),
         (["--shard", "3/2"], "'3/2' is not a part such as 1/4"),
         (["--shard", "1/2", "--generate-only"], "not allowed with argument"),
         (

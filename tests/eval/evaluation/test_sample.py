@@ -92,8 +92,7 @@ def test_the_sample_says_how_to_get_all_and_its_figures_have_intervals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate, "TIMED", 0)
-    fast = ["--steps", "1", "--metrics", "psnr,ssim,ms-ssim,demo-classifier", "--method", "prune"]
+    fast = ["--steps", "1", "--timed", "0", "--metrics", "psnr,ssim,ms-ssim,demo-classifier", "--method", "prune"]
     assert run_module.main(fast) == 0
     printed = capsys.readouterr()
     assert "8 images of 96" in printed.out

@@ -45,8 +45,8 @@ def calls(monkeypatch):
     return seen
 
 
-def run(pipe, out, chosen=(BASELINE, TOFU), settings=SETTINGS, requests=REQUESTS):
-    return generate.generate(pipe, requests, list(chosen), settings, out)
+def run(pipe, out, chosen=(BASELINE, TOFU), settings=SETTINGS, requests=REQUESTS, **options):
+    return generate.generate(pipe, requests, list(chosen), settings, out, **options)
 
 
 def pixels(out, key="baseline"):
@@ -168,12 +168,11 @@ def test_changed_method_is_generated_again(pipe, tmp_path, calls):
     assert len(calls) == 1 + 2 + 2  # warm-ups of two and of one, two batches; the baseline's images stay
 
 
-def test_later_method_is_timed_against_the_baseline(pipe, tmp_path, monkeypatch):
+def test_later_method_is_timed_against_the_baseline(pipe, tmp_path):
     """In as many batches as are worth their double time."""
     run(pipe, tmp_path, (BASELINE,))
     before = {path: path.read_bytes() for path in (tmp_path / "baseline").iterdir()}
-    monkeypatch.setattr(generate, "TIMED", 1)
-    assert run(pipe, tmp_path) == 3
+    assert run(pipe, tmp_path, timing=timing.Timing(with_baseline=1)) == 3
     assert {path: path.read_bytes() for path in (tmp_path / "baseline").iterdir()} == before
     full, own = (
         {r.id: files.read_json(tmp_path / key / f"{r.id}.json") for r in REQUESTS} for key in ("baseline", TOFU.slug)
@@ -184,15 +183,14 @@ def test_later_method_is_timed_against_the_baseline(pipe, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["tofu", "adaptive", "tofu@match_interval=2", "tomesd", "deepcache:tofu"])
-def test_interleaved_baseline_changes_no_image(pipe, tmp_path, monkeypatch, name):
+def test_interleaved_baseline_changes_no_image(pipe, tmp_path, name):
     for peer, package in (("tomesd", "tomesd"), ("deepcache", "DeepCache")):
         if name.startswith(peer):
             pytest.importorskip(package)
     (method,) = methods.parse(name, [0.5])
     settings = replace(SETTINGS, steps=5)
     run(pipe, tmp_path / "beside", (method,), settings)
-    monkeypatch.setattr(generate, "TIMED", 0)
-    run(pipe, tmp_path / "alone", (method,), settings)
+    run(pipe, tmp_path / "alone", (method,), settings, timing=timing.Timing(with_baseline=0))
     content = [files.read_json(tmp_path / out / method.slug / "0000.json") for out in ("beside", "alone")]
     assert content[0]["baseline_denoiser_seconds"] > 0
     assert content[1]["baseline_denoiser_seconds"] is None

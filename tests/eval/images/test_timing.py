@@ -17,8 +17,7 @@ def test_later_method_is_added_to_the_folder_and_timed_against_the_baseline(comm
     found = rows(files.read_json(Path("out/results.json")))
     assert found["tofu-r50"]["speedup"]["n"] == 2
     assert found["prune-r50"]["speedup"]["n"] == 2  # the baseline's denoiser ran beside it
-    monkeypatch.setattr(generate, "TIMED", 0)
-    assert run_module.main([*command, "--method", "tofu,mlerp", "--out", "out"]) == 0
+    assert run_module.main([*command, "--method", "tofu,mlerp", "--timed", "0", "--out", "out"]) == 0
     found = rows(files.read_json(Path("out/results.json")))
     assert found["mlerp-r50"]["speedup"] is None  # no time is compared with another run's
     assert found["mlerp-r50"]["seconds"]["n"] == 2
