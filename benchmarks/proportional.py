@@ -1,7 +1,8 @@
 """What log(n_i) on the keys costs in attention alone, by each way to say it and on each backend.
 
 `python -m benchmarks.proportional [--device cuda --dtype bfloat16]`. Per shape and backend: milliseconds without it;
-and as ratios to that, with a mask, with two more channels (`tofu_sd.core.proportional`), with FlexAttention, compiled.
+and as ratios to that, with a mask, with two more channels (`tofu_sd.core.proportional`), with an attention for each
+size of group (`tofu_sd.core.attention_by_size`; half of the keys stand for two tokens), with FlexAttention, compiled.
 """
 
 import argparse
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 
 from eval.speed.contender import BACKENDS
+from tofu_sd.core.attention_by_size import attend_by_size
 from tofu_sd.core.proportional import by_channel, by_mask
-from tofu_sd.patching.autotune import synchronize
+from tofu_sd.timing import synchronize
 
 SHAPES = {  # (heads, channels of one, tokens) of the highest resolution, half of which are fused
     "SD 1.5, 512 px": (8, 40, 4096),
@@ -34,7 +36,7 @@ def main() -> None:
     device, dtype = torch.device(o.device), getattr(torch, o.dtype)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"{name}, {o.dtype}, torch {torch.__version__}, 2 samples, median of {o.rounds} in turns\n")
-    print("| shape | backend | without | mask | channels | FlexAttention |\n|---|---|--:|--:|--:|--:|")
+    print("| shape | backend | without | mask | channels | by size | FlexAttention |\n|---|---|--:|--:|--:|--:|--:|")
     for shape, (heads, channels, tokens) in SHAPES.items():
         for backend in ("default", "flash", "efficient", "cudnn", "math") if tokens <= o.most else ():
             cells = row(heads, channels, tokens // 2, backend, device, dtype, o.rounds)
@@ -51,17 +53,20 @@ def row(
         return x.view(2, tokens, heads, channels).transpose(1, 2)
 
     q, k, v = draw(), draw(), draw()
-    size = torch.randint(1, 9, (2, tokens), generator=generator, device=device).float()
+    classes = ((tokens // 2, 2), (tokens - tokens // 2, 1))
+    size = torch.ones(2, tokens, device=device)
+    size[:, : tokens // 2] = 2
     mask = size.log().to(dtype)[:, None, None].expand(2, heads, 1, tokens)
     flex = torch.compile(flex_attention, dynamic=False)
     ways = {
         "without": lambda: F.scaled_dot_product_attention(q, k, v),
         "mask": lambda: by_mask(q, k, v, mask),
         "channels": lambda: by_channel(q, k, v, mask),
+        "size": lambda: attend_by_size(q, k, v, classes),
         "flex": lambda: flex(q, k, v, score_mod=lambda score, b, h, i, j: score + mask[b, h, 0, j]),
     }
     if backend != "default":
-        del ways["flex"]  # it is a backend of its own
+        del ways["flex"], ways["size"]  # these choose their kernel themselves
     times: dict[str, list[float]] = {name: [] for name in ways}
     with torch.no_grad(), BACKENDS[backend]():
         for name in list(ways):
@@ -80,7 +85,9 @@ def row(
     medians = {name: sorted(each)[len(each) // 2] for name, each in times.items() if each}
     base = medians.get("without")
     cells = [f"{1000 * base:.2f} ms" if base else "–"]
-    return cells + [f"{medians[n] / base:.2f}" if base and n in medians else "–" for n in ("mask", "channels", "flex")]
+    return cells + [
+        f"{medians[n] / base:.2f}" if base and n in medians else "–" for n in ("mask", "channels", "size", "flex")
+    ]
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def _merging_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     from tofu_sd.patching import autotune
 
     cache = timing_cache.TimingCache(Path(os.devnull, "times.json"))  # cannot be written
-    monkeypatch.setattr(autotune, "cache", cache)
+    monkeypatch.setattr(timing_cache, "cache", cache)
     monkeypatch.setattr(autotune.MergeRule, "_measure_for_real", autotune.MergeRule._measure, raising=False)
     monkeypatch.setattr(autotune.MergeRule, "_measure", lambda *_: timing_cache.Timing(full=2.0, merged=1.0))
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from .config_fields import ConfigFields
 from .core.reductions import Reduction, get_reduction, mean
+from .core.token_map import SizeClasses, SoftMap, TokenMap, size_classes
 from .options import check_options, defaults_of, describe_options, specs_of
 from .utils import did_you_mean
 
@@ -89,6 +90,15 @@ class TokenFusionConfig(ConfigFields):
         if not self.in_cells:
             return None
         return 2 if self.matching == "pairs" and self.ratio <= PAIRED_ONCE else 4
+
+    def size_classes(self, map: TokenMap | SoftMap) -> SizeClasses | None:
+        """Returns how many survivors of a map stand for how many tokens each; None where only the map knows.
+
+        Tokens that are paired twice form groups of four, and of two at the edge of an odd map.
+        """
+        if self.group_size is None or (self.matching == "pairs" and self.ratio > PAIRED_ONCE):
+            return None
+        return size_classes(map, self.group_size)
 
     @property
     def slug(self) -> str:

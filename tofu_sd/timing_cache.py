@@ -106,3 +106,6 @@ def _timing(value: Any) -> Timing | None:
     """Returns a timing from [full, merged]; None where that is damaged."""
     full, merged = map(float, value)
     return Timing(full, merged) if full > 0 and merged > 0 and math.isfinite(full + merged) else None
+
+
+cache = TimingCache()

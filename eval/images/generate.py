@@ -30,7 +30,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from tofu_sd.patching.autotune import synchronize
+from tofu_sd.timing import synchronize
 
 from ..common.cli import quiet_patches
 from ..common.files import listed, png, write, write_json

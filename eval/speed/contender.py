@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from tofu_sd.patching.autotune import synchronize
+from tofu_sd.timing import synchronize
 
 from ..methods.attention import top_attentions
 from ..methods.method import BASELINE, Method

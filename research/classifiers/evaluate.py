@@ -30,7 +30,7 @@ from eval.common.schema_changes import SCHEMA
 from eval.metrics.statistics import bootstrap
 from tofu_sd.hosts import timm as host
 from tofu_sd.hosts import timm_linearity
-from tofu_sd.patching.autotune import synchronize
+from tofu_sd.timing import synchronize
 
 from ..demo_training.recipe import TEST_SEED
 from . import datasets as labelled

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
 import tofu_sd
-from tofu_sd.core import proportional
+from tofu_sd.core import attention_by_size, proportional
 from tofu_sd.core.proportional import KeyBias, by_channel, by_mask, flash_takes, key_bias
 
 
@@ -106,7 +106,7 @@ def test_bias_stays_a_mask_for_flash_and_cudnn_backends(
     q, k, v = (tiny.noise(2, 4, 16, 8, seed=i) for i in range(3))
     bias = tiny.noise(2, 1, 1, 16)
     for choice, times in (("FLASH_ATTENTION", 1), ("CUDNN_ATTENTION", 1), ("EFFICIENT_ATTENTION", 2)):
-        backend = int(getattr(proportional.SDPBackend, choice))
+        backend = int(getattr(attention_by_size.SDPBackend, choice))
         monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, backend=backend, **__: backend)
         torch.testing.assert_close(proportional.attend(q, k, v, bias), by_mask(q, k, v, bias))
         assert len(channel_calls) == times

@@ -12,7 +12,7 @@ from patcher_host import ForgePatcher, Patcher, UNetModel, attention
 from torch import nn
 
 import tofu_sd
-from tofu_sd import TokenFusionConfig
+from tofu_sd import TokenFusionConfig, timing_cache
 from tofu_sd.hosts import ldm
 from tofu_sd.hosts.programs.attention_patches import SLOWER, map_size
 from tofu_sd.hosts.programs.model_patcher import patch_model, patches_of
@@ -98,8 +98,8 @@ def test_the_programs_own_attention_is_timed_and_left_as_it_was(unets, monkeypat
     monkeypatch.setattr(autotune.MergeRule, "_measure", autotune.MergeRule._measure_for_real)
     kinds = [(type(module), {*vars(module)}) for module in patcher.model.diffusion_model.modules()]
     call(unet, merged(patcher, **options))
-    assert len(autotune.cache._timings) == 2  # of two reductions
-    assert all(timing.full > 0 and timing.merged > 0 for timing in autotune.cache._timings.values())
+    assert len(timing_cache.cache._timings) == 2  # of two reductions
+    assert all(timing.full > 0 and timing.merged > 0 for timing in timing_cache.cache._timings.values())
     assert [(type(module), {*vars(module)}) for module in patcher.model.diffusion_model.modules()] == kinds
 
 

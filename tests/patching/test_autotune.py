@@ -17,7 +17,7 @@ import torch
 from accelerate import cpu_offload
 
 import tofu_sd
-from tofu_sd import TokenFusionConfig, recipes
+from tofu_sd import TokenFusionConfig, recipes, timing_cache
 from tofu_sd.patching import autotune
 from tofu_sd.patching.patch import patch_of, rules_of
 from tofu_sd.timing_cache import Timing, TimingCache, cache_folder
@@ -29,7 +29,7 @@ FULL = 1.0  # seconds of full attention on the fake clock
 @pytest.fixture(autouse=True)
 def _merging_pays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Replaces the fixture of all other tests: here attention is timed, and remembered in a file of the test."""
-    monkeypatch.setattr(autotune, "cache", TimingCache(tmp_path / "times.json"))
+    monkeypatch.setattr(timing_cache, "cache", TimingCache(tmp_path / "times.json"))
     monkeypatch.setattr(autotune, "_reported", set())
 
 
@@ -47,7 +47,7 @@ def takes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
                 return FULL * (ratio() if callable(ratio) else ratio)
             return FULL if run.__name__ == "full" else match
 
-        monkeypatch.setattr(autotune, "_seconds", seconds)
+        monkeypatch.setattr(autotune, "seconds", seconds)
         return timed
 
     return rule
@@ -181,7 +181,7 @@ def test_real_attention_is_timed_and_left_as_it_was() -> None:
     before = [dict(vars(layer)) for layer in layers]
     tiny.predict(unet)
     assert [dict(vars(layer)) for layer in layers] == before
-    timings = json.loads(autotune.cache.file.read_text())["timings"]
+    timings = json.loads(timing_cache.cache.file.read_text())["timings"]
     assert len(timings) == 2
     assert all(full > 0 and merged > 0 for full, merged in timings.values())
     tiny.predict(tofu_sd.remove_patch(unet))
@@ -190,7 +190,7 @@ def test_real_attention_is_timed_and_left_as_it_was() -> None:
 def test_quantized_attention_is_timed_with_the_type_of_its_tokens() -> None:
     unet = torch.ao.quantization.quantize_dynamic(tiny.shallow_unet(), {torch.nn.Linear}, dtype=torch.qint8)
     tiny.predict(tofu_sd.apply_patch(unet, 0.5))
-    assert json.loads(autotune.cache.file.read_text())["timings"]
+    assert json.loads(timing_cache.cache.file.read_text())["timings"]
 
 
 def test_offloaded_attention_is_timed_where_it_runs(takes: Any) -> None:
@@ -210,12 +210,12 @@ def test_attention_that_cannot_be_timed_is_merged_as_requested(
     def fails(*_: Any) -> float:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(autotune, "_seconds", fails)
+    monkeypatch.setattr(autotune, "seconds", fails)
     unet = tiny.sd15_unet()
     baseline = tiny.predict(unet)
     assert not torch.equal(tiny.predict(tofu_sd.apply_patch(unet, 0.5)), baseline)
     assert "cannot be timed here, so it is merged as requested (RuntimeError: out of memory)" in caplog.text
-    assert not autotune.cache.file.exists()
+    assert not timing_cache.cache.file.exists()
 
 
 # --- what the user reads ----------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def test_summary_lists_skipped_blocks() -> None:
 def test_the_same_machine_decides_the_same_tomorrow(takes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = takes(1.2)
     tiny.predict(tofu_sd.apply_patch(tiny.sd15_unet(), 0.5))
-    monkeypatch.setattr(autotune, "cache", TimingCache(autotune.cache.file))  # of a new process
+    monkeypatch.setattr(timing_cache, "cache", TimingCache(timing_cache.cache.file))  # of a new process
     timed.clear()
     other = takes(0.5)
     unet = tofu_sd.apply_patch(tiny.sd15_unet(), 0.5)

@@ -2,7 +2,8 @@
 
 With a bias on the keys, CUDA's scaled-dot-product attention cannot use its flash kernel. Flash can add the same number
 as one more channel: log(n_i) in the keys, a constant in the queries. On a CPU, and where cuDNN's kernel takes a bias,
-the bias is faster. Compiled code cannot query kernels, and uses the channel.
+the bias is faster. Where it is known how many keys stand for how many tokens, an attention for each size needs neither;
+whether that is faster is timed at the first call. Compiled code cannot query kernels, and uses the channel.
 
 Hosts pass the bias to `scaled_dot_product_attention` as a mask. A mask of type `KeyBias` intercepts that call, as
 `torch.nn.attention.bias.CausalBias` does.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.operators import is_compiling
+from .attention_by_size import attend_by_size, can_attend_by_size, is_faster, uses_cudnn
+from .token_map import SizeClasses
 
-SDPBackend = getattr(torch._C, "_SDPBackend", None)  # torch.nn.attention, which has it too, came with torch 2.3
 SDPA = torch._C._nn.scaled_dot_product_attention  # torch's own, even if torch.nn.functional has a replacement
 FLASH_DEVICE, FLASH_TYPES = "cuda", (torch.float16, torch.bfloat16)
 FLASH_CHANNELS = 256  # of a head, at most
@@ -28,7 +31,12 @@ EXTRA = 8  # channels more: flash takes multiples of 8
 
 
 class KeyBias(Tensor):
-    """A mask [..., K] that is the same for every query; `attend` adds it in scaled_dot_product_attention."""
+    """A mask [..., K] that is the same for every query; `attend` adds it in scaled_dot_product_attention.
+
+    `classes` is how many keys stand for how many tokens each, where that is known.
+    """
+
+    classes: SizeClasses | None = None
 
     @classmethod
     def __torch_function__(
@@ -38,13 +46,22 @@ class KeyBias(Tensor):
             if func is SDPA:
                 return attend(*args, **(kwargs or {}))
             result = func(*args, **(kwargs or {}))
-        return result.as_subclass(cls) if func in _SHAPING else result
+        if func not in _SHAPING:
+            return result
+        shaped = result.as_subclass(cls)
+        return shaped if is_compiling() else _with_classes(shaped, args[0].classes)
 
 
 _SHAPING = (Tensor.view, Tensor.reshape, Tensor.unsqueeze, Tensor.expand, Tensor.repeat_interleave)
 
 
-def key_bias(size: Tensor, dtype: torch.dtype, sdpa: bool) -> Tensor:
+def _with_classes(bias: KeyBias, classes: SizeClasses | None) -> KeyBias:
+    if classes is not None:  # compiled code has none, and could not set an attribute
+        bias.classes = classes
+    return bias
+
+
+def key_bias(size: Tensor, dtype: torch.dtype, sdpa: bool, classes: SizeClasses | None = None) -> Tensor:
     """Returns log(n_i) as an additive attention mask [B, 1, K].
 
     Args:
@@ -52,24 +69,33 @@ def key_bias(size: Tensor, dtype: torch.dtype, sdpa: bool) -> Tensor:
         dtype: of the tokens.
         sdpa: whether scaled_dot_product_attention will use it. Then, if flash is available, it is a KeyBias in float32,
             for the precision of `by_channel`.
+        classes: how many keys stand for how many tokens each, where that is known.
     """
     bias = size.log().unsqueeze(1)
     if sdpa and bias.device.type == FLASH_DEVICE and dtype in FLASH_TYPES:
-        return bias.as_subclass(KeyBias)
+        return _with_classes(bias.as_subclass(KeyBias), classes)
     return bias.to(dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **more: Any) -> Tensor:
-    """Runs scaled_dot_product_attention with a mask [B, H, 1, K] that is the same for every query, the faster way."""
-    if flash_takes(query, **more):
-        mask = attn_mask.to(query.dtype)
-        if not cudnn_takes(query, key, value, mask, **more):
-            return by_channel(query, key, value, attn_mask, **more)
-        attn_mask = mask
-    return by_mask(query, key, value, attn_mask, **more)
+    """Runs scaled_dot_product_attention with a mask [B, H, 1, K] that is the same for every query, the fastest way."""
+    if not flash_takes(query, **more):
+        return by_mask(query, key, value, attn_mask, **more)
+    classes = None if is_compiling() else getattr(attn_mask, "classes", None)
+    mask = attn_mask.to(query.dtype)
+    usual = partial(by_channel, query, key, value, attn_mask, **more)
+    if uses_cudnn(query, key, value, mask, more.get("scale")):
+        usual = partial(by_mask, query, key, value, mask, **more)
+    if classes is not None and not more.get("enable_gqa") and can_attend_by_size(query, key, value):
+        by_size = partial(attend_by_size, query, key, value, classes, more.get("scale"))
+        if is_faster(by_size, usual, query, key, classes):
+            return by_size()
+    return usual()
 
 
-def proportional_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, size: Tensor) -> Tensor:
+def proportional_attention(
+    q: Tensor, k: Tensor, v: Tensor, heads: int, size: Tensor, classes: SizeClasses | None = None
+) -> Tensor:
     """Runs proportional attention, for hosts whose own attention has no additive mask.
 
     Args:
@@ -77,6 +103,7 @@ def proportional_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, size: Te
         k, v: [B, K, C], projected keys and values.
         heads: number of heads.
         size: [B, K], how many tokens each key stands for.
+        classes: how many keys stand for how many tokens each, where that is known.
 
     Returns:
         [B, N, C].
@@ -84,7 +111,7 @@ def proportional_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, size: Te
     if not is_compiling():
         check_kernel(q.device, q.dtype)
     q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))  # [B, H, N, d]
-    bias = size.log()[:, None, None].expand(-1, heads, -1, -1)  # [B, H, 1, K], float32
+    bias = key_bias(size, q.dtype, sdpa=True, classes=classes).unsqueeze(1).expand(-1, heads, -1, -1)  # [B, H, 1, K]
     return attend(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
@@ -125,14 +152,6 @@ def flash_takes(query: Tensor, dropout_p: float = 0.0, is_causal: bool = False, 
         return True
     enabled = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
     return bool(enabled) and torch.cuda.get_device_capability(query.device) >= (8, 0)
-
-
-def cudnn_takes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None, **_: Any) -> bool:
-    """Whether scaled_dot_product_attention would choose cuDNN's kernel for this call with its mask."""
-    cudnn = getattr(SDPBackend, "CUDNN_ATTENTION", None)
-    if cudnn is None or is_compiling():  # not in this torch; cannot be queried
-        return False
-    return bool(torch._fused_sdp_choice(query, key, value, mask, scale=scale) == int(cudnn))
 
 
 def by_mask(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, **more: Any) -> Tensor:

@@ -17,6 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SizeClasses = tuple[tuple[int, int], ...]
+"""((count, size), ...): the first `count` survivors stand for `size` tokens each, and so on."""
+
 
 class TokenMap(NamedTuple):
     """K survivors of N tokens, and the survivor that stands for each token.
@@ -108,6 +111,18 @@ class SoftMap(NamedTuple):
 def has_equal_groups(map: TokenMap | SoftMap, size: int | None) -> bool:
     """Whether all survivors stand for `size` tokens each, given that none stands for more; False for None."""
     return size is not None and map.before[1] == size * map.after[1]
+
+
+def size_classes(map: TokenMap | SoftMap, size: int) -> SizeClasses:
+    """Returns ((count, size), ...) of a map whose groups have `size` tokens, and come first, or one.
+
+    Args:
+        map: of N tokens to K survivors.
+        size: of every group that has more than one token.
+    """
+    survivors = map.after[1]
+    groups = (map.before[1] - survivors) // (size - 1)
+    return tuple(each for each in ((groups, size), (survivors - groups, 1)) if each[0])
 
 
 def draw_merge_map(map: TokenMap, h: int, w: int) -> Tensor:

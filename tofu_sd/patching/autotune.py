@@ -10,8 +10,6 @@ import hashlib
 import importlib
 import logging
 import math
-import platform
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,9 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .. import timing_cache
 from ..config import BlockReductions, TokenFusionConfig
 from ..kernels.operators import is_compiling, is_dynamo_compiling
-from ..timing_cache import Timing, TimingCache
+from ..timing import device_name, seconds
+from ..timing_cache import Timing
 from .block_state import BlockState
 from .host import ATTRIBUTE
 from .step_tracker import StepTracker
@@ -33,9 +33,6 @@ PACKAGE = __name__.rpartition(".patching")[0]
 ROUNDS = 5
 BUDGET = 0.2  # seconds of timed calls, after which no further round begins
 CLEAR = 1.25  # a first round that differs by this factor decides alone
-LAUNCHES = 4  # calls between two synchronizations of a GPU, whose launches would else not overlap
-cache = TimingCache()
-clock: Callable[[], float] = time.perf_counter
 _reported: set[tuple[str, int]] = set()
 
 
@@ -128,7 +125,7 @@ class MergeRule:
         if not self.config.num_merged(h, w):
             return False
         key = self._key(batch, h, w, device, dtype)
-        timing = cache.get(key)
+        timing = timing_cache.cache.get(key)
         if timing is None:
             try:
                 timing = self._measure(batch, h, w, device, dtype)
@@ -136,7 +133,7 @@ class MergeRule:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
                 logger.warning(f"self-attention cannot be timed here, so it is merged as requested ({reason})")
                 return True
-            cache.put(key, timing)
+            timing_cache.cache.put(key, timing)
         level = logging.INFO if timing.pays else logging.WARNING
         if (key, level) not in _reported:
             _reported.add((key, level))
@@ -205,9 +202,9 @@ def _time(
     best_full = best_merged = math.inf
     spent = 0.0
     for _ in range(ROUNDS):
-        own_full, own_merged = _seconds(full, device), _seconds(merged, device)
+        own_full, own_merged = seconds(full, device), seconds(merged, device)
         if match is not None:
-            own_merged -= (1 - 1 / users) * _seconds(match, device)
+            own_merged -= (1 - 1 / users) * seconds(match, device)
         best_full, best_merged = min(best_full, own_full), min(best_merged, own_merged)
         spent += own_full + own_merged
         if spent > BUDGET or not 1 / CLEAR < best_merged / best_full < CLEAR:
@@ -215,36 +212,8 @@ def _time(
     return Timing(best_full, max(best_merged, 1e-9))
 
 
-def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Returns the seconds of a call. On a GPU several calls are launched at once, as in a model."""
-    calls = 1 if device.type == "cpu" else LAUNCHES
-    synchronize(device)
-    start = clock()
-    for _ in range(calls):
-        run()
-    synchronize(device)
-    return (clock() - start) / calls
-
-
 def _report(timing: Timing, batch: int, h: int, w: int, device: torch.device, method: str) -> str:
     """Returns a sentence for the log."""
     where = f"maps of {h} x {w} tokens in batches of {batch} on {device_name(device)}"
     takes = f"self-attention takes {timing.ratio:.2f} times as long with {method}"
     return f"{where}: {takes}" + ("" if timing.pays else ", so they are not merged; min_tokens=0 merges them anyway")
-
-
-def device_name(device: torch.device) -> str:
-    """Returns the name of a GPU; of a CPU its kind and the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        return f"{platform.processor() or platform.machine()} with {torch.get_num_threads()} threads"
-    return device.type
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until a device has finished its work."""
-    if device.type in ("cuda", "xpu"):
-        getattr(torch, device.type).synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

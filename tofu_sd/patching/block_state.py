@@ -14,7 +14,7 @@ from ..core.matching import count_above_threshold, get_matcher, most_similar
 from ..core.partition import PartitionTensors
 from ..core.proportional import key_bias
 from ..core.reductions import Reduction, apply_reduction, reduce_by_id, reduction_id, unmerge
-from ..core.token_map import SoftMap, TokenMap, has_equal_groups
+from ..core.token_map import SizeClasses, SoftMap, TokenMap, has_equal_groups
 from ..kernels.operators import is_compiling
 from .host import BlockInfo
 from .image_parts import ImagePart
@@ -165,7 +165,11 @@ class BlockState:
 
     def key_bias(self, x: Tensor, map: TokenMap | SoftMap, sdpa: bool) -> Tensor | None:
         """Returns log(n_i) of each key as an additive mask [B, 1, K]; None without proportional attention."""
-        return key_bias(map.size, x.dtype, sdpa) if self.needs_bias(map) else None
+        return key_bias(map.size, x.dtype, sdpa, self.size_classes(map)) if self.needs_bias(map) else None
+
+    def size_classes(self, map: TokenMap | SoftMap) -> SizeClasses | None:
+        """Returns how many keys stand for how many tokens each, where that is known; None in compiled code."""
+        return None if is_compiling() else self.config.size_classes(map)
 
     def run_attention(
         self, x: Tensor, full: Callable[[], Tensor], merged: MergedForward, can_merge: Callable[[], bool]

@@ -185,7 +185,7 @@ class AttentionPatches:
         dtype = v.dtype
         if options.get("attn_precision") is torch.float32:
             q, k, v = q.float(), k.float(), v.float()
-        return proportional_attention(q, k, v, heads, map.size).to(dtype)
+        return proportional_attention(q, k, v, heads, map.size, self.config.size_classes(map)).to(dtype)
 
     # --- helpers of these -------------------------------------------------------------------------------------------
 
