@@ -1,7 +1,8 @@
 """Measures an embedded model: `python -m research.demo_training.check [--model textures]`.
 
 It generates images of all classes in order with fixed seeds and classifies them with the demo classifier. It prints the
-share whose labels are all those of the prompt, with its 95 % Wilson interval.
+share whose labels are all those of the prompt, with its 95 % Wilson interval; and the slope of the amplitude spectrum
+of renders, of renders through the autoencoder, and of the images, which shows how much detail each stage loses.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from eval.metrics.statistics import wilson
+from eval.validity.image_statistics import spectral_slope
 from tofu_sd.demo import GUIDANCE, NATIVE_SIZE, load, load_classifier
 from tofu_sd.demo.models import MODELS, DemoModel
 
+from .recipe import CONTENTS, TEST_SEED
 from .stages import classifier_accuracy
 
 
@@ -60,6 +63,31 @@ def contact_sheet(images: Tensor, columns: int, side: int) -> Image.Image:
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (i % columns * side, i // columns * side))
     return sheet
+
+
+@torch.no_grad()
+def spectral_slopes(model: DemoModel, pipe: Any, images: Tensor, device: str) -> dict[str, float]:
+    """Returns the mean exponent a of amplitude ~ 1/f^a at three stages, over an image of each class.
+
+    Args:
+        model: the embedded model.
+        pipe: its pipeline.
+        images: generated, uint8 [n, 3, size, size].
+        device: of the pipeline.
+    """
+    generated = images[: len(model.classes)].float() / 255
+    kinds, size = list(model.classes[: len(generated)]), images.shape[-1]
+    slopes: dict[str, list[Tensor]] = {"renders": [], "renders_through_autoencoder": []}
+    for start in tqdm(range(0, len(kinds), 8), desc="render", unit_scale=8, unit="image"):
+        part = kinds[start : start + 8]
+        seeds = [TEST_SEED + start + i for i in range(len(part))]
+        renders = CONTENTS[model.name].render(part, seeds, size, torch.device(device))
+        latents = pipe.vae.encode(renders * 2 - 1).latent_dist.mode()
+        decoded = (pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+        slopes["renders"].append(spectral_slope(renders.cpu()))
+        slopes["renders_through_autoencoder"].append(spectral_slope(decoded.cpu()))
+    return {**{name: float(torch.cat(parts).mean()) for name, parts in slopes.items()},
+            "generated": float(spectral_slope(generated).mean())}  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,6 +127,7 @@ def measure(model: DemoModel, args: argparse.Namespace) -> tuple[dict[str, Any],
         "classifier_on_fresh_renders": classifier_accuracy(
             net, torch.device(args.device), args.renders, content=model.name
         ),
+        "spectral_slope": spectral_slopes(model, pipe, images, args.device),
         "chance": 1 / math.prod(model.label_counts),
         "n": args.images,
         "seeds": f"0..{args.images - 1}",
