@@ -1,6 +1,7 @@
-"""All figures that wait for a GPU, in one command: `python -m benchmarks.gpu`, about six minutes on an H200.
+"""All figures that wait for a GPU, in one command: `python -m benchmarks.gpu`, at most nine minutes.
 
-Writes benchmarks/results/bench-cuda*.json, which docs/performance.md speaks of, and proportional-cuda.md.
+Writes benchmarks/results/bench-cuda*.json, which docs/performance.md speaks of, proportional-cuda.md, and
+kernels-cuda.txt: whether the kernels agree with their definition.
 """
 
 import argparse
@@ -9,30 +10,45 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-METHODS = "tomesd,tofu,tofu-fast,faithful,kv:tome+p,tofu-max,deepcache,deepcache:tofu-fast"
-RUNS = {  # what is asked for in each, and after how many minutes nothing new is begun
-    "bench-cuda.json": ["--case", "sd15-512,sd15-1024,sdxl-1024,sdxl-2048", "--method", METHODS, "--minutes", "3"],
-    "bench-cuda-batch.json": ["--case", "sd15-512", "--batch", "16", "--method", METHODS, "--minutes", "1"],
-    "bench-cuda-graphs.json": ["--case", "sd15-512,sd15-1024", "--scope", "attention", "--compile", "reduce-overhead",
-                               "--method", "tofu,tofu-fast,faithful", "--minutes", "2"],
+CASES = "sd15-512,sd15-1024,sdxl-1024,sdxl-2048"
+# asymmetric with groups of any size, of two sizes, of one size; keys and values only, in the same three ways
+ATTENTION = (
+    "tomesd,tofu,tofu-fast,faithful,asymmetric,asymmetric@matching=pairs@ratio=0.25,asymmetric@matching=pairs,"
+    "kv:tome+p,kv:tome+p@matching=pairs@ratio=0.25,kv:tome@matching=pairs,kv:tome@matching=cells@ratio=0.75"
+)
+STEP = "tofu,asymmetric,asymmetric@matching=pairs,deepcache,deepcache:asymmetric"
+GRAPHS = "tofu,tofu-fast,faithful,asymmetric,asymmetric@matching=pairs"
+RUNS = {  # what is asked for in each, and after how many minutes nothing new is begun: seven in all
+    "bench-cuda-attention.json": ["--scope", "attention", "--case", CASES, "--method", ATTENTION, "--minutes", "2"],
+    "bench-cuda-batch.json": ["--scope", "attention", "--case", CASES, "--batch", "16", "--method", ATTENTION,
+                              "--minutes", "2"],
+    "bench-cuda-graphs.json": ["--scope", "attention", "--case", "sd15-512,sdxl-1024", "--compile", "reduce-overhead",
+                               "--method", GRAPHS, "--minutes", "1"],
+    "bench-cuda.json": ["--scope", "unet", "--case", CASES, "--method", STEP, "--minutes", "1"],
+    "bench-cuda-default.json": ["--scope", "unet", "--case", CASES, "--method", "tofu@min_tokens=auto",
+                                "--minutes", "1"],
 }  # fmt: skip
+CHECKS = ["tests/patching/test_cuda.py", "tests/core/test_kernels_triton.py"]
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--device", default="cuda", help="cpu to try the commands")
     p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--rounds", default="10")
+    p.add_argument("--out", type=Path, default=RESULTS)
     o = p.parse_args()
-    on = ["--device", "cuda", "--dtype", o.dtype, "--rounds", o.rounds]
+    on = ["--device", o.device, "--dtype", o.dtype, "--rounds", o.rounds]
     for name, asked in RUNS.items():
-        python("eval.bench", *on, *asked, "--out", str(RESULTS / name))
-    (RESULTS / "proportional-cuda.md").write_text(python("benchmarks.proportional", *on))
+        python("eval.bench", *on, *asked, "--out", str(o.out / name))
+    (o.out / "proportional-cuda.md").write_text(python("benchmarks.proportional", *on))
+    (o.out / "kernels-cuda.txt").write_text(python("pytest", "-q", *CHECKS, check=False))
 
 
-def python(module: str, *arguments: str) -> str:
-    """What a module of this project prints."""
+def python(module: str, *arguments: str, check: bool = True) -> str:
+    """What a module prints, run at the root of the checkout."""
     run = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(run, cwd=RESULTS.parents[1], check=True, text=True, stdout=subprocess.PIPE).stdout
+    return subprocess.run(run, cwd=RESULTS.parents[1], check=check, text=True, stdout=subprocess.PIPE).stdout
 
 
 if __name__ == "__main__":
