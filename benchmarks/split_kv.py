@@ -1,7 +1,7 @@
-"""Keys and values reduced differently, to see which of the two decides what the recipe `asymmetric` gains.
+"""Keys and values reduced differently, with queries by MLERP: which of the two decides what an average gains or loses.
 
-`python -m eval.run --method asymmetric,benchmarks/split_kv.py:keys-pruned,benchmarks/split_kv.py:values-pruned`. Not a
-setting of the library: one of the two would have to be reduced after its projection, at an extra cost.
+`python -m eval.run --method benchmarks/split_kv.py:keys-pruned,benchmarks/split_kv.py:values-pruned`; the other one is
+averaged. Not a setting of the library: one of the two would have to be reduced after its projection, at an extra cost.
 """
 
 from __future__ import annotations

@@ -37,7 +37,11 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "sx 1.5": ({"sx": 1.5}, ValueError, r"sx is 1\.5; it must be an integer >= 1"),
     "sx 0": ({"sx": 0}, ValueError, "sx is 0; it must be an integer >= 1"),
     "a flag that is a word": ({"proportional": "no"}, ValueError, "proportional is 'no'; it must be True or False"),
-    "a number for a reduction": ({"early": 3}, ValueError, "unknown reduction 3; known: prune, mean, mlerp"),
+    "a number for a reduction": (
+        {"early": 3},
+        ValueError,
+        "unknown reduction 3; known: prune, mean, mlerp",
+    ),
     "a reduction without a name": ({"late": functools.partial(mean)}, ValueError, "partial.* has no name of its own"),
     "tomesd's option": ({"max_downsampel": 2}, TypeError, r"did you mean 'max_downsample'\?\).*use_rand"),
     "start after end": ({"start": 0.6, "end": 0.4}, ValueError, r"start is 0\.6 and end is 0\.4: start must"),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .config import TokenFusionConfig
-from .core.reductions import mean, mlerp, prune
+from .core.reductions import mean, mlerp, partial_mlerp, prune
 from .utils import did_you_mean
 
 TOFU = TokenFusionConfig(early=prune, late=mlerp)  # Token Fusion, WACV 2024, section 4.2: prune, then MLERP
@@ -19,8 +19,8 @@ MLERP = TokenFusionConfig(early=mlerp, late=mlerp)  # ToFu Eq. 10 everywhere
 TOFU_FAST = replace(TOFU, window=8)  # matching within windows of 16 x 16 tokens
 TOFU_MAX = replace(TOFU_FAST, levels=2, merge_crossattn=True, merge_mlp=True)  # all layers of two resolutions
 FAITHFUL = replace(TOME, proportional=True, window=8)  # closest to the baseline at the cost of TOFU_FAST
-# queries keep their length, which sets how sharp attention is; the mean of keys is right to second order with log(n)
-ASYMMETRIC = replace(MLERP, kv_early=mean, kv_late=mean, proportional=True)
+# queries keep their length, which sets how sharp attention is; keys of large groups are averaged, with log(n)
+ASYMMETRIC = replace(MLERP, kv_early=partial_mlerp, kv_late=partial_mlerp, proportional=True)
 ADAPTIVE = replace(FAITHFUL, threshold=0.7, threshold_decay=-0.016)  # ATM's thresholds, at most `ratio`
 CONDENSE = replace(FAITHFUL, temperature=0.03, sx=2, sy=1)  # AdaptiVision's soft clusters, one centroid for each cell
 

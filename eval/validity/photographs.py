@@ -34,14 +34,14 @@ METHODS = (
     Reference("tome+p", 0.5, 32.3, 0.951),
     Reference("faithful", 0.5, 31.7, 0.941),
     Reference("tofu+p", 0.5, 33.0, 0.958),
-    Reference("asymmetric", 0.5, 33.7, 0.963),
-    Reference("asymmetric@window=8", 0.5, 32.9, 0.954),
-    Reference("asymmetric@kv_early=prune@kv_late=prune", 0.5, 34.2, 0.970),
-    Reference("asymmetric@kv_late=prune", 0.5, 35.0, 0.975, 16),
+    Reference("mlerp+p@kv_early=mean@kv_late=mean", 0.5, 33.7, 0.963),
+    Reference("mlerp+p@window=8@kv_early=mean@kv_late=mean", 0.5, 32.9, 0.954),
+    Reference("mlerp+p@kv_early=prune@kv_late=prune", 0.5, 34.2, 0.970),
+    Reference("mlerp+p@kv_early=mean@kv_late=prune", 0.5, 35.0, 0.975, 16),
     Reference("kv:tome+p", 0.5, 40.1, 0.992),
     Reference("tome", 0.25, 33.5, 0.975),
     Reference("tome", 0.75, 27.2, 0.908, 8),
-    Reference("asymmetric", 0.25, 42.8, 0.994),
+    Reference("mlerp+p@kv_early=mean@kv_late=mean", 0.25, 42.8, 0.994),
 )
 
 TOKEN_COSINES = (0.755, 0.774, 0.910, 0.880, 0.926)

@@ -116,17 +116,17 @@ def test_build_map_over_several_blocks_of_sources_equals_reference(share: float)
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
-@pytest.mark.parametrize("largest_norm", [False, True], ids=["mean", "mlerp"])
+@pytest.mark.parametrize("length", list(reference.Length), ids=str)
 @pytest.mark.parametrize("K", [1, 3, 70])
-def test_merge_handles_any_group_size(K: int, largest_norm: bool) -> None:
+def test_merge_handles_any_group_size(K: int, length: reference.Length) -> None:
     """A sky is one large group, read a few rows at a time; a group can start anywhere among the sorted tokens."""
     x = tokens(20, 30, 24)
     group_idx = torch.cat(
         (torch.arange(K), torch.randint(0, K, (600 - K,), generator=torch.Generator().manual_seed(2)))
     )
     group_idx = group_idx.expand(2, -1).to(DEVICE)
-    exact = reference.merge(x.double(), group_idx, K, largest_norm)
-    assert max_error(triton_kernels.merge(x, group_idx, K, largest_norm), exact) < 1e-5
+    exact = reference.merge(x.double(), group_idx, K, length)
+    assert max_error(triton_kernels.merge(x, group_idx, K, length), exact) < 1e-5
 
 
 def merged_groups(h: int, w: int, C: int) -> tuple[Tensor, Tensor, int]:
@@ -141,17 +141,17 @@ def merged_groups(h: int, w: int, C: int) -> tuple[Tensor, Tensor, int]:
 @pytest.mark.parametrize(("h", "w"), MERGED)
 @channels
 @dtypes
-@pytest.mark.parametrize("largest_norm", [False, True], ids=["mean", "mlerp"])
+@pytest.mark.parametrize("length", list(reference.Length), ids=str)
 def test_merge_equals_reference_within_dtype_rounding(
-    h: int, w: int, C: int, dtype: torch.dtype, largest_norm: bool
+    h: int, w: int, C: int, dtype: torch.dtype, length: reference.Length
 ) -> None:
     """The error against float64 is at most twice the reference's error (plus a float32 rounding)."""
     x, group_idx, K = merged_groups(h, w, C)
     x = x.to(dtype)
-    exact = reference.merge(x.double(), group_idx, K, largest_norm)
+    exact = reference.merge(x.double(), group_idx, K, length)
     result, expected = (
-        triton_kernels.merge(x, group_idx, K, largest_norm),
-        reference.merge(x, group_idx, K, largest_norm),
+        triton_kernels.merge(x, group_idx, K, length),
+        reference.merge(x, group_idx, K, length),
     )
     assert result.dtype == dtype
     assert max_error(result, exact) <= 2 * max_error(expected, exact) + 1e-6
@@ -160,7 +160,7 @@ def test_merge_equals_reference_within_dtype_rounding(
 def test_mlerp_of_opposite_tokens_is_zero() -> None:
     x = torch.tensor([[[5.0, 0.0], [-5.0, 0.0]]], device=DEVICE)
     group_idx = torch.zeros(1, 2, dtype=torch.long, device=DEVICE)
-    assert triton_kernels.merge(x, group_idx, 1, True).tolist() == [[[0.0, 0.0]]]
+    assert triton_kernels.merge(x, group_idx, 1, reference.Length.LARGEST).tolist() == [[[0.0, 0.0]]]
 
 
 @sizes

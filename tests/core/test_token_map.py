@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tofu_sd.core.matching import bipartite_soft_matching
 from tofu_sd.core.partition import partition
-from tofu_sd.core.reductions import REDUCTIONS, mean, mlerp, prune, reduce_by_id, reduction_id, unmerge
+from tofu_sd.core.reductions import REDUCTIONS, mean, mlerp, partial_mlerp, prune, reduce_by_id, reduction_id, unmerge
 from tofu_sd.core.token_map import TokenMap, draw_merge_map
 
 CPU = torch.device("cpu")
@@ -108,6 +108,17 @@ def test_mlerp_has_mean_direction_and_largest_norm(case):
     assert torch.allclose(y.norm(dim=-1)[kept], largest[kept], rtol=1e-5)
     cosine = torch.nn.functional.cosine_similarity(y, direction, dim=-1)
     assert torch.allclose(cosine[kept], torch.ones_like(cosine[kept]), atol=1e-4)
+
+
+@given(maps())
+@settings(deadline=None, max_examples=60)
+def test_partial_mlerp_lies_between_the_mean_and_mlerp_by_the_size_of_the_group(case):
+    """A pair becomes MLERP; in a group of n tokens 1 / (n - 1) of what MLERP adds is added."""
+    x, map, _ = case
+    average, whole = mean(x, map).double(), mlerp(x, map).double()
+    share = 1 / (map.size.double() - 1).clamp_min(1)
+    expected = average + share.unsqueeze(-1) * (whole - average)
+    torch.testing.assert_close(partial_mlerp(x, map).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("src", "dst"), [(3.0, 1.0), (1.0, 3.0)])

@@ -356,7 +356,7 @@ def test_grid_axis_sets_an_option_and_enables_token_fusion(program):
     axes = {axis.label: axis for axis in grid.axis_options}
     assert len(axes) == len(grid.axis_options) == len(NAMES)
     assert axes["[ToFu] Kv only"].choices() == ["False", "True"]
-    assert axes["[ToFu] Early"].choices() == ["prune", "mean", "mlerp"]
+    assert axes["[ToFu] Early"].choices() == ["prune", "mean", "mlerp", "partial_mlerp"]
     assert [a.label for a in grid.axis_options if type(a) is webui_host.AxisOptionTxt2Img] == ["[ToFu] Hires ratio"]
     axes["[ToFu] Ratio"].confirm(None, [0.0, 0.25, 0.75])
     with pytest.raises(ValueError, match=r"ratio is 0\.8; it must be a number from 0 to 0\.75"):

@@ -69,7 +69,7 @@ def test_attention_over_identical_tokens_is_exact_with_proportional_attention() 
     The tolerance is float64 rounding.
     """
     x = torch.randn(2, 16, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 1)
-    for kv in ("mean", "prune", "mlerp"):
+    for kv in ("mean", "prune", "mlerp", "partial_mlerp"):
         for early in ("mlerp", "prune"):
             config = TokenFusionConfig(0.5, early=early, kv_early=kv, proportional=True)
             torch.testing.assert_close(merged_attention(x, pairs_map(x), config), attention(x, x), rtol=0, atol=1e-12)
@@ -146,13 +146,13 @@ def test_phases_follow_depth_split() -> None:
     assert TokenFusionConfig().reductions_at(0, 6) == BlockReductions(prune, prune)
 
 
-def test_recipe_is_queries_by_mlerp_and_keys_by_the_mean() -> None:
+def test_recipe_is_queries_by_mlerp_and_keys_on_the_way_to_it() -> None:
     config = recipes.named("asymmetric", 0.25)
     assert config == TokenFusionConfig(
-        0.25, early="mlerp", late="mlerp", kv_early="mean", kv_late="mean", proportional=True
+        0.25, early="mlerp", late="mlerp", kv_early="partial_mlerp", kv_late="partial_mlerp", proportional=True
     )
-    assert config.slug == "mlerp-kv-mean-r25+p"
-    assert recipes.named("asymmetric@kv_late=prune").slug == "mlerp-kv-mean-prune-r50+p"
+    assert config.slug == "mlerp-kv-partial_mlerp-r25+p"
+    assert recipes.named("mlerp+p@kv_early=mean@kv_late=prune").slug == "mlerp-kv-mean-prune-r50+p"
     assert recipes.named("tofu@kv_early=mean@kv_late=mean").slug == "tofu-kv-mean-r50"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels.operators import is_compiling
 from ..utils import InvalidResultError
 from .partition import PartitionTensors
-from .reductions import mlerp, prune
+from .reductions import BUILT_IN_REDUCTIONS, mean
 from .token_map import SoftMap, TokenMap
 
 Matcher = Callable[[Tensor, PartitionTensors, Any], "TokenMap | SoftMap"]
@@ -70,7 +70,7 @@ class CheckedMatcher:
     def _check_soft_map(self, map: SoftMap, B: int, config: Any) -> None:
         """Checks the weights of a SoftMap, and that the reductions of the configuration can use it."""
         for field in ("early", "late", "kv_early", "kv_late"):
-            if getattr(config, field, None) in (prune, mlerp):
+            if (reduction := getattr(config, field, None)) in BUILT_IN_REDUCTIONS and reduction is not mean:
                 name = getattr(config, field).__name__
                 self._refuse(f"a SoftMap, and {field} is {name!r}", f"a TokenMap, or {field} must be 'mean'")
         if not isinstance(map.weights, Tensor) or map.weights.ndim != 4 or len(map.weights) != B:

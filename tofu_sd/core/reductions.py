@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import merge, take
+from ..kernels import Length, merge, take
 from ..kernels.operators import is_compiling, operator
 from ..utils import InvalidResultError, RegistrationError, did_you_mean, same_source
 from .token_map import SoftMap, TokenMap
@@ -48,7 +48,7 @@ def mean(x: Tensor, map: TokenMap | SoftMap) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             sums = map.weights.mT @ x[:, map.tokens].to(map.weights.dtype)  # [B, T, D, C]
             return (sums.flatten(1, 2)[:, map.dst_index] / map.size.unsqueeze(-1)).to(x.dtype)
-    return merge(x, map.group_idx, map.kept_idx.shape[1], largest_norm=False)
+    return merge(x, map.group_idx, map.kept_idx.shape[1], Length.OWN)
 
 
 def mlerp(x: Tensor, map: TokenMap) -> Tensor:
@@ -56,10 +56,19 @@ def mlerp(x: Tensor, map: TokenMap) -> Tensor:
 
     A group whose mean is zero has no direction and stays zero.
     """
-    return merge(x, map.group_idx, map.kept_idx.shape[1], largest_norm=True)
+    return merge(x, map.group_idx, map.kept_idx.shape[1], Length.LARGEST)
 
 
-REDUCTIONS: dict[str, Reduction] = {"prune": prune, "mean": mean, "mlerp": mlerp}
+def partial_mlerp(x: Tensor, map: TokenMap) -> Tensor:
+    """Goes 1 / (n - 1) of the way from a group's mean to MLERP, in a group of n tokens: [B, K, C].
+
+    For keys. With log n a mean stands for the n - 1 other tokens that a query attends to, but is too short for the one
+    that the query itself is, whose share falls with n. Of two tokens it is MLERP, of many the mean.
+    """
+    return merge(x, map.group_idx, map.kept_idx.shape[1], Length.PARTIAL)
+
+
+REDUCTIONS: dict[str, Reduction] = {"prune": prune, "mean": mean, "mlerp": mlerp, "partial_mlerp": partial_mlerp}
 BUILT_IN_REDUCTIONS = tuple(REDUCTIONS.values())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import cpu, reference
 from .operators import is_compiling, operator
+from .reference import Length as Length
 
 _enabled = True
 
@@ -59,7 +60,7 @@ def _fault(device: torch.device, dtype: torch.dtype) -> str | None:
     def steps(run: Callable[[str], Callable[..., Any]]) -> list[Tensor]:
         best, target = (values[:, 0] for values in run("nearest_dst")(x, src[None], dst[None]))
         kept_idx, group_idx = run("build_map")(best, target, src, dst, 3)
-        return [target, kept_idx, group_idx, run("take")(x, kept_idx), run("merge")(x, group_idx, 5, True)]
+        return [target, kept_idx, group_idx, run("take")(x, kept_idx), run("merge")(x, group_idx, 5, Length.PARTIAL)]
 
     try:
         with torch.no_grad():
@@ -126,9 +127,9 @@ def take(x: Tensor, at: Tensor) -> Tensor:
     return _chosen("take", x)(x, at)
 
 
-def merge(x: Tensor, group_idx: Tensor, K: int, largest_norm: bool) -> Tensor:
+def merge(x: Tensor, group_idx: Tensor, K: int, length: int) -> Tensor:
     """Runs `reference.merge` or its kernel."""
-    return _chosen("merge", x)(x, group_idx, K, largest_norm)
+    return _chosen("merge", x)(x, group_idx, K, length)
 
 
 def _chosen(name: str, x: Tensor) -> Callable[..., Any]:

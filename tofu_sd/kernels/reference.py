@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import IntEnum
 
 import torch
 import torch.nn.functional as F
@@ -93,14 +94,23 @@ def take(x: Tensor, at: Tensor) -> Tensor:
     return F.embedding(_across(at, x.shape[1]), x.flatten(0, 1))
 
 
-def merge(x: Tensor, group_idx: Tensor, K: int, largest_norm: bool) -> Tensor:
+class Length(IntEnum):
+    """The length of a group's average: its own, the largest norm in the group, or a part of the way to that."""
+
+    OWN = 0
+    LARGEST = 1
+    PARTIAL = 2
+
+
+def merge(x: Tensor, group_idx: Tensor, K: int, length: int) -> Tensor:
     """Averages each group of tokens: [B, K, C].
 
     Args:
         x: [B, N, C], tokens.
         group_idx: [B, N], group of each token, 0..K-1.
         K: number of groups.
-        largest_norm: rescales each average to the largest norm in its group (ToFu Eq. 10); zero stays zero.
+        length: a Length. LARGEST rescales each average to the largest norm in its group (ToFu Eq. 10); zero stays zero.
+            PARTIAL goes 1 / (n - 1) of the way there in a group of n tokens.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)  # the sum of a large group can overflow in half precision
     full = x.to(dtype)
@@ -113,13 +123,16 @@ def merge(x: Tensor, group_idx: Tensor, K: int, largest_norm: bool) -> Tensor:
         average = (total / (ends - starts).unsqueeze(-1)).view(len(x), K, -1)
     else:
         average = F.embedding_bag(tokens, full.flatten(0, 1), starts, mode="mean").view(len(x), K, -1)
-    if not largest_norm:
+    if length == Length.OWN:
         return average.to(x.dtype)
     norm = torch.linalg.vector_norm(full, dim=-1)  # [B, N]
     largest = norm.new_zeros(len(x), K).scatter_reduce(1, group_idx, norm, "amax")  # norms are >= 0
     own = torch.linalg.vector_norm(average, dim=-1)
     pointing = own > torch.finfo(dtype).tiny * largest.clamp_min(1)  # otherwise the quotient and its gradient overflow
     scale = largest / own.where(pointing, own.new_ones(()))
+    if length == Length.PARTIAL:
+        others = (ends - starts).view(len(x), K) - 1
+        scale = 1 + (scale - 1) / others.clamp_min(1)
     return (average * scale.unsqueeze(-1)).to(x.dtype)
 
 

@@ -173,8 +173,8 @@ def _build_map(best_ptr, target_ptr, src_ptr, dst_ptr, kept_ptr, group_ptr, r, S
         tl.store(group_ptr + token, joined, mask=leaves)
 
 
-def merge(x: Tensor, group_idx: Tensor, K: int, largest_norm: bool) -> Tensor:
-    """Computes `reference.merge`: each program sums one group and, for MLERP, keeps its largest norm."""
+def merge(x: Tensor, group_idx: Tensor, K: int, length: int) -> Tensor:
+    """Computes `reference.merge`: each program sums one group and, unless the length is its own, its largest norm."""
     B, N, C = x.shape
     # short integers are sorted in fewer passes; a stable sort keeps sums deterministic
     group, token = group_idx.to(torch.int16 if K < 2**15 else torch.int32).sort(dim=1, stable=True)
@@ -182,7 +182,7 @@ def merge(x: Tensor, group_idx: Tensor, K: int, largest_norm: bool) -> Tensor:
     channels = triton.next_power_of_2(C)
     _merge[(K, B)](
         x.contiguous(), group, token, out, N, K, C,
-        LARGEST_NORM=largest_norm, CHANNELS=channels, ROWS=4,
+        LENGTH=int(length), CHANNELS=channels, ROWS=4,
         STRIDE=triton.next_power_of_2(triton.cdiv(N, 256)), num_warps=max(1, min(8, channels // 512)),
     )  # fmt: skip
     return out
@@ -191,7 +191,7 @@ def merge(x: Tensor, group_idx: Tensor, K: int, largest_norm: bool) -> Tensor:
 @triton.jit
 def _merge(
     x_ptr, group_ptr, token_ptr, out_ptr, N, K, C,
-    LARGEST_NORM: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, STRIDE: tl.constexpr,
+    LENGTH: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     k, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     x_ptr += sample * N * C
@@ -214,16 +214,19 @@ def _merge(
         x = tl.load(x_ptr + token[:, None] * C + c[None, :], mask=mine[:, None] & (c < C)[None, :], other=0.0)
         x = x.to(tl.float32)
         total += tl.sum(x, axis=0)
-        if LARGEST_NORM:
+        if LENGTH > 0:
             largest = tl.maximum(largest, tl.max(tl.sqrt(tl.sum(x * x, axis=1)), axis=0))
         count = tl.sum(mine.to(tl.int32), axis=0)
         members += count
         more = tl.where(count == ROWS, 1, 0)
     mean = total / members.to(tl.float32)  # type: ignore[attr-defined]
-    if LARGEST_NORM:
+    if LENGTH > 0:
         own = tl.sqrt(tl.sum(mean * mean, axis=0))
         pointing = own > 1.1754944e-38 * tl.maximum(largest, 1.0)
-        mean = mean * (largest / tl.where(pointing, own, 1.0))
+        scale = largest / tl.where(pointing, own, 1.0)
+        if LENGTH == 2:  # reference.Length.PARTIAL
+            scale = 1.0 + (scale - 1.0) / tl.maximum(members - 1, 1).to(tl.float32)
+        mean = mean * scale
     tl.store(out_ptr + (sample * K + k) * C + c, mean.to(out_ptr.dtype.element_ty), mask=c < C)
 
 

@@ -120,10 +120,10 @@ def test_todo_keeps_every_other_token_of_every_other_row() -> None:
 
 
 def test_split_reductions_of_keys_and_values_are_the_asymmetric_recipe_where_they_are_equal() -> None:
-    """benchmarks/split_kv.py: with the mean for both it is `asymmetric`, else it differs; both are undone."""
+    """benchmarks/split_kv.py: with the mean for both it is that method of the library; both are undone."""
     split_kv = methods._load(Path(__file__).parents[3] / "benchmarks" / "split_kv.py")
     unet = tiny.sd15_unet()
-    [asymmetric] = methods.parse("asymmetric", [0.5])
+    [asymmetric] = methods.parse("mlerp+p@kv_early=mean@kv_late=mean", [0.5])
     with asymmetric.apply(unet):
         expected = tiny.predict(unet)
     with split_kv.split(unet, 0.5, mean, mean):
