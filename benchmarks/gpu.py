@@ -28,10 +28,12 @@ RUNS = {  # what is asked for in each, and after how many minutes nothing new is
     "bench-cuda-default.json": ["--scope", "unet", "--case", CASES, "--method", "tofu@min_tokens=auto",
                                 "--minutes", "1"],
 }  # fmt: skip
+LIMIT = 180  # seconds of one run
 CHECKS = ["tests/patching/test_cuda.py", "tests/core/test_kernels_triton.py"]
 
 
-def main() -> None:
+def main() -> int:
+    """Returns 0, or 1 if anything failed. Each run is tried, whatever happened to the others."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--device", default="cuda", help="cpu to try the commands")
     p.add_argument("--dtype", default="bfloat16")
@@ -39,17 +41,24 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=RESULTS)
     o = p.parse_args()
     on = ["--device", o.device, "--dtype", o.dtype, "--rounds", o.rounds]
+    checked = python("pytest", "-q", *CHECKS)
+    (o.out / "kernels-cuda.txt").write_text(checked.stdout)
+    done = [checked]
     for name, asked in RUNS.items():
-        python("eval.bench", *on, *asked, "--out", str(o.out / name))
-    (o.out / "proportional-cuda.md").write_text(python("benchmarks.proportional", *on))
-    (o.out / "kernels-cuda.txt").write_text(python("pytest", "-q", *CHECKS, check=False))
+        done.append(python("eval.bench", *on, *asked, "--out", str(o.out / name)))
+    done.append(python("benchmarks.proportional", *on))
+    (o.out / "proportional-cuda.md").write_text(done[-1].stdout)
+    failed = [run for run in done if run.returncode]
+    for run in failed:
+        print(f"failed with {run.returncode}: {' '.join(run.args[1:])}", file=sys.stderr)
+    return 1 if failed else 0
 
 
-def python(module: str, *arguments: str, check: bool = True) -> str:
-    """What a module prints, run at the root of the checkout."""
-    run = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(run, cwd=RESULTS.parents[1], check=check, text=True, stdout=subprocess.PIPE).stdout
+def python(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a module at the root of the checkout, for at most LIMIT seconds."""
+    run = ["timeout", str(LIMIT), sys.executable, "-m", module, *arguments]
+    return subprocess.run(run, cwd=RESULTS.parents[1], check=False, text=True, stdout=subprocess.PIPE)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

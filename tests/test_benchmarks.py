@@ -10,10 +10,11 @@ import pytest
 
 from eval.bench import parser
 from eval.methods import registry
-from eval.speed.contender import MODES, SCOPES
+from eval.speed.contender import MODES, SCOPES, unsuitable_reason
 from eval.speed.model_shapes import CASES
 
 ROOT = Path(__file__).parents[1]
+OTHER_PACKAGE = (["pip install tomesd"], ["pip install DeepCache"])
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,8 @@ def test_every_run_has_known_cases_scopes_modes_and_methods(gpu: Any) -> None:
         assert set(options.case.split(",")) <= CASES.keys()
         assert set(options.scope.split(",")) <= set(SCOPES)
         assert set(options.compile.split(",")) <= set(MODES)
-        assert registry.parse(options.method, [options.ratio])  # two methods of one row are an error
+        for method in registry.parse(options.method, [options.ratio]):  # two methods of one row are an error
+            assert [unsuitable_reason(method, scope) for scope in options.scope.split(",")] in ([""], *OTHER_PACKAGE)
         minutes += options.minutes
     assert minutes <= 7  # a setup that has begun is finished, and two smaller programs follow
 

@@ -92,11 +92,16 @@ class TokenFusionConfig(ConfigFields):
         return 2 if self.matching == "pairs" and self.ratio <= PAIRED_ONCE else 4
 
     def size_classes(self, map: TokenMap | SoftMap) -> SizeClasses | None:
-        """Returns how many survivors of a map stand for how many tokens each; None where only the map knows.
+        """Returns how many survivors of a map stand for how many tokens each; None where that depends on the image.
 
-        Tokens that are paired twice form groups of four, and of two at the edge of an odd map.
+        Tokens that are paired twice form groups of four, and of two at the edge of an odd map. None too where
+        `min_tokens` is a number: attention by size is chosen by a measurement, and then nothing depends on the machine.
         """
-        if self.group_size is None or (self.matching == "pairs" and self.ratio > PAIRED_ONCE):
+        if (
+            self.min_tokens != "auto"
+            or self.group_size is None
+            or (self.matching == "pairs" and self.ratio > PAIRED_ONCE)
+        ):
             return None
         return size_classes(map, self.group_size)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+PACKAGE = __name__.rpartition(".")[0]
 LAUNCHES = 4  # calls between two synchronizations of a GPU, whose launches would else not overlap
 clock: Callable[[], float] = time.perf_counter
 
@@ -22,6 +24,11 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
         run()
     synchronize(device)
     return (clock() - start) / calls
+
+
+def versions() -> str:
+    """Returns those of this package and of torch, on which times depend."""
+    return f"{PACKAGE} {importlib.import_module(PACKAGE).__version__}, torch {torch.__version__}"
 
 
 def device_name(device: torch.device) -> str:

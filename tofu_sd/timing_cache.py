@@ -1,4 +1,4 @@
-"""What merging was measured to cost on this machine: for this process, and in a file in the user's cache folder.
+"""What was measured to be faster on this machine: for this process, and in a file in the user's cache folder.
 
 The file makes the same image on the same machine tomorrow. Without it, or where it cannot be read or written, every
 process measures for itself.
@@ -26,7 +26,12 @@ PAYS_BELOW = 0.97  # merging has to be this much faster, as a measurement is not
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one self-attention of all tokens, and of merged tokens with its matching."""
+    """Seconds of two ways to compute the same layer.
+
+    Args:
+        full: of the usual way: self-attention of all tokens, or a bias.
+        merged: of the other one: matching and self-attention of merged tokens, or attention by size.
+    """
 
     full: float
     merged: float

@@ -203,7 +203,7 @@ def _existing_settings(run_plan: RunPlan) -> Settings:
     if options.out is None:
         raise EvalError("--metrics-only measures the images of a folder: name it by --out")
     for name in ("reference", "repeats", "timed", "flops", "maps"):
-        if name in options.explicit:
+        if name in options.typed:
             raise EvalError(f"--metrics-only generates nothing, and --{name} is for generating")
     check_exists(options.out, "--out")
     settings = load_settings(options.out)

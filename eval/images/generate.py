@@ -156,7 +156,7 @@ class BatchTimer:
     _timed: int = 0
 
     def __post_init__(self) -> None:
-        self._baseline_unet = shared_weights_copy(denoiser_of(self.pipe))
+        self._baseline_unet = shared_weights_copy(denoiser_of(self.pipe)) if self.timing.with_baseline else None
 
     def time_batch(self, batch: Sequence[Request]) -> tuple[Any, dict[str, Any]]:
         """The images of a batch and their cost, as `generate_batch` returns them."""
@@ -173,8 +173,7 @@ class BatchTimer:
     def _warm_up(self, batch: Sequence[Request]) -> None:
         self._warm_sizes.add(len(batch))
         for _ in range(math.ceil(WARM_UP / len(batch))):
-            baseline_unet = self._baseline_unet if self.timing.with_baseline else None
-            self._generate(batch, min(WARM_UP_STEPS, self.settings.steps), baseline_unet)
+            self._generate(batch, min(WARM_UP_STEPS, self.settings.steps), self._baseline_unet)
 
     def _generate(
         self, batch: Sequence[Request], steps: int, baseline_unet: nn.Module | None

@@ -59,8 +59,8 @@ def unsuitable_reason(method: Method, scope: str) -> str:
         return method.unavailable_reason
     if method.needs_full_unet and scope != "unet":
         return "it needs a whole UNet"
-    if fusion is not None and fusion.min_tokens == "auto":
-        return "it depends on the machine: give min_tokens a number"
+    if fusion is not None and fusion.min_tokens == "auto" and scope != "unet":
+        return "where merging pays is measured in whole UNets: give min_tokens a number"
     if fusion is not None and (fusion.start, fusion.end) != (0, 1):
         return "it depends on the step: measure it with eval.run"
     if fusion is not None and fusion.threshold is not None:

@@ -67,7 +67,7 @@ def contact_sheet(images: Tensor, columns: int, side: int) -> Image.Image:
 
 @torch.no_grad()
 def spectral_slopes(model: DemoModel, pipe: Any, images: Tensor, device: str) -> dict[str, float]:
-    """Returns the mean exponent a of amplitude ~ 1/f^a at three stages, over an image of each class.
+    """Returns the mean exponent a of amplitude ~ 1/f^a at three stages, over at most an image of each class.
 
     Args:
         model: the embedded model.

@@ -50,15 +50,6 @@ def test_large_logits_do_not_overflow() -> None:
     torch.testing.assert_close(attend_by_size(query, key, value, CLASSES[0]), by_mask(query, key, value, bias))
 
 
-def test_gradients_keep_the_bias() -> None:
-    """The log-sum-exp of torch's operators has no gradient, which would silently be missing."""
-    query, key, value = heads(9, 0).requires_grad_(), heads(21, 1), heads(21, 2)
-    assert not can_attend_by_size(query, key, value)
-    with torch.no_grad():
-        assert can_attend_by_size(query, key, value)
-    assert not can_attend_by_size(query.to("meta"), key, value)
-
-
 @pytest.fixture
 def takes(monkeypatch: pytest.MonkeyPatch) -> Any:
     """takes(0.8): by size takes 0.8 times as long on a fake clock. Makes a CPU take the path of a GPU's flash kernel.
@@ -104,7 +95,7 @@ def test_the_faster_way_is_timed_once_and_remembered(
 ) -> None:
     timed = takes(ratio)
     query, key, value = heads(33, 0), heads(21, 1), heads(21, 2)
-    bias = key_bias(sizes(CLASSES[0]).expand(2, -1), torch.float32, True, CLASSES[0]).unsqueeze(1).expand(2, 3, 1, -1)
+    bias = bias_of(CLASSES[0])
     expected = by_mask(query, key, value, bias.as_subclass(Tensor))
     other = "by_channel"
     for _ in range(2):
@@ -119,11 +110,57 @@ def test_the_faster_way_is_timed_once_and_remembered(
     assert "5 of 2 and 16 of 1, by size or by_channel" in text
 
 
-def test_reshaping_a_bias_keeps_its_classes() -> None:
+def test_a_bias_keeps_its_classes_while_its_keys_stay() -> None:
+    """Processors reshape a mask for their heads; one of other keys must not lose its bias."""
     bias = torch.zeros(2, 1, 21).as_subclass(KeyBias)
     bias.classes = CLASSES[0]
     assert bias.repeat_interleave(3, dim=0).view(2, 3, -1, 21).classes == CLASSES[0]
+    assert bias.repeat_interleave(2, dim=-1).classes is None
+    assert bias.view(2, 3, 7).classes is None
     assert torch.zeros(2, 1, 21).as_subclass(KeyBias).unsqueeze(1).classes is None
+
+
+def bias_of(classes: SizeClasses) -> Tensor:
+    """The mask of 3 heads, as processors make it."""
+    return key_bias(sizes(classes).expand(2, -1), torch.float32, True, classes).unsqueeze(1).expand(2, 3, 1, -1)
+
+
+def test_gradients_are_those_of_the_bias(takes: Any, ran_by_size: list[Any]) -> None:
+    """The log-sum-exp of torch's operators has no gradient, which would silently be missing."""
+    takes(0.5)
+    inputs = [heads(33, 0).requires_grad_(), heads(21, 1).requires_grad_(), heads(21, 2).requires_grad_()]
+    bias = bias_of(CLASSES[0])
+    ours, theirs = (
+        torch.autograd.grad(way(*inputs, bias.as_subclass(kind)).square().sum(), inputs)
+        for way, kind in ((proportional.attend, KeyBias), (by_mask, Tensor))
+    )
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+    assert ran_by_size == []
+    assert not can_attend_by_size(*(x.detach().to("meta") for x in inputs))
+
+
+@pytest.mark.parametrize("first", ["infinite", "finite"])
+def test_a_call_that_overflows_decides_nothing(first: str, takes: Any) -> None:
+    timed = takes(0.5)
+    query, key, value = heads(33, 0), heads(21, 1), heads(21, 2)
+    broken = value.clone()
+    broken[0, 0, 0] = math.inf
+    proportional.attend(query, key, broken if first == "infinite" else value, bias_of(CLASSES[0]))
+    assert bool(timed) == (first == "finite")
+    proportional.attend(query, key, value, bias_of(CLASSES[0]))
+    assert list(attention_by_size._faster.values()) == [True]
+
+
+@pytest.mark.parametrize("options", [{"min_tokens": 0}, {"matching": "bipartite"}], ids=str)
+def test_nothing_is_measured_where_images_must_not_depend_on_the_machine(
+    options: dict[str, Any], takes: Any, ran_by_size: list[Any]
+) -> None:
+    timed = takes(0.5)
+    unet = tiny.sd15_unet()
+    with tofu_sd.patched(unet, TokenFusionConfig.of(0.25, proportional=True, **{"matching": "pairs", **options})):
+        tiny.predict(unet)
+    assert timed == ran_by_size == []
 
 
 @pytest.mark.parametrize(
@@ -188,7 +225,7 @@ def test_an_operator_that_fails_or_differs_is_not_used(fault: str, takes: Any, m
     real = attention_by_size._with_logsumexp
     monkeypatch.setattr(attention_by_size, "_with_logsumexp", faulty)
     query, key, value = 4 * heads(33, 0), 4 * heads(21, 1), heads(21, 2)
-    bias = key_bias(sizes(CLASSES[1]).expand(2, -1), torch.float32, True, CLASSES[1]).unsqueeze(1).expand(2, 3, 1, -1)
+    bias = bias_of(CLASSES[1])
     expected = by_mask(query, key, value, bias.as_subclass(Tensor))
     torch.testing.assert_close(proportional.attend(query, key, value, bias), expected)
     assert timed == []

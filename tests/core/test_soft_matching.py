@@ -280,6 +280,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another ratio": ({"ratio": 0.3}, r"ratio is 0\.3 .* 1 - 1/\(sx\*sy\), here 0\.5; sx=2, sy=1 gives 0\.5"),
     "other cells": ({"sy": 2}, r"ratio is 0\.5 .* each 2 x 2 cell becomes one token, so ratio must be .* here 0\.75"),
     "prune": ({"early": "prune"}, "early, late, kv_early and kv_late must be 'mean'"),
+    "partial_mlerp": ({"kv_late": "partial_mlerp"}, "early, late, kv_early and kv_late must be 'mean'"),
     "the whole map": ({"window": None}, "window is None: soft matching needs a window"),
     "a threshold too": ({"threshold": 0.9}, r"threshold is 0\.9: set only one"),
 }

@@ -11,6 +11,7 @@ from oracle import oracle
 from torch import Tensor
 
 import tofu_sd
+from tofu_sd.core.attention_by_size import attend_by_size
 from tofu_sd.core.matching import bipartite_soft_matching
 from tofu_sd.core.partition import partition
 from tofu_sd.core.proportional import attend, by_channel, by_mask
@@ -109,3 +110,14 @@ def test_peak_memory_excludes_the_baseline_unet() -> None:
     assert results[2]["baseline_denoiser_seconds"] > 0
     assert results[1]["reserved_bytes"] >= 0
     assert results[2]["reserved_bytes"] is None
+
+
+@pytest.mark.parametrize("d", [40, 64])
+@pytest.mark.parametrize("counts", [(64, 128), (77, 1, 19)], ids=str)
+def test_attention_by_size_agrees_with_float64(d: int, counts: tuple[int, ...]) -> None:
+    """With whichever kernel torch chooses: flash or cuDNN, whose operators return the log-sum-exp."""
+    K, classes = sum(counts), tuple(zip(counts, (4, 2, 1)[-len(counts) :], strict=True))
+    q, k, v = (tiny.noise(2, 4, n, d, seed=n).to("cuda", torch.float16) for n in (133, K, K))
+    size = torch.cat([torch.full((count,), float(size)) for count, size in classes]).cuda()
+    exact = by_mask(q.double(), k.double(), v.double(), size.log().double().expand(2, 4, 1, -1))
+    assert (attend_by_size(q, k, v, classes).double() - exact).abs().max() < 2e-3

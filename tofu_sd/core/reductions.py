@@ -62,8 +62,9 @@ def mlerp(x: Tensor, map: TokenMap) -> Tensor:
 def partial_mlerp(x: Tensor, map: TokenMap) -> Tensor:
     """Goes 1 / (n - 1) of the way from a group's mean to MLERP, in a group of n tokens: [B, K, C].
 
-    For keys. With log n a mean stands for the n - 1 other tokens that a query attends to, but is too short for the one
-    that the query itself is, whose share falls with n. Of two tokens it is MLERP, of many the mean.
+    For keys and values, with proportional attention. The mean fits queries that attend to a group from outside. For the
+    group's own queries it is too short, as each attends most to its own token, which is one of n. So a pair becomes
+    MLERP, and a large group stays almost the mean.
     """
     return merge(x, map.group_idx, map.kept_idx.shape[1], Length.PARTIAL)
 

@@ -114,7 +114,7 @@ def has_equal_groups(map: TokenMap | SoftMap, size: int | None) -> bool:
 
 
 def size_classes(map: TokenMap | SoftMap, size: int) -> SizeClasses:
-    """Returns ((count, size), ...) of a map whose groups have `size` tokens, and come first, or one.
+    """Returns the classes of a map whose first survivors stand for `size` tokens each, and the rest for themselves.
 
     Args:
         map: of N tokens to K survivors.

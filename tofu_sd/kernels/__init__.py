@@ -127,7 +127,7 @@ def take(x: Tensor, at: Tensor) -> Tensor:
     return _chosen("take", x)(x, at)
 
 
-def merge(x: Tensor, group_idx: Tensor, K: int, length: int) -> Tensor:
+def merge(x: Tensor, group_idx: Tensor, K: int, length: Length) -> Tensor:
     """Runs `reference.merge` or its kernel."""
     return _chosen("merge", x)(x, group_idx, K, length)
 

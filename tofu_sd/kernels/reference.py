@@ -102,7 +102,7 @@ class Length(IntEnum):
     PARTIAL = 2
 
 
-def merge(x: Tensor, group_idx: Tensor, K: int, length: int) -> Tensor:
+def merge(x: Tensor, group_idx: Tensor, K: int, length: Length) -> Tensor:
     """Averages each group of tokens: [B, K, C].
 
     Args:

@@ -173,7 +173,7 @@ def _build_map(best_ptr, target_ptr, src_ptr, dst_ptr, kept_ptr, group_ptr, r, S
         tl.store(group_ptr + token, joined, mask=leaves)
 
 
-def merge(x: Tensor, group_idx: Tensor, K: int, length: int) -> Tensor:
+def merge(x: Tensor, group_idx: Tensor, K: int, length: reference.Length) -> Tensor:
     """Computes `reference.merge`: each program sums one group and, unless the length is its own, its largest norm."""
     B, N, C = x.shape
     # short integers are sorted in fewer passes; a stable sort keeps sums deterministic

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib
 import logging
 import math
 import weakref
@@ -21,7 +20,7 @@ from torch import nn
 from .. import timing_cache
 from ..config import BlockReductions, TokenFusionConfig
 from ..kernels.operators import is_compiling, is_dynamo_compiling
-from ..timing import device_name, seconds
+from ..timing import device_name, seconds, versions
 from ..timing_cache import Timing
 from .block_state import BlockState
 from .host import ATTRIBUTE
@@ -29,7 +28,6 @@ from .step_tracker import StepTracker
 
 logger = logging.getLogger("tofu_sd")
 
-PACKAGE = __name__.rpartition(".patching")[0]
 ROUNDS = 5
 BUDGET = 0.2  # seconds of timed calls, after which no further round begins
 CLEAR = 1.25  # a first round that differs by this factor decides alone
@@ -151,9 +149,8 @@ class MergeRule:
         options = {name: getattr(value, "__name__", value) for name, value in vars(config).items()}
         method = f"{options} {self.reductions.label} {self.users}"
         digest = hashlib.sha256(f"{kind} {method}".encode()).hexdigest()[:16]
-        versions = f"tofu_sd {importlib.import_module(PACKAGE).__version__}, torch {torch.__version__}"
         size = f"{batch} x {h} x {w} x {self.width}"
-        return f"{device_name(device)}, {versions}, {dtype}, {size}, {config.slug}, {digest}"
+        return f"{device_name(device)}, {versions()}, {dtype}, {size}, {config.slug}, {digest}"
 
     def _measure(self, batch: int, h: int, w: int, device: torch.device, dtype: torch.dtype) -> Timing:
         """Times attention with and without merging in turns, on noise. Changes neither the model nor random states."""

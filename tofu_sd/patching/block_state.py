@@ -168,7 +168,7 @@ class BlockState:
         return key_bias(map.size, x.dtype, sdpa, self.size_classes(map)) if self.needs_bias(map) else None
 
     def size_classes(self, map: TokenMap | SoftMap) -> SizeClasses | None:
-        """Returns how many keys stand for how many tokens each, where that is known; None in compiled code."""
+        """Returns how many keys stand for how many tokens each, where that may be used; None in compiled code."""
         return None if is_compiling() else self.config.size_classes(map)
 
     def run_attention(

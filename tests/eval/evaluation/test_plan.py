@@ -226,3 +226,9 @@ def test_invalid_result_that_comes_later_is_one_line(command, capsys, user_file)
         capsys.readouterr().err.splitlines()[-1] == "error: matcher late returned group_idx [4, 63]; it must be [4, 64]"
     )
     assert not list(Path("out").glob("*late*/*"))
+
+
+def test_a_suite_may_say_how_images_are_timed_and_its_images_be_measured_again(command, capsys):
+    """The suite's option is for generating; only one that is typed contradicts --metrics-only."""
+    assert run_module.main([*command, "--suite", "embedded-short", "--metrics-only", "--out", "nowhere"]) == 2
+    assert "--out nowhere does not exist" in capsys.readouterr().err
