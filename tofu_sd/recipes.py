@@ -18,7 +18,7 @@ MLERP = TokenFusionConfig(early=mlerp, late=mlerp)  # ToFu Eq. 10 everywhere
 # ours, by the measurements in docs/performance.md
 TOFU_FAST = replace(TOFU, window=8)  # matching within windows of 16 x 16 tokens
 TOFU_MAX = replace(TOFU_FAST, levels=2, merge_crossattn=True, merge_mlp=True)  # all layers of two resolutions
-FAITHFUL = replace(TOME, proportional=True, window=8)  # closest to the baseline at the cost of TOFU_FAST
+FAITHFUL = replace(TOME, proportional=True, window=8)  # proportional attention at the cost of TOFU_FAST
 # queries keep their length, which sets how sharp attention is; keys of large groups are averaged, with log(n)
 ASYMMETRIC = replace(MLERP, kv_early=partial_mlerp, kv_late=partial_mlerp, proportional=True)
 ADAPTIVE = replace(FAITHFUL, threshold=0.7, threshold_decay=-0.016)  # ATM's thresholds, at most `ratio`

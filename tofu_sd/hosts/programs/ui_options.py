@@ -141,7 +141,8 @@ METHOD = ("early", "late", "kv_early", "kv_late", "depth_split", "proportional",
 PRESET = Option(
     "preset",
     "tofu",
-    "faithful stays closest to the baseline, at the speed of tofu-fast; tofu and tome are the papers' methods. A "
+    "asymmetric changes the image least; tofu-fast and faithful compare tokens within windows, which is faster and "
+    "less exact; tofu and tome are the papers' methods. A "
     f"preset sets {', '.join(METHOD)}; their inputs are used only with custom. All other inputs are always used.",
     names=(*PRESETS, CUSTOM),
 )
