@@ -207,10 +207,17 @@ def test_methods_that_need_whole_images_are_skipped(
     monkeypatch.setattr(registry, "version", lambda name: None if name == "tomesd" else "1")
     rows = run(capsys, "--method", names, "--scope", "attention")[2:]
     assert "depends on the step" in rows[0]["skipped"]
-    assert "depends on the machine" in rows[1]["skipped"]
+    assert "measured in whole UNets" in rows[1]["skipped"]
     assert "only self-attention" in rows[2]["skipped"]
     assert "a whole UNet" in rows[3]["skipped"]
     assert rows[4]["skipped"] == "pip install tomesd"
+
+
+def test_the_default_is_timed_in_a_whole_unet(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is the way to show that the default is never slower."""
+    row = run(capsys, "--method", "tofu@min_tokens=auto", "--scope", "unet")[2]
+    assert "skipped" not in row
+    assert row["speedup"]["value"] > 0
 
 
 def test_periodic_methods_are_timed_over_a_period(
