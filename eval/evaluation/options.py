@@ -128,7 +128,7 @@ def _add_output_options(p: Parser) -> None:
         type=integer_from(0),
         default=TIMED,
         metavar="N",
-        help="batches of each method in which the baseline runs too; 0: quality alone, in less time",
+        help="batches of each method in which the baseline runs too, step by step; 0: none, in half the time",
     )
     p.add_argument("--flops", action="store_true", help="also count the FLOPs of an image")
     p.add_argument("--maps", action="store_true", help="show merge maps in the report")

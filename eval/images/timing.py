@@ -24,7 +24,7 @@ class Timing:
 
     Args:
         repeats: how often each batch is generated; the fastest time counts, the images are the same.
-        with_baseline: in how many batches the baseline's denoiser runs after each step; 0 compares no times.
+        with_baseline: in how many batches the baseline's denoiser runs after each step; with 0 only whole batches of one run are compared.
     """
 
     repeats: int = 1
