@@ -24,7 +24,8 @@ class Timing:
 
     Args:
         repeats: how often each batch is generated; the fastest time counts, the images are the same.
-        with_baseline: in how many batches the baseline's denoiser runs after each step; with 0 only whole batches of one run are compared.
+        with_baseline: in how many batches the baseline's denoiser runs after each step. With 0 only whole batches of
+            one run are compared.
     """
 
     repeats: int = 1
