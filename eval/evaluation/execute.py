@@ -31,7 +31,7 @@ from ..images.output_dir import (
 from ..images.records import generating_runs, is_corrupt, load_records
 from ..images.requests import requests_hash
 from ..images.settings import Settings, image_dir, image_path
-from ..images.timing import Timing
+from ..images.timing import TimingOptions
 from ..methods.method import BASELINE, Method
 from ..metrics.base import Metric, Skipped
 from ..metrics.registry import build_metrics, probe_metrics
@@ -116,7 +116,7 @@ def generate_images(run_plan: RunPlan, metadata: dict[str, Any]) -> GeneratedIma
     num_new, was_interrupted = 0, False
     with enough_memory("a smaller --batch takes less; it changes the last bits, so it needs a new folder"):
         try:
-            timing = Timing(options.repeats, options.timed)
+            timing = TimingOptions(options.repeats, options.timed)
             num_new = generate(prepared.pipe, run_plan.requests, methods, settings, out, share, timing, metadata)
         except BaseException as error:
             run_plan, was_interrupted = _complete_part(run_plan, prepared, error), True

@@ -44,7 +44,7 @@ from .timing import (
     WARM_UP,
     WARM_UP_STEPS,
     MemoryTracker,
-    Timing,
+    TimingOptions,
     UNetTimer,
     denoiser_of,
     fastest,
@@ -90,7 +90,7 @@ def generate(
     settings: Settings,
     out: Path,
     processes: Processes = SINGLE_PROCESS,
-    timing: Timing = DEFAULT_TIMING,
+    timing: TimingOptions = DEFAULT_TIMING,
     metadata: dict[str, Any] | None = None,
 ) -> int:
     """Generates every image of this process's share that is missing.
@@ -151,7 +151,7 @@ class BatchTimer:
     pipe: Any
     method: Method
     settings: Settings
-    timing: Timing
+    timing: TimingOptions
     _warm_sizes: set[int] = field(default_factory=set)
     _timed: int = 0
 

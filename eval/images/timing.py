@@ -19,7 +19,7 @@ TIMED = 10  # batches of each method in which the baseline's denoiser runs too, 
 
 
 @dataclass(frozen=True)
-class Timing:
+class TimingOptions:
     """How the batches of each method are timed.
 
     Args:
@@ -31,12 +31,12 @@ class Timing:
     repeats: int = 1
     with_baseline: int = TIMED
 
-    def of_one(self, num_processes: int) -> Timing:
+    def of_one(self, num_processes: int) -> TimingOptions:
         """That of one of several processes, which share the batches."""
         return replace(self, with_baseline=math.ceil(self.with_baseline / num_processes))
 
 
-DEFAULT_TIMING = Timing()
+DEFAULT_TIMING = TimingOptions()
 
 
 class RunBaseline(Protocol):

@@ -172,7 +172,7 @@ def test_later_method_is_timed_against_the_baseline(pipe, tmp_path):
     """In as many batches as are worth their double time."""
     run(pipe, tmp_path, (BASELINE,))
     before = {path: path.read_bytes() for path in (tmp_path / "baseline").iterdir()}
-    assert run(pipe, tmp_path, timing=timing.Timing(with_baseline=1)) == 3
+    assert run(pipe, tmp_path, timing=timing.TimingOptions(with_baseline=1)) == 3
     assert {path: path.read_bytes() for path in (tmp_path / "baseline").iterdir()} == before
     full, own = (
         {r.id: files.read_json(tmp_path / key / f"{r.id}.json") for r in REQUESTS} for key in ("baseline", TOFU.slug)
@@ -190,7 +190,7 @@ def test_interleaved_baseline_changes_no_image(pipe, tmp_path, name):
     (method,) = methods.parse(name, [0.5])
     settings = replace(SETTINGS, steps=5)
     run(pipe, tmp_path / "beside", (method,), settings)
-    run(pipe, tmp_path / "alone", (method,), settings, timing=timing.Timing(with_baseline=0))
+    run(pipe, tmp_path / "alone", (method,), settings, timing=timing.TimingOptions(with_baseline=0))
     content = [files.read_json(tmp_path / out / method.slug / "0000.json") for out in ("beside", "alone")]
     assert content[0]["baseline_denoiser_seconds"] > 0
     assert content[1]["baseline_denoiser_seconds"] is None
