@@ -34,29 +34,29 @@ def split(pipe: Any, ratio: float, keys: Reduction, values: Reduction) -> Iterat
         try:
             for name, state in states_of(patch).items():
                 to_v = unet.get_submodule(f"{name}.attn1.to_v")
-                reduce_kv, project = _reduce_both(state, to_v.forward, keys, values)
-                state.reduce_kv, to_v.forward = reduce_kv, project  # type: ignore[method-assign]
-                own += [(state, "reduce_kv"), (to_v, "forward")]
+                reduce, project = _reduce_three(state, to_v.forward, keys, values)
+                state.reduce_queries_and_keys, to_v.forward = reduce, project  # type: ignore[method-assign]
+                own += [(state, "reduce_queries_and_keys"), (to_v, "forward")]
             yield pipe
         finally:
             for owner, attribute in own:
                 delattr(owner, attribute)
 
 
-def _reduce_both(
+def _reduce_three(
     state: BlockState, project: Callable[[Tensor], Tensor], keys: Reduction, values: Reduction
-) -> tuple[Callable[[Tensor, TokenMap], Tensor], Callable[[Tensor], Tensor]]:
-    """Returns (a block's reduction of keys, its projection of values, which ignores the keys' tokens)."""
+) -> tuple[Callable[[Tensor, TokenMap], tuple[Tensor, Tensor]], Callable[[Tensor], Tensor]]:
+    """Returns (a block's reductions of queries and keys, its projection of values, which ignores the keys' tokens)."""
     waiting: list[Tensor] = []
 
-    def reduce_kv(x: Tensor, map: TokenMap) -> Tensor:
+    def reduce(x: Tensor, map: TokenMap) -> tuple[Tensor, Tensor]:
         waiting.append(values(x, map))
-        return keys(x, map)
+        return state.reduce(x, map), keys(x, map)
 
     def project_values(x: Tensor) -> Tensor:
         return project(waiting.pop() if waiting else x)
 
-    return reduce_kv, project_values
+    return reduce, project_values
 
 
 for _name, _reductions in (("keys-pruned", (prune, mean)), ("values-pruned", (mean, prune))):

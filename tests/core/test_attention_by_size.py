@@ -122,7 +122,7 @@ def test_a_bias_keeps_its_classes_while_its_keys_stay() -> None:
 
 def bias_of(classes: SizeClasses) -> Tensor:
     """The mask of 3 heads, as processors make it."""
-    return key_bias(sizes(classes).expand(2, -1), torch.float32, True, classes).unsqueeze(1).expand(2, 3, 1, -1)
+    return key_bias(sizes(classes).log().expand(2, -1), torch.float32, True, classes).unsqueeze(1).expand(2, 3, 1, -1)
 
 
 def test_gradients_are_those_of_the_bias(takes: Any, ran_by_size: list[Any]) -> None:

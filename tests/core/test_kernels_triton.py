@@ -89,6 +89,18 @@ def test_ties_pick_the_earlier_destination_and_nan_equals_reference() -> None:
     assert max_error(best, expected) < 1e-6
 
 
+def assert_same_map(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """The map is the same, and each group lists its own tokens, in any order."""
+    kept_idx, group_idx, order, start, log_size = result
+    assert torch.equal(kept_idx, expected[0])
+    assert torch.equal(group_idx, expected[1])
+    groups = reference.sorted_groups(group_idx, kept_idx.shape[1])
+    assert torch.equal(start, groups.start)
+    assert max_error(log_size, groups.log_size) < 1e-6
+    assert torch.equal(group_idx.gather(1, order.long()), group_idx.gather(1, groups.order))  # group by group
+    assert torch.equal(order.sort(dim=1).values[0].long(), torch.arange(order.shape[1], device=DEVICE))  # each once
+
+
 @sizes
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.6, 1.0])
 def test_build_map_equals_reference(h: int, w: int, share: float) -> None:
@@ -101,7 +113,7 @@ def test_build_map_equals_reference(h: int, w: int, share: float) -> None:
         target = parts.dst[torch.randint(0, D, (2, S), generator=g).to(DEVICE)]
         expected = reference.build_map(best, target, *parts, r)
         result = triton_kernels.build_map(best, target, *parts, r)
-        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+        assert_same_map(result, expected)
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
@@ -113,7 +125,7 @@ def test_build_map_over_several_blocks_of_sources_equals_reference(share: float)
     target = parts.dst[torch.randint(0, len(parts.dst), best.shape, generator=torch.Generator().manual_seed(1))]
     expected = reference.build_map(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
     result = triton_kernels.build_map(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
-    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    assert_same_map(result, expected)
 
 
 @pytest.mark.parametrize("length", list(reference.Length), ids=str)
@@ -125,8 +137,35 @@ def test_merge_handles_any_group_size(K: int, length: reference.Length) -> None:
         (torch.arange(K), torch.randint(0, K, (600 - K,), generator=torch.Generator().manual_seed(2)))
     )
     group_idx = group_idx.expand(2, -1).to(DEVICE)
-    exact = reference.merge(x.double(), group_idx, K, length)
-    assert max_error(triton_kernels.merge(x, group_idx, K, length), exact) < 1e-5
+    (exact,) = reference.merge(x.double(), group_idx, K, [length])
+    (merged,) = triton_kernels.merge(x, group_idx, K, [length])
+    assert max_error(merged, exact) < 1e-5
+
+
+def test_merge_does_not_depend_on_the_order_within_a_group() -> None:
+    """The kernel that lists a group's tokens uses atomic additions, so their order differs from run to run."""
+    x, K = tokens(20, 30, 24), 3
+    group_idx = torch.randint(0, K, (2, 600), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    groups = reference.sorted_groups(group_idx, K)
+    ends = groups.start[:, 1:].tolist()
+    backwards = torch.stack([torch.cat([part.flip(0) for part in order.tensor_split(end[:-1])])
+                             for order, end in zip(groups.order, ends, strict=True)])  # fmt: skip
+    lengths = [reference.Length.OWN, reference.Length.LARGEST]
+    expected, result = (
+        triton_kernels.merge(x, group_idx, K, lengths, groups._replace(order=order))
+        for order in (groups.order, backwards)
+    )
+    assert not torch.equal(groups.order, backwards)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+@pytest.mark.parametrize("first", list(reference.Length), ids=str)
+@pytest.mark.parametrize("second", list(reference.Length), ids=str)
+def test_two_lengths_at_once_equal_each_alone(first: reference.Length, second: reference.Length) -> None:
+    x, group_idx, K = merged_groups(9, 7, 40)
+    both = triton_kernels.merge(x, group_idx, K, [first, second])
+    alone = [triton_kernels.merge(x, group_idx, K, [length])[0] for length in (first, second)]
+    assert all(torch.equal(a, b) for a, b in zip(both, alone, strict=True))
 
 
 def merged_groups(h: int, w: int, C: int) -> tuple[Tensor, Tensor, int]:
@@ -148,11 +187,8 @@ def test_merge_equals_reference_within_dtype_rounding(
     """The error against float64 is at most twice the reference's error (plus a float32 rounding)."""
     x, group_idx, K = merged_groups(h, w, C)
     x = x.to(dtype)
-    exact = reference.merge(x.double(), group_idx, K, length)
-    result, expected = (
-        triton_kernels.merge(x, group_idx, K, length),
-        reference.merge(x, group_idx, K, length),
-    )
+    (exact,) = reference.merge(x.double(), group_idx, K, [length])
+    (result,), (expected,) = (kernel.merge(x, group_idx, K, [length]) for kernel in (triton_kernels, reference))
     assert result.dtype == dtype
     assert max_error(result, exact) <= 2 * max_error(expected, exact) + 1e-6
 
@@ -160,7 +196,8 @@ def test_merge_equals_reference_within_dtype_rounding(
 def test_mlerp_of_opposite_tokens_is_zero() -> None:
     x = torch.tensor([[[5.0, 0.0], [-5.0, 0.0]]], device=DEVICE)
     group_idx = torch.zeros(1, 2, dtype=torch.long, device=DEVICE)
-    assert triton_kernels.merge(x, group_idx, 1, reference.Length.LARGEST).tolist() == [[[0.0, 0.0]]]
+    (merged,) = triton_kernels.merge(x, group_idx, 1, [reference.Length.LARGEST])
+    assert merged.tolist() == [[[0.0, 0.0]]]
 
 
 @sizes

@@ -137,11 +137,11 @@ def test_proportional_attention_over_windows_of_equal_tokens_equals_full_attenti
     x, windows, temperature = case
     q = x[:, windows.src[:, 0]][:, windows.src_index // windows.src.shape[1]]
     map = soft_merge_map(q, windows, temperature)
-    full = proportional_attention(q, q, q, 2, torch.ones(q.shape[:2]))
+    full = proportional_attention(q, q, q, 2, torch.zeros(q.shape[:2]))
     merged = mean(q, map)
     # log(size) is float32
     torch.testing.assert_close(
-        unmerge(proportional_attention(merged, merged, merged, 2, map.size), map), full, rtol=0, atol=1e-5
+        unmerge(proportional_attention(merged, merged, merged, 2, map.log_size), map), full, rtol=0, atol=1e-5
     )
 
 

@@ -228,4 +228,5 @@ def _map_shapes(
 def _match_in_cells(
     tokens: Tensor, order: Tensor, corners: Tensor, columns: Tensor, r: int, whole: bool
 ) -> tuple[Tensor, Tensor]:
-    return (match_cells if whole else match_pairs)(tokens, Cells(order, corners, columns), r)
+    map = (match_cells if whole else match_pairs)(tokens, Cells(order, corners, columns), r)
+    return map.kept_idx, map.group_idx

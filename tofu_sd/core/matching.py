@@ -21,18 +21,24 @@ class Pairs(NamedTuple):
     """The most similar destination of each source.
 
     Args:
-        best: [B, S], their cosine.
-        target: [B, S] long, raster position of the destination.
-        parts: sources and destinations.
+        nearest: (cosine, raster position of the destination), [B, M] each.
+        parts: S sources, and destinations.
+        at: [S], where each source is among the M; None where they are the sources.
     """
 
-    best: Tensor
-    target: Tensor
+    nearest: tuple[Tensor, Tensor]
     parts: Partition
+    at: Tensor | None = None
+
+    @property
+    def best(self) -> Tensor:
+        """[B, S], the cosine of each source."""
+        return self.nearest[0] if self.at is None else self.nearest[0][:, self.at]
 
     def merged(self, r: int) -> TokenMap:
         """Returns the map that merges the r most similar sources (at most S) into their destinations."""
-        return TokenMap(*build_map(self.best, self.target, *self.parts, r))
+        kept_idx, group_idx, groups = build_map(*self.nearest, *self.parts, r, self.at)
+        return TokenMap(kept_idx, group_idx, groups)
 
 
 def most_similar(metric: Tensor, parts: Partition, windows: Windows | None = None) -> Pairs:
@@ -47,12 +53,10 @@ def most_similar(metric: Tensor, parts: Partition, windows: Windows | None = Non
     """
     src, dst = parts
     with torch.no_grad():
-        if windows is None:
-            best, target = (x.flatten(1) for x in nearest_dst(metric, src.unsqueeze(0), dst.unsqueeze(0)))  # [B, S]
-        else:
-            nearest = nearest_dst(metric, windows.src, windows.dst)
-            best, target = (x.flatten(1)[:, windows.src_index] for x in nearest)
-        return Pairs(best, target, parts)
+        at = None if windows is None else windows.src_index
+        sides = (src.unsqueeze(0), dst.unsqueeze(0)) if windows is None else (windows.src, windows.dst)
+        best, target = nearest_dst(metric, *sides)
+        return Pairs((best.flatten(1), target.flatten(1)), parts, at)
 
 
 def count_above_threshold(best: Tensor, threshold: float) -> Tensor:

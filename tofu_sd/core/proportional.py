@@ -45,12 +45,22 @@ class KeyBias(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is SDPA:
                 return attend(*args, **(kwargs or {}))
+            if func is Tensor.repeat_interleave and not is_compiling() and (kwargs or {}).get("dim") == 0:
+                return _with_classes(_for_heads(args[0], args[1]), args[0].classes)
             result = func(*args, **(kwargs or {}))
         if func not in _SHAPING:
             return result
         shaped = result.as_subclass(cls)
         same_keys = not is_compiling() and shaped.shape[-1] == args[0].shape[-1]
         return _with_classes(shaped, args[0].classes) if same_keys else shaped
+
+
+def _for_heads(bias: KeyBias, heads: int) -> KeyBias:
+    """Returns a bias [B, 1, K] for all heads, [B, H, 1, K], without copying it.
+
+    diffusers' processors repeat a mask to [B * H, 1, K] and then view it as [B, H, 1, K].
+    """
+    return bias.unsqueeze(1).expand(-1, heads, -1, -1).as_subclass(KeyBias)
 
 
 _SHAPING = (Tensor.view, Tensor.reshape, Tensor.unsqueeze, Tensor.expand, Tensor.repeat_interleave)
@@ -62,17 +72,17 @@ def _with_classes(bias: KeyBias, classes: SizeClasses | None) -> KeyBias:
     return bias
 
 
-def key_bias(size: Tensor, dtype: torch.dtype, sdpa: bool, classes: SizeClasses | None = None) -> Tensor:
+def key_bias(log_size: Tensor, dtype: torch.dtype, sdpa: bool, classes: SizeClasses | None = None) -> Tensor:
     """Returns log(n_i) as an additive attention mask [B, 1, K].
 
     Args:
-        size: [B, K], merging sizes n_i.
+        log_size: [B, K], log(n_i), at least float32.
         dtype: of the tokens.
         sdpa: whether scaled_dot_product_attention will use it. Then, if flash is available, it is a KeyBias in float32,
             for the precision of `by_channel`.
         classes: how many keys stand for how many tokens each, where that is known.
     """
-    bias = size.log().unsqueeze(1)
+    bias = log_size.unsqueeze(1)
     if sdpa and bias.device.type == FLASH_DEVICE and dtype in FLASH_TYPES:
         return _with_classes(bias.as_subclass(KeyBias), classes)
     return bias.to(dtype)
@@ -83,7 +93,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **more:
     if not flash_takes(query, **more):
         return by_mask(query, key, value, attn_mask, **more)
     classes = None if is_compiling() else getattr(attn_mask, "classes", None)
-    mask = attn_mask.to(query.dtype)
+    mask = attn_mask[:, :1].to(query.dtype).expand(attn_mask.shape)  # one head is converted, for all
     usual = partial(by_channel, query, key, value, attn_mask, **more)
     if uses_cudnn(query, key, value, mask, more.get("scale")):
         usual = partial(by_mask, query, key, value, mask, **more)
@@ -95,7 +105,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **more:
 
 
 def proportional_attention(
-    q: Tensor, k: Tensor, v: Tensor, heads: int, size: Tensor, classes: SizeClasses | None = None
+    q: Tensor, k: Tensor, v: Tensor, heads: int, log_size: Tensor, classes: SizeClasses | None = None
 ) -> Tensor:
     """Runs proportional attention, for hosts whose own attention has no additive mask.
 
@@ -103,7 +113,7 @@ def proportional_attention(
         q: [B, N, C], projected queries.
         k, v: [B, K, C], projected keys and values.
         heads: number of heads.
-        size: [B, K], how many tokens each key stands for.
+        log_size: [B, K], log of how many tokens each key stands for.
         classes: how many keys stand for how many tokens each, where that is known.
 
     Returns:
@@ -112,8 +122,8 @@ def proportional_attention(
     if not is_compiling():
         check_kernel(q.device, q.dtype)
     q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))  # [B, H, N, d]
-    bias = key_bias(size, q.dtype, sdpa=True, classes=classes).unsqueeze(1).expand(-1, heads, -1, -1)  # [B, H, 1, K]
-    return attend(q, k, v, bias).transpose(1, 2).flatten(2)
+    bias = key_bias(log_size, q.dtype, sdpa=True, classes=classes).unsqueeze(1)
+    return attend(q, k, v, bias.expand(-1, heads, -1, -1)).transpose(1, 2).flatten(2)
 
 
 _uses_masks: list[Any] = [SDPA]  # implementations that are known to use a mask

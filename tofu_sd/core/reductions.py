@@ -48,7 +48,7 @@ def mean(x: Tensor, map: TokenMap | SoftMap) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             sums = map.weights.mT @ x[:, map.tokens].to(map.weights.dtype)  # [B, T, D, C]
             return (sums.flatten(1, 2)[:, map.dst_index] / map.size.unsqueeze(-1)).to(x.dtype)
-    return merge(x, map.group_idx, map.kept_idx.shape[1], Length.OWN)
+    return _averages(x, map, Length.OWN)[0]
 
 
 def mlerp(x: Tensor, map: TokenMap) -> Tensor:
@@ -56,7 +56,7 @@ def mlerp(x: Tensor, map: TokenMap) -> Tensor:
 
     A group whose mean is zero has no direction and stays zero.
     """
-    return merge(x, map.group_idx, map.kept_idx.shape[1], Length.LARGEST)
+    return _averages(x, map, Length.LARGEST)[0]
 
 
 def partial_mlerp(x: Tensor, map: TokenMap) -> Tensor:
@@ -66,11 +66,16 @@ def partial_mlerp(x: Tensor, map: TokenMap) -> Tensor:
     group's own queries it is too short, as each attends most to its own token, which is one of n. So a pair becomes
     MLERP, and a large group stays almost the mean.
     """
-    return merge(x, map.group_idx, map.kept_idx.shape[1], Length.PARTIAL)
+    return _averages(x, map, Length.PARTIAL)[0]
+
+
+def _averages(x: Tensor, map: TokenMap, *lengths: Length) -> list[Tensor]:
+    return merge(x, map.group_idx, map.kept_idx.shape[1], lengths, map.groups)
 
 
 REDUCTIONS: dict[str, Reduction] = {"prune": prune, "mean": mean, "mlerp": mlerp, "partial_mlerp": partial_mlerp}
 BUILT_IN_REDUCTIONS = tuple(REDUCTIONS.values())
+_LENGTHS: dict[Reduction, Length] = {mean: Length.OWN, mlerp: Length.LARGEST, partial_mlerp: Length.PARTIAL}
 
 
 def register_reduction(reduction: Reduction) -> Reduction:
@@ -125,6 +130,14 @@ def apply_reduction(reduction: Reduction, x: Tensor, map: TokenMap | SoftMap) ->
     return reduced
 
 
+def apply_both(first: Reduction, second: Reduction, x: Tensor, map: TokenMap | SoftMap) -> tuple[Tensor, Tensor]:
+    """Returns first(x, map) and second(x, map); two averages are computed at once."""
+    if isinstance(map, TokenMap) and first in _LENGTHS and second in _LENGTHS:
+        reduced, other = _averages(x, map, _LENGTHS[first], _LENGTHS[second])
+        return reduced, other
+    return apply_reduction(first, x, map), apply_reduction(second, x, map)
+
+
 _NUMBERED: dict[Reduction, int] = {reduction: i for i, reduction in enumerate(REDUCTIONS.values(), 2)}
 
 
@@ -136,14 +149,19 @@ def reduction_id(reduction: Reduction) -> int:
     return _NUMBERED.setdefault(reduction, len(_NUMBERED) + 2)
 
 
-def _reduced_shapes(x: Tensor, kept_idx: Tensor, group_idx: Tensor, id: int) -> Tensor:
-    return x.new_empty(*kept_idx.shape, x.shape[-1])
+def _reduced_shapes(x: Tensor, map: list[Tensor], ids: list[int]) -> list[Tensor]:
+    return [x.new_empty(*map[0].shape, x.shape[-1]) for _ in ids]
 
 
-@operator("tofu_sd::reduce", "(Tensor x, Tensor kept_idx, Tensor group_idx, SymInt id) -> Tensor", _reduced_shapes)
-def reduce_by_id(x: Tensor, kept_idx: Tensor, group_idx: Tensor, id: int) -> Tensor:
-    """Applies the reduction with this id. One operator for all reductions keeps one graph of a compiled block.
+@operator("tofu_sd::reduce", "(Tensor x, Tensor[] map, SymInt[] ids) -> Tensor[]", _reduced_shapes)
+def reduce_by_id(x: Tensor, map: list[Tensor], ids: list[int]) -> list[Tensor]:
+    """Applies the reductions with these ids, one or two. One operator for all keeps one graph of a compiled block.
 
-    It has no gradient.
+    It has no gradient. `map` is TokenMap.tensors.
     """
-    return apply_reduction(list(_NUMBERED)[id - 2], x, TokenMap(kept_idx, group_idx)).contiguous()
+    token_map, functions = TokenMap.of_tensors(*map), [list(_NUMBERED)[id - 2] for id in ids]
+    if len(functions) == 1:
+        return [apply_reduction(functions[0], x, token_map).contiguous()]
+    first, second = apply_both(functions[0], functions[1], x, token_map)
+    # results of an operator must not share memory
+    return [first.contiguous(), second.clone() if second is first else second.contiguous()]

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels import Groups
+
 SizeClasses = tuple[tuple[int, int], ...]
 """((count, size), ...): the first `count` survivors stand for `size` tokens each, and so on."""
 
@@ -27,10 +29,12 @@ class TokenMap(NamedTuple):
     Args:
         kept_idx: [B, K] long, raster positions of the survivors.
         group_idx: [B, N] long, for every token the index 0..K-1 of its survivor; group_idx[kept_idx[k]] == k.
+        groups: the tokens of each survivor, where a kernel listed them; other kernels then need not.
     """
 
     kept_idx: Tensor
     group_idx: Tensor
+    groups: Groups | None = None
 
     @property
     def before(self) -> torch.Size:
@@ -48,13 +52,28 @@ class TokenMap(NamedTuple):
         one = torch.ones((), device=self.group_idx.device).expand_as(self.group_idx)
         return torch.zeros(self.kept_idx.shape, device=self.group_idx.device).scatter_add(1, self.group_idx, one)
 
+    @property
+    def log_size(self) -> Tensor:
+        """Returns log(n_i) of each survivor: float32 [B, K]."""
+        return self.size.log() if self.groups is None else self.groups.log_size
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors of the map; `of_tensors` is its inverse."""
+        return [self.kept_idx, self.group_idx, *(self.groups or ())]
+
+    @staticmethod
+    def of_tensors(kept_idx: Tensor, group_idx: Tensor, *groups: Tensor) -> TokenMap:
+        """Returns the map of these tensors."""
+        return TokenMap(kept_idx, group_idx, Groups(*groups) if groups else None)
+
     def compose(self, later: TokenMap) -> TokenMap:
         """Returns this map followed by a map of its K survivors, as one map of the N tokens."""
         return TokenMap(self.kept_idx.gather(1, later.kept_idx), later.group_idx.gather(1, self.group_idx))
 
     def repeat_for_cfg(self) -> TokenMap:
         """Returns the map of a batch that repeats the samples."""
-        return TokenMap(self.kept_idx.repeat(2, 1), self.group_idx.repeat(2, 1))
+        return TokenMap.of_tensors(*(tensor.repeat(2, 1) for tensor in self.tensors))
 
     def argmax_map(self) -> TokenMap:
         """Returns itself: each token has one survivor."""
@@ -93,6 +112,11 @@ class SoftMap(NamedTuple):
     def size(self) -> Tensor:
         """Size sum_i a_ik of each cluster, not an integer: [B, K]; rows sum to N."""
         return self.weights.sum(dim=2).flatten(1)[:, self.dst_index]
+
+    @property
+    def log_size(self) -> Tensor:
+        """The logarithm of each cluster's size: [B, K]."""
+        return self.size.log()
 
     def repeat_for_cfg(self) -> SoftMap:
         """Returns the map of a batch that repeats the samples."""

@@ -220,7 +220,7 @@ def merged_attention(kind: type[nn.Module]) -> type[nn.Module]:
                 # the program's own attention has no additive mask
                 source = queries if keys is None else keys
                 q, k, v = self.to_q(queries), self.to_k(source), self.to_v(source)
-                return self.to_out(proportional_attention(q, k, v, self.heads, map.size, state.size_classes(map)))
+                return self.to_out(proportional_attention(q, k, v, self.heads, map.log_size, state.size_classes(map)))
 
             can_merge = context is None and mask is None and not any(more.values())
             return state.run_attention(x, full, merged, lambda: can_merge)

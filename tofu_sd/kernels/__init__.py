@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import cpu, reference
 from .operators import is_compiling, operator
+from .reference import Groups as Groups
 from .reference import Length as Length
 
 _enabled = True
@@ -59,8 +60,10 @@ def _fault(device: torch.device, dtype: torch.dtype) -> str | None:
 
     def steps(run: Callable[[str], Callable[..., Any]]) -> list[Tensor]:
         best, target = (values[:, 0] for values in run("nearest_dst")(x, src[None], dst[None]))
-        kept_idx, group_idx = run("build_map")(best, target, src, dst, 3)
-        return [target, kept_idx, group_idx, run("take")(x, kept_idx), run("merge")(x, group_idx, 5, Length.PARTIAL)]
+        kept_idx, group_idx, *groups = run("build_map")(best, target, src, dst, 3)
+        lengths = (Length.LARGEST, Length.PARTIAL)
+        merged = run("merge")(x, group_idx, 5, lengths, Groups(*groups) if groups else None)
+        return [target, kept_idx, group_idx, run("take")(x, kept_idx), *merged]
 
     try:
         with torch.no_grad():
@@ -101,25 +104,44 @@ def nearest_dst(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tenso
     return (cpu if on_cpu else reference).nearest_dst(metric, src, dst)
 
 
-def _map_shapes(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def _map_shapes(
+    best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int, at: Tensor | None = None
+) -> list[Tensor]:
     B, N = best.shape[0], src.shape[0] + dst.shape[0]  # len() would make constants of symbols
-    return target.new_empty(B, N - r), target.new_empty(B, N)
+    kept_idx, group_idx = target.new_empty(B, N - r), target.new_empty(B, N)
+    if best.device.type != "cuda":
+        return [kept_idx, group_idx]
+    order, start = (target.new_empty(B, size, dtype=torch.int32) for size in (N, N - r + 1))
+    return [kept_idx, group_idx, order, start, best.new_empty(B, N - r, dtype=torch.float32)]
 
 
 @operator(
     "tofu_sd::build_map",
-    "(Tensor best, Tensor target, Tensor src, Tensor dst, SymInt r) -> (Tensor, Tensor)",
+    "(Tensor best, Tensor target, Tensor src, Tensor dst, SymInt r, Tensor? at=None) -> Tensor[]",
     _map_shapes,
 )
-def _build_map(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    return _chosen("build_map", best)(best, target, src, dst, r)
+def _build_map(
+    best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int, at: Tensor | None = None
+) -> list[Tensor]:
+    """Returns the tensors of the map, and of its groups on CUDA."""
+    built = _chosen("build_map", best)(best, target, src, dst, r, at)
+    if best.device.type != "cuda" or len(built) > 2:
+        return list(built)
+    order, start, log_size = reference.sorted_groups(built[1], built[0].shape[1])
+    return [*built, order.int(), start, log_size]
 
 
-def build_map(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Runs `reference.build_map` or its kernel; compiled, as an operator: Inductor's scans fail on 12,288 sources."""
-    if is_compiling():
-        return _build_map(best, target, src, dst, r)
-    return _chosen("build_map", best)(best, target, src, dst, r)
+def build_map(
+    best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int, at: Tensor | None = None
+) -> tuple[Tensor, Tensor, Groups | None]:
+    """Runs `reference.build_map` or its kernel; compiled, as an operator: Inductor's scans fail on 12,288 sources.
+
+    Returns:
+        (kept_idx [B, K], group_idx [B, N], the groups where a kernel made them).
+    """
+    run = _build_map if is_compiling() else _chosen("build_map", best)
+    kept_idx, group_idx, *groups = run(best, target, src, dst, r, at)
+    return kept_idx, group_idx, Groups(*groups) if groups else None
 
 
 def take(x: Tensor, at: Tensor) -> Tensor:
@@ -127,9 +149,11 @@ def take(x: Tensor, at: Tensor) -> Tensor:
     return _chosen("take", x)(x, at)
 
 
-def merge(x: Tensor, group_idx: Tensor, K: int, length: Length) -> Tensor:
+def merge(
+    x: Tensor, group_idx: Tensor, K: int, lengths: Sequence[Length], groups: Groups | None = None
+) -> list[Tensor]:
     """Runs `reference.merge` or its kernel."""
-    return _chosen("merge", x)(x, group_idx, K, length)
+    return _chosen("merge", x)(x, group_idx, K, lengths, groups)
 
 
 def _chosen(name: str, x: Tensor) -> Callable[..., Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -52,19 +53,24 @@ def nearest_dst(
         return best.nan_to_num_(nan=-1, posinf=-1, neginf=-1), target
 
 
-def build_map(best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int) -> tuple[Tensor, Tensor]:
+def build_map(
+    best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int, at: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Builds the map that merges the r sources of largest `best` into their `target`.
 
     Args:
-        best: [B, S], cosine of each source.
-        target: [B, S], raster position of its destination.
+        best: [B, M], cosines.
+        target: [B, M], raster positions of destinations.
         src: [S], raster positions of the sources, in raster order.
         dst: [D], raster positions of the destinations.
         r: number of merged tokens.
+        at: [S], where `best` and `target` have each source; None where they have the S sources in order.
 
     Returns:
         (kept_idx [B, K], in raster order; group_idx [B, N]).
     """
+    if at is not None:
+        best, target = best[:, at], target[:, at]
     B, N = len(best), len(src) + len(dst)
     leaves = _largest(best, r)
     stays = leaves.new_ones(B, N).index_copy(1, src, ~leaves)
@@ -102,15 +108,40 @@ class Length(IntEnum):
     PARTIAL = 2
 
 
-def merge(x: Tensor, group_idx: Tensor, K: int, length: Length) -> Tensor:
-    """Averages each group of tokens: [B, K, C].
+class Groups(NamedTuple):
+    """The tokens of each group, for kernels; torch's own operators do not need them.
+
+    Args:
+        order: [B, N] integers, the tokens group by group. Within a group they may have any order.
+        start: [B, K + 1] integers, where each group starts in `order`, and the end.
+        log_size: [B, K] float32, log of the number of tokens.
+    """
+
+    order: Tensor
+    start: Tensor
+    log_size: Tensor
+
+
+def sorted_groups(group_idx: Tensor, K: int) -> Groups:
+    """Returns the tokens of K groups: group_idx [B, N], group of each token."""
+    order = group_idx.to(torch.int16 if K < 2**15 else torch.int32).argsort(dim=1, stable=True)  # short ones are faster
+    one = torch.ones((), dtype=torch.int32, device=group_idx.device).expand_as(group_idx)
+    count = one.new_zeros(len(group_idx), K + 1).scatter_add(1, group_idx + 1, one)
+    return Groups(order, count.cumsum(dim=1, dtype=torch.int32), count[:, 1:].log())
+
+
+def merge(
+    x: Tensor, group_idx: Tensor, K: int, lengths: Sequence[Length], groups: Groups | None = None
+) -> list[Tensor]:
+    """Averages each group of tokens, once for each length: [B, K, C] each.
 
     Args:
         x: [B, N, C], tokens.
         group_idx: [B, N], group of each token, 0..K-1.
         K: number of groups.
-        length: a Length. LARGEST rescales each average to the largest norm in its group (ToFu Eq. 10); zero stays zero.
-            PARTIAL goes 1 / (n - 1) of the way there in a group of n tokens.
+        lengths: one or two. LARGEST rescales each average to the largest norm in its group (ToFu Eq. 10); zero stays
+            zero. PARTIAL goes 1 / (n - 1) of the way there in a group of n tokens.
+        groups: the same groups, for kernels.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)  # the sum of a large group can overflow in half precision
     full = x.to(dtype)
@@ -123,17 +154,17 @@ def merge(x: Tensor, group_idx: Tensor, K: int, length: Length) -> Tensor:
         average = (total / (ends - starts).unsqueeze(-1)).view(len(x), K, -1)
     else:
         average = F.embedding_bag(tokens, full.flatten(0, 1), starts, mode="mean").view(len(x), K, -1)
-    if length == Length.OWN:
-        return average.to(x.dtype)
+    if all(length == Length.OWN for length in lengths):
+        return [average.to(x.dtype) for _ in lengths]
     norm = torch.linalg.vector_norm(full, dim=-1)  # [B, N]
     largest = norm.new_zeros(len(x), K).scatter_reduce(1, group_idx, norm, "amax")  # norms are >= 0
     own = torch.linalg.vector_norm(average, dim=-1)
     pointing = own > torch.finfo(dtype).tiny * largest.clamp_min(1)  # otherwise the quotient and its gradient overflow
     scale = largest / own.where(pointing, own.new_ones(()))
-    if length == Length.PARTIAL:
-        others = (ends - starts).view(len(x), K) - 1
-        scale = 1 + (scale - 1) / others.clamp_min(1)
-    return (average * scale.unsqueeze(-1)).to(x.dtype)
+    others = (ends - starts).view(len(x), K) - 1
+    scales = {Length.LARGEST: scale, Length.PARTIAL: 1 + (scale - 1) / others.clamp_min(1)}
+    rescaled = [average * scales[each].unsqueeze(-1) if each in scales else average for each in lengths]
+    return [tokens.to(x.dtype) for tokens in rescaled]
 
 
 def bags(group_idx: Tensor, K: int) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..config import BlockReductions, TokenFusionConfig
 from ..core.matching import count_above_threshold, get_matcher, most_similar
 from ..core.partition import PartitionTensors
 from ..core.proportional import key_bias
-from ..core.reductions import Reduction, apply_reduction, reduce_by_id, reduction_id, unmerge
+from ..core.reductions import Reduction, apply_both, apply_reduction, reduce_by_id, reduction_id, unmerge
 from ..core.token_map import SizeClasses, SoftMap, TokenMap, has_equal_groups
 from ..kernels.operators import is_compiling
 from .host import BlockInfo
@@ -159,13 +159,24 @@ class BlockState:
             return self.reduce(x, map)
         return _reduce(x, map, self.reductions.kv, self.current.kv_id_tensor)
 
+    def reduce_queries_and_keys(self, x: Tensor, map: TokenMap | SoftMap) -> tuple[Tensor, Tensor]:
+        """Applies both of these at once: (queries, keys and values), the same tensor where one reduction is both."""
+        if not self.separate_kv:
+            reduced = self.reduce(x, map)
+            return reduced, reduced
+        ids = self.current.id_tensor, self.current.kv_id_tensor
+        if _by_id(map, x) and ids[0] is not None and ids[1] is not None:
+            queries, keys = reduce_by_id(x, map.tensors, [len(ids[0]), len(ids[1])])
+            return queries, keys
+        return apply_both(self.reductions.tokens, self.reductions.kv, x, map)
+
     def needs_bias(self, map: TokenMap | SoftMap) -> bool:
         """Whether attention adds log(n_i) to its keys. Softmax cancels it where all groups have one size."""
         return self.proportional and not has_equal_groups(map, self.config.group_size)
 
     def key_bias(self, x: Tensor, map: TokenMap | SoftMap, sdpa: bool) -> Tensor | None:
         """Returns log(n_i) of each key as an additive mask [B, 1, K]; None without proportional attention."""
-        return key_bias(map.size, x.dtype, sdpa, self.size_classes(map)) if self.needs_bias(map) else None
+        return key_bias(map.log_size, x.dtype, sdpa, self.size_classes(map)) if self.needs_bias(map) else None
 
     def size_classes(self, map: TokenMap | SoftMap) -> SizeClasses | None:
         """Returns how many keys stand for how many tokens each, where that may be used; None in compiled code."""
@@ -190,8 +201,8 @@ class BlockState:
             return full()
         if self.kv_only:
             return merged(x, self.reduce_kv(x, map), map)
-        keys = self.reduce_kv(x, map) if self.separate_kv else None
-        return unmerge(merged(self.reduce(x, map), keys, map), map)
+        queries, keys = self.reduce_queries_and_keys(x, map)
+        return unmerge(merged(queries, keys if self.separate_kv else None, map), map)
 
     def run_merged(self, layer: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Runs a token-wise layer on merged tokens: unmerge(forward(reduce(x)))."""
@@ -211,10 +222,15 @@ def _ids(reductions: BlockReductions) -> tuple[int, int]:
 
 
 def _reduce(x: Tensor, map: TokenMap | SoftMap, reduction: Reduction, id_tensor: Tensor | None) -> Tensor:
-    gradient = x.requires_grad and torch.is_grad_enabled()
-    if isinstance(map, TokenMap) and is_compiling() and not gradient and id_tensor is not None:
-        return reduce_by_id(x, map.kept_idx, map.group_idx, len(id_tensor))
+    if _by_id(map, x) and id_tensor is not None:
+        return reduce_by_id(x, map.tensors, [len(id_tensor)])[0]
     return apply_reduction(reduction, x, map)
+
+
+def _by_id(map: TokenMap | SoftMap, x: Tensor) -> TypeGuard[TokenMap]:
+    """Whether the operator of compiled code can reduce x."""
+    gradient = x.requires_grad and torch.is_grad_enabled()
+    return isinstance(map, TokenMap) and is_compiling() and not gradient
 
 
 def recall_counts(blocks: Sequence[BlockState], part: ImagePart | None, first: bool) -> None:

@@ -161,11 +161,13 @@ class AttentionPatches:
             self.on_map(place, map.argmax_map(), *size)
         options[MAP] = map
         block = state.states[place]
-        keys = block.reduce_kv(k, map)
-        values = keys if v is k else block.reduce_kv(v, map)  # usually one tensor
         if self.config.kv_only:
-            return q, keys, values
-        return keys if q is k and not block.separate_kv else block.reduce(q, map), keys, values
+            queries, keys = q, block.reduce_kv(k, map)
+        elif q is k:  # usually one tensor, as v is
+            queries, keys = block.reduce_queries_and_keys(q, map)
+        else:
+            queries, keys = block.reduce(q, map), block.reduce_kv(k, map)
+        return queries, keys, keys if v is k else block.reduce_kv(v, map)
 
     @uncompiled
     def after(self, out: Tensor, options: Options) -> Tensor:
@@ -185,7 +187,7 @@ class AttentionPatches:
         dtype = v.dtype
         if options.get("attn_precision") is torch.float32:
             q, k, v = q.float(), k.float(), v.float()
-        return proportional_attention(q, k, v, heads, map.size, self.config.size_classes(map)).to(dtype)
+        return proportional_attention(q, k, v, heads, map.log_size, self.config.size_classes(map)).to(dtype)
 
     # --- helpers of these -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,9 @@
+"""Triton kernels of the expensive steps, with one or two launches each.
+
+`reference` defines what they compute; `can_run` says where they run. Sums are float32 and deterministic.
+"""
+
+from .build_map import build_map as build_map
+from .merge import merge as merge
+from .nearest import nearest_dst as nearest_dst
+from .take import take as take
