@@ -432,7 +432,7 @@ def test_server_runs_the_example_workflow(server_results):
     assert server_results["nodes"] == ["TokenFusion", "TokenFusionMap"]
     assert server_results["example"]["status"] == "success"
     assert len(server_results["example"]["outputs"]["10"]["images"]) == 5  # a map for each merged block
-    assert "mean-r50-w8+p on 5 of 16 transformer blocks" in server_results["log"][0]
+    assert "mlerp-kv-partial_mlerp-r50+p on 5 of 16 transformer blocks" in server_results["log"][0]
     assert server_results["plain"]["status"] == "success"
 
 
@@ -470,4 +470,4 @@ def test_server_runs_the_example_with_a_checkpoint_file(server_results):
     assert len(server_results["file"]["outputs"]["8"]["images"]) == 1
     assert len(server_results["file"]["outputs"]["10"]["images"]) == 5
     assert len(set(server_results["file"]["images"])) == 2  # the node changes the image
-    assert "UNetModel: mean-r50-w8+p on 5 of 16 transformer blocks" in server_results["log"][-1]
+    assert "UNetModel: mlerp-kv-partial_mlerp-r50+p on 5 of 16 transformer blocks" in server_results["log"][-1]
