@@ -63,13 +63,14 @@ def node(monkeypatch, tmp_path):
     return importlib.import_module("node_of_the_page").TokenFusionDenoiseInvocation
 
 
-def test_node_matches_the_package_and_restores_the_unet(node):
+@pytest.mark.parametrize(("fields", "preset"), [({}, "asymmetric"), ({"preset": "faithful"}, "faithful")])
+def test_node_matches_the_package_and_restores_the_unet(node, fields, preset):
     unet = tiny.sd15_unet()
     plain = tiny.predict(unet)
-    result = node(unet, ratio=0.25, preset="faithful").invoke(None)
+    result = node(unet, ratio=0.25, **fields).invoke(None)
     with pytest.raises(InterruptedError):
         node(unet).invoke("fails")
     assert torch.equal(tiny.predict(unet), plain)
-    with tofu_sd.patched(unet, recipes.named("faithful", ratio=0.25)):
+    with tofu_sd.patched(unet, recipes.named(preset, ratio=0.25)):
         assert torch.equal(result, tiny.predict(unet))
     assert not torch.equal(result, plain)
