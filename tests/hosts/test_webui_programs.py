@@ -55,7 +55,7 @@ def count_log_lines(server, name, words):
 
 def test_program_lists_the_extension_and_its_axes(server):
     assert server["arguments"][:3] == ["Token Fusion (ToFu)", "Ratio", "Hires ratio"]
-    assert sum(axis.startswith("[ToFu] ") for axis in server["axes"]) == len(server["arguments"]) - 1 == 15
+    assert sum(axis.startswith("[ToFu] ") for axis in server["axes"]) == len(server["arguments"]) - 1 == 17
 
 
 def test_program_generates_with_and_without_token_fusion(server):
