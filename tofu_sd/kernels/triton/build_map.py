@@ -53,16 +53,11 @@ def _sortable(best_ptr, at_ptr, j, S, LISTED: tl.constexpr):
 
 
 @triton.jit
-def _build_map(
-    best_ptr, target_ptr, src_ptr, dst_ptr, at_ptr, kept_ptr, group_ptr, order_ptr, start_ptr, place_ptr, log_ptr,
-    r, M, S, D, LISTED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    sample = tl.program_id(0).to(tl.int64)
-    best_ptr += sample * M
-    target_ptr += sample * M
-    kept_ptr += sample * (S + D - r)
-    group_ptr += sample * (S + D)
-    # the r-th largest cosine, by radix selection of eight bits at a time
+def _rth_largest(best_ptr, at_ptr, r, S, LISTED: tl.constexpr, BLOCK: tl.constexpr):
+    """Returns the r-th largest of S cosines as a sortable number, and its rank among those equal to it.
+
+    By radix selection of eight bits at a time.
+    """
     prefix = tl.full([], 0, tl.int64)
     room = r  # rank among the numbers with the same leading bits
     bins = tl.arange(0, 512)
@@ -78,6 +73,20 @@ def _build_map(
         at = tl.max(tl.where((above + count >= room) & (bins < 256), bins, 0), axis=0)
         room -= tl.sum(tl.where(bins == at, above, 0), axis=0)
         prefix = prefix * 256 + at
+    return prefix, room
+
+
+@triton.jit
+def _build_map(
+    best_ptr, target_ptr, src_ptr, dst_ptr, at_ptr, kept_ptr, group_ptr, order_ptr, start_ptr, place_ptr, log_ptr,
+    r, M, S, D, LISTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    sample = tl.program_id(0).to(tl.int64)
+    best_ptr += sample * M
+    target_ptr += sample * M
+    kept_ptr += sample * (S + D - r)
+    group_ptr += sample * (S + D)
+    prefix, room = _rth_largest(best_ptr, at_ptr, r, S, LISTED, BLOCK)
     # 1 in group_ptr for merged tokens
     level = 0
     for start in range(0, S, BLOCK):
