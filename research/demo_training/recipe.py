@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tofu_sd.demo.models import SCENES, TEXTURES, DemoModel
 
-from . import textures
-from .scenes import render
+from .renders import textures
+from .renders.scenes import render
 
 CROP = 96  # side of the autoencoder's training crops in pixels, at full and at half size
 PART = 160  # side of the classifier's training crops in pixels, where a part of an image shows its class

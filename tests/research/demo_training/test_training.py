@@ -12,8 +12,8 @@ from research.demo_training import fit as fit_module
 from research.demo_training import recipe, stages, train
 from research.demo_training.fit import Schedule, fit
 from research.demo_training.recipe import Recipe
-from research.demo_training.scene_materials import noise_tiles
-from research.demo_training.scenes import draw_scene, nearness, render
+from research.demo_training.renders.scene_materials import noise_tiles
+from research.demo_training.renders.scenes import draw_scene, nearness, render
 from tofu_sd.demo.models import SCENES
 from tofu_sd.demo.scene_classes import CLASSES, SHAPES
 from tofu_sd.demo.tokenizer import build_tokenizer
