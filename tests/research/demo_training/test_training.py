@@ -111,6 +111,18 @@ def test_resumed_training_is_bit_equal_to_an_uninterrupted_one(tmp_path, monkeyp
     assert torch.equal(whole.weight, resumed.weight)
 
 
+def test_diverged_training_stops_and_keeps_its_last_checkpoint(tmp_path, monkeypatch):
+    """The checkpoint has the weights before the step, so that a training with another rate may start from it."""
+    monkeypatch.setattr("research.demo_training.fit.CHECKPOINT_SECONDS", -1)
+    model = torch.nn.Linear(2, 1)
+    values = iter([1.0, 1.0, float("nan")])
+    with pytest.raises(FloatingPointError, match="line diverged: the loss is nan at step 2; lower its rate"):
+        fit("line", model, lambda _: model.weight.sum() * next(values), Schedule(80, 8, 0.1, 0), tmp_path)
+    state = torch.load(tmp_path / "line.ckpt", weights_only=True)
+    assert state["step"] == 2
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
 SMALL = Recipe(images=1, size=192, classifier=48, vae=8, low=24, high=24)
 FEW = CLASSES[::6]  # 16, the number that is rendered at a time
 
