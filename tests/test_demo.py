@@ -18,7 +18,7 @@ from tofu_sd.demo.scene_classes import CLASSES
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 AVAILABLE = [pytest.param(model, id=model.name) for model in MODELS.values() if model.is_available]
-CHECKS = {"scenes": "demo-check.json", "textures": "demo-textures-check.json"}  # in benchmarks/results
+CHECKS = {name: f"demo-{name}-check.json" for name in MODELS} | {"scenes": "demo-check.json"}  # in benchmarks/results
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,12 @@ def test_missing_weights_folder_raises(monkeypatch, tmp_path):
     for load in (tofu_sd.demo.load, tofu_sd.demo.load_classifier):
         with pytest.raises(FileNotFoundError, match=r"scenes: .*python -m research\.demo_training\.train"):
             load()
+
+
+def test_missing_transformer_raises_with_the_command_that_trains_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("tofu_sd.demo.models.WEIGHTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="--content textures --denoiser sd3"):
+        tofu_sd.demo.load("sd3")
 
 
 def test_unknown_embedded_model_raises_with_a_suggestion():
