@@ -41,7 +41,8 @@ def export_for_transformers_4(target: Path) -> None:
     """Adds what transformers 4 reads and 5 no longer writes; 5 reads both.
 
     These are the vocabulary of CLIP's tokenizers as separate files; the original names of the weights of CLIP's text
-    encoders, without which they would be random; and the name of the class of T5's tokenizer that reads tokenizer.json.
+    encoders, without which they would be random; the name of the class of T5's tokenizer that reads tokenizer.json, and
+    its configuration without an empty list, where 4 expects a table.
     """
     index = json.loads((target / "model_index.json").read_text())
     for part, (_, name) in ((part, kind) for part, kind in index.items() if isinstance(kind, list)):
@@ -51,6 +52,9 @@ def export_for_transformers_4(target: Path) -> None:
             _name_weights(target / part / "model.safetensors")
         elif name == "T5Tokenizer":
             index[part][1] = "T5TokenizerFast"
+            file = target / part / "tokenizer_config.json"
+            config = {key: value for key, value in json.loads(file.read_text()).items() if value != []}
+            file.write_text(json.dumps(config, indent=2) + "\n")
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

@@ -12,6 +12,7 @@ import tofu_sd
 from research.demo_training import fit as fit_module
 from research.demo_training import recipe, stages, train
 from research.demo_training.denoisers import DENOISERS, flow, flux, sd3
+from research.demo_training.denoisers.t5 import build_t5_tokenizer
 from research.demo_training.recipe import RECIPES
 from tofu_sd.demo.models import MODELS, TEXTURES
 from tofu_sd.demo.pipelines import TEXT_LENGTHS
@@ -113,6 +114,14 @@ def test_untrained_transformer_predicts_zero(name, small):
     assert (velocity == 0).all()
 
 
+def test_t5_tokenizer_has_one_token_per_prompt_word_and_reads_any_text():
+    tokenizer = build_t5_tokenizer(c.prompt for c in CLASSES)
+    for c in CLASSES:
+        assert tokenizer.tokenize(c.prompt) == [f"▁{word}" for word in c.prompt.split()]
+    assert tokenizer.unk_token_id not in tokenizer("A zebra, 3 o'clock!").input_ids
+    assert tokenizer("", padding="max_length", max_length=3).input_ids == [1, 0, 0]  # end, padding, as in T5
+
+
 def test_noise_levels_cover_pure_noise_and_move_towards_it_for_large_latents():
     def levels(shift):
         g = torch.Generator().manual_seed(0)
@@ -188,6 +197,10 @@ def test_training_uses_the_results_of_a_folder_and_exports_a_pipeline(name, smal
     assert figures["high"]["samples"] == 24
     assert ("large" in figures) == (name == "flux")
     assert not any(str(tmp_path) in file.read_text() for file in weights.rglob("*.json"))
+
+    t5 = "tokenizer_3" if name == "sd3" else "tokenizer_2"
+    assert json.loads((weights / name / "model_index.json").read_text())[t5] == ["transformers", "T5TokenizerFast"]
+    assert "extra_special_tokens" not in json.loads((weights / name / t5 / "tokenizer_config.json").read_text())
 
     monkeypatch.setattr("tofu_sd.demo.models.WEIGHTS", weights)
     pipe = tofu_sd.demo.load(name)
