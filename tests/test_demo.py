@@ -18,7 +18,7 @@ from tofu_sd.demo.scene_classes import CLASSES
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 AVAILABLE = [pytest.param(model, id=model.name) for model in MODELS.values() if model.is_available]
-CHECKS = {"scenes": "demo-check.json", "textures": "demo-textures-check.json"}  # in benchmarks/results
+CHECKS = {name: f"demo-{name}-check.json" for name in MODELS} | {"scenes": "demo-check.json"}  # in benchmarks/results
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_demo_weights_are_small_and_match_documented_hashes(model):
     files = [path for path in model.weights.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 25 * 2**20
     page = (ROOT / "tofu_sd" / "demo" / "README.md").read_text()
-    assert len(digests(model.weights)) == 4
+    assert len(digests(model.weights)) == (5 if model.name == "sd3" else 4)  # it has a third text encoder
     for name, digest in digests(model.weights).items():
         assert f"{digest}  {name}" in page
 
@@ -67,7 +67,7 @@ def test_demo_check_results_belong_to_these_weights_and_pass(model):
 def test_demo_weights_load_in_transformers_4(model):
     """transformers 4 treats unknown weight names as missing and continues with random weights."""
     names = load_file(model.weights / "text_encoder" / "model.safetensors").keys()
-    assert all(name.startswith("text_model.") for name in names)
+    assert all(name.startswith(("text_model.", "text_projection.")) for name in names)
     tokenizer = model.weights / "tokenizer"
     fast = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
     assert json.loads((tokenizer / "vocab.json").read_text()) == fast["vocab"]
@@ -152,6 +152,12 @@ def test_missing_weights_folder_raises(monkeypatch, tmp_path):
     for load in (tofu_sd.demo.load, tofu_sd.demo.load_classifier):
         with pytest.raises(FileNotFoundError, match=r"scenes: .*python -m research\.demo_training\.train"):
             load()
+
+
+def test_missing_transformer_raises_with_the_command_that_trains_it(monkeypatch, tmp_path):
+    monkeypatch.setattr("tofu_sd.demo.models.WEIGHTS", tmp_path)
+    with pytest.raises(FileNotFoundError, match="--content textures --denoiser sd3"):
+        tofu_sd.demo.load("sd3")
 
 
 def test_unknown_embedded_model_raises_with_a_suggestion():

@@ -22,7 +22,7 @@ from eval.common.cli import progress
 from eval.common.files import digest, without_paths
 from tofu_sd.demo.scene_classes import CLASSES
 
-from ..demo_training import scene_materials, scene_shapes, scenes
+from ..demo_training.renders import scene_materials, scene_shapes, scenes
 
 CACHE = Path("runs/scenes")
 RENDERER = digest(*(Path(str(module.__file__)) for module in (scenes, scene_shapes, scene_materials)))

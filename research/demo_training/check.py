@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from eval.metrics.statistics import wilson
 from eval.validity.image_statistics import spectral_slope
-from tofu_sd.demo import GUIDANCE, NATIVE_SIZE, load, load_classifier
+from tofu_sd.demo import GUIDANCE, NATIVE_SIZE, call_options, load, load_classifier
 from tofu_sd.demo.models import MODELS, DemoModel
 
 from .recipe import CONTENTS, TEST_SEED
@@ -46,11 +46,11 @@ def generate(
         generated = pipe(
             [classes[i % len(classes)].prompt for i in numbers],
             num_inference_steps=steps,
-            guidance_scale=guidance,
             height=size,
             width=size,
             generator=[torch.Generator().manual_seed(i) for i in numbers],
             output_type="pt",
+            **call_options(pipe, len(numbers), guidance),
         ).images
         rows.append((generated * 255).round().byte().cpu())
     return torch.cat(rows)
@@ -81,7 +81,7 @@ def spectral_slopes(model: DemoModel, pipe: Any, images: Tensor, device: str) ->
     for start in tqdm(range(0, len(kinds), 8), desc="render", unit_scale=8, unit="image"):
         part = kinds[start : start + 8]
         seeds = [TEST_SEED + start + i for i in range(len(part))]
-        renders = CONTENTS[model.name].render(part, seeds, size, torch.device(device))
+        renders = CONTENTS[model.content].render(part, seeds, size, torch.device(device))
         latents = pipe.vae.encode(renders * 2 - 1).latent_dist.mode()
         decoded = (pipe.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
         slopes["renders"].append(spectral_slope(renders.cpu()))
@@ -125,7 +125,7 @@ def measure(model: DemoModel, args: argparse.Namespace) -> tuple[dict[str, Any],
         **dict(zip(model.labels, right.float().mean(0).tolist(), strict=True)),
         "worst": sorted({classes[i % len(classes)].name for i in range(args.images) if not right[i].all()}),
         "classifier_on_fresh_renders": classifier_accuracy(
-            net, torch.device(args.device), args.renders, content=model.name
+            net, torch.device(args.device), args.renders, content=model.content
         ),
         "spectral_slope": spectral_slopes(model, pipe, images, args.device),
         "chance": 1 / math.prod(model.label_counts),

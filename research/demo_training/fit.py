@@ -71,6 +71,10 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = self.schedule.rate_at(self.step)
         value = loss(torch.Generator().manual_seed(self.schedule.seed * 1_000_003 + self.step))
+        if not value.isfinite():  # before the weights change, so that the last checkpoint stays good
+            raise FloatingPointError(
+                f"{self.checkpoint.stem} diverged: the loss is {value.item()} at step {self.step}; lower its rate"
+            )
         value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimiser.step()
@@ -110,6 +114,9 @@ def fit(
 
     Returns:
         The figures of the training.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
     """
     run = _Run(model, schedule, work / f"{name}.ckpt")
     bar = tqdm(

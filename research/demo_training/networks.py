@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TEXT_WIDTH = 128
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
+def build_text_encoder(tokenizer: CLIPTokenizer, kind: type[Any] = CLIPTextModel) -> Any:
+    """Builds a text encoder of 3 layers.
+
+    Args:
+        tokenizer: its tokenizer.
+        kind: CLIPTextModel, or CLIPTextModelWithProjection, which adds a projection of the pooled state.
+    """
+    return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=TEXT_WIDTH,

@@ -13,20 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler
-from diffusers.training_utils import compute_snr
-from torch import Tensor, nn
+from diffusers import AutoencoderKL
+from torch import Tensor
 from tqdm import tqdm
 
 from tofu_sd.demo.classifier import DemoClassifier, perceptual_distance
-from tofu_sd.demo.tokenizer import build_tokenizer
 
-from .networks import build_scheduler, build_text_encoder, build_unet, build_vae
-
-# isort: split
-# after .networks, which explains an installation that cannot import these
-
+from .denoisers.base import Denoiser
 from .fit import Schedule, _autocast, _whole, fit
+from .networks import build_vae
 from .recipe import CONTENTS, CROP, PART, TEST_SEED, Content, Recipe
 
 
@@ -219,34 +214,6 @@ def _save(array: np.ndarray, path: Path) -> None:
         np.save(file, array)
 
 
-class Denoiser(nn.Module):
-    """UNet and text encoder, trained together on velocity (v-prediction)."""
-
-    def __init__(self, shown: Content) -> None:
-        super().__init__()
-        self.tokenizer = build_tokenizer(c.prompt for c in shown.classes)
-        self.text_encoder = build_text_encoder(self.tokenizer)
-        self.unet = build_unet(shown.widths)
-
-    def forward(self, noisy: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        prompts, which = ids.unique(dim=0, return_inverse=True)  # type: ignore[no-untyped-call]
-        states = self.text_encoder(prompts).last_hidden_state[which]
-        return self.unet(noisy, t, encoder_hidden_states=states).sample
-
-
-def velocity_loss(model: Denoiser, clean: Tensor, ids: Tensor, noising: DDIMScheduler, g: torch.Generator) -> Tensor:
-    """Returns the v-prediction loss with min-SNR weights, γ = 5 (Hang et al. 2023); timesteps are stratified."""
-    B, T = len(clean), noising.config.num_train_timesteps
-    t = ((torch.arange(B) + torch.rand(B, generator=g)) / B * T).long().clamp_max(T - 1).to(clean.device)
-    noise = torch.randn(clean.shape, generator=g).to(clean.device)
-    with _autocast(clean.device):
-        guess = model(noising.add_noise(clean, noise, t), t, ids)
-    snr = compute_snr(noising, t)
-    weight = snr.clamp_max(5) / (snr + 1)
-    error = (guess.float() - noising.get_velocity(clean, noise, t)).square().mean(dim=(1, 2, 3))
-    return (weight * error).mean()
-
-
 def train_denoiser(
     name: str,
     model: Denoiser,
@@ -258,10 +225,10 @@ def train_denoiser(
     samples: int,
     rate: float,
 ) -> dict[str, Any]:
-    """Trains UNet and text encoder on latents. Returns the figures.
+    """Trains a denoiser and its text encoders on latents. Returns the figures.
 
     Args:
-        name: of the stage.
+        name: of the stage's checkpoint.
         model: is trained in place.
         recipe: classes and seed.
         work: folder of the latents and the checkpoint.
@@ -273,18 +240,15 @@ def train_denoiser(
     torch.manual_seed(recipe.seed)
     latents = [torch.from_numpy(np.load(work / f"latents-{size}.npy")) for size in sizes]
     batches = [24 if size < 32 else 16 if size < 64 else 4 for size in sizes]
-    classes = recipe.shown.classes
-    texts = [c.prompt for c in classes] + [c.name for c in classes] + [""]
-    ids = model.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
-    noising = build_scheduler()
+    classes, no_prompt = len(recipe.shown.classes), len(model.texts) - 1
 
     def loss_of_batch(pool: Tensor, batch: int, g: torch.Generator) -> Tensor:
         rows = torch.randint(len(pool), (batch,), generator=g)
-        images = len(pool) // 2 // len(classes)  # of each class; the second half are their mirror images
+        images = len(pool) // 2 // classes  # of each class; the second half are their mirror images
         text, u = rows % (len(pool) // 2) // images, torch.rand(batch, generator=g)
-        text = torch.where(u < 0.2, text + len(classes), text)  # the bare name
-        text = torch.where(u > 0.9, len(texts) - 1, text)  # no prompt, for guidance
-        return velocity_loss(model, pool[rows].to(device).float(), ids[text].to(device), noising, g)
+        text = torch.where(u < 0.2, text + classes, text)  # the bare name
+        text = torch.where(u > 0.9, no_prompt, text)  # for guidance
+        return model.loss(pool[rows].to(device).float(), text.to(device), g)
 
     def loss(g: torch.Generator) -> Tensor:
         losses = [loss_of_batch(pool, batch, g) for pool, batch in zip(latents, batches, strict=True)]

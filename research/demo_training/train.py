@@ -1,14 +1,18 @@
-"""Trains every part of an embedded model from scratch: `python -m research.demo_training.train [--content textures]`.
+"""Trains an embedded model: `python -m research.demo_training.train [--content textures] [--denoiser sd3]`.
 
     render      classes × images each                               renders.npy, 256 × 256
     classifier  demo classifier on renders; accuracy on fresh ones  classifier.safetensors
     features    a classifier for the autoencoder's perceptual loss  features.safetensors, only where the recipe has one
     vae         autoencoder on 96-pixel crops                       vae/
     encode      latents of the renders and their mirror images      latents-32.npy, latents-16.npy
-    low         UNet and text encoder on 16 × 16 latents            unet/, text_encoder/
-    high        the same weights on 32 × 32 latents
+    low         denoiser and text encoders on 16 × 16 latents       low.safetensors
+    high        the same weights on 32 × 32 latents                 high.safetensors
     large       the same weights on 64 × 64 latents of 512 × 512 renders too, only where the recipe has it
     export      averaged weights in half precision -> tofu_sd/demo/weights/NAME
+
+The transformers, sd3 and flux, use the autoencoder of the embedded model of their content instead of the stages
+classifier, features and vae. Their other results have names of their own, such as sd3-low.safetensors, so that one
+folder serves every denoiser of a content.
 
 Each stage writes its result to --work and is skipped if that exists. After an interrupt, a training resumes from its
 last checkpoint; renders and latents, which take minutes, are made again. Batches depend on (seed, step), so an
@@ -20,25 +24,26 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 
+from tofu_sd import demo
 from tofu_sd.demo.classifier import DemoClassifier
 from tofu_sd.demo.models import MODELS
 
-# isort: split
-# after .stages, which explains an installation that cannot import these
-
+from .denoisers import DENOISERS
+from .denoisers.base import Denoiser
 from .export import export
 from .fit import _whole
-from .recipe import Recipe
-from .stages import Denoiser, make_latents, make_renders, train_classifier, train_denoiser, train_vae
+from .recipe import OF_AUTOENCODER, OF_DENOISER, RECIPES, Recipe, embedded_model
+from .stages import make_latents, make_renders, train_classifier, train_denoiser, train_vae
 
 
 def train(recipe: Recipe, work: Path, out: Path, device: torch.device, workers: int = 1) -> None:
@@ -53,47 +58,63 @@ def train(recipe: Recipe, work: Path, out: Path, device: torch.device, workers: 
 
     Raises:
         ValueError: `work` holds another recipe's results.
+        FloatingPointError: a training diverged.
     """
     work.mkdir(parents=True, exist_ok=True)
-    training = _Training(recipe, work, device)
-    renders = make_renders(recipe, work, device, workers=workers)
-    classifier = training.classifier("classifier", renders)
-    vae = training.autoencoder(renders, training.classifier("features", renders) if recipe.features else classifier)
-    make_latents(work, device, renders, vae, (1, 2))
-    stages: list[_Stage] = [("low", (recipe.size // 16,), 5e-4), ("high", (recipe.size // 8,), 3e-4)]
-    if recipe.large:
-        large = make_renders(recipe, work, device, recipe.large_images, scale=2, workers=workers)
-        make_latents(work, device, large, vae, (1,))
-        stages.append(("large", (recipe.size // 4, recipe.size // 8), 1e-4))
-    training.denoiser(stages)
-    _whole(out, lambda part: export(work, part, training.figures, recipe))
-
-
-_Stage = tuple[str, tuple[int, ...], float]  # of the denoiser: name, sizes of the latents, learning rate
+    training = _Training(recipe, work, device, workers)
+    if recipe.denoiser == "unet":
+        renders = training.renders()
+        classifier = training.classifier("classifier", renders)
+        vae = training.autoencoder(renders, training.classifier("features", renders) if recipe.features else classifier)
+    else:
+        vae = training.embedded_autoencoder()
+    training.encode(vae)
+    model = training.denoiser()
+    _whole(out, lambda part: export(model, vae, part, training.figures, training.classifier_file))
 
 
 class _Training:
-    """The stages of a training, and its figures, which figures.json in the folder holds."""
+    """The stages of a training, and its figures, which a JSON file in the folder holds.
 
-    def __init__(self, recipe: Recipe, work: Path, device: torch.device):
-        self.recipe, self.work, self.device = recipe, work, device
-        self.figures: dict[str, Any] = {"recipe": asdict(recipe), "device": str(device), "torch": torch.__version__}
-        file = work / "figures.json"
-        if file.exists():
-            before = json.loads(file.read_text())
-            for name, value in self.figures["recipe"].items():
-                if (held := before["recipe"].get(name, getattr(Recipe(), name))) != value:
-                    raise ValueError(f"{work.name} holds results for {name} {held}, not {value}")
-            self.figures = before | self.figures
+    Args:
+        recipe: what is trained.
+        work: folder of the results.
+        device: of the trainings.
+        workers: processes that render.
+
+    Raises:
+        ValueError: the folder holds another recipe's results.
+    """
+
+    def __init__(self, recipe: Recipe, work: Path, device: torch.device, workers: int):
+        self.recipe, self.work, self.device, self.workers = recipe, work, device, workers
+        is_unet = recipe.denoiser == "unet"
+        self.prefix = "" if is_unet else f"{recipe.denoiser}-"
+        self.file = work / ("figures.json" if is_unet else f"figures-{recipe.denoiser}.json")
+        self.classifier_file = work / "classifier.safetensors" if is_unet else None
+        values = asdict(recipe)
+        for file in sorted(work.glob("figures*.json")):
+            _check_recipe(work, json.loads(file.read_text())["recipe"], values)
+        before = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.figures: dict[str, Any] = before | {
+            "recipe": values,
+            "device": str(device),
+            "torch": torch.__version__,
+        }
         self._write()
 
     def _write(self) -> None:
-        _whole(self.work / "figures.json", lambda part: part.write_text(json.dumps(self.figures, indent=1)))
+        _whole(self.file, lambda part: part.write_text(json.dumps(self.figures, indent=1)))
 
     def _record(self, stage: str, values: dict[str, Any]) -> None:
         self.figures[stage] = values
         self._write()
         print(stage, json.dumps(values), flush=True)
+
+    def renders(self, scale: int = 1) -> np.ndarray:
+        """Returns the training images at the recipe's size, or at twice the size and in other numbers."""
+        images = None if scale == 1 else self.recipe.large_images
+        return make_renders(self.recipe, self.work, self.device, images, scale=scale, workers=self.workers)
 
     def classifier(self, name: str, renders: np.ndarray) -> DemoClassifier:
         """Returns the classifier of a stage, trained or loaded."""
@@ -117,18 +138,66 @@ class _Training:
         _whole(folder, vae.save_pretrained)
         return vae
 
-    def denoiser(self, stages: list[_Stage]) -> None:
-        """Trains UNet and text encoder in stages."""
+    def embedded_autoencoder(self) -> AutoencoderKL:
+        """Returns the autoencoder in the folder or, where there is none, that of the embedded model.
+
+        Raises:
+            ValueError: the recipe describes another autoencoder than the embedded model's.
+        """
+        embedded = RECIPES[self.recipe.content]
+        for name in OF_AUTOENCODER:
+            if (value := getattr(self.recipe, name)) != (needed := getattr(embedded, name)):
+                raise ValueError(
+                    f"{name} is {value}; {self.recipe.denoiser} uses the autoencoder of {self.recipe.content}, which "
+                    f"was trained with {needed}"
+                )
+        folder = self.work / "vae"
+        if not folder.exists():
+            _whole(folder, demo.load(self.recipe.content).vae.save_pretrained)
+        return AutoencoderKL.from_pretrained(folder).to(self.device)
+
+    def encode(self, vae: AutoencoderKL) -> None:
+        """Writes the latents that are missing, and the renders that they need."""
+        size = self.recipe.size // 8
+        for scale, sizes in ((1, (size, size // 2)), (2, (2 * size,) if self.recipe.large else ())):
+            if not all((self.work / f"latents-{side}.npy").exists() for side in sizes):
+                make_latents(self.work, self.device, self.renders(scale), vae, (1, 2) if scale == 1 else (1,))
+
+    def denoiser(self) -> Denoiser:
+        """Returns denoiser and text encoders, trained in stages."""
         torch.manual_seed(self.recipe.seed)  # of the initial weights
-        model = Denoiser(self.recipe.shown).to(self.device)
-        for name, sizes, rate in stages:
+        model, size = DENOISERS[self.recipe.denoiser](self.recipe.shown).to(self.device), self.recipe.size // 8
+        stages = {"low": (size // 2,), "high": (size,), "large": (2 * size, size)}
+        for stage, sizes in stages.items():
+            samples, name = getattr(self.recipe, stage), self.prefix + stage
+            if not samples:
+                continue
             file = self.work / f"{name}.safetensors"
             if not file.exists():
-                samples = getattr(self.recipe, name)
                 place = (self.recipe, self.work, self.device)
-                self._record(name, train_denoiser(name, model, *place, sizes=sizes, samples=samples, rate=rate))
-                _whole(file, lambda part: save_file(copy.deepcopy(model).cpu().state_dict(), part))
-            model.load_state_dict(load_file(file))
+                self._record(
+                    stage, train_denoiser(name, model, *place, sizes=sizes, samples=samples, rate=model.rates[stage])
+                )
+                _whole(file, partial(save_model, copy.deepcopy(model).cpu()))
+            load_model(model, file)
+        return model
+
+
+def _check_recipe(work: Path, held: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Compares a recipe with that of results in the folder.
+
+    Args:
+        work: the folder.
+        held: the recipe of a record in the folder. Fields that it lacks have the default value.
+        wanted: the recipe of the training.
+
+    Raises:
+        ValueError: they differ. Two denoisers share renders and latents, so that only the fields of these must agree.
+    """
+    is_same = held.get("denoiser", "unet") == wanted["denoiser"]
+    for name, value in wanted.items():
+        if (is_same or name not in OF_DENOISER) and (before := held.get(name, getattr(Recipe(), name))) != value:
+            raise ValueError(f"{work.name} holds results for {name} {before}, not {value}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -141,21 +210,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=1, help="processes that render; default: %(default)s")
     for field in fields(Recipe):
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            type=type(field.default),
-            default=field.default,
-            help="default: %(default)s",
-        )
-    args = vars(parser.parse_args(argv))
-    work, device = args.pop("work"), torch.device(args.pop("device"))
-    out = args.pop("out") or MODELS.get(args["content"], MODELS["scenes"]).weights
-    workers = args.pop("workers")
+        default = field.default if field.name in ("content", "denoiser") else "that of the embedded model"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), help=f"default: {default}")
+    args = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    work, device, workers = args.pop("work"), torch.device(args.pop("device")), args.pop("workers")
     if workers < 1:
         parser.error(f"--workers is {workers}; it must be an integer >= 1")
     try:
-        train(Recipe(**args), work, out, device, workers)
-    except ValueError as error:
+        name = embedded_model(args.get("content", Recipe.content), args.get("denoiser", Recipe.denoiser))
+        out = args.pop("out", MODELS[name].weights)
+        train(replace(RECIPES[name], **args), work, out, device, workers)
+    except (ValueError, FloatingPointError) as error:
         parser.error(str(error))
 
 

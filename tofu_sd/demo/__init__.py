@@ -1,4 +1,4 @@
-"""The embedded text-to-image models: small, with Stable Diffusion's own classes, loaded without network.
+"""The embedded text-to-image models: small, with the classes of published models, loaded without network.
 
     pipe = tofu_sd.demo.load()
     pipe("A high-quality photograph of a golden torus in the desert").images[0]
@@ -16,23 +16,25 @@ import torch
 
 from ..environment import check_torchvision
 from .models import get_model
+from .pipelines import GUIDANCE as GUIDANCE
+from .pipelines import call_options as call_options
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     from .classifier import DemoClassifier
 
 NATIVE_SIZE = 256  # pixels
-GUIDANCE = 3.0  # of all published figures; the pipeline's own default is Stable Diffusion's
 
 
 def load(
     model: str = "scenes", device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> StableDiffusionPipeline:
-    """Loads an embedded model as a StableDiffusionPipeline for 256 × 256 images (or 512 × 512).
+) -> DiffusionPipeline:
+    """Loads an embedded model as a diffusers pipeline for 256 × 256 images.
 
     Args:
-        model: "scenes" or "textures".
+        model: "scenes" or "textures", a StableDiffusionPipeline; "sd3", a StableDiffusion3Pipeline; "flux", a
+            FluxPipeline.
         device: where it runs.
         dtype: of its weights.
 
@@ -42,13 +44,13 @@ def load(
     """
     folder = get_model(model).weights
     check_torchvision()
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch_dtype has a newer name, which older diffusers lack
-        pipe = StableDiffusionPipeline.from_pretrained(
-            str(folder), torch_dtype=dtype, local_files_only=True, safety_checker=None, requires_safety_checker=False
-        )
+        pipe = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
+    if hasattr(pipe, "default_sample_size"):  # Flux's own default is 1024 px
+        pipe.default_sample_size = NATIVE_SIZE // pipe.vae_scale_factor
     pipe.set_progress_bar_config(disable=not sys.stderr.isatty())
     return pipe.to(device)
 
@@ -70,6 +72,6 @@ def load_classifier(model: str = "scenes", device: torch.device | str = "cpu") -
     from .classifier import DemoClassifier
 
     net = DemoClassifier(shown)
-    weights = load_file(shown.weights / "classifier.safetensors")
+    weights = load_file(shown.classifier_file)
     net.load_state_dict({name: value.float() for name, value in weights.items()})
     return net.to(device).eval().requires_grad_(False)

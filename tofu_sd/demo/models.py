@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ class DemoModel:
         labels: the values of each label, by its name.
         classifier_size: side in pixels to which its classifier resizes images.
         stride: the list of prompts takes every class in steps of it, so that its first N are a mixture for any N.
+        content: name of the model with the same images and classifier; its own, where it has a classifier.
+        denoiser: "unet", "sd3" or "flux".
     """
 
     name: str
@@ -30,11 +32,18 @@ class DemoModel:
     labels: dict[str, tuple[str, ...]]
     classifier_size: int
     stride: int
+    content: str
+    denoiser: str = "unet"
 
     @property
     def weights(self) -> Path:
         """The folder of its weights."""
         return WEIGHTS / self.name
+
+    @property
+    def classifier_file(self) -> Path:
+        """The weights of the classifier of its images."""
+        return WEIGHTS / self.content / "classifier.safetensors"
 
     @property
     def label_counts(self) -> tuple[int, ...]:
@@ -58,6 +67,7 @@ SCENES = DemoModel(
     {"shape": scene_classes.SHAPES, "material": scene_classes.MATERIALS, "setting": scene_classes.SETTINGS},
     classifier_size=128,
     stride=37,
+    content="scenes",
 )
 TEXTURES = DemoModel(
     "textures",
@@ -65,8 +75,11 @@ TEXTURES = DemoModel(
     {"thing": texture_classes.THINGS, "look": texture_classes.LOOKS},
     classifier_size=256,
     stride=13,
+    content="textures",
 )
-MODELS = {model.name: model for model in (SCENES, TEXTURES)}
+SD3 = replace(TEXTURES, name="sd3", denoiser="sd3")
+FLUX = replace(TEXTURES, name="flux", denoiser="flux")
+MODELS = {model.name: model for model in (SCENES, TEXTURES, SD3, FLUX)}
 EMBEDDED = {"demo": SCENES, "demo-textures": TEXTURES}  # by their names on command lines
 
 
@@ -83,6 +96,6 @@ def get_model(name: str) -> DemoModel:
     if not model.is_available:
         raise FileNotFoundError(
             f"the embedded model {name!r} has no weights in {model.weights}: reinstall tofu_sd, or train it again with "
-            f"`python -m research.demo_training.train --content {name}`"
+            f"`python -m research.demo_training.train --content {model.content} --denoiser {model.denoiser}`"
         )
     return model

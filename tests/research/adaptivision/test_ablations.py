@@ -14,7 +14,7 @@ from research.adaptivision import ablations as condensation
 from research.classifiers import datasets as labelled
 from research.classifiers import models as classifiers
 from research.classifiers import train
-from research.demo_training.scenes import nearness, render
+from research.demo_training.renders.scenes import nearness, render
 from tofu_sd.demo.scene_classes import CLASSES
 
 

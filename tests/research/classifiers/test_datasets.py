@@ -11,7 +11,7 @@ pytest.importorskip("timm", reason="timm is not installed (it needs a torchvisio
 from eval import EvalError
 from research.classifiers import datasets as labelled
 from research.classifiers import predictions
-from research.demo_training.scenes import render
+from research.demo_training.renders.scenes import render
 from tofu_sd.demo.scene_classes import CLASSES
 
 

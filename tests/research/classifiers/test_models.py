@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("timm", reason="timm is not installed (it needs a torchvision that fits the torch)")
 
 from research.classifiers import models as classifiers
-from research.demo_training.scenes import render
+from research.demo_training.renders.scenes import render
 from tofu_sd.demo.scene_classes import CLASSES
 
 

@@ -10,11 +10,12 @@ import torch
 import tofu_sd
 from research.demo_training import fit as fit_module
 from research.demo_training import recipe, stages, train
+from research.demo_training.denoisers.base import Denoiser
 from research.demo_training.fit import Schedule, fit
 from research.demo_training.recipe import Recipe
-from research.demo_training.scene_materials import noise_tiles
-from research.demo_training.scenes import draw_scene, nearness, render
-from tofu_sd.demo.models import SCENES
+from research.demo_training.renders.scene_materials import noise_tiles
+from research.demo_training.renders.scenes import draw_scene, nearness, render
+from tofu_sd.demo.models import MODELS, SCENES
 from tofu_sd.demo.scene_classes import CLASSES, SHAPES
 from tofu_sd.demo.tokenizer import build_tokenizer
 
@@ -111,6 +112,25 @@ def test_resumed_training_is_bit_equal_to_an_uninterrupted_one(tmp_path, monkeyp
     assert torch.equal(whole.weight, resumed.weight)
 
 
+def test_diverged_training_stops_and_keeps_its_last_checkpoint(tmp_path, monkeypatch):
+    """The checkpoint has the weights before the step, so that a training with another rate may start from it."""
+    monkeypatch.setattr("research.demo_training.fit.CHECKPOINT_SECONDS", -1)
+    model = torch.nn.Linear(2, 1)
+    values = iter([1.0, 1.0, float("nan")])
+    with pytest.raises(FloatingPointError, match="line diverged: the loss is nan at step 2; lower its rate"):
+        fit("line", model, lambda _: model.weight.sum() * next(values), Schedule(80, 8, 0.1, 0), tmp_path)
+    state = torch.load(tmp_path / "line.ckpt", weights_only=True)
+    assert state["step"] == 2
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize("name", ["scenes", "textures"])
+def test_recipe_is_that_of_the_shipped_weights(name):
+    """The README's command trains an embedded model again without further options."""
+    trained = json.loads((MODELS[name].weights / "figures.json").read_text())["recipe"]
+    assert Recipe(**trained) == recipe.RECIPES[name]
+
+
 SMALL = Recipe(images=1, size=192, classifier=48, vae=8, low=24, high=24)
 FEW = CLASSES[::6]  # 16, the number that is rendered at a time
 
@@ -145,37 +165,50 @@ def test_interrupted_training_resumes_and_keeps_its_recipe(tmp_path, monkeypatch
     assert tofu_sd.demo.load_classifier().classify(torch.rand(1, 3, 64, 64)).shape == (1, 3)
     with pytest.raises(ValueError, match="work holds results for images 1, not 2"):
         train.train(replace(SMALL, images=2), work, out, CPU)
+    with pytest.raises(ValueError, match="work holds results for low 24, not 48"):
+        train.train(replace(SMALL, low=48), work, out, CPU)
+
+
+class ClassDenoiser(Denoiser):
+    """Accepts latents whose values are the class of their image, and the texts of that class only."""
+
+    def __init__(self, content):
+        super().__init__(content)
+        self.weight, self.seen = torch.nn.Parameter(torch.zeros(())), []
+
+    def loss(self, clean, text, g):
+        self.seen.append(clean.shape[-1])
+        for kind, row in zip(clean[:, 0, 0, 0].int().tolist(), text.tolist(), strict=True):
+            assert self.texts[row] in (FEW[kind].prompt, FEW[kind].name, "")
+        return self.weight * 0
+
+    def pipeline(self, vae):
+        raise NotImplementedError
 
 
 def test_a_stage_of_two_sizes_trains_on_a_batch_of_each_in_every_step(tmp_path, monkeypatch):
     """Weights that last saw large latents alone forget the smaller ones. Captions are those of the rows' classes."""
     content = replace(recipe.CONTENTS["scenes"], model=replace(SCENES, classes=FEW))
     monkeypatch.setitem(recipe.CONTENTS, "scenes", content)
-    for size, images in ((4, 3), (2, 5)):  # latents whose values are the class of their row, mirror images included
+    for size, images in ((4, 3), (2, 5)):  # mirror images are the second half
         kinds = np.repeat(np.arange(len(FEW)), images)
         latents = np.zeros((2 * len(kinds), 4, size, size), np.float16) + np.r_[kinds, kinds][:, None, None, None]
         np.save(tmp_path / f"latents-{size}.npy", latents)
-    model = stages.Denoiser(content)
-    names = [c.name for c in FEW]
-    pad = {"padding": "max_length", "max_length": 77, "return_tensors": "pt"}
-    texts = model.tokenizer([c.prompt for c in FEW] + names + [""], **pad).input_ids.tolist()
-    seen = []
-
-    def loss(model, clean, ids, *_):
-        seen.append(clean.shape[-1])
-        for latent, text in zip(clean, ids.tolist(), strict=True):
-            kind = int(latent[0, 0, 0])
-            assert text in (texts[kind], texts[kind + len(FEW)], texts[-1])
-        return next(model.parameters()).sum() * 0
-
-    monkeypatch.setattr(stages, "velocity_loss", loss)
+    model = ClassDenoiser(content)
     figures = stages.train_denoiser("large", model, SMALL, tmp_path, CPU, sizes=(4, 2), samples=48, rate=1e-4)
-    assert seen == [4, 2, 4, 2]
+    assert model.seen == [4, 2, 4, 2]
     assert figures["samples"] == 48
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"size": 128}, "size is 128; .* at least 192"), ({"low": 0}, "low is 0")]
+    ("change", "message"),
+    [
+        ({"size": 128}, "size is 128; .* at least 192"),
+        ({"low": 0}, "low is 0"),
+        ({"denoiser": "flux", "size": 208}, "size is 208; flux packs .* multiple of 32"),
+        ({"denoiser": "sd3", "large": 8}, "largest images have 512 pixels; sd3 has positions for at most 384"),
+        ({"denoiser": "dit"}, "denoiser is 'dit'; it must be one of unet, sd3, flux"),
+    ],
 )
 def test_invalid_recipe_raises(change, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,1 @@
+"""Renders the training images of the embedded models."""
