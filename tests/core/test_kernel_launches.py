@@ -87,6 +87,9 @@ METHODS = [
     ("faithful", ["_nearest", "_build_map", "_merge", "_to_copy", "_take"]),
     ("asymmetric", ["_nearest", "_build_map", "_merge", "_to_copy", "_take"]),
     ("asymmetric@window=8", ["_nearest", "_build_map", "_merge", "_to_copy", "_take"]),
+    ("kv:tome+p@matching=pairs@ratio=0.25", ["_pair_up", "_map_of_groups", "_merge", "_to_copy"]),
+    ("asymmetric@matching=pairs@ratio=0.25", ["_pair_up", "_map_of_groups", "_merge", "_to_copy", "_take"]),
+    ("asymmetric@matching=pairs", ["_pair_up", "_map_of_groups", "_merge", "_take"]),
     ("kv:tome+p", ["_nearest", "_build_map", "_merge", "_to_copy"]),
 ]
 

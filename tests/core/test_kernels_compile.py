@@ -20,5 +20,5 @@ def test_every_kernel_compiles_without_a_gpu(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, str(PROGRAM)], capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stderr[-3000:]
     assert {line.split()[0] for line in run.stdout.splitlines()} == {
-        "_lengths", "_nearest", "_build_map", "_merge", "_take"
+        "_lengths", "_nearest", "_build_map", "_merge", "_take", "_pair_up", "_map_of_groups"
     }  # fmt: skip

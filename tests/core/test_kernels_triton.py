@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tofu_sd import kernels
+from tofu_sd.core.cells import make_cells
 from tofu_sd.core.partition import partition, windows
 from tofu_sd.kernels import reference
 
@@ -91,6 +92,7 @@ def test_ties_pick_the_earlier_destination_and_nan_equals_reference() -> None:
 
 def assert_same_map(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     """The map is the same, and each group lists its own tokens, in any order."""
+    assert all(tensor.is_contiguous() for tensor in result)
     kept_idx, group_idx, order, start, log_size = result
     assert torch.equal(kept_idx, expected[0])
     assert torch.equal(group_idx, expected[1])
@@ -126,6 +128,33 @@ def test_build_map_over_several_blocks_of_sources_equals_reference(share: float)
     expected = reference.build_map(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
     result = triton_kernels.build_map(best, target.to(DEVICE), *parts, int(share * best.shape[1]))
     assert_same_map(result, expected)
+
+
+@sizes
+@channels
+@dtypes
+def test_pair_up_equals_reference(h: int, w: int, C: int, dtype: torch.dtype) -> None:
+    x, cells = tokens(h, w, C).to(dtype), make_cells(h, w, DEVICE)
+    if len(cells.tokens):
+        x[0, 0], x[0, 1], x[1, cells.tokens[-1, 2]] = 0, float("nan"), float("inf")  # of no direction, not finite
+    (cosine, pairs), (expected, expected_pairs) = (k.pair_up(x, cells.tokens) for k in (triton_kernels, reference))
+    assert torch.equal(pairs, expected_pairs)
+    assert not cosine.numel() or max_error(cosine, expected) < 1e-6
+
+
+@sizes
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("size", [2, 4])
+def test_map_of_groups_equals_reference(h: int, w: int, share: float, size: int) -> None:
+    """Groups of two or four tokens, of which none, some or all are merged; many are equally similar."""
+    cells = make_cells(h, w, DEVICE)
+    groups = cells.tokens.numel() // size
+    g = torch.Generator().manual_seed(1)
+    order = torch.stack([torch.randperm(cells.tokens.numel(), generator=g) for _ in range(2)]).to(DEVICE)
+    members = cells.tokens.flatten()[order].view(2, groups, size)
+    similarity = torch.randint(-3, 4, (2, groups), generator=g).float().to(DEVICE)
+    call = (similarity, members, int(share * groups), cells.rest)
+    assert_same_map(triton_kernels.map_of_groups(*call), reference.map_of_groups(*call))
 
 
 @pytest.mark.parametrize("length", list(reference.Length), ids=str)

@@ -113,10 +113,10 @@ def test_mlerp_has_mean_direction_and_largest_norm(case):
 @given(maps())
 @settings(deadline=None, max_examples=60)
 def test_partial_mlerp_lies_between_the_mean_and_mlerp_by_the_size_of_the_group(case):
-    """A pair becomes MLERP; in a group of n tokens 1 / (n - 1) of what MLERP adds is added."""
+    """A pair becomes MLERP; in a group of n tokens 1 / (n - 1)^2 of what MLERP adds is added."""
     x, map, _ = case
     average, whole = mean(x, map).double(), mlerp(x, map).double()
-    share = 1 / (map.size.double() - 1).clamp_min(1)
+    share = (map.size.double() - 1).clamp_min(1) ** -2
     expected = average + share.unsqueeze(-1) * (whole - average)
     torch.testing.assert_close(partial_mlerp(x, map).double(), expected, rtol=1e-5, atol=1e-5)
 

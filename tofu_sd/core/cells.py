@@ -11,13 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels import map_of_groups, map_shapes, pair_up, with_groups
 from ..kernels.operators import is_compiling, operator
 from .token_map import TokenMap
-
-PAIRINGS = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))
-"""The three ways to pair four tokens: the first with the second, the third with the fourth."""
-PAIR_OF_TOKEN = ((0, 0, 1, 1), (0, 1, 0, 1), (0, 1, 1, 0))
-"""The pair of each token in each of these."""
 
 
 class Cells(NamedTuple):
@@ -85,9 +81,10 @@ def match_pairs(tokens: Tensor, cells: Cells, r: int) -> TokenMap:
     """
     with torch.no_grad():
         M = len(cells.tokens)
+        cosine, pairs = pair_up(tokens, cells.tokens)
+        once = TokenMap(*map_of_groups(cosine, pairs, min(r, 2 * M), cells.rest))
         if r <= 2 * M:
-            return _pairs(tokens, cells, r)
-        once = _pairs(tokens, cells, 2 * M)
+            return once
         averages = _average_of_pairs(tokens, once, 2 * M)
         return once.compose(_pairs_of_pairs(averages, cells))
 
@@ -106,66 +103,24 @@ def match_cells(tokens: Tensor, cells: Cells, r: int) -> TokenMap:
         The map. Survivors are sorted by the size of their groups, the largest first.
     """
     with torch.no_grad():
-        (B, N, _), M, n = tokens.shape, len(cells.tokens), r // 3
-        order = _numbers(M, cells.rest).expand(B, -1)
-        if n < M:
-            mean_cosine = _unit(tokens[:, cells.tokens]).mean(dim=2).square().sum(dim=-1)
-            order = _finite(mean_cosine).argsort(dim=1, descending=True, stable=True)
-        merged, apart = cells.tokens[order[:, :n]], cells.tokens[order[:, n:]].flatten(1)  # [B, n, 4], [B, 4 (M - n)]
-        groups = _numbers(n, order).repeat_interleave(4).expand(B, -1)
-        return _map(merged[..., 0], merged.flatten(1), groups, torch.cat((apart, cells.rest.expand(B, -1)), dim=1), N)
-
-
-class _Paired(NamedTuple):
-    """The best pairing of each of M cells.
-
-    Args:
-        cosine: [B, 2 M], of each pair.
-        first, second: [B, 2 M], positions of its tokens.
-        of_token: [B, 4 M], the pair of each token of the cells.
-    """
-
-    cosine: Tensor
-    first: Tensor
-    second: Tensor
-    of_token: Tensor
-
-
-def _pair_up(tokens: Tensor, fours: Tensor) -> _Paired:
-    """Pairs four tokens at a time. fours: [M, 4], positions of tokens [B, N, C]."""
-    unit = _unit(tokens[:, fours]).unbind(2)
-    cosines = [torch.stack([(unit[i] * unit[j]).sum(-1) for i, j in ((a, b), (c, d))], -1) for a, b, c, d in PAIRINGS]
-    cosine = _finite(torch.stack(cosines, dim=2))  # [B, M, 3, 2]
-    best = cosine.sum(dim=-1).argmax(dim=-1)  # [B, M]
-    chosen = cosine.gather(2, best[..., None, None].expand(-1, -1, 1, 2))
-    pairing, pair = (torch.tensor(table, device=fours.device)[best] for table in (PAIRINGS, PAIR_OF_TOKEN))
-    positions = fours.expand(len(tokens), -1, -1).gather(2, pairing).view(len(tokens), -1, 2)
-    of_token = (pair + 2 * _numbers(len(fours), fours).unsqueeze(1)).flatten(1)
-    return _Paired(chosen.flatten(1), positions[..., 0], positions[..., 1], of_token)
-
-
-def _pairs(tokens: Tensor, cells: Cells, r: int) -> TokenMap:
-    """Merges the r most similar of the 2 M pairs."""
-    paired, pairs = _pair_up(tokens, cells.tokens), 2 * len(cells.tokens)
-    members, numbers = (x.expand(len(tokens), -1) for x in (cells.tokens.flatten(), _numbers(pairs, cells.rest)))
-    order = numbers if r == pairs else paired.cosine.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter(1, order, numbers)
-    apart = paired.second.gather(1, order[:, r:])
-    alone = torch.cat((apart, cells.rest.expand(len(tokens), -1)), dim=1)
-    return _map(paired.first.gather(1, order), members, rank.gather(1, paired.of_token), alone, tokens.shape[1])
+        members = cells.tokens.expand(len(tokens), -1, -1)
+        if r == cells.tokens.numel() // 4 * 3:  # all of them
+            similarity = tokens.new_zeros(len(tokens), len(cells.tokens), dtype=torch.float32)
+        else:
+            unit = tokens[:, cells.tokens].to(torch.promote_types(tokens.dtype, torch.float32))
+            unit = unit / torch.linalg.vector_norm(unit, dim=-1, keepdim=True).clamp_min(torch.finfo(unit.dtype).tiny)
+            mean_cosine = unit.mean(dim=2).square().sum(dim=-1)
+            similarity = mean_cosine.nan_to_num(nan=-1, posinf=-1, neginf=-1)  # not finite: similar to none
+        return TokenMap(*map_of_groups(similarity, members, r // 3, cells.rest))
 
 
 def _pairs_of_pairs(averages: Tensor, cells: Cells) -> TokenMap:
     """Pairs the 2 M pairs [B, 2 M, C] of adjacent cells, and the two of each single cell. Tokens of the rest follow."""
-    paired, B = _pair_up(averages, cells.adjacent), len(averages)
-    adjacent, single, rest = (x.numel() for x in (cells.adjacent, cells.single, cells.rest))
-    kept = torch.cat((paired.first, cells.single[:, 0].expand(B, -1)), dim=1)
-    members = torch.cat((cells.adjacent.flatten(), cells.single.flatten())).expand(B, -1)
-    of_single = (adjacent + _numbers(single, kept)) // 2
-    groups = torch.cat((paired.of_token, of_single.expand(B, -1)), dim=1)
-    return _map(
-        kept, members, groups, (adjacent + single + _numbers(rest, kept)).expand(B, -1), adjacent + single + rest
-    )
+    _, adjacent = pair_up(averages, cells.adjacent)
+    members = torch.cat((adjacent, cells.single.expand(len(averages), -1, -1)), dim=1)
+    pairs = members.shape[1]
+    similarity = averages.new_zeros(members.shape[:2])
+    return TokenMap(*map_of_groups(similarity, members, pairs, 2 * pairs + _numbers(len(cells.rest), cells.rest)))
 
 
 def _average_of_pairs(tokens: Tensor, map: TokenMap, pairs: int) -> Tensor:
@@ -173,32 +128,6 @@ def _average_of_pairs(tokens: Tensor, map: TokenMap, pairs: int) -> Tensor:
     full = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     sums = full.new_zeros(len(full), map.after[1], full.shape[-1])
     return sums.scatter_add(1, map.group_idx.unsqueeze(-1).expand_as(full), full)[:, :pairs] / 2
-
-
-def _map(kept: Tensor, members: Tensor, groups: Tensor, alone: Tensor, N: int) -> TokenMap:
-    """Returns a map of groups, followed by tokens that stand for themselves.
-
-    Args:
-        kept: [B, G], positions of the groups' survivors.
-        members: [B, L], positions of the tokens of all groups. One that is in `alone` too is no member after all.
-        groups: [B, L], the group of each, 0 to G - 1.
-        alone: [B, A], positions of the tokens that stand for themselves.
-        N: number of tokens.
-    """
-    singles = kept.shape[1] + _numbers(alone.shape[1], alone).expand_as(alone)
-    group_idx = kept.new_empty(len(kept), N).scatter(1, members, groups).scatter(1, alone, singles)
-    return TokenMap(torch.cat((kept, alone), dim=1), group_idx)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Returns unit vectors [..., C], at least in float32: half precision cannot separate cosines near 1."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-
-
-def _finite(cosine: Tensor) -> Tensor:
-    """Tokens that are not finite are similar to none."""
-    return cosine.nan_to_num(nan=-1, posinf=-1, neginf=-1)
 
 
 def _numbers(n: int, like: Tensor) -> Tensor:
@@ -209,24 +138,21 @@ def _numbers(n: int, like: Tensor) -> Tensor:
 def match_in_cells(tokens: Tensor, cells: Cells, r: int, whole: bool) -> TokenMap:
     """Runs `match_cells` if `whole`, else `match_pairs`; compiled, as an operator, so that r enters as a number."""
     if is_compiling():
-        return TokenMap(*_match_in_cells(tokens, *cells, r, whole))
+        return TokenMap.of_tensors(*_match_in_cells(tokens, *cells, r, whole))
     return match_cells(tokens, cells, r) if whole else match_pairs(tokens, cells, r)
 
 
-def _map_shapes(
-    tokens: Tensor, order: Tensor, corners: Tensor, columns: Tensor, r: int, whole: bool
-) -> tuple[Tensor, Tensor]:
-    B, N = tokens.shape[0], tokens.shape[1]  # len() would make constants of symbols
-    return order.new_empty(B, N - r), order.new_empty(B, N)
+def _map_shapes(tokens: Tensor, order: Tensor, corners: Tensor, columns: Tensor, r: int, whole: bool) -> list[Tensor]:
+    return map_shapes(order, tokens.shape[0], tokens.shape[1], r)  # len() would make constants of symbols
 
 
 @operator(
     "tofu_sd::match_in_cells",
-    "(Tensor tokens, Tensor order, Tensor corners, Tensor columns, SymInt r, bool whole) -> (Tensor, Tensor)",
+    "(Tensor tokens, Tensor order, Tensor corners, Tensor columns, SymInt r, bool whole) -> Tensor[]",
     _map_shapes,
 )
 def _match_in_cells(
     tokens: Tensor, order: Tensor, corners: Tensor, columns: Tensor, r: int, whole: bool
-) -> tuple[Tensor, Tensor]:
+) -> list[Tensor]:
     map = (match_cells if whole else match_pairs)(tokens, Cells(order, corners, columns), r)
-    return map.kept_idx, map.group_idx
+    return with_groups(*map.tensors)

@@ -60,11 +60,12 @@ def mlerp(x: Tensor, map: TokenMap) -> Tensor:
 
 
 def partial_mlerp(x: Tensor, map: TokenMap) -> Tensor:
-    """Goes 1 / (n - 1) of the way from a group's mean to MLERP, in a group of n tokens: [B, K, C].
+    """Goes 1 / (n - 1)^2 of the way from a group's mean to MLERP, in a group of n tokens: [B, K, C].
 
     For keys and values, with proportional attention. The mean fits queries that attend to a group from outside. For the
     group's own queries it is too short, as each attends most to its own token, which is one of n. So a pair becomes
-    MLERP, and a large group stays almost the mean.
+    MLERP, and a large group stays almost the mean. The power was chosen by measurement: of 0, 1 / (2n - 2), 1 / n,
+    1 / (n - 1) and this, this was the best or as good as the best on both embedded models.
     """
     return _averages(x, map, Length.PARTIAL)[0]
 

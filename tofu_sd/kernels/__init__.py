@@ -63,7 +63,9 @@ def _fault(device: torch.device, dtype: torch.dtype) -> str | None:
         kept_idx, group_idx, *groups = run("build_map")(best, target, src, dst, 3)
         lengths = (Length.LARGEST, Length.PARTIAL)
         merged = run("merge")(x, group_idx, 5, lengths, Groups(*groups) if groups else None)
-        return [target, kept_idx, group_idx, run("take")(x, kept_idx), *merged]
+        cosine, pairs = run("pair_up")(x, torch.arange(8, device=device).view(2, 4))
+        in_pairs = run("map_of_groups")(cosine, pairs, 3, src[:0])[:2]
+        return [target, kept_idx, group_idx, run("take")(x, kept_idx), *merged, *in_pairs]
 
     try:
         with torch.no_grad():
@@ -104,15 +106,27 @@ def nearest_dst(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tenso
     return (cpu if on_cpu else reference).nearest_dst(metric, src, dst)
 
 
+def map_shapes(like: Tensor, B: int, N: int, r: int) -> list[Tensor]:
+    """Returns empty tensors like those of a map of B x N tokens that merges r; on CUDA also like its groups'."""
+    kept_idx, group_idx = (like.new_empty(B, size, dtype=torch.long) for size in (N - r, N))
+    if like.device.type != "cuda":
+        return [kept_idx, group_idx]
+    order, start = (like.new_empty(B, size, dtype=torch.int32) for size in (N, N - r + 1))
+    return [kept_idx, group_idx, order, start, like.new_empty(B, N - r, dtype=torch.float32)]
+
+
+def with_groups(kept_idx: Tensor, group_idx: Tensor, *groups: Tensor) -> list[Tensor]:
+    """Returns the tensors of a map as `map_shapes` declares them: on CUDA groups are listed if no kernel did."""
+    if not groups and kept_idx.device.type == "cuda":
+        order, start, log_size = reference.sorted_groups(group_idx, kept_idx.shape[1])
+        groups = (order.int(), start, log_size)
+    return [kept_idx, group_idx, *groups]
+
+
 def _map_shapes(
     best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int, at: Tensor | None = None
 ) -> list[Tensor]:
-    B, N = best.shape[0], src.shape[0] + dst.shape[0]  # len() would make constants of symbols
-    kept_idx, group_idx = target.new_empty(B, N - r), target.new_empty(B, N)
-    if best.device.type != "cuda":
-        return [kept_idx, group_idx]
-    order, start = (target.new_empty(B, size, dtype=torch.int32) for size in (N, N - r + 1))
-    return [kept_idx, group_idx, order, start, best.new_empty(B, N - r, dtype=torch.float32)]
+    return map_shapes(best, best.shape[0], src.shape[0] + dst.shape[0], r)  # len() would make constants of symbols
 
 
 @operator(
@@ -123,12 +137,7 @@ def _map_shapes(
 def _build_map(
     best: Tensor, target: Tensor, src: Tensor, dst: Tensor, r: int, at: Tensor | None = None
 ) -> list[Tensor]:
-    """Returns the tensors of the map, and of its groups on CUDA."""
-    built = _chosen("build_map", best)(best, target, src, dst, r, at)
-    if best.device.type != "cuda" or len(built) > 2:
-        return list(built)
-    order, start, log_size = reference.sorted_groups(built[1], built[0].shape[1])
-    return [*built, order.int(), start, log_size]
+    return with_groups(*_chosen("build_map", best)(best, target, src, dst, r, at))
 
 
 def build_map(
@@ -141,6 +150,21 @@ def build_map(
     """
     run = _build_map if is_compiling() else _chosen("build_map", best)
     kept_idx, group_idx, *groups = run(best, target, src, dst, r, at)
+    return kept_idx, group_idx, Groups(*groups) if groups else None
+
+
+def pair_up(x: Tensor, fours: Tensor) -> tuple[Tensor, Tensor]:
+    """Runs `reference.pair_up` or its kernel."""
+    return _chosen("pair_up", x)(x, fours)
+
+
+def map_of_groups(similarity: Tensor, members: Tensor, n: int, rest: Tensor) -> tuple[Tensor, Tensor, Groups | None]:
+    """Runs `reference.map_of_groups` or its kernel.
+
+    Returns:
+        (kept_idx [B, K], group_idx [B, N], the groups where a kernel made them).
+    """
+    kept_idx, group_idx, *groups = _chosen("map_of_groups", similarity)(similarity, members, n, rest)
     return kept_idx, group_idx, Groups(*groups) if groups else None
 
 

@@ -95,6 +95,58 @@ def _largest(best: Tensor, r: int) -> Tensor:
     return above | (level & (level.cumsum(dim=1) <= room))
 
 
+PAIRINGS = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))
+"""The three ways to pair four tokens: the first with the second, the third with the fourth."""
+
+
+def pair_up(x: Tensor, fours: Tensor) -> tuple[Tensor, Tensor]:
+    """Pairs four tokens at a time, in that of the three ways that has the largest sum of cosines.
+
+    Args:
+        x: [B, N, C], tokens. One that is not finite is similar to none.
+        fours: [M, 4], their positions.
+
+    Returns:
+        (cosine of each pair [B, 2 M], at least float32; positions of its tokens [B, 2 M, 2]).
+    """
+    unit = x[:, fours].to(torch.promote_types(x.dtype, torch.float32))
+    parts = (unit / _norm(unit)).unbind(2)
+    cosines = [torch.stack([(parts[i] * parts[j]).sum(-1) for i, j in ((a, b), (c, d))], -1) for a, b, c, d in PAIRINGS]
+    cosine = torch.stack(cosines, dim=2).nan_to_num(nan=-1, posinf=-1, neginf=-1)  # [B, M, 3, 2]
+    best = cosine.sum(dim=-1).argmax(dim=-1)  # [B, M]
+    chosen = cosine.gather(2, best[..., None, None].expand(-1, -1, 1, 2))
+    pairing = torch.tensor(PAIRINGS, device=fours.device)[best]
+    return chosen.flatten(1), fours.expand(len(x), -1, -1).gather(2, pairing).view(len(x), -1, 2)
+
+
+def map_of_groups(similarity: Tensor, members: Tensor, n: int, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Builds the map in which the first token of each of the n most similar groups stands for its group.
+
+    Args:
+        similarity: [B, U], of the groups. Of equal ones the earlier is taken.
+        members: [B, U, g], positions of the tokens of each group.
+        n: number of groups that are merged.
+        rest: [R], positions of the tokens in no group.
+
+    Returns:
+        (kept_idx [B, K], group_idx [B, N]). Survivors: those of the n groups, the tokens of all others, the rest.
+    """
+    (B, U, g), R = members.shape, len(rest)
+    K = U * g + R - n * (g - 1)
+    merged = _largest(similarity, n)
+    earlier = merged.cumsum(dim=1) - merged.long()  # [B, U], merged groups before each
+    left = torch.arange(U, device=members.device) - earlier
+    nth = torch.arange(g, device=members.device)
+    survivor = torch.where(merged, earlier, n + g * left).unsqueeze(-1) + nth * ~merged.unsqueeze(-1)  # [B, U, g]
+    last = torch.arange(K - R, K, device=members.device).expand(B, -1)
+    group_idx = members.new_empty(B, U * g + R).scatter(1, members.flatten(1), survivor.flatten(1))
+    group_idx.index_copy_(1, rest, last)
+    survives = ~merged.unsqueeze(-1) | (nth == 0)
+    slot = survivor.where(survives, K).flatten(1)  # all merged tokens share one slot after the survivors
+    kept_idx = members.new_empty(B, K + 1).scatter(1, slot, members.flatten(1))
+    return kept_idx.scatter(1, last, rest.expand(B, -1))[:, :K].contiguous(), group_idx
+
+
 def take(x: Tensor, at: Tensor) -> Tensor:
     """Takes the tokens of x [B, N, C] at [B, M]: [B, M, C]. An embedding copies whole rows, faster than gather."""
     return F.embedding(_across(at, x.shape[1]), x.flatten(0, 1))
@@ -140,7 +192,7 @@ def merge(
         group_idx: [B, N], group of each token, 0..K-1.
         K: number of groups.
         lengths: one or two. LARGEST rescales each average to the largest norm in its group (ToFu Eq. 10); zero stays
-            zero. PARTIAL goes 1 / (n - 1) of the way there in a group of n tokens.
+            zero. PARTIAL goes 1 / (n - 1)^2 of the way there in a group of n tokens.
         groups: the same groups, for kernels.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)  # the sum of a large group can overflow in half precision
@@ -162,7 +214,7 @@ def merge(
     pointing = own > torch.finfo(dtype).tiny * largest.clamp_min(1)  # otherwise the quotient and its gradient overflow
     scale = largest / own.where(pointing, own.new_ones(()))
     others = (ends - starts).view(len(x), K) - 1
-    scales = {Length.LARGEST: scale, Length.PARTIAL: 1 + (scale - 1) / others.clamp_min(1)}
+    scales = {Length.LARGEST: scale, Length.PARTIAL: 1 + (scale - 1) / others.clamp_min(1) ** 2}
     rescaled = [average * scales[each].unsqueeze(-1) if each in scales else average for each in lengths]
     return [tokens.to(x.dtype) for tokens in rescaled]
 

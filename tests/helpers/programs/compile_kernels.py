@@ -12,7 +12,8 @@ from triton.compiler import ASTSource
 TARGET = GPUTarget("cuda", 90, 32)  # H100, H200
 POINTERS = {"at": "*i64", "src": "*i64", "dst": "*i64", "kept": "*i64", "group": "*i64", "target": "*i64",
             "order": "*i32", "start": "*i32", "place": "*i32", "sorted": "*i32", "best": "*fp32", "log": "*fp32",
-            "length": "*fp32"}  # fmt: skip
+            "length": "*fp32", "fours": "*i64", "pairs": "*i64", "members": "*i64", "rest": "*i64",
+            "cosine": "*fp32"}  # fmt: skip
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("nearest", "_lengths", {"ROWS": 4, "CHANNELS": 512}),
     ("nearest", "_nearest", {"MEASURED": True, "ROWS": 64, "COLS": 128, "CHANNELS": 64}),
@@ -21,6 +22,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("build_map", "_build_map", {"LISTED": False, "BLOCK": 1024}),
     ("merge", "_merge", {"FIRST": 0, "LAST": 0, "TWO": False, "CHANNELS": 512, "ROWS": 4, "CHUNK": 32}),
     ("merge", "_merge", {"FIRST": 1, "LAST": 2, "TWO": True, "CHANNELS": 512, "ROWS": 4, "CHUNK": 32}),
+    ("pairs", "_pair_up", {"ROWS": 8, "CHANNELS": 64}),
+    ("map_of_groups", "_map_of_groups", {"G": 2, "BLOCK": 2048}),
+    ("map_of_groups", "_map_of_groups", {"G": 4, "BLOCK": 1024}),
     ("take", "_take", {"ROWS": 4, "CHANNELS": 512}),
 ]
 

@@ -4,6 +4,8 @@
 """
 
 from .build_map import build_map as build_map
+from .map_of_groups import map_of_groups as map_of_groups
 from .merge import merge as merge
 from .nearest import nearest_dst as nearest_dst
+from .pairs import pair_up as pair_up
 from .take import take as take

@@ -93,5 +93,6 @@ def _with_length(mean, largest, members, LENGTH: tl.constexpr):
         pointing = own > 1.1754944e-38 * tl.maximum(largest, 1.0)
         scale = largest / tl.where(pointing, own, 1.0)
         if LENGTH == PARTIAL:
-            scale = 1.0 + (scale - 1.0) / tl.maximum(members - 1, 1).to(tl.float32)
+            others = tl.maximum(members - 1, 1).to(tl.float32)
+            scale = 1.0 + (scale - 1.0) / (others * others)
     return mean * scale
