@@ -21,24 +21,18 @@ class Pairs(NamedTuple):
     """The most similar destination of each source.
 
     Args:
-        nearest: (cosine, raster position of the destination), [B, M] each.
-        parts: S sources, and destinations.
-        at: [S], where each source is among the M; None where they are the sources.
+        best: [B, S], their cosine.
+        target: [B, S] long, raster position of the destination.
+        parts: sources and destinations.
     """
 
-    nearest: tuple[Tensor, Tensor]
+    best: Tensor
+    target: Tensor
     parts: Partition
-    at: Tensor | None = None
-
-    @property
-    def best(self) -> Tensor:
-        """[B, S], the cosine of each source."""
-        return self.nearest[0] if self.at is None else self.nearest[0][:, self.at]
 
     def merged(self, r: int) -> TokenMap:
         """Returns the map that merges the r most similar sources (at most S) into their destinations."""
-        kept_idx, group_idx, groups = build_map(*self.nearest, *self.parts, r, self.at)
-        return TokenMap(kept_idx, group_idx, groups)
+        return TokenMap(*build_map(self.best, self.target, *self.parts, r))
 
 
 def most_similar(metric: Tensor, parts: Partition, windows: Windows | None = None) -> Pairs:
@@ -51,12 +45,22 @@ def most_similar(metric: Tensor, parts: Partition, windows: Windows | None = Non
         parts: sources and destinations.
         windows: compares within windows; None with the whole map.
     """
-    src, dst = parts
+    best, target, at = _nearest(metric, parts, windows)
+    return Pairs(best, target, parts) if at is None else Pairs(best[:, at], target[:, at], parts)
+
+
+def _nearest(metric: Tensor, parts: Partition, windows: Windows | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns the most similar destination of each source, before those of windows are put in order.
+
+    Returns:
+        (cosine [B, M], raster position of the destination [B, M], index of each source among the M; None: in order).
+    """
     with torch.no_grad():
-        at = None if windows is None else windows.src_index
-        sides = (src.unsqueeze(0), dst.unsqueeze(0)) if windows is None else (windows.src, windows.dst)
-        best, target = nearest_dst(metric, *sides)
-        return Pairs((best.flatten(1), target.flatten(1)), parts, at)
+        if windows is None:
+            best, target = nearest_dst(metric, parts.src.unsqueeze(0), parts.dst.unsqueeze(0))
+        else:
+            best, target = nearest_dst(metric, windows.src, windows.dst)
+        return best.flatten(1), target.flatten(1), None if windows is None else windows.src_index
 
 
 def count_above_threshold(best: Tensor, threshold: float) -> Tensor:
@@ -78,7 +82,8 @@ def bipartite_soft_matching(metric: Tensor, parts: Partition, r: int, windows: W
     Returns:
         The map; survivors are in raster order.
     """
-    return most_similar(metric, parts, windows).merged(r)
+    best, target, at = _nearest(metric, parts, windows)
+    return TokenMap(*build_map(best, target, *parts, r, at))
 
 
 def soft_assignment(z: Tensor, centroids: Tensor, temperature: float, used: Tensor | None = None) -> Tensor:
