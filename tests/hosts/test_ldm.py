@@ -204,8 +204,8 @@ def sample(
 
 def test_maps_are_reused_across_steps_with_equal_conditioning(monkeypatch: pytest.MonkeyPatch) -> None:
     """AUTOMATIC1111 concatenates it again in each call. A patch lasts one sampling, so equal content belongs to it."""
-    unet, matched, match = UNetModel(tiny.sd15_unet(), PlainBlock), [], matching.most_similar
-    monkeypatch.setattr(matching, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
+    unet, matched, match = UNetModel(tiny.sd15_unet(), PlainBlock), [], matching._nearest
+    monkeypatch.setattr(matching, "_nearest", lambda *args: (matched.append(1), match(*args))[1])
     for every, times in ((1, 4), (2, 2), (4, 1)):
         matched.clear()
         sample(unet, TokenFusionConfig(0.5, match_interval=every))

@@ -227,8 +227,8 @@ def test_image_parts_are_independent_in_model_patcher_hosts(match_interval: int,
 @pytest.mark.parametrize("sequence", ["tiles with one prompt", "areas with prompts of their own"])
 def test_each_image_part_reuses_its_maps(sequence: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards the test above, which would also pass if every call matched."""
-    matched, match = [], matching.most_similar
-    monkeypatch.setattr(matching, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
+    matched, match = [], matching._nearest
+    monkeypatch.setattr(matching, "_nearest", lambda *args: (matched.append(1), match(*args))[1])
     contents, prompts, order = SEQUENCES[sequence]
     predict_parts(tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_interval=2), contents, prompts, order)
     assert len(matched) == 3 * len(contents) * 2  # blocks, parts, every second of four steps
@@ -236,8 +236,8 @@ def test_each_image_part_reuses_its_maps(sequence: str, monkeypatch: pytest.Monk
 
 def test_rising_timesteps_belong_to_one_image(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inversion runs from the image to the noise."""
-    matched, match = [], matching.most_similar
-    monkeypatch.setattr(matching, "most_similar", lambda *args: (matched.append(1), match(*args))[1])
+    matched, match = [], matching._nearest
+    monkeypatch.setattr(matching, "_nearest", lambda *args: (matched.append(1), match(*args))[1])
     unet = tofu_sd.apply_patch(tiny.shallow_unet(), 0.5, match_interval=4)
     predict_parts(unet, {"a": A}, {"a": PROMPT}, lambda step: ["a"], TIMES[::-1])
     assert len(matched) == 3

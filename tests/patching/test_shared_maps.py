@@ -18,13 +18,13 @@ from tofu_sd.core import matching
 def matched_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Records the batch size of every matching."""
     batches: list[int] = []
-    match = matching.most_similar
+    match = matching._nearest
 
     def count_match(x: Any, *rest: Any) -> Any:
         batches.append(len(x))
         return match(x, *rest)
 
-    monkeypatch.setattr(matching, "most_similar", count_match)
+    monkeypatch.setattr(matching, "_nearest", count_match)
     return batches
 
 

@@ -225,8 +225,8 @@ def test_periodic_methods_are_timed_over_a_period(
 ) -> None:
     """One step alone would show the step that costs all, or one that costs nothing."""
     matched: list[int] = []
-    plain = matching.most_similar
-    monkeypatch.setattr(matching, "most_similar", lambda *args: matched.append(1) or plain(*args))
+    plain = matching._nearest
+    monkeypatch.setattr(matching, "_nearest", lambda *args: matched.append(1) or plain(*args))
     steps: list[int] = []
     ran = bench.Contender.sample
 
