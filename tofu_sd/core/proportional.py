@@ -45,7 +45,7 @@ class KeyBias(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is SDPA:
                 return attend(*args, **(kwargs or {}))
-            if func is Tensor.repeat_interleave and not is_compiling() and (kwargs or {}).get("dim") == 0:
+            if func is Tensor.repeat_interleave and not is_compiling() and _repeats_heads(args, kwargs or {}):
                 return _with_classes(_for_heads(args[0], args[1]), args[0].classes)
             result = func(*args, **(kwargs or {}))
         if func not in _SHAPING:
@@ -53,6 +53,11 @@ class KeyBias(Tensor):
         shaped = result.as_subclass(cls)
         same_keys = not is_compiling() and shaped.shape[-1] == args[0].shape[-1]
         return _with_classes(shaped, args[0].classes) if same_keys else shaped
+
+
+def _repeats_heads(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether repeat_interleave was called as diffusers' processors do, on a bias [B, 1, K]."""
+    return len(args) == 2 and isinstance(args[1], int) and args[0].ndim == 3 and kwargs.get("dim") == 0
 
 
 def _for_heads(bias: KeyBias, heads: int) -> KeyBias:

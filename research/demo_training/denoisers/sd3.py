@@ -39,7 +39,7 @@ class SD3Denoiser(FlowDenoiser):
         self.tokenizer = build_tokenizer(c.prompt for c in content.classes)
         self.text_encoder = build_text_encoder(self.tokenizer, CLIPTextModelWithProjection)
         self.text_encoder_2 = build_text_encoder(self.tokenizer, CLIPTextModelWithProjection)
-        # diffusers does not load a folder without the T5 encoder, unless it is told to
+        # diffusers loads a folder without a T5 encoder only with the argument text_encoder_3=None
         self.tokenizer_3 = build_t5_tokenizer(self.texts)
         self.text_encoder_3 = build_t5_encoder(self.tokenizer_3, STATES)
         self.transformer = build_sd3_transformer()

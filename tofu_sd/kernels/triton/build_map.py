@@ -77,6 +77,18 @@ def _rth_largest(best_ptr, at_ptr, r, S, LISTED: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
+def _among_largest(best_ptr, at_ptr, j, S, prefix, room, level, LISTED: tl.constexpr):
+    """Marks which of the cosines j are among the r largest, given what `_rth_largest` returns.
+
+    level: how many before these equal the r-th largest. Returned with the mark, for the next.
+    """
+    number = _sortable(best_ptr, at_ptr, j, S, LISTED)
+    equal = ((number == prefix) & (j < S)).to(tl.int32)
+    largest = (number > prefix) | ((equal > 0) & (level + tl.cumsum(equal, axis=0) <= room))
+    return largest, level + tl.sum(equal, axis=0)
+
+
+@triton.jit
 def _build_map(
     best_ptr, target_ptr, src_ptr, dst_ptr, at_ptr, kept_ptr, group_ptr, order_ptr, start_ptr, place_ptr, log_ptr,
     r, M, S, D, LISTED: tl.constexpr, BLOCK: tl.constexpr,
@@ -91,10 +103,7 @@ def _build_map(
     level = 0
     for start in range(0, S, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        number = _sortable(best_ptr, at_ptr, j, S, LISTED)
-        equal = ((number == prefix) & (j < S)).to(tl.int32)
-        leaves = (number > prefix) | ((equal > 0) & (level + tl.cumsum(equal, axis=0) <= room))
-        level += tl.sum(equal, axis=0)
+        leaves, level = _among_largest(best_ptr, at_ptr, j, S, prefix, room, level, LISTED)
         token = tl.load(src_ptr + j, mask=j < S, other=0)
         tl.store(group_ptr + token, leaves.to(tl.int64), mask=j < S)
     for start in range(0, D, BLOCK):

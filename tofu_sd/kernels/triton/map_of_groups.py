@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from .build_map import _rth_largest, _sortable
+from .build_map import _among_largest, _rth_largest
 
 
 def map_of_groups(similarity: Tensor, members: Tensor, n: int, rest: Tensor) -> tuple[Tensor, ...]:
@@ -52,10 +52,7 @@ def _map_of_groups(
     earlier = 0  # merged groups
     for first in range(0, U, BLOCK):
         u = first + tl.arange(0, BLOCK)
-        number = _sortable(best_ptr, best_ptr, u, U, False)
-        equal = ((number == prefix) & (u < U)).to(tl.int32)
-        merged = (number > prefix) | ((equal > 0) & (level + tl.cumsum(equal, axis=0) <= room))
-        level += tl.sum(equal, axis=0)
+        merged, level = _among_largest(best_ptr, best_ptr, u, U, prefix, room, level, False)
         count = merged.to(tl.int32)
         before = earlier + tl.cumsum(count, axis=0) - count
         earlier += tl.sum(count, axis=0)
