@@ -117,7 +117,8 @@ def generate(
     with quiet_patches(), _progress_bar(pending, processes) as bar:
         by_method = [list(group) for _, group in groupby(pending, key=lambda batch: batch.method.slug)]
         for number, own in enumerate(by_method, start=1):
-            bar.set_description(f"{own[0].method.slug} ({number} of {len(by_method)})", refresh=False)
+            description = f"{own[0].method.slug} ({number} of {len(by_method)})"
+            bar.set_description(description, refresh=sys.stderr.isatty())  # at once, however fast the method is
             timer = BatchTimer(pipe, own[0].method, settings, timing.of_one(processes.num_processes))
             for batch in own:
                 images, cost = timer.time_batch(batch.requests)
