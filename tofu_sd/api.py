@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from types import ModuleType
 from typing import Any, TypeVar
 
 from .config import TokenFusionConfig
@@ -26,42 +25,49 @@ CONTEXTS = "_tofu_contexts"
 
 
 def apply_patch(model: Model, ratio: float | TokenFusionConfig = 0.5, *more: Any, **options: Any) -> Model:
-    """Merges tokens in the self-attention of a Stable Diffusion pipeline or UNet, from the next call on.
+    """Merges tokens in the self-attention of a Stable Diffusion pipeline or model, from the next call on.
 
     A model that is already patched is patched again with the new options. In training with gradient checkpointing, run
     backward while the model is patched and before the next forward: blocks run again and match again. What was patched
     is logged at INFO.
 
     Args:
-        model: a diffusers pipeline with a `unet`, a UNet or a ControlNet; compiled by torch.compile or not.
+        model: a diffusers pipeline, its UNet or diffusion transformer, or a ControlNet; compiled by torch.compile or
+            not.
         ratio: share of tokens that are merged, or a TokenFusionConfig.
         more: tomesd's arguments by position.
         options: the fields of TokenFusionConfig, and tomesd's `max_downsample` and `use_rand`. `max_downsample` merges
             at resolutions down to that downsampling, always including the highest with attention. `use_rand` draws the
-            destinations, reproducibly from `seed` (0 by default).
+            destinations, reproducibly from `seed` (0 by default). Where text and image share one attention (Stable
+            Diffusion 3), `proportional` is True by default, or the text would gain weight; a TokenFusionConfig is
+            taken literally.
 
     Returns:
         The model, patched in place.
 
     Raises:
         ValueError: a value is out of range, or there is no eligible block.
-        TypeError: an unknown option, or a model without a UNet.
+        TypeError: an unknown option, or a model that is not supported. Names the class and the reason.
         RuntimeError: something else has wrapped a layer. After any error the model is unchanged.
     """
-    host = _host()
+    host = _host(model)
     options = _by_name(more, options)
+    if not isinstance(ratio, TokenFusionConfig):
+        options = {**host.default_options(), **options}
     unet, train_steps = host.unwrap(model)
     before = patch_of(unet)
     if before is not None:
         detach(unet)
     try:
         blocks = host.find_blocks(unet)
-        config = _measured(model, blocks, _config(blocks, ratio, options))
+        config = _config(blocks, ratio, options)
+        host.check_config(unet, config)
+        config = _measured(model, blocks, config)
         swapped = {layer for layer, *_ in before.swaps} if before else set()
         patch = plan(unet, blocks, config, host, train_steps=train_steps, swapped=swapped)
         host.check_processors(patch)
         attach(unet, patch)
-        report = _summary(unet, blocks, host.latent_size(unet))
+        report = _summary(host, unet, blocks, host.latent_size(unet))
     except BaseException:  # also an interrupt must not lose the earlier patch
         if patch_of(unet) is not None:
             detach(unet)
@@ -90,7 +96,7 @@ def patched(model: Model, ratio: float | TokenFusionConfig = 0.5, *more: Any, **
     Contexts on one model may end in any order: the patch of the latest open one is in effect. Arguments and errors are
     those of `apply_patch`.
     """
-    unet, _ = _host().unwrap(model)
+    unet, _ = _host(model).unwrap(model)
     context = _Context(patch_of(unet))
     apply_patch(model, ratio, *more, **options)
     vars(unet).setdefault(CONTEXTS, []).append(context)
@@ -125,7 +131,7 @@ def _leave(unet: Any, context: _Context) -> None:
 
 def _patched_modules(model: Any) -> list[Any]:
     """Returns the patched modules that a model is, wraps or holds."""
-    unet, _ = _host().unwrap(model)
+    unet, _ = _host(model).unwrap(model)
     if patch_of(unet) is not None:
         return [unet]
     return [module for module in unet.modules() if patch_of(module) is not None]
@@ -162,31 +168,33 @@ def summary(model: Any, latent: tuple[int, int] | None = None) -> Summary:
     After a run it also contains how many calls ran on merged tokens; compiled blocks do not count.
 
     Args:
-        model: a pipeline or UNet, patched or not.
+        model: a pipeline or its model, patched or not.
         latent: height and width of the latent (pixels / 8); by default the model's own sample size.
 
     Raises:
         ValueError: the latent has no area.
     """
-    host = _host()
+    host = _host(model)
     unet, _ = host.unwrap(model)
     unet = next(iter(_patched_modules(unet)), unet)
-    return _summary(unet, host.find_blocks(unet), latent or host.latent_size(unet))
+    return _summary(host, unet, host.find_blocks(unet), latent or host.latent_size(unet))
 
 
-def _summary(unet: Any, blocks: list[BlockInfo], latent: tuple[int, int]) -> Summary:
+def _summary(host: Any, unet: Any, blocks: list[BlockInfo], latent: tuple[int, int]) -> Summary:
     patch = patch_of(unet)
     rules = rules_of(patch) if patch else {}
     counts = {name: state.counts for name, state in states_of(patch).items()} if patch else {}
-    return summarize(type(unet).__name__, blocks, patch.config if patch else None, rules, latent, counts)
+    config = patch.config if patch else None
+    share = host.attention_share(unet, blocks, latent) if min(latent) > 0 else None
+    return summarize(type(unet).__name__, blocks, config, rules, latent, counts, share)
 
 
-def _host() -> ModuleType:
-    """Returns the diffusers host, imported when the first model comes."""
+def _host(model: Any) -> Any:
+    """Returns the diffusers host of a model, imported when the first model comes."""
     check_torchvision()
-    from .hosts import diffusers_unet
+    from .hosts import diffusers_transformers, diffusers_unet
 
-    return diffusers_unet
+    return diffusers_transformers.host_of(model) or diffusers_unet
 
 
 def _by_name(more: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:

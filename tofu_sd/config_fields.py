@@ -32,7 +32,8 @@ class ConfigFields:
         mark="p",
         group=_MAIN,
         help="Proportional attention: log(n) is added to the logit of a key that stands for n tokens (ATM appendix A, "
-        "ToMe for ViTs). Attention over identical tokens then equals full attention.",
+        "ToMe for ViTs). Attention over identical tokens then equals full attention. By default it is on where text "
+        "and image share one attention, as the text would gain weight.",
     )
     early: Reduction | str = option(
         "prune",
@@ -75,8 +76,9 @@ class ConfigFields:
         mark="d",
         group=_METHOD,
         help="d, counted over all transformer blocks in execution order. None puts the whole down path before it, "
-        "which in Stable Diffusion 1.5 is the paper's d = 6. 'auto' measures functional linearity (ToFu Eq. 8) "
-        "in a few steps of four small images; it needs a text-to-image pipeline.",
+        "which in Stable Diffusion 1.5 is the paper's d = 6, and the first half of the blocks of a diffusion "
+        "transformer. 'auto' measures functional linearity (ToFu Eq. 8) "
+        "in a few steps of four small images; it needs a text-to-image pipeline with a UNet.",
     )
     matching: str = option(
         "bipartite",

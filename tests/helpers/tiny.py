@@ -128,11 +128,17 @@ def text_encoder(projection: bool = False, seed: int = 1) -> CLIPTextModel | CLI
     return lively((CLIPTextModelWithProjection if projection else CLIPTextModel)(config), seed)
 
 
-def vae(seed: int = 2) -> AutoencoderKL:
+def vae(seed: int = 2, latent_channels: int = 4) -> AutoencoderKL:
     """Four levels, so that a latent's side is an eighth of the image's."""
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     return lively(
-        AutoencoderKL(**blocks, block_out_channels=(4,) * 4, layers_per_block=1, latent_channels=4, norm_num_groups=2),
+        AutoencoderKL(
+            **blocks,
+            block_out_channels=(4,) * 4,
+            layers_per_block=1,
+            latent_channels=latent_channels,
+            norm_num_groups=2,
+        ),
         seed,
     )
 

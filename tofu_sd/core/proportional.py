@@ -127,8 +127,23 @@ def proportional_attention(
     if not is_compiling():
         check_kernel(q.device, q.dtype)
     q, k, v = (x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))  # [B, H, N, d]
-    bias = key_bias(log_size, q.dtype, sdpa=True, classes=classes).unsqueeze(1)
-    return attend(q, k, v, bias.expand(-1, heads, -1, -1)).transpose(1, 2).flatten(2)
+    return weighted_attention(q, k, v, log_size, classes).transpose(1, 2).flatten(2)
+
+
+def weighted_attention(
+    query: Tensor, key: Tensor, value: Tensor, log_size: Tensor, classes: SizeClasses | None = None, **more: Any
+) -> Tensor:
+    """Runs scaled_dot_product_attention with log(n_i) added to the logits of each key: [B, H, N, d].
+
+    Args:
+        query: [B, H, N, d].
+        key, value: [B, H, K, d].
+        log_size: [B, K].
+        classes: how many keys stand for how many tokens each, where that is known.
+        more: further arguments of scaled_dot_product_attention.
+    """
+    bias = key_bias(log_size, query.dtype, sdpa=True, classes=classes).unsqueeze(1)
+    return attend(query, key, value, bias.expand(-1, query.shape[1], -1, -1), **more)
 
 
 _uses_masks: list[Any] = [SDPA]  # implementations that are known to use a mask

@@ -5,7 +5,7 @@ Written for diffusers 0.32 to 0.42.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
@@ -13,11 +13,13 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
+from ..config import TokenFusionConfig
 from ..patching.host import Argument, ArgumentNames, BlockInfo
 from ..patching.patch import Patch
 from ._norm import NormForMatching, raise_wrapped
 from .diffusers_layers import MergedAttention, MergedCrossAttention, MergedFeedForward
 from .diffusers_processors import _check_cross_processor, _check_processor, _stores_attention_maps
+from .unwrapping import unwrapped
 
 ARGUMENTS = ArgumentNames(
     latent=Argument(0, ("sample",)),
@@ -37,7 +39,7 @@ def unwrap(model: Any) -> tuple[nn.Module, int | None]:
     Raises:
         TypeError: there is no UNet.
     """
-    unet = _unwrapped(getattr(_unwrapped(model), "unet", model))
+    unet = unwrapped(getattr(unwrapped(model), "unet", model))
     if not isinstance(unet, nn.Module):
         raise TypeError(_no_unet(model, unet))
     nets = getattr(unet, "nets", None)
@@ -52,21 +54,6 @@ def unwrap(model: Any) -> tuple[nn.Module, int | None]:
     return unet, int(getattr(config, "num_train_timesteps", None) or 1000)
 
 
-def _unwrapped(model: Any) -> Any:
-    """Returns the model inside the wrappers of torch.compile, DistributedDataParallel, DataParallel and PEFT."""
-    while isinstance(model, nn.Module):
-        inner: Any = getattr(model, "_orig_mod", None)
-        base = getattr(model, "get_base_model", None)
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            inner = model.module
-        elif hasattr(model, "peft_config") and callable(base):
-            inner = base()
-        if not isinstance(inner, nn.Module) or inner is model:
-            return model
-        model = inner
-    return model
-
-
 def _no_unet(model: Any, unet: Any) -> str:
     """Returns the message for a model that has no UNet of torch."""
     if unet is not model:
@@ -77,7 +64,8 @@ def _no_unet(model: Any, unet: Any) -> str:
         )
     return (
         f"{type(model).__name__} has no `unet`: token fusion patches the transformer blocks of Stable Diffusion's "
-        "UNets (SD 1.x, 2.x, SDXL and their relatives); pass such a pipeline or its UNet"
+        "UNets (SD 1.x, 2.x, SDXL and their relatives) and of diffusion transformers (SD3); pass such a pipeline, its "
+        "UNet or its transformer"
     )
 
 
@@ -85,6 +73,20 @@ def latent_size(unet: nn.Module) -> tuple[int, int]:
     """Returns height and width of the latent that the model was made for; 64 x 64 where its config has none."""
     size = getattr(getattr(unet, "config", None), "sample_size", None) or 64
     return tuple(size) if isinstance(size, list | tuple) else (size, size)
+
+
+def default_options() -> Mapping[str, Any]:
+    """Returns the options that differ from the configuration's own defaults: none."""
+    return {}
+
+
+def check_config(unet: nn.Module, config: TokenFusionConfig) -> None:
+    """Raises for an option that does not work with the model. UNets take all."""
+
+
+def attention_share(unet: nn.Module, blocks: list[BlockInfo], latent: tuple[int, int]) -> float | None:
+    """Returns None: which share of a step attention takes is not counted for UNets."""
+    return None
 
 
 def find_blocks(unet: nn.Module) -> list[BlockInfo]:
@@ -109,7 +111,7 @@ def find_blocks(unet: nn.Module) -> list[BlockInfo]:
         raise ValueError(
             f"no eligible block in {type(unet).__name__}: looked in down_blocks, mid_block and up_blocks for "
             f"Transformer2DModel whose BasicTransformerBlocks have self-attention, found {len(modules)} "
-            "Transformer2DModel; diffusion transformers (DiT, SD3, Flux) and Kandinsky's UNets have none"
+            "Transformer2DModel; Kandinsky's UNets have none"
         )
     levels = sorted({downsample for _, downsample, *_ in blocks})
     infos = []

@@ -23,7 +23,7 @@ from ..kernels.operators import is_compiling, is_dynamo_compiling
 from ..timing import device_name, seconds, versions
 from ..timing_cache import Timing
 from .block_state import BlockState
-from .host import ATTRIBUTE
+from .host import ATTRIBUTE, Probe, run_alone
 from .step_tracker import StepTracker
 
 logger = logging.getLogger("tofu_sd")
@@ -45,6 +45,7 @@ class MergeRule:
         users: how many calls of blocks use one map.
         merged_class: the class that runs on merged tokens, where the attention is not of it.
         native: height and width of the level's map at the model's own size, for compiled code.
+        probe: runs the attention on the tokens of a map.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class MergeRule:
         users: int = 1,
         merged_class: type[nn.Module] | None = None,
         native: tuple[int, int] | None = None,
+        probe: Probe = run_alone,
     ):
         self.attention = attention
         self.width = width
@@ -65,6 +67,7 @@ class MergeRule:
         self.users = users
         self.merged_class = merged_class
         self.native = native
+        self.probe = probe
         self.known: tuple[tuple[int, int, int, torch.device, torch.dtype, bool], ...] = ()
         self._register()
 
@@ -165,7 +168,7 @@ class MergeRule:
 
         def full() -> None:
             state.start_forward(None)
-            attention(x)
+            self.probe(attention, x)
 
         def match() -> None:
             state.start_forward(grid)
@@ -173,7 +176,7 @@ class MergeRule:
 
         def merged() -> None:
             match()
-            attention(x)
+            self.probe(attention, x)
 
         with torch.no_grad():
             return _time(full, merged, match if self.users > 1 else None, self.users, device)

@@ -16,7 +16,7 @@ from ..core.proportional import key_bias
 from ..core.reductions import Reduction, apply_both, apply_reduction, reduce_by_id, reduction_id, unmerge
 from ..core.token_map import SizeClasses, SoftMap, TokenMap, has_equal_groups
 from ..kernels.operators import is_compiling
-from .host import BlockInfo
+from .host import EARLY_PATHS, BlockInfo
 from .image_parts import ImagePart
 from .shared_map import SharedMap
 from .threads import PerThread
@@ -35,6 +35,7 @@ class ForwardState:
         kv_id_tensor: the same of the reduction of keys and values; None where it is that of the tokens.
         best: [B, S], largest cosine of each source in this call.
         num_similar: how many cosines exceeded the threshold in the step before.
+        others: [M], its length is the number of image tokens that follow the map in the sequence; None for none.
     """
 
     grid: PartitionTensors | None = None
@@ -43,6 +44,7 @@ class ForwardState:
     kv_id_tensor: Tensor | None = None
     best: Tensor | None = None
     num_similar: float = 0.0
+    others: Tensor | None = None
 
 
 @dataclass
@@ -62,6 +64,7 @@ class BlockState:
         reductions: of this block's tokens, and of its keys and values.
         shared_map: the map that it shares with other blocks or steps.
         threshold: its cosine threshold; None merges a fixed number of tokens.
+        layers: which of its layers run on merged tokens, in their order; by default those of the configuration.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class BlockState:
         reductions: BlockReductions,
         shared_map: SharedMap | None = None,
         threshold: float | None = None,
+        layers: tuple[str, ...] | None = None,
     ):
         self.reductions = reductions
         self.reduction_ids = _ids(reductions)
@@ -79,7 +83,7 @@ class BlockState:
         self.kv_only = config.kv_only
         self.normed = config.match_on == "normed"
         self.share_across_cfg = config.share_across_cfg
-        self.layers = config.layers
+        self.layers = layers or config.layers
         self.config = config
         self.matcher = get_matcher(config.matching)
         self.threshold = threshold
@@ -94,11 +98,15 @@ class BlockState:
         return self._current.get()
 
     def start_forward(
-        self, grid: PartitionTensors | None, id_tensor: Tensor | None = None, kv_id_tensor: Tensor | None = None
+        self,
+        grid: PartitionTensors | None,
+        id_tensor: Tensor | None = None,
+        kv_id_tensor: Tensor | None = None,
+        others: Tensor | None = None,
     ) -> None:
-        """Stores the sources and destinations of a forward that is about to run this block."""
+        """Stores the sources and destinations of a forward that is about to run this block. See ForwardState."""
         for current in self._current.both():
-            current.grid, current.map = grid, None
+            current.grid, current.map, current.others = grid, None, others
             current.id_tensor, current.kv_id_tensor = id_tensor, kv_id_tensor
         if not is_compiling():
             self.counts.calls += 1
@@ -170,9 +178,14 @@ class BlockState:
             return queries, keys
         return apply_both(self.reductions.tokens, self.reductions.kv, x, map)
 
-    def needs_bias(self, map: TokenMap | SoftMap) -> bool:
-        """Whether attention adds log(n_i) to its keys. Softmax cancels it where all groups have one size."""
-        return self.proportional and not has_equal_groups(map, self.config.group_size)
+    def needs_bias(self, map: TokenMap | SoftMap, joint: bool = False) -> bool:
+        """Whether attention adds log(n_i) to its keys. Softmax cancels it where all groups have one size.
+
+        Args:
+            map: of the image tokens.
+            joint: whether text tokens, which stand for one token each, are among the keys.
+        """
+        return self.proportional and (joint or not has_equal_groups(map, self.config.group_size))
 
     def key_bias(self, x: Tensor, map: TokenMap | SoftMap, sdpa: bool) -> Tensor | None:
         """Returns log(n_i) of each key as an additive mask [B, 1, K]; None without proportional attention."""
@@ -269,7 +282,7 @@ def keep_best(blocks: Sequence[BlockState], part: ImagePart) -> None:
 
 def block_states(blocks: Sequence[BlockInfo], config: TokenFusionConfig) -> list[tuple[BlockInfo, BlockState]]:
     """Returns the blocks of a model that a configuration patches, each with a new state."""
-    down_path = sum(block.path == "down" for block in blocks)
+    down_path = sum(block.path in EARLY_PATHS for block in blocks)
     shared_maps = dict[Any, SharedMap]()
 
     def shared_map(block: BlockInfo) -> SharedMap | None:
@@ -280,6 +293,7 @@ def block_states(blocks: Sequence[BlockInfo], config: TokenFusionConfig) -> list
 
     def state(block: BlockInfo) -> BlockState:
         reductions = config.reductions_at(block.depth, down_path)
-        return BlockState(config, reductions, shared_map(block), config.threshold_at(block.depth))
+        layers = block.merged_layers(config.layers)
+        return BlockState(config, reductions, shared_map(block), config.threshold_at(block.depth), layers)
 
     return [(block, state(block)) for block in blocks if block.level < config.levels]

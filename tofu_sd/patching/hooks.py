@@ -110,35 +110,33 @@ class _PartitionHook:
 
     Args:
         steps: makes the grids.
-        blocks: the patched blocks in this module.
-        rule: on which maps they are merged.
+        groups: the patched blocks in this module, by the rule that says on which maps they are merged.
         arguments: where the module takes its map [B, C, h, w].
     """
 
-    def __init__(self, steps: StepTracker, blocks: list[BlockState], rule: MergeRule, arguments: ArgumentNames):
+    def __init__(self, steps: StepTracker, groups: list[tuple[MergeRule, list[BlockState]]], arguments: ArgumentNames):
         self.steps = steps
-        self.blocks = blocks
-        self.rule = rule
+        self.groups = groups
         self.arguments = arguments
         self.one_at_a_time = OneAtATime()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not is_compiling() and threading.active_count() > 1 and has_compiled(module):
             self.one_at_a_time.hold(module)
-        x = self.arguments.tokens.get(args, kwargs)
-        h, w = x.shape[-2:]
-        grid = self.steps.grid(h, w, x.device)
-        if grid is not None and not self.rule.merges(x.shape[0], h, w, x.device, x.dtype):
-            grid = None
-        if grid is not None:
-            refuse_export()
-        for block in self.blocks:
-            own = grid
-            if grid is not None and block.adaptive:
-                own = self.steps.limited(grid, block.current.num_similar)
-            tokens, kv = block.reduction_ids
-            kv_id_tensor = self.steps.length(kv, x.device) if block.separate_kv else None
-            block.start_forward(own, self.steps.length(tokens, x.device), kv_id_tensor)
+        batch, h, w, device, dtype, after = self.arguments.map_of(module, args, kwargs)
+        grid = self.steps.grid(h, w, device)
+        others = self.steps.length(after, device) if after else None
+        for rule, blocks in self.groups:
+            merges = grid is not None and rule.merges(batch, h, w, device, dtype)
+            if merges:
+                refuse_export()
+            for block in blocks:
+                own = grid if merges else None
+                if own is not None and block.adaptive:
+                    own = self.steps.limited(own, block.current.num_similar)
+                tokens, kv = block.reduction_ids
+                kv_id_tensor = self.steps.length(kv, device) if block.separate_kv else None
+                block.start_forward(own, self.steps.length(tokens, device), kv_id_tensor, others)
 
 
 Hook = _StepHook | _PartitionHook | _GuidanceHook

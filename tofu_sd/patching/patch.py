@@ -54,7 +54,7 @@ def plan(
     config: TokenFusionConfig,
     host: Host,
     *,
-    train_steps: int | None,
+    train_steps: float | None,
     swapped: Collection[nn.Module] = (),
     one_sampling: bool = False,
 ) -> Patch:
@@ -80,12 +80,12 @@ def plan(
         )
     steps = StepTracker(config, train_steps or 1, one_sampling)
     states = block_states(blocks, config)
-    layers = {"attn", *config.layers} | ({"norm"} if config.match_on == "hidden" else set())
+    matched = {"attn"} | ({"norm"} if config.match_on == "hidden" else set())
     swaps = tuple(
         (layer, type(layer), host.swap_class(block, name, swapped), state)
         for block, state in states
         for name, layer in block.layers.items()
-        if name in layers
+        if name in matched or name in state.layers
     )
     latent = host.latent_size(model)
     hooks, after = _hooks(model, states, steps, host.ARGUMENTS, latent)
@@ -119,16 +119,16 @@ def _hooks(
         hooks.append((model, step_hook))
         if steps.follows_steps:
             after.append((model, _StepEndHook(step_hook)))
-    by_module = dict[nn.Module, list[Pair]]()
-    for block, state in states:
-        by_module.setdefault(block.spatial_module, []).append((block, state))
     rules: dict[Any, MergeRule] = {}
-    for module, pairs in by_module.items():
-        block, state = pairs[0]
-        kind = (block.level, block.width, state.reductions)
+    by_module = dict[nn.Module, dict[Any, list[BlockState]]]()
+    for block, state in states:
+        kind = (block.level, block.width, block.block_class, state.reductions)
         if kind not in rules:
             rules[kind] = _rule(block, state, states, latent)
-        hooks.append((module, _PartitionHook(steps, [state for _, state in pairs], rules[kind], arguments)))
+        by_module.setdefault(block.spatial_module, {}).setdefault(kind, []).append(state)
+    for module, kinds in by_module.items():
+        groups = [(rules[kind], members) for kind, members in kinds.items()]
+        hooks.append((module, _PartitionHook(steps, groups, arguments)))
     return tuple(hooks), tuple(after)
 
 
@@ -138,7 +138,10 @@ def _rule(block: BlockInfo, state: BlockState, states: Sequence[Pair], latent: t
     if state.config.share_across_blocks:
         users *= sum(other.level == block.level for other, _ in states)
     native = None if latent is None else block.map_size(latent)
-    return MergeRule(block.layers["attn"], block.width, state.config, state.reductions, users=users, native=native)
+    return MergeRule(
+        block.layers["attn"], block.width, state.config, state.reductions,
+        users=users, native=native, probe=block.probe,
+    )  # fmt: skip
 
 
 def _prepare_grids(
@@ -197,4 +200,4 @@ def rules_of(patch: Patch) -> dict[str, MergeRule]:
     """Returns on which maps each patched block merges tokens, by the block's name."""
     names = {id(state): name for name, state in states_of(patch).items()}
     hooks = (hook for _, hook in patch.hooks if isinstance(hook, _PartitionHook))
-    return {names[id(state)]: hook.rule for hook in hooks for state in hook.blocks}
+    return {names[id(state)]: rule for hook in hooks for rule, blocks in hook.groups for state in blocks}

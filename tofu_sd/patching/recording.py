@@ -46,7 +46,8 @@ def recording(model: nn.Module, patch: Patch) -> Iterator[list[MapRecord]]:
         local.call, local.sizes = next(calls), {}
 
     def store_size(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        local.sizes[module] = tuple(patch.arguments.tokens.get(args, kwargs).shape[-2:])
+        called = patch.arguments.map_of(module, args, kwargs)
+        local.sizes[module] = called.h, called.w
 
     def on_map(block: BlockInfo, map: TokenMap) -> None:
         h, w = local.sizes[block.spatial_module]

@@ -50,7 +50,7 @@ class StepTracker:
         one_sampling: see ImagePartTracker.
     """
 
-    def __init__(self, config: TokenFusionConfig, train_steps: int = 1000, one_sampling: bool = False):
+    def __init__(self, config: TokenFusionConfig, train_steps: float = 1000, one_sampling: bool = False):
         self.config = config
         self.train_steps = train_steps
         self.tracker = ImagePartTracker("match_interval" if config.threshold is None else "threshold", one_sampling)
@@ -121,7 +121,7 @@ class StepTracker:
     def _in_window(self, t: float) -> bool:
         if not 0 <= t <= self.train_steps:
             raise ValueError(
-                f"timestep {t:g} is outside 0..{self.train_steps}: start and end measure progress by timestep, "
+                f"timestep {t:g} is outside 0..{self.train_steps:g}: start and end measure progress by timestep, "
                 "which this scheduler does not count that way"
             )
         progress = 1 - t / self.train_steps

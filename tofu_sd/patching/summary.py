@@ -52,13 +52,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a patch does to a model whose latent is `latent` (height, width). `print` it."""
+    """What a patch does to a model whose latent is `latent` (height, width). `print` it.
+
+    `attention_modules` counts the self-attentions that run on merged tokens; `attention_share` is the share of a step's
+    FLOPs that self-attention takes without a patch, None where it is not counted.
+    """
 
     model: str
     latent: tuple[int, int]
     blocks: int
     config: TokenFusionConfig | None
     rows: tuple[Row, ...]
+    attention_modules: int = 0
+    attention_share: float | None = None
 
     @property
     def headline(self) -> str:
@@ -75,8 +81,16 @@ class Summary:
         h, w = self.latent
         return (
             f"{self.model}: {self.config.slug} on {len(merged)} of {self.blocks} transformer blocks"
-            f"{what}{skipped} at a {h} x {w} latent"
+            f"{what}{skipped} at a {h} x {w} latent{self._attention}"
         )
+
+    @property
+    def _attention(self) -> str:
+        """The number of self-attentions and their share of a step, where that is counted."""
+        if self.attention_share is None:
+            return ""
+        percent = f"{100 * self.attention_share:.0f} %"
+        return f"; {self.attention_modules} attention modules, which take {percent} of the FLOPs of a step"
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.rows), default=0)
@@ -105,6 +119,7 @@ def summarize(
     rules: Mapping[str, MergeRule],
     latent: tuple[int, int],
     counts: Mapping[str, Counts] | None = None,
+    attention_share: float | None = None,
 ) -> Summary:
     """Returns the Summary of a model.
 
@@ -115,6 +130,7 @@ def summarize(
         rules: on which maps each patched block merges tokens, by its name.
         latent: height and width of the latent.
         counts: calls of each block so far, by its name.
+        attention_share: share of a step's FLOPs that self-attention takes.
 
     Raises:
         ValueError: the latent has no area.
@@ -123,8 +139,9 @@ def summarize(
         raise ValueError(f"latent is {latent}; it must be a height and a width of at least 1 (pixels / 8)")
     if config is None:
         return Summary(model, latent, len(blocks), None, ())
-    rows = []
+    rows, modules = [], 0
     for block, state in block_states(blocks, config):
+        modules += config.merge_attn * sum(name in ("attn", "attn2") for name in block.layers)
         h, w = block.map_size(latent)
         rule = rules.get(block.name)
         fewest, pays = (rule.fewest, rule.pays(h, w)) if rule else (0, None)
@@ -132,4 +149,4 @@ def summarize(
         settings = state.reductions.label, fewest, pays, state.threshold
         done = (counts or {}).get(block.name, Counts())
         rows.append(Row(block.name, block.depth, (h, w), h * w, h * w - num_merged, *settings, done))
-    return Summary(model, latent, len(blocks), config, tuple(rows))
+    return Summary(model, latent, len(blocks), config, tuple(rows), modules, attention_share)

@@ -1,0 +1,98 @@
+"""Tiny diffusion transformers of diffusers' own classes: seeded, offline, random weights, made in milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import tiny
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from torch import Tensor
+
+TEXT = 7  # tokens of a prompt in direct calls of a model
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny model of one family.
+
+    Args:
+        make: the model.
+        inputs: keyword arguments for one call, by height and width of the map in tokens, batch and seed.
+    """
+
+    make: Callable[..., Any]
+    inputs: Callable[..., dict[str, Any]]
+
+    def predict(self, model: Any, h: int = 8, w: int = 8, batch: int = 2, seed: int = 0, **call: Any) -> Tensor:
+        """One prediction of the model: all its image tokens."""
+        with torch.no_grad():
+            return model(**{**self.inputs(h, w, batch, seed), **call}).sample
+
+
+def sd3(seed: int = 0, **options: Any) -> SD3Transformer2DModel:
+    """Stable Diffusion 3: 3 joint blocks, the last of which gives no text back."""
+    shape: dict[str, Any] = {
+        "sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3,
+        "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 32, "caption_projection_dim": 16,
+        "pooled_projection_dim": 32, "pos_embed_max_size": 24,
+    }  # fmt: skip
+    return tiny.lively(SD3Transformer2DModel(**{**shape, **options}), seed)
+
+
+def sd35(seed: int = 0, **options: Any) -> SD3Transformer2DModel:
+    """Stable Diffusion 3.5 medium: dual attention in the first blocks, and queries and keys are normalized."""
+    return sd3(seed, **{"dual_attention_layers": (0, 1), "qk_norm": "rms_norm", **options})
+
+
+def sd3_inputs(h: int = 8, w: int = 8, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    return {
+        "hidden_states": tiny.noise(batch, 4, 2 * h, 2 * w, seed=seed),
+        "encoder_hidden_states": tiny.noise(batch, TEXT, 32, seed=seed + 1),
+        "pooled_projections": tiny.noise(batch, 32, seed=seed + 2),
+        "timestep": torch.full((batch,), 500.0),
+    }
+
+
+MODELS = {"sd3": Tiny(sd3, sd3_inputs), "sd3.5": Tiny(sd35, sd3_inputs)}
+
+
+def shifted_vae(latent_channels: int = 4) -> AutoencoderKL:
+    """An autoencoder whose latents have a mean, as newer models' have."""
+    vae = tiny.vae(latent_channels=latent_channels)
+    vae.register_to_config(shift_factor=0.1)
+    return vae
+
+
+def sd3_parts(make: Callable[..., Any] = sd3) -> dict[str, Any]:
+    """The components that every Stable Diffusion 3 pipeline takes. The third text encoder is left out, as users may."""
+    transformer = make()
+    return {
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": shifted_vae(transformer.config.in_channels),
+        "text_encoder": tiny.text_encoder(projection=True),
+        "tokenizer": tiny.tokenizer(),
+        "text_encoder_2": tiny.text_encoder(projection=True, seed=4),
+        "tokenizer_2": tiny.tokenizer(pad="!"),
+        "text_encoder_3": None,
+        "tokenizer_3": None,
+    }
+
+
+def sd3_pipe(cls: type[Any] = StableDiffusion3Pipeline, make: Callable[..., Any] = sd3, **more: Any) -> Any:
+    return tiny.quiet(cls(**sd3_parts(make), **more))
+
+
+def images(pipe: Any, seed: int = 0, **call: Any) -> Tensor:
+    """The latents a pipeline ends with. ControlNet pipelines draw the latent of their image from the global state."""
+    torch.manual_seed(0)
+    usual = {"height": 128, "width": 128, "max_sequence_length": 16, "guidance_scale": 5.0}
+    return tiny.images(pipe, seed, **{**usual, **call})

@@ -1,0 +1,65 @@
+"""Family: what differs between the diffusion transformers of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ...patching.host import ArgumentNames, Probe
+
+Swaps = Mapping[str, tuple[type[nn.Module], type[nn.Module]]]
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """The transformer blocks in one list of a model.
+
+    Args:
+        blocks: the attribute of the model that lists them.
+        block_class: their class.
+        layers: where each layer is in the block, in the order in which they run; a layer that is None is skipped.
+        swaps: for each layer, its class and the subclass that runs on merged tokens.
+        probe: runs the block's attention on image tokens, to time it.
+        joined: whether its layers get text and image as one sequence.
+    """
+
+    blocks: str
+    block_class: type[nn.Module]
+    layers: Mapping[str, str]
+    swaps: Swaps
+    probe: Probe
+    joined: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of diffusion transformers.
+
+    Args:
+        kinds: its blocks, in execution order.
+        arguments: where the model takes its arguments, and how the map of a call is read from them.
+        processors: names of the attention processors that run on merged tokens.
+        text_tokens: how many text tokens its pipeline usually gives.
+        timestep_scale: what the scheduler's timesteps are multiplied by before the model gets them.
+        patch: side of a token in cells of the latent; None where the model's config has it.
+        sample_size: side of the latent where the model's config has none.
+        defaults: options that differ from the configuration's own defaults.
+        refused: options that do not work with these models, and why.
+    """
+
+    kinds: tuple[BlockKind, ...]
+    arguments: ArgumentNames
+    processors: tuple[str, ...]
+    text_tokens: int
+    timestep_scale: float = 1.0
+    patch: int | None = None
+    sample_size: int = 128
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def patch_of(self, model: Any) -> int:
+        """Returns the side of a token in cells of the latent."""
+        return self.patch or int(model.config.patch_size)

@@ -1,0 +1,96 @@
+"""Merges image tokens inside the call of scaled_dot_product_attention that a processor of diffusers makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ...core.joint_attention import change_image, joint_classes, joint_log_size
+from ...core.proportional import SDPA, weighted_attention
+from ...core.reductions import unmerge
+from ...core.token_map import SoftMap, TokenMap
+from ...kernels.operators import is_compiling
+from ...patching.block_state import BlockState
+
+
+class MergedCall:
+    """Runs scaled_dot_product_attention on a sequence whose image tokens are merged.
+
+    Args:
+        state: of the block.
+        map: of its N image tokens to K survivors.
+        start: position of the first image token in the sequence.
+        projected: whether queries, keys and values come from all N tokens and are merged here. Otherwise they come from
+            the K survivors, and only log(n) is added.
+    """
+
+    def __init__(self, state: BlockState, map: TokenMap | SoftMap, start: int, projected: bool):
+        self.state = state
+        self.map = map
+        self.start = start
+        self.projected = projected
+        self.calls = 0
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **more: Any
+    ) -> Tensor:
+        """Takes the arguments of scaled_dot_product_attention: query, key, value [B, H, S, d] -> [B, H, S, d]."""
+        if not is_compiling():
+            self.calls += 1
+        if attn_mask is not None:
+            raise RuntimeError("a mask of the caller hides keys by their position, which merging changes: leave it off")
+        if not self.projected:
+            return self._attend(query, key, value, **more)
+        state, map = self.state, self.map
+        key, value = (self._change(x, self._reduce_kv) for x in (key, value))
+        if state.kv_only:
+            return self._attend(query, key, value, **more)
+        out = self._attend(self._change(query, partial(state.reduce, map=map)), key, value, **more)
+        return change_image(out, self.start, map.after[1], partial(unmerge, map=map))
+
+    def _change(self, x: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        return change_image(x, self.start, self.map.before[1], change)
+
+    def _reduce_kv(self, x: Tensor) -> Tensor:
+        return self.state.reduce_kv(x, self.map)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
+        keys, survivors = key.shape[2], self.map.after[1]
+        if not self.state.needs_bias(self.map, joint=keys > survivors):
+            return F.scaled_dot_product_attention(query, key, value, **more)
+        log_size = joint_log_size(self.map.log_size, self.start, keys)
+        classes = joint_classes(self.state.size_classes(self.map), self.start, keys)
+        out = weighted_attention(query, key, value, log_size, classes, **more)
+        return out.transpose(1, 2).contiguous().transpose(1, 2)  # as without a bias; processors may take views of it
+
+
+class Intercepted(TorchFunctionMode):
+    """Inside, each call of scaled_dot_product_attention is a merged call. For processors that drop their mask."""
+
+    def __init__(self, call: MergedCall):
+        super().__init__()
+        self.call = call
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is SDPA:
+            return self.call(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def check_called(call: MergedCall, processor: Any) -> None:
+    """Raises RuntimeError if a processor made no call of torch's scaled_dot_product_attention."""
+    if call.calls or is_compiling():
+        return
+    kernel = F.scaled_dot_product_attention
+    reason = "" if kernel is SDPA else f", which {getattr(kernel, '__qualname__', kernel)} has replaced"
+    raise RuntimeError(
+        f"{type(processor).__name__} did not call torch's scaled_dot_product_attention{reason}: no token can be merged "
+        "in it; restore it, or call tofu_sd.remove_patch"
+    )

@@ -1,0 +1,130 @@
+"""Stable Diffusion 3 and 3.5. Positions are added to the states, so tokens are merged before the projections.
+
+In attention the image comes first, then the text. Blocks with dual attention have a second attention of the image
+alone, which uses the same map. The processors drop masks, so log(n) is added where they call
+scaled_dot_product_attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from diffusers.models.attention import FeedForward, JointTransformerBlock
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from ...core.reductions import unmerge
+from ...core.token_map import SoftMap, TokenMap
+from ...patching.block_state import BlockState
+from ...patching.host import ATTRIBUTE, Argument, ArgumentNames, MapCall
+from .._norm import NormForMatching
+from ..diffusers_layers import MergedFeedForward
+from .family import BlockKind, Family
+from .interception import Intercepted, MergedCall, check_called
+from .processors import check_processor
+
+PROCESSORS = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0", "SD3IPAdapterJointAttnProcessor2_0")
+TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5
+
+
+class MergedJointAttention(Attention):  # type: ignore[misc]
+    """Joint attention on merged image tokens. The processor runs unchanged on fewer of them."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        state: BlockState | None = getattr(self, ATTRIBUTE, None)
+        if state is None:
+            return Attention.forward(self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        attend = super().forward
+
+        def run(x: Tensor) -> Any:
+            return attend(x, encoder_hidden_states, attention_mask, **kwargs)
+
+        layer = "attn2" if encoder_hidden_states is None else "attn"
+        if state.normed and layer == "attn":
+            state.update_map(hidden_states)
+        map = state.pop_map(layer, hidden_states)
+        if map is None:
+            return run(hidden_states)
+        check_processor(self, PROCESSORS)
+        return _run_merged(state, map, hidden_states, run, self.processor)
+
+
+def _run_merged(
+    state: BlockState, map: TokenMap | SoftMap, x: Tensor, run: Callable[[Tensor], Any], processor: Any
+) -> Any:
+    """Runs attention with merged image tokens.
+
+    Args:
+        state: of the block.
+        map: of the image tokens.
+        x: [B, N, C], the normed image tokens.
+        run: takes image tokens to the output of attention: of the image, or (of the image, of the text).
+        processor: runs in it; for messages.
+
+    Returns:
+        The output of attention for all N image tokens, with that of the text where there is one.
+    """
+    projected = state.kv_only or state.separate_kv  # the projections take one tensor for queries, keys and values
+    call = MergedCall(state, map, 0, projected)
+    tokens = x if projected else state.reduce(x, map)
+    if not projected and not state.proportional:
+        out = run(tokens)
+    else:
+        with Intercepted(call):
+            out = run(tokens)
+        check_called(call, processor)
+    if projected:
+        return out
+    return (unmerge(out[0], map), *out[1:]) if isinstance(out, tuple) else unmerge(out, map)
+
+
+def _probe(attention: Any, x: Tensor) -> Any:
+    """Runs joint attention with as many text tokens as the pipeline gives."""
+    return attention(x, x.new_zeros(len(x), TEXT_TOKENS, attention.added_kv_proj_dim))
+
+
+_LATENT = Argument(0, ("hidden_states",))
+
+
+def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall:
+    latent: Tensor = _LATENT.get(args, kwargs)  # [B, C, h, w]
+    side = int(module.config.patch_size)
+    h, w = latent.shape[-2:]
+    return MapCall(len(latent), h // side, w // side, latent.device, latent.dtype)
+
+
+FAMILY = Family(
+    kinds=(
+        BlockKind(
+            blocks="transformer_blocks",
+            block_class=JointTransformerBlock,
+            layers={"norm": "norm1.norm", "attn": "attn", "attn2": "attn2", "mlp": "ff"},
+            swaps={
+                "norm": (nn.LayerNorm, NormForMatching),
+                "attn": (Attention, MergedJointAttention),
+                "attn2": (Attention, MergedJointAttention),
+                "mlp": (FeedForward, MergedFeedForward),
+            },
+            probe=_probe,
+        ),
+    ),
+    arguments=ArgumentNames(
+        latent=_LATENT,
+        timestep=Argument(3, ("timestep",)),
+        conditioning=Argument(1, ("encoder_hidden_states",)),
+        tokens=_LATENT,
+        keys="",
+        read_map=_read_map,
+    ),
+    processors=PROCESSORS,
+    text_tokens=TEXT_TOKENS,
+    defaults={"proportional": True},
+    refused={"merge_crossattn": "its blocks have no cross-attention"},
+)
