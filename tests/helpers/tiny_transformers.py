@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -61,7 +62,29 @@ def sd3_inputs(h: int = 8, w: int = 8, batch: int = 2, seed: int = 0) -> dict[st
     }
 
 
-MODELS = {"sd3": Tiny(sd3, sd3_inputs), "sd3.5": Tiny(sd35, sd3_inputs)}
+def pixart(seed: int = 0, **options: Any) -> PixArtTransformer2DModel:
+    """PixArt-Sigma: 3 blocks with self-attention and cross-attention."""
+    shape: dict[str, Any] = {
+        "sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 8, "num_layers": 3,
+        "attention_head_dim": 8, "num_attention_heads": 2, "cross_attention_dim": 16, "caption_channels": 32,
+    }  # fmt: skip
+    return tiny.lively(PixArtTransformer2DModel(**{**shape, **options}), seed)
+
+
+def pixart_inputs(h: int = 8, w: int = 8, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    return {
+        "hidden_states": tiny.noise(batch, 4, 2 * h, 2 * w, seed=seed),
+        "encoder_hidden_states": tiny.noise(batch, TEXT, 32, seed=seed + 1),
+        "encoder_attention_mask": (torch.arange(TEXT) < 5).float().repeat(batch, 1),
+        "timestep": torch.full((batch,), 500.0),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+JOINT = {"sd3": Tiny(sd3, sd3_inputs), "sd3.5": Tiny(sd35, sd3_inputs)}
+"""Models in which text and image share one attention."""
+
+MODELS = {**JOINT, "pixart": Tiny(pixart, pixart_inputs)}
 
 
 def shifted_vae(latent_channels: int = 4) -> AutoencoderKL:

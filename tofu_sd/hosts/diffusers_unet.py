@@ -154,7 +154,7 @@ def check_processors(patch: Patch) -> None:
             _check_cross_processor(processor)
 
 
-_SWAPS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
+SWAPS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "norm": (nn.LayerNorm, NormForMatching),
     "attn": (Attention, MergedAttention),
     "crossattn": (Attention, MergedCrossAttention),
@@ -164,7 +164,7 @@ _SWAPS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
 
 def swap_class(block: BlockInfo, layer: str, swapped: Collection[nn.Module] = ()) -> type[nn.Module]:
     """Returns the subclass that replaces the class of a block's layer. RuntimeError where something has wrapped it."""
-    module, (plain, merged) = block.layers[layer], _SWAPS[layer]
+    module, (plain, merged) = block.layers[layer], SWAPS[layer]
     where = f"{block.name}'s {layer} layer"
     if block.block_class is not BasicTransformerBlock:
         name = f"{block.block_class.__module__}.{block.block_class.__qualname__}"

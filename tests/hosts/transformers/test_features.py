@@ -17,7 +17,7 @@ from diffusers.hooks import (
     apply_layerwise_casting,
     apply_pyramid_attention_broadcast,
 )
-from tiny_transformers import MODELS, Tiny
+from tiny_transformers import JOINT, MODELS, Tiny
 
 import tofu_sd
 from tofu_sd.core.proportional import SDPA
@@ -25,13 +25,16 @@ from tofu_sd.hosts.diffusers_transformers import host_of
 
 CPU = torch.device("cpu")
 families = pytest.mark.parametrize("family", MODELS.values(), ids=MODELS)
+joint_families = pytest.mark.parametrize("family", JOINT.values(), ids=JOINT)
 
 
 def _lora(model: Any) -> None:
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
     torch.manual_seed(5)
-    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False))
+    inject_adapter_in_model(
+        LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False), model
+    )
 
 
 FEATURES: dict[str, Callable[[Any], Any]] = {
@@ -107,7 +110,7 @@ def test_pyramid_attention_broadcast_works_after_the_patch(family: Tiny) -> None
     assert not torch.equal(skipped, other)
 
 
-@families
+@joint_families
 def test_unknown_processor_is_refused_before_and_after_the_patch(family: Tiny) -> None:
     class Mine:
         def __call__(self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, **more: Any) -> Any:
@@ -126,7 +129,7 @@ def test_unknown_processor_is_refused_before_and_after_the_patch(family: Tiny) -
         family.predict(model)
 
 
-@families
+@joint_families
 def test_replaced_kernel_is_refused(family: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries such as SageAttention put their own function in the place of torch's."""
 

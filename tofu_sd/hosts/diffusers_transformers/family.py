@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ...patching.host import ArgumentNames, Probe
+from ...patching.host import ArgumentNames, MapCall, Probe
 
 Swaps = Mapping[str, tuple[type[nn.Module], type[nn.Module]]]
 
@@ -41,8 +41,9 @@ class Family:
     Args:
         kinds: its blocks, in execution order.
         arguments: where the model takes its arguments, and how the map of a call is read from them.
-        processors: names of the attention processors that run on merged tokens.
         text_tokens: how many text tokens its pipeline usually gives.
+        processors: names of the attention processors that run on merged tokens; () for layers as in UNets, which run
+            with any processor.
         timestep_scale: what the scheduler's timesteps are multiplied by before the model gets them.
         patch: side of a token in cells of the latent; None where the model's config has it.
         sample_size: side of the latent where the model's config has none.
@@ -52,8 +53,8 @@ class Family:
 
     kinds: tuple[BlockKind, ...]
     arguments: ArgumentNames
-    processors: tuple[str, ...]
     text_tokens: int
+    processors: tuple[str, ...] = ()
     timestep_scale: float = 1.0
     patch: int | None = None
     sample_size: int = 128
@@ -63,3 +64,10 @@ class Family:
     def patch_of(self, model: Any) -> int:
         """Returns the side of a token in cells of the latent."""
         return self.patch or int(model.config.patch_size)
+
+
+def map_of_latent(model: Any, latent: Tensor) -> MapCall:
+    """Returns the map of a latent [B, C, h, w], of which each whole patch is a token."""
+    side = int(model.config.patch_size)
+    h, w = latent.shape[-2:]
+    return MapCall(len(latent), h // side, w // side, latent.device, latent.dtype)

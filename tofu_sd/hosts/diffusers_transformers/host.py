@@ -13,6 +13,7 @@ from ...config import TokenFusionConfig
 from ...patching.host import ArgumentNames, BlockInfo
 from ...patching.patch import Patch
 from .._norm import raise_wrapped
+from ..diffusers_unet import check_processors
 from ..unwrapping import unwrapped
 from .family import BlockKind, Family
 from .flops import attention_share
@@ -109,6 +110,9 @@ class TransformerHost:
 
     def check_processors(self, patch: Patch) -> None:
         """Raises RuntimeError for processors that do not work with a patch, before anything is generated."""
+        if not self.family.processors:
+            check_processors(patch)
+            return
         for layer, *_ in patch.swaps:
             if hasattr(layer, "processor"):
                 check_processor(layer, self.family.processors)

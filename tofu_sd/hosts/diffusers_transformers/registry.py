@@ -12,7 +12,7 @@ from ..unwrapping import unwrapped
 from .family import Family
 from .host import TransformerHost
 
-FAMILIES = {"SD3Transformer2DModel": "sd3"}
+FAMILIES = {"SD3Transformer2DModel": "sd3", "PixArtTransformer2DModel": "pixart"}
 """Class of diffusers, and the module here that describes its family."""
 
 REASONS = {

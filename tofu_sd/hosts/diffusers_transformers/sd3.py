@@ -20,7 +20,7 @@ from ...patching.block_state import BlockState
 from ...patching.host import ATTRIBUTE, Argument, ArgumentNames, MapCall
 from .._norm import NormForMatching
 from ..diffusers_layers import MergedFeedForward
-from .family import BlockKind, Family
+from .family import BlockKind, Family, map_of_latent
 from .interception import Intercepted, MergedCall, check_called
 from .processors import check_processor
 
@@ -94,10 +94,7 @@ _LATENT = Argument(0, ("hidden_states",))
 
 
 def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall:
-    latent: Tensor = _LATENT.get(args, kwargs)  # [B, C, h, w]
-    side = int(module.config.patch_size)
-    h, w = latent.shape[-2:]
-    return MapCall(len(latent), h // side, w // side, latent.device, latent.dtype)
+    return map_of_latent(module, _LATENT.get(args, kwargs))
 
 
 FAMILY = Family(

@@ -1,0 +1,49 @@
+"""PixArt-alpha and PixArt-Sigma. The image attends to itself alone, and to the text in cross-attention, as in UNets.
+
+So its layers are merged as those of UNets are; only the map comes from the model's own latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.models.attention import BasicTransformerBlock
+
+from ...patching.host import Argument, ArgumentNames, MapCall, run_alone
+from ..diffusers_unet import SWAPS
+from .family import BlockKind, Family, map_of_latent
+
+_LATENT = Argument(0, ("hidden_states",))
+_MASK = Argument(5, ("attention_mask",))
+
+
+def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall:
+    if _MASK.get(args, kwargs) is not None:
+        raise ValueError(
+            "attention_mask hides image tokens of PixArt's self-attention by their position, which merging changes: "
+            "leave it off, or call tofu_sd.remove_patch"
+        )
+    return map_of_latent(module, _LATENT.get(args, kwargs))
+
+
+FAMILY = Family(
+    kinds=(
+        BlockKind(
+            blocks="transformer_blocks",
+            block_class=BasicTransformerBlock,
+            layers={"norm": "norm1", "attn": "attn1", "crossattn": "attn2", "mlp": "ff"},
+            swaps=SWAPS,
+            probe=run_alone,
+        ),
+    ),
+    arguments=ArgumentNames(
+        latent=_LATENT,
+        timestep=Argument(2, ("timestep",)),
+        conditioning=Argument(1, ("encoder_hidden_states",)),
+        tokens=_LATENT,
+        keys="encoder_hidden_states",
+        read_map=_read_map,
+    ),
+    text_tokens=300,
+)
