@@ -10,7 +10,10 @@ import tiny
 import torch
 from diffusers import (
     AutoencoderKL,
+    ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -81,7 +84,50 @@ def pixart_inputs(h: int = 8, w: int = 8, batch: int = 2, seed: int = 0) -> dict
     }
 
 
-JOINT = {"sd3": Tiny(sd3, sd3_inputs), "sd3.5": Tiny(sd35, sd3_inputs)}
+FLUX: dict[str, Any] = {
+    "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
+    "num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6),
+}  # fmt: skip
+
+
+def flux(seed: int = 0, **options: Any) -> FluxTransformer2DModel:
+    """Flux.1: 2 double blocks, which get text and image apart, and 2 single blocks, which get one sequence."""
+    return tiny.lively(FluxTransformer2DModel(**{**FLUX, "pooled_projection_dim": 16, **options}), seed)
+
+
+def chroma(seed: int = 0, **options: Any) -> ChromaTransformer2DModel:
+    """Chroma: as Flux.1, with a mask of the text."""
+    sizes = {"approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 1}
+    return tiny.lively(ChromaTransformer2DModel(**{**FLUX, **sizes, **options}), seed)
+
+
+def grid_ids(h: int, w: int, image: int = 0) -> Tensor:
+    """Position ids of h x w image tokens: [h w, 3]."""
+    return torch.cartesian_prod(torch.tensor([float(image)]), torch.arange(h).float(), torch.arange(w).float())
+
+
+def flux_inputs(h: int = 8, w: int = 8, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    return {
+        "hidden_states": tiny.noise(batch, h * w, 16, seed=seed),
+        "encoder_hidden_states": tiny.noise(batch, TEXT, 32, seed=seed + 1),
+        "pooled_projections": tiny.noise(batch, 16, seed=seed + 2),
+        "timestep": torch.full((batch,), 0.5),
+        "img_ids": grid_ids(h, w),
+        "txt_ids": torch.zeros(TEXT, 3),
+    }
+
+
+def chroma_inputs(h: int = 8, w: int = 8, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    call = flux_inputs(h, w, batch, seed)
+    del call["pooled_projections"]
+    n = torch.arange(TEXT + h * w)
+    return {**call, "attention_mask": ((n < 5) | (n >= TEXT)).repeat(batch, 1)}
+
+
+ROTARY = {"flux": Tiny(flux, flux_inputs), "chroma": Tiny(chroma, chroma_inputs)}
+"""Models whose positions are applied in attention."""
+
+JOINT = {"sd3": Tiny(sd3, sd3_inputs), "sd3.5": Tiny(sd35, sd3_inputs), **ROTARY}
 """Models in which text and image share one attention."""
 
 MODELS = {**JOINT, "pixart": Tiny(pixart, pixart_inputs)}
@@ -112,6 +158,26 @@ def sd3_parts(make: Callable[..., Any] = sd3) -> dict[str, Any]:
 
 def sd3_pipe(cls: type[Any] = StableDiffusion3Pipeline, make: Callable[..., Any] = sd3, **more: Any) -> Any:
     return tiny.quiet(cls(**sd3_parts(make), **more))
+
+
+def flux_pipe(cls: type[Any] = FluxPipeline, make: Callable[..., Any] = flux, **more: Any) -> Any:
+    """A Flux pipeline without its second text encoder: calls give embeddings, as T5 has no tiny tokenizer."""
+    parts = {
+        "transformer": make(),
+        "scheduler": FlowMatchEulerDiscreteScheduler(),
+        "vae": shifted_vae(),
+        "text_encoder": None,
+        "tokenizer": None,
+        "text_encoder_2": None,
+        "tokenizer_2": None,
+    }
+    return tiny.quiet(cls(**{**parts, **more}))
+
+
+def flux_images(pipe: Any, seed: int = 0, **call: Any) -> Tensor:
+    """The packed latents a Flux pipeline ends with."""
+    embeddings = {"prompt_embeds": tiny.noise(1, TEXT, 32, seed=1), "pooled_prompt_embeds": tiny.noise(1, 16, seed=2)}
+    return images(pipe, seed, **{"prompt": None, **embeddings, **call})
 
 
 def images(pipe: Any, seed: int = 0, **call: Any) -> Tensor:

@@ -18,12 +18,11 @@ from diffusers import (
     StableDiffusion3PAGPipeline,
 )
 from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2_0
+from sdpa_calls import SDPACalls
 from tiny_transformers import MODELS, TEXT, images, sd3, sd3_pipe, sd35
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 import tofu_sd
-from tofu_sd.core.proportional import SDPA
 
 SD3 = MODELS["sd3"]
 FORMS: dict[str, dict[str, Any]] = {
@@ -34,23 +33,8 @@ FORMS: dict[str, dict[str, Any]] = {
 forms = pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 
 
-class Calls(TorchFunctionMode):
-    """Inside, the arguments of each scaled_dot_product_attention that runs are kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[dict[str, Any]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is SDPA:
-            self.seen.append(
-                {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **(kwargs or {})}
-            )
-        return func(*args, **(kwargs or {}))
-
-
 def calls_of(model: Any, **call: Any) -> list[dict[str, Any]]:
-    with Calls() as calls:
+    with SDPACalls() as calls:
         SD3.predict(model, **call)
     return calls.seen
 

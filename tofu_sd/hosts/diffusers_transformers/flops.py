@@ -35,11 +35,11 @@ def attention_share(
         for name, layer in layers.items():
             if name in ("attn", "attn2"):
                 tokens = image + (text_tokens if kind.joined or hasattr(layer, "add_k_proj") else 0)
-                attention += 4 * tokens**2 * layer.to_q.out_features
+                attention += 4 * tokens**2 * layer.inner_dim
             if name == "crossattn":
-                rest += 4 * image * text_tokens * layer.to_q.out_features
+                rest += 4 * image * text_tokens * layer.inner_dim
         for name, module in block.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and "qkv" not in name:  # fused copies of other layers
                 rest += 2 * module.in_features * module.out_features * _tokens(name, kind, image, text_tokens)
     return attention / (attention + rest)
 

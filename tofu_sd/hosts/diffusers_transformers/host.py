@@ -80,7 +80,7 @@ class TransformerHost:
         for depth, (name, kind, block) in enumerate(found):
             layers = {key: attrgetter(place)(block) for key, place in kind.layers.items() if _has(block, place)}
             path = "first half" if depth < len(found) // 2 else "second half"
-            width = layers["attn"].to_q.in_features
+            width = layers["attn"].query_dim
             infos.append(
                 BlockInfo(
                     name, depth, path, 0, patch, width, model, layers, type(block), whole_patches=True, probe=kind.probe

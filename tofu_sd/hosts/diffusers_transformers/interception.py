@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -27,13 +28,17 @@ class MergedCall:
         start: position of the first image token in the sequence.
         projected: whether queries, keys and values come from all N tokens and are merged here. Otherwise they come from
             the K survivors, and only log(n) is added.
+        mask: [B, 1, S, S], the host's own, which treats all image tokens alike; True or 0 where a key is visible.
     """
 
-    def __init__(self, state: BlockState, map: TokenMap | SoftMap, start: int, projected: bool):
+    def __init__(
+        self, state: BlockState, map: TokenMap | SoftMap, start: int, projected: bool, mask: Tensor | None = None
+    ):
         self.state = state
         self.map = map
         self.start = start
         self.projected = projected
+        self.mask = mask
         self.calls = 0
 
     def __call__(
@@ -61,12 +66,72 @@ class MergedCall:
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
         keys, survivors = key.shape[2], self.map.after[1]
+        if self.mask is not None:
+            bias = self._merged_mask(self.mask, query, keys)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **more)
         if not self.state.needs_bias(self.map, joint=keys > survivors):
             return F.scaled_dot_product_attention(query, key, value, **more)
         log_size = joint_log_size(self.map.log_size, self.start, keys)
         classes = joint_classes(self.state.size_classes(self.map), self.start, keys)
         out = weighted_attention(query, key, value, log_size, classes, **more)
         return out.transpose(1, 2).contiguous().transpose(1, 2)  # as without a bias; processors may take views of it
+
+    def _merged_mask(self, mask: Tensor, query: Tensor, keys: int) -> Tensor:
+        """Returns the host's mask for merged tokens as a bias, with log(n) added: [B, 1, S', keys]."""
+        mask = self._shortened(mask, -1)
+        if query.shape[2] != mask.shape[-2]:
+            mask = self._shortened(mask, -2)
+        bias = mask.to(query.dtype)
+        if mask.dtype == torch.bool:
+            bias = torch.zeros_like(bias).masked_fill(~mask, -torch.inf)
+        if not self.state.proportional:
+            return bias
+        return bias + joint_log_size(self.map.log_size, self.start, keys)[:, None, None].to(query.dtype)
+
+    def _shortened(self, mask: Tensor, dim: int) -> Tensor:
+        """Returns a mask with one entry for each survivor in place of each image token, all of which are equal."""
+        n, survivors = self.map.before[1], self.map.after[1]
+        length = mask.shape[dim]
+        before = mask.narrow(dim, 0, self.start + survivors)
+        return torch.cat([before, mask.narrow(dim, self.start + n, length - self.start - n)], dim=dim)
+
+
+class CallMask(Tensor):
+    """An attention mask that takes scaled_dot_product_attention over, as `KeyBias` does.
+
+    For processors that pass their mask on. Unlike a TorchFunctionMode, torch.compile supports it in processors that
+    call methods of tensors written in Python (`unflatten`).
+    """
+
+    call: MergedCall
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        named = dict(kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is SDPA and isinstance(named.get("attn_mask"), CallMask):
+                return named.pop("attn_mask").call(*args, **named)
+            return func(*args, **named)
+
+
+def call_mask(call: MergedCall, x: Tensor, keys: int) -> CallMask:
+    """Returns a mask that runs a merged call.
+
+    Args:
+        call: what it runs.
+        x: has its type and device.
+        keys: its last size, which diffusers may compare with the number of keys.
+
+    Raises:
+        RuntimeError: something has replaced torch's scaled_dot_product_attention.
+    """
+    if not is_compiling() and F.scaled_dot_product_attention is not SDPA:
+        raise RuntimeError(_no_call("its processor"))
+    mask = x.new_zeros(1, 1, 1, keys).as_subclass(CallMask)
+    mask.call = call
+    return mask
 
 
 class Intercepted(TorchFunctionMode):
@@ -88,9 +153,13 @@ def check_called(call: MergedCall, processor: Any) -> None:
     """Raises RuntimeError if a processor made no call of torch's scaled_dot_product_attention."""
     if call.calls or is_compiling():
         return
+    raise RuntimeError(_no_call(type(processor).__name__))
+
+
+def _no_call(who: str) -> str:
     kernel = F.scaled_dot_product_attention
     reason = "" if kernel is SDPA else f", which {getattr(kernel, '__qualname__', kernel)} has replaced"
-    raise RuntimeError(
-        f"{type(processor).__name__} did not call torch's scaled_dot_product_attention{reason}: no token can be merged "
-        "in it; restore it, or call tofu_sd.remove_patch"
+    return (
+        f"{who} does not call torch's scaled_dot_product_attention{reason}: no token can be merged in it; restore it, "
+        "or call tofu_sd.remove_patch"
     )

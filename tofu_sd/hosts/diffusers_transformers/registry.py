@@ -12,7 +12,12 @@ from ..unwrapping import unwrapped
 from .family import Family
 from .host import TransformerHost
 
-FAMILIES = {"SD3Transformer2DModel": "sd3", "PixArtTransformer2DModel": "pixart"}
+FAMILIES = {
+    "SD3Transformer2DModel": "sd3",
+    "PixArtTransformer2DModel": "pixart",
+    "FluxTransformer2DModel": "flux",
+    "ChromaTransformer2DModel": "chroma",
+}
 """Class of diffusers, and the module here that describes its family."""
 
 REASONS = {
@@ -50,7 +55,10 @@ def host_of(model: Any) -> TransformerHost | None:
 
 @cache
 def _family(module: str) -> Family:
-    return import_module(f".{module}", __package__).FAMILY
+    try:
+        return import_module(f".{module}", __package__).FAMILY
+    except ImportError as error:
+        raise TypeError(f"this transformer needs a newer diffusers (0.42 is tested): {error}") from error
 
 
 def _refusal(kind: type[Any], reason: str) -> str:
