@@ -10,8 +10,11 @@ import tiny
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     ChromaTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
@@ -124,7 +127,26 @@ def chroma_inputs(h: int = 8, w: int = 8, batch: int = 2, seed: int = 0) -> dict
     return {**call, "attention_mask": ((n < 5) | (n >= TEXT)).repeat(batch, 1)}
 
 
-ROTARY = {"flux": Tiny(flux, flux_inputs), "chroma": Tiny(chroma, chroma_inputs)}
+def flux2(seed: int = 0, **options: Any) -> Flux2Transformer2DModel:
+    """Flux.2: single blocks project attention and feed-forward together."""
+    shape = {**FLUX, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 16, "guidance_embeds": False}
+    return tiny.lively(Flux2Transformer2DModel(**{**shape, **options}), seed)
+
+
+def flux2_inputs(h: int = 8, w: int = 8, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    """Its ids are (image, row, column, token of the text), one set for each sample."""
+    call = flux_inputs(h, w, batch, seed)
+    del call["pooled_projections"]
+    ids = torch.nn.functional.pad(grid_ids(h, w), (0, 1))
+    text = torch.nn.functional.pad(torch.arange(TEXT).float()[:, None], (3, 0))
+    return {**call, "img_ids": ids.expand(batch, -1, -1), "txt_ids": text.expand(batch, -1, -1)}
+
+
+ROTARY = {
+    "flux": Tiny(flux, flux_inputs),
+    "chroma": Tiny(chroma, chroma_inputs),
+    "flux.2": Tiny(flux2, flux2_inputs),
+}
 """Models whose positions are applied in attention."""
 
 JOINT = {"sd3": Tiny(sd3, sd3_inputs), "sd3.5": Tiny(sd35, sd3_inputs), **ROTARY}
@@ -172,6 +194,14 @@ def flux_pipe(cls: type[Any] = FluxPipeline, make: Callable[..., Any] = flux, **
         "tokenizer_2": None,
     }
     return tiny.quiet(cls(**{**parts, **more}))
+
+
+def flux2_pipe(cls: type[Any] = Flux2KleinPipeline) -> Any:
+    """A Flux.2 pipeline without its text encoder: calls give embeddings."""
+    channels = {"block_out_channels": (4,) * 4, "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 2}
+    vae = tiny.lively(AutoencoderKLFlux2(**channels), 2)
+    parts = {"vae": vae, "scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": flux2()}
+    return tiny.quiet(cls(**parts, text_encoder=None, tokenizer=None))
 
 
 def flux_images(pipe: Any, seed: int = 0, **call: Any) -> Tensor:

@@ -70,7 +70,7 @@ class Summary:
     def headline(self) -> str:
         """One line: model, method, number of blocks, tokens before and after."""
         if self.config is None:
-            return f"{self.model}: not patched, {self.blocks} transformer blocks"
+            return f"{self.model}: not patched, {self.blocks} transformer blocks{self._attention}"
         merged = [row for row in self.rows if not row.skipped]
         arrow = " -> " if self.config.threshold is None else " -> at least "
         pairs = sorted({(row.before, row.after) for row in merged}, reverse=True)
@@ -86,11 +86,13 @@ class Summary:
 
     @property
     def _attention(self) -> str:
-        """The number of self-attentions and their share of a step, where that is counted."""
+        """The number of patched self-attentions and the share of a step that all take, where that is counted."""
         if self.attention_share is None:
             return ""
-        percent = f"{100 * self.attention_share:.0f} %"
-        return f"; {self.attention_modules} attention modules, which take {percent} of the FLOPs of a step"
+        merged = "" if self.config is None else f"{self.attention_modules} attention modules merged, "
+        h, w = self.latent
+        share = f"attention takes {100 * self.attention_share:.0f} % of the FLOPs of a step"
+        return f"; {merged}{share}" + (f" at a {h} x {w} latent" if self.config is None else "")
 
     def __str__(self) -> str:
         width = max((len(row.name) for row in self.rows), default=0)
@@ -138,7 +140,7 @@ def summarize(
     if len(latent) != 2 or min(latent) < 1:
         raise ValueError(f"latent is {latent}; it must be a height and a width of at least 1 (pixels / 8)")
     if config is None:
-        return Summary(model, latent, len(blocks), None, ())
+        return Summary(model, latent, len(blocks), None, (), 0, attention_share)
     rows, modules = [], 0
     for block, state in block_states(blocks, config):
         modules += config.merge_attn * sum(name in ("attn", "attn2") for name in block.layers)

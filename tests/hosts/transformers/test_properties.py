@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from anatomy import anatomy
@@ -192,9 +193,12 @@ def test_attention_is_timed_as_the_model_runs_it(
 def test_summary_counts_attention_modules_and_their_share(family: Tiny) -> None:
     model = family.make()
     report = tofu_sd.summary(tofu_sd.apply_patch(model, 0.5), LATENT)
-    modules = [name for name, module in model.named_modules() if "_tofu" in vars(module) and hasattr(module, "to_q")]
+    modules = [
+        name for name, module in model.named_modules() if "_tofu" in vars(module) and hasattr(module, "processor")
+    ]
     assert report.attention_modules == len(modules)
-    assert f"{len(modules)} attention modules, which take" in report.headline
+    assert f"{len(modules)} attention modules merged, attention takes" in report.headline
+    assert "not patched" in tofu_sd.summary(family.make()).headline
     wide = tofu_sd.summary(model, latent=(128, 128))
     assert 0 < report.attention_share < wide.attention_share < 1  # it grows with the square of the map
     family.predict(model)
@@ -279,3 +283,34 @@ def test_compiled_model_equals_the_eager_one(family: Tiny, options: dict[str, An
             result = compiled(**family.inputs()).sample
     assert torch.allclose(result, expected, atol=1e-6)  # reductions run in another operator
     assert not torch.allclose(result, baseline, atol=1e-3)
+
+
+PUBLISHED: dict[str, tuple[str, dict[str, Any], float, float]] = {
+    "sd3-medium": (
+        "SD3Transformer2DModel",
+        {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536},
+        0.33,
+        0.64,
+    ),
+    "sd3.5-medium": (
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+            "dual_attention_layers": tuple(range(13)),
+        },
+        0.38,
+        0.70,
+    ),
+    "pixart-sigma": ("PixArtTransformer2DModel", {"caption_channels": 4096}, 0.33, 0.66),
+    "flux.1": ("FluxTransformer2DModel", {}, 0.20, 0.48),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_share_of_published_models_equals_the_counted_one(name: str) -> None:
+    """Counted once by torch's FlopCounterMode, at 1024 and 2048 px. Embeddings are not part of this count."""
+    cls, options, at_1024, at_2048 = PUBLISHED[name]
+    with torch.device("meta"):
+        model = getattr(diffusers, cls)(**options)
+    for side, expected in ((128, at_1024), (256, at_2048)):
+        assert tofu_sd.summary(model, (side, side)).attention_share == pytest.approx(expected, abs=0.007)

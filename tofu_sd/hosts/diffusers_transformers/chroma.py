@@ -13,7 +13,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...kernels.operators import is_compiling
 from ...patching.host import Argument, ArgumentNames, MapCall
 from .family import Family
-from .flux import PROCESSORS, REFUSED, TEXT_TOKENS, MergedFluxAttention, kinds, map_of_ids
+from .flux import PROCESSORS, MergedFluxAttention, kinds
+from .rotary import REFUSED, TEXT_TOKENS, map_of_ids
 
 
 class MergedChromaAttention(MergedFluxAttention):

@@ -10,6 +10,7 @@ from torch import nn
 from ...patching.host import BlockInfo
 from .family import BlockKind
 
+_FUSED = ("to_qkv", "to_kv", "to_added_qkv")  # copies of other layers
 _TEXT = ("context", "add_", "_add", "added")  # in the names of layers that run on the text alone
 
 
@@ -34,12 +35,13 @@ def attention_share(
         layers: dict[str, Any] = info.layers
         for name, layer in layers.items():
             if name in ("attn", "attn2"):
-                tokens = image + (text_tokens if kind.joined or hasattr(layer, "add_k_proj") else 0)
+                joint = kind.joined or getattr(layer, "add_k_proj", None) is not None
+                tokens = image + text_tokens * joint
                 attention += 4 * tokens**2 * layer.inner_dim
             if name == "crossattn":
                 rest += 4 * image * text_tokens * layer.inner_dim
         for name, module in block.named_modules():
-            if isinstance(module, nn.Linear) and "qkv" not in name:  # fused copies of other layers
+            if isinstance(module, nn.Linear) and not name.endswith(_FUSED):
                 rest += 2 * module.in_features * module.out_features * _tokens(name, kind, image, text_tokens)
     return attention / (attention + rest)
 

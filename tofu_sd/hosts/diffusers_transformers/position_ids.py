@@ -34,20 +34,19 @@ def read_layout(ids: Tensor, native: int) -> Layout:
     many tokens, or a square of the model's own size, and asserts that the ids agree.
 
     Args:
-        ids: [M, 3] or [M, 4], (image, row, column, ...) of each token; a batch dimension of 1 may come first.
+        ids: [M, 3] or [M, 4], (image, row, column, ...) of each token; a batch dimension may come first.
         native: side of the model's own map.
 
     Raises:
         ValueError: the first image's tokens are no grid in raster order.
         RuntimeError: compiled code, at a size that is not known.
     """
-    ids = ids[0] if ids.ndim == 3 else ids
     if is_compiling():
-        return _assumed(ids, native)
+        return _assumed(ids[0] if ids.ndim == 3 else ids, native)
     version = None if ids.is_inference() else ids._version
     known = _layouts.get(ids)
     if known is None or known[0] != version:
-        known = version, _read(ids)
+        known = version, _read(ids[0] if ids.ndim == 3 else ids)
         _layouts[ids] = known
         _remember(known[1])
     layout: Layout = known[1]

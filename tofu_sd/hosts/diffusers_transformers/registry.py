@@ -17,6 +17,7 @@ FAMILIES = {
     "PixArtTransformer2DModel": "pixart",
     "FluxTransformer2DModel": "flux",
     "ChromaTransformer2DModel": "chroma",
+    "Flux2Transformer2DModel": "flux2",
 }
 """Class of diffusers, and the module here that describes its family."""
 

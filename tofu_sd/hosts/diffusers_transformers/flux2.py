@@ -1,0 +1,103 @@
+"""Flux.2, dev and klein. See `rotary`. The attention of its single blocks contains their feed-forward.
+
+Its KV processors run attention over parts of the sequence, and are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers.models.transformers.transformer_flux2 import (
+    Flux2Attention,
+    Flux2ParallelSelfAttention,
+    Flux2SingleTransformerBlock,
+    Flux2TransformerBlock,
+)
+from torch import Tensor, nn
+
+from ...patching.host import Argument, ArgumentNames, MapCall
+from .family import BlockKind, Family
+from .rotary import REFUSED, TEXT_TOKENS, map_of_ids, probe_double, probe_single, run_rotary
+from .sequence import ImageNorm, JoinedNorm
+
+PROCESSORS = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
+
+
+class MergedFlux2Attention(Flux2Attention):  # type: ignore[misc]
+    """Attention of a double block on merged image tokens."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        def attend(mask: Tensor | None) -> Any:
+            return Flux2Attention.forward(self, hidden_states, encoder_hidden_states, mask, image_rotary_emb, **kwargs)
+
+        return run_rotary(self, hidden_states, encoder_hidden_states, attention_mask, attend, processors=PROCESSORS)
+
+
+class MergedFlux2ParallelAttention(Flux2ParallelSelfAttention):  # type: ignore[misc]
+    """Attention of a single block on merged image tokens. Its feed-forward runs on all tokens."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        def attend(mask: Tensor | None) -> Any:
+            return Flux2ParallelSelfAttention.forward(self, hidden_states, mask, image_rotary_emb, **kwargs)
+
+        return run_rotary(self, hidden_states, None, attention_mask, attend, processors=PROCESSORS)
+
+
+_LATENT = Argument(0, ("hidden_states",))
+_IDS = Argument(3, ("img_ids",))
+
+
+def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall:
+    return map_of_ids(_LATENT.get(args, kwargs), _IDS.get(args, kwargs))
+
+
+FAMILY = Family(
+    kinds=(
+        BlockKind(
+            blocks="transformer_blocks",
+            block_class=Flux2TransformerBlock,
+            layers={"norm": "norm1", "attn": "attn"},
+            swaps={"norm": (nn.LayerNorm, ImageNorm), "attn": (Flux2Attention, MergedFlux2Attention)},
+            probe=probe_double,
+        ),
+        BlockKind(
+            blocks="single_transformer_blocks",
+            block_class=Flux2SingleTransformerBlock,
+            layers={"norm": "norm", "attn": "attn"},
+            swaps={
+                "norm": (nn.LayerNorm, JoinedNorm),
+                "attn": (Flux2ParallelSelfAttention, MergedFlux2ParallelAttention),
+            },
+            probe=probe_single,
+            joined=True,
+        ),
+    ),
+    arguments=ArgumentNames(
+        latent=_LATENT,
+        timestep=Argument(2, ("timestep",)),
+        conditioning=Argument(1, ("encoder_hidden_states",)),
+        tokens=_LATENT,
+        keys="",
+        read_map=_read_map,
+    ),
+    processors=PROCESSORS,
+    text_tokens=TEXT_TOKENS,
+    timestep_scale=0.001,
+    patch=2,
+    defaults={"proportional": True},
+    refused=REFUSED,
+)
