@@ -19,7 +19,7 @@ FAMILIES = {
     "ChromaTransformer2DModel": "chroma",
     "Flux2Transformer2DModel": "flux2",
 }
-"""Class of diffusers, and the module here that describes its family."""
+"""Class of diffusers, and the module of `families` that describes it."""
 
 REASONS = {
     "SanaTransformer2DModel": "its attention is linear, so that merging tokens saves almost nothing",
@@ -57,7 +57,7 @@ def host_of(model: Any) -> TransformerHost | None:
 @cache
 def _family(module: str) -> Family:
     try:
-        return import_module(f".{module}", __package__).FAMILY
+        return import_module(f".families.{module}", __package__).FAMILY
     except ImportError as error:
         raise TypeError(f"this transformer needs a newer diffusers (0.42 is tested): {error}") from error
 

@@ -14,15 +14,15 @@ from diffusers.models.attention import FeedForward, JointTransformerBlock
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
-from ...core.reductions import unmerge
-from ...core.token_map import SoftMap, TokenMap
-from ...patching.block_state import BlockState
-from ...patching.host import ATTRIBUTE, Argument, ArgumentNames, MapCall
-from .._norm import NormForMatching
-from ..diffusers_layers import MergedFeedForward
-from .family import BlockKind, Family, map_of_latent
-from .interception import Intercepted, MergedCall, check_called
-from .processors import check_processor
+from ....core.reductions import unmerge
+from ....core.token_map import SoftMap, TokenMap
+from ....patching.block_state import BlockState
+from ....patching.host import ATTRIBUTE, Argument, ArgumentNames, MapCall
+from ..._norm import NormForMatching
+from ...diffusers_layers import MergedFeedForward
+from ..family import BlockKind, Family, map_of_latent
+from ..interception import Intercepted, MergedCall, check_called
+from ..processors import check_processor
 
 PROCESSORS = ("JointAttnProcessor2_0", "FusedJointAttnProcessor2_0", "SD3IPAdapterJointAttnProcessor2_0")
 TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5

@@ -16,10 +16,10 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor, nn
 
-from ...patching.host import Argument, ArgumentNames, MapCall
-from .family import BlockKind, Family
-from .rotary import REFUSED, TEXT_TOKENS, map_of_ids, probe_double, probe_single, run_rotary
-from .sequence import ImageNorm, JoinedNorm
+from ....patching.host import Argument, ArgumentNames, MapCall
+from ..family import BlockKind, Family
+from ..rotary import REFUSED, TEXT_TOKENS, map_of_ids, probe_double, probe_single, run_rotary
+from ..sequence import ImageNorm, JoinedNorm
 
 PROCESSORS = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock
 
-from ...patching.host import Argument, ArgumentNames, MapCall, run_alone
-from ..diffusers_unet import SWAPS
-from .family import BlockKind, Family, map_of_latent
+from ....patching.host import Argument, ArgumentNames, MapCall, run_alone
+from ...diffusers_unet import SWAPS
+from ..family import BlockKind, Family, map_of_latent
 
 _LATENT = Argument(0, ("hidden_states",))
 _MASK = Argument(5, ("attention_mask",))

@@ -10,11 +10,11 @@ from diffusers.models.transformers.transformer_chroma import ChromaSingleTransfo
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...kernels.operators import is_compiling
-from ...patching.host import Argument, ArgumentNames, MapCall
-from .family import Family
+from ....kernels.operators import is_compiling
+from ....patching.host import Argument, ArgumentNames, MapCall
+from ..family import Family
+from ..rotary import REFUSED, TEXT_TOKENS, map_of_ids
 from .flux import PROCESSORS, MergedFluxAttention, kinds
-from .rotary import REFUSED, TEXT_TOKENS, map_of_ids
 
 
 class MergedChromaAttention(MergedFluxAttention):
