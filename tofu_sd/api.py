@@ -39,8 +39,8 @@ def apply_patch(model: Model, ratio: float | TokenFusionConfig = 0.5, *more: Any
         options: the fields of TokenFusionConfig, and tomesd's `max_downsample` and `use_rand`. `max_downsample` merges
             at resolutions down to that downsampling, always including the highest with attention. `use_rand` draws the
             destinations, reproducibly from `seed` (0 by default). Where text and image share one attention (Stable
-            Diffusion 3), `proportional` is True by default, or the text would gain weight; a TokenFusionConfig is
-            taken literally.
+            Diffusion 3, Flux, Qwen-Image), `proportional` is True by default, or the text would gain weight; a
+            TokenFusionConfig is taken literally.
 
     Returns:
         The model, patched in place.

@@ -18,6 +18,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -149,7 +150,32 @@ ROTARY = {
 }
 """Models whose positions are applied in attention."""
 
-JOINT = {"sd3": Tiny(sd3, sd3_inputs), "sd3.5": Tiny(sd35, sd3_inputs), **ROTARY}
+
+def qwen_image(seed: int = 0, **options: Any) -> QwenImageTransformer2DModel:
+    """Qwen-Image: 3 double blocks."""
+    shape: dict[str, Any] = {
+        "patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 3, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": 32, "axes_dims_rope": (4, 6, 6),
+    }  # fmt: skip
+    return tiny.lively(QwenImageTransformer2DModel(**{**shape, **options}), seed)
+
+
+def qwen_image_inputs(h: int = 8, w: int = 8, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    return {
+        "hidden_states": tiny.noise(batch, h * w, 16, seed=seed),
+        "encoder_hidden_states": tiny.noise(batch, TEXT, 32, seed=seed + 1),
+        "encoder_hidden_states_mask": (torch.arange(TEXT) < 5).repeat(batch, 1),
+        "timestep": torch.full((batch,), 0.5),
+        "img_shapes": [[(1, h, w)]] * batch,
+    }
+
+
+JOINT = {
+    "sd3": Tiny(sd3, sd3_inputs),
+    "sd3.5": Tiny(sd35, sd3_inputs),
+    **ROTARY,
+    "qwen-image": Tiny(qwen_image, qwen_image_inputs),
+}
 """Models in which text and image share one attention."""
 
 MODELS = {**JOINT, "pixart": Tiny(pixart, pixart_inputs)}

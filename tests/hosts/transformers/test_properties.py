@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,3 +315,15 @@ def test_share_of_published_models_equals_the_counted_one(name: str) -> None:
         model = getattr(diffusers, cls)(**options)
     for side, expected in ((128, at_1024), (256, at_2048)):
         assert tofu_sd.summary(model, (side, side)).attention_share == pytest.approx(expected, abs=0.007)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler for C++")
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_compiled_code_equals_the_eager_model(name: str) -> None:
+    """Inductor compares strides that contain the number of merged tokens, where it once failed on SD3."""
+    torch._dynamo.reset()
+    family = MODELS[name]
+    model = tofu_sd.apply_patch(family.make(), 0.5, min_tokens=0)
+    expected = family.predict(model)
+    model.transformer_blocks[0].compile(fullgraph=True)
+    assert torch.allclose(family.predict(model), expected, atol=1e-4)

@@ -11,7 +11,7 @@ from ...patching.host import BlockInfo
 from .family import BlockKind
 
 _FUSED = ("to_qkv", "to_kv", "to_added_qkv")  # copies of other layers
-_TEXT = ("context", "add_", "_add", "added")  # in the names of layers that run on the text alone
+_TEXT = ("context", "add_", "_add", "added", "txt_")  # in the names of layers that run on the text alone
 
 
 def attention_share(
@@ -48,7 +48,7 @@ def attention_share(
 
 def _tokens(name: str, kind: BlockKind, image: int, text: int) -> int:
     """Returns on how many tokens a linear layer of a block runs."""
-    if "norm" in name:
+    if "norm" in name or "_mod" in name:
         return 1  # a sample's modulation
     if kind.joined:
         return image + text

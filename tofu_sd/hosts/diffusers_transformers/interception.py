@@ -28,7 +28,8 @@ class MergedCall:
         start: position of the first image token in the sequence.
         projected: whether queries, keys and values come from all N tokens and are merged here. Otherwise they come from
             the K survivors, and only log(n) is added.
-        mask: [B, 1, S, S], the host's own, which treats all image tokens alike; True or 0 where a key is visible.
+        mask: [B, 1, S, S] or [B, 1, 1, S], the host's own, which treats all image tokens alike; True or 0 where a key
+            is visible.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class MergedCall:
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
         keys, survivors = key.shape[2], self.map.after[1]
+        if is_compiling():  # inductor fails to compare strides that are multiples of a merged sequence's length
+            query, key, value = (_token_major(x) for x in (query, key, value))
         if self.mask is not None:
             bias = self._merged_mask(self.mask, query, keys)
             return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, **more)
@@ -74,12 +77,12 @@ class MergedCall:
         log_size = joint_log_size(self.map.log_size, self.start, keys)
         classes = joint_classes(self.state.size_classes(self.map), self.start, keys)
         out = weighted_attention(query, key, value, log_size, classes, **more)
-        return out.transpose(1, 2).contiguous().transpose(1, 2)  # as without a bias; processors may take views of it
+        return _token_major(out)  # as without a bias; processors may take views of it
 
     def _merged_mask(self, mask: Tensor, query: Tensor, keys: int) -> Tensor:
         """Returns the host's mask for merged tokens as a bias, with log(n) added: [B, 1, S', keys]."""
         mask = self._shortened(mask, -1)
-        if query.shape[2] != mask.shape[-2]:
+        if mask.shape[-2] not in (1, query.shape[2]):
             mask = self._shortened(mask, -2)
         bias = mask.to(query.dtype)
         if mask.dtype == torch.bool:
@@ -94,6 +97,11 @@ class MergedCall:
         length = mask.shape[dim]
         before = mask.narrow(dim, 0, self.start + survivors)
         return torch.cat([before, mask.narrow(dim, self.start + n, length - self.start - n)], dim=dim)
+
+
+def _token_major(x: Tensor) -> Tensor:
+    """Returns x [B, H, S, d] in the memory layout of [B, S, H, d], copied only where it is another."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class CallMask(Tensor):
@@ -113,7 +121,21 @@ class CallMask(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if func is SDPA and isinstance(named.get("attn_mask"), CallMask):
                 return named.pop("attn_mask").call(*args, **named)
-            return func(*args, **named)
+            result = func(*args, **named)
+        if func not in _SHAPING:
+            return result
+        shaped = result.as_subclass(cls)
+        shaped.call = next(x for x in (*args, *args[0]) if isinstance(x, CallMask)).call
+        return shaped
+
+    def resized(self, *shape: int) -> CallMask:
+        """Returns a mask of another shape that runs the same call, for processors that append to it."""
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.device).as_subclass(CallMask)
+        mask.call = self.call
+        return mask
+
+
+_SHAPING = (torch.cat, Tensor.__getitem__)  # the result of a mask is a mask
 
 
 def call_mask(call: MergedCall, x: Tensor, keys: int) -> CallMask:

@@ -18,6 +18,7 @@ FAMILIES = {
     "FluxTransformer2DModel": "flux",
     "ChromaTransformer2DModel": "chroma",
     "Flux2Transformer2DModel": "flux2",
+    "QwenImageTransformer2DModel": "qwen_image",
 }
 """Class of diffusers, and the module of `families` that describes it."""
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ....core.reductions import unmerge
 from ....core.token_map import SoftMap, TokenMap
+from ....kernels.operators import is_compiling
 from ....patching.block_state import BlockState
 from ....patching.host import ATTRIBUTE, Argument, ArgumentNames, MapCall
 from ..._norm import NormForMatching
@@ -74,7 +75,7 @@ def _run_merged(
     projected = state.kv_only or state.separate_kv  # the projections take one tensor for queries, keys and values
     call = MergedCall(state, map, 0, projected)
     tokens = x if projected else state.reduce(x, map)
-    if not projected and not state.proportional:
+    if not projected and not state.proportional and not is_compiling():
         out = run(tokens)
     else:
         with Intercepted(call):
