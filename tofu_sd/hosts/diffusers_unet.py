@@ -64,8 +64,8 @@ def _no_unet(model: Any, unet: Any) -> str:
         )
     return (
         f"{type(model).__name__} has no `unet`: token fusion patches the transformer blocks of Stable Diffusion's "
-        "UNets (SD 1.x, 2.x, SDXL and their relatives) and of diffusion transformers (SD3, Flux); pass such a pipeline, its "
-        "UNet or its transformer"
+        "UNets (SD 1.x, 2.x, SDXL and their relatives) and of diffusion transformers (SD3, Flux); pass such a "
+        "pipeline, its UNet or its transformer"
     )
 
 
