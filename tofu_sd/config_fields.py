@@ -24,7 +24,7 @@ class ConfigFields:
         low=0,
         high=1,
         group=_MAIN,
-        help="Share of a map's tokens that are merged, at most 1 - 1 / (sx * sy). 0 changes nothing, bit for bit.",
+        help="Share of a map's tokens that are merged, at most 0.75 in cells of 2 x 2. 0 changes nothing, bit for bit.",
     )
     proportional: bool = option(
         False,

@@ -165,8 +165,10 @@ def _filled(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
 
 
 def _call(case: Case, batch: int, channels: int, side: int, device: torch.device, dtype: torch.dtype) -> Call:
+    # guidance repeats the latents for the negative and the positive prompt, on which `share_across_cfg` relies
+    repeats = 2 if batch % 2 == 0 else 1
     return Call(
-        _randn(device, dtype, batch, channels, side, side),
+        _randn(device, dtype, batch // repeats, channels, side, side).repeat(repeats, 1, 1, 1),
         {"encoder_hidden_states": _randn(device, dtype, batch, TOKENS, case.shape["cross_attention_dim"])},
     )
 

@@ -72,6 +72,16 @@ def test_shared_weights_copy_shares_only_weights() -> None:
     assert torch.equal(model(call.sample, T, **call.more), plain)
 
 
+@pytest.mark.parametrize("only_attention", [True, False])
+def test_a_batch_is_that_of_guidance(only_attention: bool) -> None:
+    """Its halves are the same latents, or `share_across_cfg` refuses them and is not measured."""
+    model, call = shapes.top_level(CASES["small-128"], 4, CPU, torch.float32, only_attention=only_attention)
+    tofu_sd.apply_patch(model, 0.5, share_across_cfg=True, min_tokens=0)
+    assert model(call.sample, T, **call.more).shape == call.sample.shape
+    assert not torch.equal(call.sample[0], call.sample[1])
+    assert len(shapes.top_level(CASES["small-128"], 3, CPU, torch.float32, only_attention=True)[1].sample) == 3
+
+
 def test_ideal_attends_to_the_first_tokens_only() -> None:
     model, call = shapes.top_level(CASES["small-128"], 2, CPU, torch.float32, only_attention=True)
     seen = []
