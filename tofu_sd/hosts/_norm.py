@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..patching.block_state import BlockState
-from ..patching.host import ATTRIBUTE
+from ..patching.host import ATTRIBUTE, has_forward_of
 
 
 class NormForMatching(nn.LayerNorm):
@@ -24,9 +24,19 @@ class NormForMatching(nn.LayerNorm):
         return super().__call__(hidden_states)
 
 
-def raise_wrapped(layer_name: str) -> None:
-    """Raises RuntimeError for a layer whose `forward` something else has set."""
+def check_forward(layer: nn.Module, name: str, merged: type[nn.Module]) -> None:
+    """Raises RuntimeError for a layer whose `forward` something else has set.
+
+    A hook that was removed may leave the class's own `forward` on the layer, which changes nothing: `attach` drops it.
+
+    Args:
+        layer: what is patched.
+        name: of the layer, for the message.
+        merged: the class that will replace its class.
+    """
+    if "forward" not in vars(layer) or has_forward_of(layer, type(layer), merged):
+        return
     raise RuntimeError(
-        f"{layer_name} has a `forward` of its own, set by something else (a cache, an attention hook), which would "
+        f"{name} has a `forward` of its own, set by something else (a cache, an attention hook), which would "
         "bypass token fusion silently; apply tofu_sd first, then the other"
     )

@@ -16,7 +16,7 @@ from torch import nn
 from ..config import TokenFusionConfig
 from ..patching.host import Argument, ArgumentNames, BlockInfo
 from ..patching.patch import Patch
-from ._norm import NormForMatching, raise_wrapped
+from ._norm import NormForMatching, check_forward
 from .diffusers_layers import MergedAttention, MergedCrossAttention, MergedFeedForward
 from .diffusers_processors import _check_cross_processor, _check_processor, _stores_attention_maps
 from .unwrapping import unwrapped
@@ -176,6 +176,6 @@ def swap_class(block: BlockInfo, layer: str, swapped: Collection[nn.Module] = ()
             f"{where} is a {type(module).__module__}.{type(module).__qualname__}, not a plain {plain.__name__}: "
             "something else has already wrapped it"
         )
-    if layer != "norm" and "forward" in vars(module) and module not in swapped:
-        raise_wrapped(where)
+    if layer != "norm" and module not in swapped:
+        check_forward(module, where, merged)
     return merged

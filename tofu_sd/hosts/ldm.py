@@ -20,7 +20,7 @@ from ..core.token_map import SoftMap, TokenMap
 from ..patching.block_state import BlockState, block_states
 from ..patching.host import ATTRIBUTE, Argument, ArgumentNames, BlockInfo, Host
 from ..patching.patch import attach, detach, patch_of, plan
-from ._norm import NormForMatching, raise_wrapped
+from ._norm import NormForMatching, check_forward
 
 ARGUMENTS = ArgumentNames(
     latent=Argument(0, ("x",)),
@@ -191,9 +191,11 @@ def swap_class(block: BlockInfo, layer: str, swapped: Collection[nn.Module] = ()
     module = block.layers[layer]
     if layer not in ("norm", "attn"):
         raise ValueError(f"{layer} layers cannot be merged here, only self-attention")
-    if "forward" in vars(module) and module not in swapped:
-        raise_wrapped(f"{block.name}'s {layer} layer")
-    return NormForMatching if layer == "norm" else merged_attention(type(module))  # type: ignore[arg-type]
+    merged: type[nn.Module]
+    merged = NormForMatching if layer == "norm" else merged_attention(type(module))  # type: ignore[arg-type]
+    if module not in swapped:
+        check_forward(module, f"{block.name}'s {layer} layer", merged)
+    return merged
 
 
 @cache

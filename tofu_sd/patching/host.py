@@ -20,6 +20,13 @@ def run_alone(attention: nn.Module, x: Tensor) -> Any:
     return attention(x)
 
 
+def has_forward_of(layer: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether the `forward` that was set on a layer is only that of one of these classes, left by a removed hook."""
+    forward = vars(layer).get("forward")
+    functions = [kind.forward for kind in classes]
+    return getattr(forward, "__self__", None) is layer and getattr(forward, "__func__", None) in functions
+
+
 @dataclass(frozen=True)
 class BlockInfo:
     """One transformer block of a model.

@@ -17,7 +17,7 @@ from ..config import TokenFusionConfig
 from .autotune import MergeRule
 from .block_state import BlockState, block_states
 from .hooks import Hook, _GuidanceHook, _PartitionHook, _StepEndHook, _StepHook
-from .host import ATTRIBUTE, ArgumentNames, BlockInfo, Host
+from .host import ATTRIBUTE, ArgumentNames, BlockInfo, Host, has_forward_of
 from .shared_map import SharedMap
 from .step_tracker import StepTracker
 
@@ -164,7 +164,9 @@ def attach(model: nn.Module, patch: ModulePatch) -> None:
     """Attaches a planned patch to a model that has none. An error or interrupt leaves nothing of it."""
     handles: list[RemovableHandle] = []
     try:
-        for layer, _, new_class, state in patch.swaps:
+        for layer, original, new_class, state in patch.swaps:
+            if has_forward_of(layer, original):
+                del layer.forward  # it would hide the new class's
             layer.__class__ = new_class
             setattr(layer, ATTRIBUTE, state)
         handles += (module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in patch.hooks)

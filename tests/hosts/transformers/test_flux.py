@@ -14,9 +14,11 @@ from diffusers import (
     FirstBlockCacheConfig,
     FluxControlNetModel,
     FluxControlNetPipeline,
+    FluxControlPipeline,
     FluxFillPipeline,
     FluxImg2ImgPipeline,
     FluxInpaintPipeline,
+    FluxKontextInpaintPipeline,
     FluxKontextPipeline,
     attention_backend,
 )
@@ -149,6 +151,33 @@ def test_ids_that_are_changed_in_place_are_read_again() -> None:
     assert (records[0].h, records[0].w) == (16, 4)
 
 
+def test_inference_tensors_are_read_in_each_call() -> None:
+    """They have no version that would tell that they were changed in place."""
+    model = tofu_sd.apply_patch(flux(), 0.5, window=1)
+    with torch.inference_mode():
+        call = FLUX.inputs(4, 16)
+        model(**call)
+        call["img_ids"].copy_(grid_ids(16, 4))
+        with tofu_sd.record_maps(model) as records:
+            model(**call)
+    assert (records[0].h, records[0].w) == (16, 4)
+
+
+@pytest.mark.parametrize("before_compiling", [True, False])
+def test_compiled_model_takes_its_own_layout(before_compiling: bool) -> None:
+    """Another model that ran at a size of as many tokens has no effect, and compiles nothing again."""
+    torch._dynamo.reset()
+    model, other = (tofu_sd.apply_patch(flux(seed), 0.5, min_tokens=0) for seed in range(2))
+    expected = FLUX.predict(model)
+    if before_compiling:
+        FLUX.predict(other, 4, 16)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(FLUX.predict(compiled), expected, atol=1e-6)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        FLUX.predict(other, 4, 16)
+        assert torch.allclose(FLUX.predict(compiled), expected, atol=1e-6)
+
+
 def test_compiled_model_checks_the_layout_that_it_was_made_for() -> None:
     """Two sizes with equally many tokens share a graph, which cannot read the ids but compares them."""
     torch._dynamo.reset()
@@ -205,6 +234,12 @@ def test_masks_that_hide_image_tokens_are_refused() -> None:
     call["attention_mask"][0, TEXT + 3] = False
     with pytest.raises(ValueError, match="attention_mask hides image tokens of Chroma's attention"):
         CHROMA.predict(tofu_sd.apply_patch(chroma(), 0.5), **call)
+    model = tofu_sd.apply_patch(chroma(), 0.5)
+    call = CHROMA.inputs()
+    CHROMA.predict(model, **call)
+    call["attention_mask"][0, TEXT + 3] = False  # a mask that is changed is read again
+    with pytest.raises(ValueError, match="attention_mask hides image tokens of Chroma's attention"):
+        CHROMA.predict(model, **call)
     model = tofu_sd.apply_patch(flux(), 0.5)
     with pytest.raises(ValueError, match="attention_mask hides tokens of joint attention by their position"):
         FLUX.predict(model, joint_attention_kwargs={"attention_mask": torch.ones(1, 1, 1, TEXT + 64).bool()})
@@ -259,23 +294,33 @@ def test_controlnet_residuals_are_added_to_all_tokens(family: Tiny, options: dic
     assert torch.equal(family.predict(tofu_sd.apply_patch(model, 0.0, **options), **residuals), plain)
 
 
+@pytest.mark.parametrize("family", [FLUX, CHROMA], ids=["flux", "chroma"])
+@pytest.mark.parametrize("patch_first", [True, False])
 @forms
-def test_ip_adapter_attends_with_all_queries(options: dict[str, Any]) -> None:
+def test_ip_adapter_attends_with_all_queries(family: Tiny, patch_first: bool, options: dict[str, Any]) -> None:
     """Its own attention has keys of its features alone, and stays as it is."""
-    model = flux()
-    processors = dict(model.attn_processors)
-    for name in processors:
-        if name.startswith("transformer_blocks"):
-            processors[name] = tiny.lively(FluxIPAdapterAttnProcessor(32, 16, num_tokens=(5,), scale=0.8), 6)
-    model.set_attn_processor(processors)
+    model = family.make()
+    own = model.attn_processors
+    with_adapter = {
+        name: tiny.lively(FluxIPAdapterAttnProcessor(32, 16, num_tokens=(5,), scale=0.8), 6)
+        for name in own
+        if name.startswith("transformer_blocks")
+    }
+    model.set_attn_processor({**own, **with_adapter})
     call = {"joint_attention_kwargs": {"ip_hidden_states": [tiny.noise(2, 5, 16)]}}
-    plain = calls_of(FLUX, model, **call)[1]
-    baseline = FLUX.predict(model, **call)
-    seen = calls_of(FLUX, tofu_sd.apply_patch(model, 0.5, **options), **call)
+    plain = calls_of(family, model, **call)[1]
+    baseline = family.predict(model, **call)
+    if patch_first:
+        model.set_attn_processor({**own})
+        tofu_sd.apply_patch(model, 0.5, **options)
+        model.set_attn_processor({**own, **with_adapter})
+    else:
+        tofu_sd.apply_patch(model, 0.5, **options)
+    seen = calls_of(family, model, **call)
     assert [s["key"].shape[2] for s in seen] == [TEXT + 32, 5] * 2 + [TEXT + 32] * 2
     assert torch.equal(seen[1]["query"], plain["query"])
-    assert not torch.equal(FLUX.predict(model, **call), baseline)
-    assert torch.equal(FLUX.predict(tofu_sd.remove_patch(model), **call), baseline)
+    assert not torch.equal(family.predict(model, **call), baseline)
+    assert torch.equal(family.predict(tofu_sd.remove_patch(model), **call), baseline)
 
 
 def test_first_block_cache_works_after_the_patch() -> None:
@@ -319,6 +364,14 @@ PIPELINES: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "Kontext": (
         lambda: flux_pipe(FluxKontextPipeline),
         {"image": IMAGE, "_auto_resize": False, "max_area": 128 * 128},
+    ),
+    "Control": (
+        lambda: flux_pipe(FluxControlPipeline, make=lambda: flux(in_channels=32, out_channels=16)),
+        {"control_image": IMAGE},
+    ),
+    "Kontext inpaint": (
+        lambda: flux_pipe(FluxKontextInpaintPipeline),
+        {"image": IMAGE, "mask_image": MASK, "strength": 0.9, "_auto_resize": False, "max_area": 128 * 128},
     ),
     "ControlNet": (
         lambda: flux_pipe(FluxControlNetPipeline, controlnet=_controlnet()),

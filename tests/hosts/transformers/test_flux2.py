@@ -66,6 +66,13 @@ def test_kv_processors_are_refused() -> None:
         FLUX2.predict(model)
 
 
+def test_kv_mode_is_refused_with_any_processor() -> None:
+    """Reference images come first in it, and their ids would be taken for those of the image."""
+    model = tofu_sd.apply_patch(flux2(), 0.5)
+    with pytest.raises(ValueError, match="kv_cache_mode is 'extract': reference images come first"):
+        FLUX2.predict(model, kv_cache_mode="extract", num_ref_tokens=16)
+
+
 def test_feed_forward_of_single_blocks_runs_on_all_tokens() -> None:
     sizes = []
     model = tofu_sd.apply_patch(flux2(), 0.5)

@@ -19,6 +19,8 @@ REASONS = {
     "AuraFlowTransformer2DModel": "its text comes with register tokens",
     "CogVideoXTransformer3DModel": "where its tokens lie is not known",
     "SD3ControlNetModel": "a ControlNet of a diffusion transformer",
+    "FluxMultiControlNetModel": "a ControlNet of a diffusion transformer",
+    "ZImageControlNetModel": "a ControlNet of a diffusion transformer",
 }
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ...config import TokenFusionConfig
 from ...patching.host import ArgumentNames, BlockInfo
 from ...patching.patch import Patch
-from .._norm import raise_wrapped
+from .._norm import check_forward
 from ..diffusers_unet import check_processors
 from ..unwrapping import unwrapped
 from .family import BlockKind, Family
@@ -101,8 +101,8 @@ class TransformerHost:
                     f"{what} is a {own.__module__}.{own.__qualname__}, not a plain {expected.__name__}: something "
                     "else has already wrapped it; remove that first"
                 )
-        if layer != "norm" and "forward" in vars(module) and module not in swapped:
-            raise_wrapped(f"{block.name}'s {layer} layer")
+        if layer != "norm" and module not in swapped:
+            check_forward(module, f"{block.name}'s {layer} layer", merged)
         return merged
 
     def _kind(self, block: BlockInfo) -> BlockKind:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...kernels.operators import is_compiling
@@ -24,38 +25,47 @@ class Layout(NamedTuple):
 
 
 _layouts: Any = WeakIdKeyDictionary()  # of each tensor of ids: (its version, its layout). Pipelines keep one per image
-_seen: tuple[Layout, ...] = ()  # compiled code cannot read ids, and takes the layout of an earlier call
+_seen: dict[int, tuple[Layout, ...]] = {}  # by id of the model. Compiled code cannot read ids, and takes an earlier one
 
 
-def read_layout(ids: Tensor, native: int) -> Layout:
+def read_layout(ids: Tensor, native: int, model: nn.Module) -> Layout:
     """Returns the layout of image tokens.
 
-    Ids are read once for each tensor, as reading synchronizes a device. Compiled code takes the last layout with as
-    many tokens, or a square of the model's own size, and asserts that the ids agree.
+    Ids are read once for each tensor, as reading synchronizes a device. Compiled code takes the model's last layout
+    with as many tokens, or a square of its own size, and asserts that the ids agree.
 
     Args:
         ids: [M, 3] or [M, 4], (image, row, column, ...) of each token; a batch dimension may come first.
         native: side of the model's own map.
+        model: the transformer that gets them.
 
     Raises:
         ValueError: the first image's tokens are no grid in raster order.
         RuntimeError: compiled code, at a size that is not known.
     """
     if is_compiling():
-        return _assumed(ids[0] if ids.ndim == 3 else ids, native)
-    version = None if ids.is_inference() else ids._version
+        return _assumed(ids[0] if ids.ndim == 3 else ids, native, _seen.get(id(model), ()))
     known = _layouts.get(ids)
-    if known is None or known[0] != version:
-        known = version, _read(ids[0] if ids.ndim == 3 else ids)
+    if known is None or known[0] != version_of(ids):
+        known = version_of(ids), _read(ids[0] if ids.ndim == 3 else ids)
         _layouts[ids] = known
-        _remember(known[1])
     layout: Layout = known[1]
+    _remember(layout, model)
     return layout
 
 
-def _remember(layout: Layout) -> None:
-    global _seen
-    _seen = (layout, *[other for other in _seen if other.tokens != layout.tokens][:31])
+def version_of(x: Tensor) -> Any:
+    """Returns a value that changes when a tensor is changed in place; inference tensors have a new one at each call."""
+    return object() if x.is_inference() else x._version
+
+
+def _remember(layout: Layout, model: nn.Module) -> None:
+    seen = _seen.get(id(model))
+    if seen is None:
+        weakref.finalize(model, _seen.pop, id(model), None)
+    elif seen[0] == layout:
+        return
+    _seen[id(model)] = (layout, *[other for other in seen or () if other.tokens != layout.tokens][:31])
 
 
 def _read(ids: Tensor) -> Layout:
@@ -73,9 +83,9 @@ def _read(ids: Tensor) -> Layout:
     return layout
 
 
-def _assumed(ids: Tensor, native: int) -> Layout:
+def _assumed(ids: Tensor, native: int, seen: tuple[Layout, ...]) -> Layout:
     tokens = ids.shape[0]
-    for layout in (*_seen, Layout(native, native, 0)):
+    for layout in (*seen, Layout(native, native, 0)):
         if tokens == layout.tokens:
             n = torch.arange(layout.h * layout.w, device=ids.device)
             rows, columns = (ids[: layout.h * layout.w, axis] - ids[0, axis] for axis in (1, 2))

@@ -27,9 +27,16 @@ REASONS = {
     "Lumina2Transformer2DModel": "its text has another length in each sample of a batch",
     "HunyuanDiT2DModel": "its skip connections and its rotary positions expect every token",
     "AuraFlowTransformer2DModel": "its text comes with register tokens, and its sequence has not been tested",
-    "SD3ControlNetModel": "a ControlNet of a diffusion transformer runs on all tokens; patch the transformer",
-    "FluxControlNetModel": "a ControlNet of a diffusion transformer runs on all tokens; patch the transformer",
 }
+CONTROLNET = "a ControlNet of a diffusion transformer runs on all tokens; patch the transformer"
+_OF_UNETS = (
+    "controlnet",
+    "controlnet_sparsectrl",
+    "controlnet_union",
+    "controlnet_xs",
+    "multicontrolnet",
+    "multicontrolnet_union",
+)  # modules of diffusers' ControlNets that have a UNet's blocks
 
 
 def host_of(model: Any) -> TransformerHost | None:
@@ -50,7 +57,10 @@ def host_of(model: Any) -> TransformerHost | None:
         return TransformerHost(_family(FAMILIES[kind.__name__]))
     if "nunchaku" in kind.__module__.lower() or kind.__name__.startswith("Nunchaku"):
         raise TypeError(_refusal(kind, "its own kernels project, normalize and rotate in one, where nothing can merge"))
-    if not from_diffusers or not (kind.__name__ in REASONS or ".transformers." in kind.__module__):
+    package, _, module = kind.__module__.rpartition(".")
+    if from_diffusers and package.endswith(".controlnets") and module not in _OF_UNETS:
+        raise TypeError(_refusal(kind, CONTROLNET))
+    if not from_diffusers or not package.endswith(".transformers"):
         return None
     raise TypeError(_refusal(kind, REASONS.get(kind.__name__, "where its tokens lie is not known")))
 

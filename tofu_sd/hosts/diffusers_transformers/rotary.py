@@ -1,7 +1,7 @@
 """Attention with rotary positions. Queries, keys and values are merged after projection, norm and rotation.
 
-The text comes first, then the image, then reference images, which are not merged. Double blocks get text and image
-apart, single blocks as one sequence.
+The text comes first, then the image, then reference images, which are not merged; in Z-Image the text comes after the
+image. Double blocks get text and image apart, single blocks as one sequence.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...patching.host import ATTRIBUTE, MapCall
 from .interception import MergedCall, call_mask, check_called
 from .position_ids import read_layout
 from .processors import check_processor
-from .sequence import image_span
+from .sequence import TextPlace, image_span
 
 TEXT_TOKENS = 512  # of T5 in Flux.1 and Chroma, and of the language models of Flux.2
 NATIVE = 64  # side of the map at 1024 px
@@ -36,6 +36,7 @@ def run_rotary(
     *,
     processors: tuple[str, ...],
     takes_mask: bool = False,
+    joined: TextPlace = "before",
 ) -> Any:
     """Runs the attention of a block, on merged image tokens where there is a map.
 
@@ -47,13 +48,14 @@ def run_rotary(
         attend: runs the host's attention with a mask.
         processors: names of the processors that work.
         takes_mask: whether the family's masks treat all image tokens alike, as the model's hook has checked.
+        joined: where the text is in the whole sequence.
 
     Raises:
         ValueError: a mask of the caller.
         RuntimeError: a processor or a sequence that does not work.
     """
     state: BlockState | None = getattr(attention, ATTRIBUTE, None)
-    span = None if state is None else image_span(state, hidden_states.shape[1], joined=text is None)
+    span = None if state is None else image_span(state, hidden_states.shape[1], joined if text is None else "apart")
     if state is None or span is None:
         return attend(mask)
     image = hidden_states[:, slice(*span)]
@@ -89,9 +91,9 @@ def probe_single(attention: nn.Module, x: Tensor) -> Any:
     return attention(torch.cat([_text_of(x), x], dim=1))
 
 
-def map_of_ids(latent: Tensor, ids: Tensor) -> MapCall:
-    """Returns the map of tokens [B, M, C] with these position ids."""
-    h, w, after = read_layout(ids, NATIVE)
+def map_of_ids(model: nn.Module, latent: Tensor, ids: Tensor) -> MapCall:
+    """Returns the map of a model's tokens [B, M, C] with these position ids."""
+    h, w, after = read_layout(ids, NATIVE, model)
     if latent.shape[1] != h * w + after:
         raise ValueError(
             f"img_ids has positions for {h} x {w} tokens and {after} of reference images, and there are "

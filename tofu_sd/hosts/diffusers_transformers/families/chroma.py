@@ -13,6 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ....kernels.operators import is_compiling
 from ....patching.host import Argument, ArgumentNames, MapCall
 from ..family import Family
+from ..position_ids import version_of
 from ..rotary import REFUSED, TEXT_TOKENS, map_of_ids
 from .flux import PROCESSORS, MergedFluxAttention, kinds
 
@@ -31,24 +32,24 @@ _HIDES_IMAGE = (
     "attention_mask hides image tokens of Chroma's attention, which merging moves: hide only text, or call "
     "tofu_sd.remove_patch"
 )
-_checked: Any = WeakIdKeyDictionary()  # masks that were read; reading synchronizes a device
+_checked: Any = WeakIdKeyDictionary()  # of each mask that was read: (its version, text tokens). Reading synchronizes
 
 
 def _check_mask(mask: Tensor, text: int) -> None:
     """Raises ValueError where a mask [B, S] of text and image hides an image token."""
     if is_compiling():
         torch._assert_async(mask[:, text:].bool().all(), _HIDES_IMAGE)
-    elif mask not in _checked:
+    elif _checked.get(mask) != (version_of(mask), text):
         if not mask[:, text:].bool().all():
             raise ValueError(_HIDES_IMAGE)
-        _checked[mask] = True
+        _checked[mask] = version_of(mask), text
 
 
 def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall:
     mask = _MASK.get(args, kwargs)
     if mask is not None:
         _check_mask(mask, _TEXT.get(args, kwargs).shape[1])
-    return map_of_ids(_LATENT.get(args, kwargs), _IDS.get(args, kwargs))
+    return map_of_ids(module, _LATENT.get(args, kwargs), _IDS.get(args, kwargs))
 
 
 FAMILY = Family(
@@ -61,7 +62,7 @@ FAMILY = Family(
         keys="",
         read_map=_read_map,
     ),
-    processors=PROCESSORS[:1],
+    processors=PROCESSORS,
     text_tokens=TEXT_TOKENS,
     timestep_scale=0.001,
     patch=2,

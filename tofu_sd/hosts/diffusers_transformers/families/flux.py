@@ -76,7 +76,7 @@ _IDS = Argument(4, ("img_ids",))
 
 
 def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall:
-    return map_of_ids(_LATENT.get(args, kwargs), _IDS.get(args, kwargs))
+    return map_of_ids(module, _LATENT.get(args, kwargs), _IDS.get(args, kwargs))
 
 
 FAMILY = Family(

@@ -59,10 +59,16 @@ class MergedFlux2ParallelAttention(Flux2ParallelSelfAttention):  # type: ignore[
 
 _LATENT = Argument(0, ("hidden_states",))
 _IDS = Argument(3, ("img_ids",))
+_KV_MODE = Argument(9, ("kv_cache_mode",))
 
 
 def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall:
-    return map_of_ids(_LATENT.get(args, kwargs), _IDS.get(args, kwargs))
+    if _KV_MODE.get(args, kwargs) is not None:
+        raise ValueError(
+            f"kv_cache_mode is {_KV_MODE.get(args, kwargs)!r}: reference images come first in it, and attention runs "
+            "over parts of the sequence, which merging changes; leave it off, or call tofu_sd.remove_patch"
+        )
+    return map_of_ids(module, _LATENT.get(args, kwargs), _IDS.get(args, kwargs))
 
 
 FAMILY = Family(
