@@ -21,6 +21,7 @@ from diffusers import (
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImageTransformer2DModel,
 )
 from torch import Tensor
 
@@ -42,7 +43,24 @@ class Tiny:
     def predict(self, model: Any, h: int = 8, w: int = 8, batch: int = 2, seed: int = 0, **call: Any) -> Tensor:
         """One prediction of the model: all its image tokens."""
         with torch.no_grad():
-            return model(**{**self.inputs(h, w, batch, seed), **call}).sample
+            return self.run(model, h, w, batch, seed, **call)
+
+    def run(self, model: Any, h: int = 8, w: int = 8, batch: int = 2, seed: int = 0, **call: Any) -> Tensor:
+        """The same with gradients."""
+        sample = model(**{**self.inputs(h, w, batch, seed), **call}).sample
+        return torch.stack(sample) if isinstance(sample, list) else sample
+
+
+def processors(model: Any) -> dict[str, Any]:
+    """The attention processors of a model, by name. Z-Image has no `attn_processors`."""
+    return {name: module.processor for name, module in model.named_modules() if hasattr(module, "processor")}
+
+
+def set_processors(model: Any, processors: Any) -> None:
+    """Sets one processor, or those of each attention by name."""
+    for name, module in model.named_modules():
+        if hasattr(module, "processor"):
+            module.set_processor(processors[name] if isinstance(processors, dict) else processors)
 
 
 def sd3(seed: int = 0, **options: Any) -> SD3Transformer2DModel:
@@ -170,11 +188,34 @@ def qwen_image_inputs(h: int = 8, w: int = 8, batch: int = 2, seed: int = 0) -> 
     }
 
 
+def z_image(seed: int = 0, **options: Any) -> ZImageTransformer2DModel:
+    """Z-Image: 3 layers after its refiners, one of each kind."""
+    shape: dict[str, Any] = {
+        "in_channels": 4, "dim": 32, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+        "cap_feat_dim": 32, "axes_dims": [4, 6, 6], "axes_lens": [128, 64, 64],
+    }  # fmt: skip
+    return tiny.lively(ZImageTransformer2DModel(**{**shape, **options}), seed)
+
+
+LONG_TEXT = 40  # tokens of every second prompt of Z-Image, which are padded to 64 where those of others are to 32
+
+
+def z_image_inputs(h: int = 8, w: int = 8, batch: int = 2, seed: int = 0) -> dict[str, Any]:
+    """Its samples are lists. Prompts of two lengths make a mask, which hides the end of the shorter sequences."""
+    texts = [tiny.noise(LONG_TEXT if i % 2 else TEXT, 32, seed=seed + 1 + i) for i in range(batch)]
+    return {
+        "x": list(tiny.noise(batch, 4, 1, 2 * h, 2 * w, seed=seed)),
+        "t": torch.full((batch,), 0.5),
+        "cap_feats": texts,
+    }
+
+
 JOINT = {
     "sd3": Tiny(sd3, sd3_inputs),
     "sd3.5": Tiny(sd35, sd3_inputs),
     **ROTARY,
     "qwen-image": Tiny(qwen_image, qwen_image_inputs),
+    "z-image": Tiny(z_image, z_image_inputs),
 }
 """Models in which text and image share one attention."""
 

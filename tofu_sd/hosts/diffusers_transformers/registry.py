@@ -19,6 +19,7 @@ FAMILIES = {
     "ChromaTransformer2DModel": "chroma",
     "Flux2Transformer2DModel": "flux2",
     "QwenImageTransformer2DModel": "qwen_image",
+    "ZImageTransformer2DModel": "z_image",
 }
 """Class of diffusers, and the module of `families` that describes it."""
 
