@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImagePipeline
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageImg2ImgPipeline,
+    QwenImageInpaintPipeline,
+    QwenImagePipeline,
+)
 from sdpa_calls import SDPACalls
 from tiny_transformers import JOINT, TEXT, images, qwen_image
 from torch import Tensor
@@ -94,6 +100,13 @@ def test_shapes_that_are_no_common_grid_are_refused(shapes: Any) -> None:
         QWEN.predict(model, img_shapes=shapes)
 
 
+def test_several_layers_of_an_image_are_refused() -> None:
+    """All of them are generated. Only the first would be merged, and the others be taken for reference images."""
+    model = tofu_sd.apply_patch(qwen_image(use_layer3d_rope=True), 0.5)
+    with pytest.raises(ValueError, match="Qwen-Image-Layered generates several layers of an image at once"):
+        QWEN.predict(model, img_shapes=[[(1, 4, 8), (1, 4, 8)]] * 2)
+
+
 def test_controlnet_residuals_are_added_to_all_tokens() -> None:
     model = qwen_image()
     residuals = {"controlnet_block_samples": [tiny.noise(2, 64, 32, seed=1)]}
@@ -113,16 +126,38 @@ def _images(pipe: Any, **call: Any) -> Tensor:
     return images(pipe, **{**texts, **call})
 
 
-@pytest.mark.parametrize(
-    "call", [{}, {"true_cfg_scale": 1.0}, {"height": 96, "width": 160}, {"num_images_per_prompt": 2}], ids=str
-)
-def test_pipeline_merges_and_undoes(call: dict[str, Any]) -> None:
-    shape = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+IMAGE = torch.linspace(0, 1, 3 * 128 * 128).view(1, 3, 128, 128)
+MASK = (torch.arange(128) > 64).float().expand(1, 1, 128, 128)
+PIPELINES: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "text-to-image": (QwenImagePipeline, {}),
+    "without guidance": (QwenImagePipeline, {"true_cfg_scale": 1.0}),
+    "not square": (QwenImagePipeline, {"height": 96, "width": 160}),
+    "several images": (QwenImagePipeline, {"num_images_per_prompt": 2}),
+    "img2img": (QwenImageImg2ImgPipeline, {"image": IMAGE, "strength": 0.9}),
+    "inpaint": (QwenImageInpaintPipeline, {"image": IMAGE, "mask_image": MASK, "strength": 0.9}),
+}
+
+
+def _pipe(cls: type[Any] = QwenImagePipeline) -> Any:
+    shape: dict[str, Any] = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
     vae = tiny.lively(AutoencoderKLQwenImage(**shape, latents_mean=[0.0] * 4, latents_std=[1.0] * 4), 2)
     parts = {"vae": vae, "scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": qwen_image()}
-    pipe = tiny.quiet(QwenImagePipeline(**parts, text_encoder=None, tokenizer=None))
+    return tiny.quiet(cls(**parts, text_encoder=None, tokenizer=None))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pipelines_merge_and_undo(name: str) -> None:
+    cls, call = PIPELINES[name]
+    pipe = _pipe(cls)
     plain = _images(pipe, **call)
     merged = _images(tofu_sd.apply_patch(pipe, 0.5), **call)
     assert not torch.allclose(merged, plain, atol=1e-3)
     assert torch.equal(_images(pipe, **call), merged)
     assert torch.equal(_images(tofu_sd.remove_patch(pipe), **call), plain)
+
+
+def test_maps_are_kept_over_steps_of_one_image() -> None:
+    pipe = tofu_sd.apply_patch(_pipe(), 0.5, match_interval=3)
+    _images(pipe, num_inference_steps=6)
+    counts = tofu_sd.summary(pipe).rows[0].counts
+    assert (counts.merged, counts.maps) == (12, 4)  # guidance is a second call of each step

@@ -56,6 +56,11 @@ _SHAPES = Argument(4, ("img_shapes",))
 
 
 def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall:
+    if module.config.use_layer3d_rope:
+        raise ValueError(
+            "Qwen-Image-Layered generates several layers of an image at once, and tokens are merged in one image: call "
+            "tofu_sd.remove_patch"
+        )
     latent: Tensor = _LATENT.get(args, kwargs)
     shapes = [[each] if isinstance(each[0], int) else list(each) for each in _SHAPES.get(args, kwargs)]
     (frames, h, w), *others = shapes[0]
