@@ -165,7 +165,7 @@ def test_page_has_short_lines_and_plain_words(page):
 
 PROGRAMS = (
     "eval.run", "eval.sweep", "eval.bench", "eval.compare", "eval.report", "eval.prompts", "eval.validate",
-    "eval.speed.stand_in", "research.classifiers.classify", "research.classifiers.train",
+    "eval.support", "eval.speed.stand_in", "research.classifiers.classify", "research.classifiers.train",
     "research.adaptivision.ablations",
 )  # fmt: skip
 OTHER_OPTIONS = {"--num_processes", "--no-deps"}  # of accelerate and pip

@@ -28,6 +28,7 @@ PROGRAMS = (
     "eval.report",
     "eval.bench",
     "eval.validate",
+    "eval.support",
     "research.classifiers.classify",
     "research.adaptivision.ablations",
     "tofu_sd.linearity",

@@ -19,6 +19,7 @@ PROGRAMS = [
     "eval.bench",
     "eval.prompts",
     "eval.validate",
+    "eval.support",
     "eval.reporting.pages",
     "eval.speed.stand_in",
     "research.classifiers.classify",

@@ -18,7 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPTextConfig,
@@ -29,6 +29,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from eval.families.random_weights import lively, noise
+
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SD15 = {
     "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -38,20 +40,6 @@ SD15 = {
     "cross_attention_dim": 16,
     "attention_head_dim": 2,
 }
-
-
-def lively(model: nn.Module, seed: int) -> Any:
-    """The model with random weights of `seed`, large enough that every layer shows in its output; in eval mode.
-
-    Fresh layers mix tokens so weakly that a broken attention would hide below a tolerance.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            values = torch.randn(parameter.shape, generator=generator)
-            wide = parameter.ndim > 1
-            parameter.copy_(values * (1.2 / parameter[0].numel() ** 0.5) if wide else parameter.round() + 0.1 * values)
-    return model.eval()
 
 
 def sd15_unet(sample_size: int = 16, seed: int = 0, **options: Any) -> UNet2DConditionModel:
@@ -212,10 +200,6 @@ def images(pipe: Any, seed: int = 0, **call: Any) -> Tensor:
     usual = {"prompt": "a red fox", "num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "latent"}
     with torch.no_grad():
         return pipe(**{**usual, **call}, generator=torch.Generator().manual_seed(seed))[0]
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def inputs(unet: Any, h: int = 16, w: int = 16, batch: int = 2, t: float = 500, seed: int = 0) -> dict[str, Any]:
