@@ -16,16 +16,19 @@ from .common.devices import add_device, add_dtype
 from .common.files import check_place, to_json, write_results
 from .methods.method import BASELINE
 from .methods.registry import BASELINE_ALIAS
-from .speed.benchmark import DEFAULT_METHODS, DEFAULT_SCOPES, bench
+from .speed.benchmark import DEFAULT_METHODS, DEFAULT_SCOPES, TRANSFORMER_DEFAULTS, bench
 from .speed.contender import BACKENDS, MODES, SCOPES
 from .speed.model_shapes import CASES
 from .speed.tables import markdown, part, quality, read, terminal
+from .speed.transformer_shapes import CASES as TRANSFORMERS
 
 EXAMPLES = """examples:
   python -m eval.bench --quick
       the attention of Stable Diffusion 1.5 at 512 px, with and without merging
   python -m eval.bench --case sd15-1024 --method tomesd,tofu,faithful --compile no,default --out bench.json
       also a UNet step of larger images, compiled and not
+  python -m eval.bench --case sd3-medium-1024,flux1-2048 --batch 1
+      one block of each kind of diffusion transformers, and the ceilings of a step
   python -m eval.bench --table bench.json --scope unet
       a part of the results, for a page
 """
@@ -40,10 +43,17 @@ def parser() -> Parser:
         formatter_class=Help,
         allow_abbrev=False,
     )
-    p.add_argument("--case", default="sd15-512", metavar="A,B", help=", ".join(CASES))
-    p.add_argument("--scope", metavar="A,B", help=f"{', '.join(SCOPES)} (default: {DEFAULT_SCOPES})")
+    p.add_argument("--case", default="sd15-512", metavar="A,B", help=", ".join([*CASES, *TRANSFORMERS]))
+    scope, methods = TRANSFORMER_DEFAULTS
     p.add_argument(
-        "--method", metavar="A,B", help=f"as in eval.run; baseline and ideal always run (default: {DEFAULT_METHODS})"
+        "--scope",
+        metavar="A,B",
+        help=f"{', '.join(SCOPES)} (default: {DEFAULT_SCOPES}; {scope} of transformers, which have no scope attention)",
+    )
+    p.add_argument(
+        "--method",
+        metavar="A,B",
+        help=f"as in eval.run; baseline and ideal always run (default: {DEFAULT_METHODS}; of transformers {methods})",
     )
     p.add_argument("--ratio", type=float, default=0.5, help="proportion of tokens merged")
     p.add_argument("--batch", type=integer_from(1), default=2, help="samples of a step: two for an image with guidance")

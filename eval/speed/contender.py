@@ -7,8 +7,8 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,17 +20,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from tofu_sd.timing import synchronize
 
-from ..methods.attention import top_attentions
 from ..methods.method import BASELINE, Method
 from ..methods.schedule import timesteps
-from . import model_shapes
+from . import model_shapes, transformer_shapes
 from .model_shapes import Call, Case
+from .transformer_shapes import TransformerCase
 
 SCOPES = {
     "attention": "self-attention of the highest resolution",
     "block": "transformers of the highest resolution",
     "unet": "UNet step",
 }
+OF_TRANSFORMERS = {"block": "one block of each kind", "unet": "a step"}  # where a scope means something else
 BACKENDS: dict[str, Callable[[], AbstractContextManager[None]]] = {
     "default": nullcontext,
     "flash": lambda: sdpa_kernel(SDPBackend.FLASH_ATTENTION),
@@ -74,15 +75,22 @@ def unsuitable_reason(method: Method, scope: str) -> str:
 class Setup:
     """What the rows of one comparison have in common: a model and its input."""
 
-    case: Case
+    case: Case | TransformerCase
     scope: str
     backend: str
     ratio: float
     batch: int
     dtype: torch.dtype
 
+    @property
+    def what(self) -> str:
+        """The part of the model, for people."""
+        return what(self.scope, isinstance(self.case, TransformerCase))
+
     def build(self, device: torch.device) -> tuple[Any, Call]:
         """The model and the arguments of a call."""
+        if isinstance(self.case, TransformerCase):
+            return transformer_shapes.build(self.case, self.batch, device, self.dtype, whole=self.scope == "unet")
         if self.scope == "unet":
             model, call = model_shapes.unet(self.case, self.batch, device, self.dtype)
         else:
@@ -99,8 +107,10 @@ class Setup:
     def describe(self, device: torch.device) -> dict[str, Any]:
         """The entries of a row that describe the setup."""
         dtype = str(self.dtype).removeprefix("torch.")
+        ceilings = self.case.ceilings(self.ratio) if isinstance(self.case, TransformerCase) else None
         return {"case": self.case.name, "scope": self.scope, "ratio": self.ratio, "batch": self.batch,
-                "device": device.type, "dtype": dtype, "backend": self.backend}  # fmt: skip
+                "device": device.type, "dtype": dtype, "backend": self.backend,
+                **({"ceilings": ceilings} if ceilings else {})}  # fmt: skip
 
 
 @dataclass
@@ -223,36 +233,17 @@ def launched_kernels(run: Callable[[], Any], device: torch.device) -> int | None
     return sum(e.device_type() == torch.profiler.DeviceType.CUDA for e in recorded.profiler.kineto_results.events())
 
 
-@contextmanager
-def ideal(model: Any, ratio: float, latent: int) -> Iterator[None]:
-    """Inside, the attention that would be merged runs on the first tokens, as many as merging leaves."""
-    for attention, tokens in top_attentions(model, ratio, (latent, latent)):
-        attention.__class__, attention.tokens = IdealAttention, tokens
-    yield
-
-
-class IdealAttention(Attention):  # type: ignore[misc]
-    """Self-attention on the first tokens only. A constant of full size replaces its result.
-
-    So the residual after it costs as much as in the baseline. A compiler would remove attention whose result is unused;
-    when compiled, its first token stands for all of them.
-    """
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        short = super().forward(hidden_states[:, : self.tokens], *args, **kwargs)
-        if torch.compiler.is_compiling():
-            return short[:, :1].expand_as(hidden_states)
-        if getattr(self, "result", None) is None:
-            self.result = torch.zeros(hidden_states.shape, dtype=short.dtype, device=short.device)
-        return self.result
+def what(scope: str, transformer: bool) -> str:
+    """The part of a model that a scope is, for people."""
+    return OF_TRANSFORMERS[scope] if transformer else SCOPES[scope]
 
 
 def _setups(found: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     """(title, rows) of each comparison, in the order of the results."""
     titled: dict[str, list[dict[str, Any]]] = {}
     for row in found["rows"]:
-        what = SCOPES[row["scope"]]
+        part = what(row["scope"], "ceilings" in row)
         compiled = f", torch.compile {row['mode']}" if row["compiled"] else ""
         backend = "" if row["backend"] == "default" else f", {row['backend']} attention"
-        titled.setdefault(f"{row['case']}, {what}, batch {row['batch']}{compiled}{backend}", []).append(row)
+        titled.setdefault(f"{row['case']}, {part}, batch {row['batch']}{compiled}{backend}", []).append(row)
     return list(titled.items())

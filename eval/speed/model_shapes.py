@@ -83,9 +83,9 @@ def unet(case: Case, batch: int, device: torch.device, dtype: torch.dtype) -> tu
         model = UNet2DConditionModel(sample_size=case.latent, **case.shape)
     call = _call(case, batch, 4, case.latent, device, dtype)
     if "addition_embed_type" in case.shape:
-        extra = {"text_embeds": _randn(device, dtype, batch, 1280), "time_ids": torch.ones(batch, 6, device=device)}
+        extra = {"text_embeds": randn(device, dtype, batch, 1280), "time_ids": torch.ones(batch, 6, device=device)}
         call.more["added_cond_kwargs"] = extra
-    return _filled(model, device, dtype), call
+    return filled(model, device, dtype), call
 
 
 def top_level(
@@ -94,7 +94,7 @@ def top_level(
     """A TopLevel and the arguments of one pass through it."""
     with torch.device("meta"):
         model = TopLevel(case, only_attention)
-    return _filled(model, device, dtype), _call(
+    return filled(model, device, dtype), _call(
         case, batch, model.channels, case.latent // model.downsample, device, dtype
     )
 
@@ -152,7 +152,7 @@ def shared_weights_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, shared)
 
 
-def _filled(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def filled(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """A model from the meta device with weights that neither vanish nor blow up."""
     model = nn.Module.to(model, dtype).to_empty(device=device).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(0)
@@ -161,6 +161,8 @@ def _filled(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
             weight.normal_(std=weight[0].numel() ** -0.5, generator=generator)
         else:
             weight.fill_(name.endswith("weight"))
+    for buffer in model.buffers():  # embeddings of positions
+        buffer.zero_()
     return model
 
 
@@ -168,10 +170,10 @@ def _call(case: Case, batch: int, channels: int, side: int, device: torch.device
     # guidance repeats the latents for the negative and the positive prompt, on which `share_across_cfg` relies
     repeats = 2 if batch % 2 == 0 else 1
     return Call(
-        _randn(device, dtype, batch // repeats, channels, side, side).repeat(repeats, 1, 1, 1),
-        {"encoder_hidden_states": _randn(device, dtype, batch, TOKENS, case.shape["cross_attention_dim"])},
+        randn(device, dtype, batch // repeats, channels, side, side).repeat(repeats, 1, 1, 1),
+        {"encoder_hidden_states": randn(device, dtype, batch, TOKENS, case.shape["cross_attention_dim"])},
     )
 
 
-def _randn(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+def randn(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.randn(*shape, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(1))

@@ -81,6 +81,8 @@ def markdown(found: dict[str, Any], figures: dict[str, dict[str, str]]) -> str:
                 cells = [cell(row) for cell in columns.values()] + costs
             cells_of_rows.append([row["method"], *cells])
         lines += [f"**{title}**", "", *markdown_table(["method", *columns, *metrics], cells_of_rows), ""]
+        if "ceilings" in rows[0]:
+            lines += [ceilings(rows, found["settings"]["ratio"]), ""]
     record = found["provenance"].get("record")
     lines += [run_header(found)]
     if metrics:
@@ -101,8 +103,16 @@ def terminal(found: dict[str, Any], console: Console) -> None:
             for row in rows
         ]
         terminal_rows(title, ["method", *columns], lines, [], console)
+        if "ceilings" in rows[0]:
+            console.print(ceilings(rows, found["settings"]["ratio"]), highlight=False, markup=False)
     console.print(run_header(found), style="dim", highlight=False, markup=False)
     console.print(HOW_TO_READ, highlight=False, markup=False)
+
+
+def ceilings(rows: Sequence[dict[str, Any]], ratio: float) -> str:
+    """The most that merging can speed up a step of the whole transformer, by FLOPs."""
+    forms = ", ".join(f"{form} {value:.2f}×" for form, value in rows[0]["ceilings"].items())
+    return f"Ceilings of a step of the whole model at ratio {ratio:g}, by FLOPs: {forms}."
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], str]]:

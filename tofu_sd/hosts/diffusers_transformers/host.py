@@ -16,7 +16,7 @@ from .._norm import check_forward
 from ..diffusers_unet import check_processors
 from ..unwrapping import unwrapped
 from .family import BlockKind, Family
-from .flops import attention_share
+from .flops import attention_share, ceilings
 from .processors import check_processor
 
 
@@ -119,8 +119,13 @@ class TransformerHost:
 
     def attention_share(self, model: nn.Module, blocks: list[BlockInfo], latent: tuple[int, int]) -> float:
         """Returns the share of a step's FLOPs that self-attention takes."""
-        kinds = [self._kind(block) for block in blocks]
-        return attention_share(model, list(zip(blocks, kinds, strict=True)), latent, self.family.text_tokens)
+        pairs = [(block, self._kind(block)) for block in blocks]
+        return attention_share(model, pairs, latent, self.family.text_tokens)
+
+    def ceilings(self, model: nn.Module, latent: tuple[int, int], ratio: float) -> dict[str, float]:
+        """Returns the most that merging can speed up a step, by FLOPs, for each form of merging."""
+        pairs = [(block, self._kind(block)) for block in self.find_blocks(model)]
+        return ceilings(model, pairs, latent, self.family.text_tokens, ratio)
 
 
 def _has(block: nn.Module, place: str) -> bool:
