@@ -13,6 +13,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import tiny
+import tiny_pipelines
 
 import tofu_sd
 from eval import EvalError
@@ -65,12 +66,34 @@ def tiny_models(monkeypatch):
     monkeypatch.setattr(diffusers.UNet2DConditionModel, "compile_repeated_blocks", lambda unet, fullgraph: None)
 
 
+@pytest.fixture
+def tiny_transformer_pipes(monkeypatch):
+    """The same for diffusion transformers. Their texts are noise, as most of their tokenizers are megabytes."""
+    for kind, (make, texts) in tiny_pipelines.PIPELINES.items():
+        monkeypatch.setattr(kind, "from_pretrained", lambda name, torch_dtype=None, make=make: make())
+        if texts is not None:
+            monkeypatch.setattr(kind, "encode_prompt", lambda *_, texts=texts, **__: texts)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "to", lambda pipe, *where, **how: pipe)
+
+
 @pytest.mark.parametrize("number", range(len(code_blocks("python", DIFFUSERS))))
 def test_diffusers_page_python_runs(tiny_models, number, tmp_path):
     code = code_blocks("python", DIFFUSERS)[number]
     assert "num_inference_steps=20" in code
     names = run_code(code.replace("num_inference_steps=20", "num_inference_steps=2").replace("512", "64"), tmp_path)
     assert names["image"].size[0] >= 64
+
+
+TRANSFORMERS = (ROOT / "docs" / "tables" / "transformers.md").read_text()
+
+
+@pytest.mark.parametrize("number", range(len(code_blocks("python", TRANSFORMERS))))
+def test_transformers_page_python_runs(tiny_transformer_pipes, number, tmp_path):
+    code = code_blocks("python", TRANSFORMERS)[number]
+    assert "num_inference_steps=20" in code
+    names = run_code(code.replace("num_inference_steps=20", "num_inference_steps=2").replace("1024", "128"), tmp_path)
+    assert names["image"].size == (128, 128)
+    names["tofu_sd"].remove_patch(names["pipe"])  # raises for a pipeline that has no transformer
 
 
 def test_classifiers_page_python_runs_unchanged(tmp_path):
@@ -84,7 +107,7 @@ def test_diffusers_page_quotes_messages_of_the_package():
     """Users who search for a message find it on the page, so it must match the source."""
     messages = re.findall(r"^\| (.*?) \|", DIFFUSERS.split("| message begins |")[1], flags=re.MULTILINE)
     source = "".join(path.read_text() for path in (ROOT / "tofu_sd").rglob("*.py"))
-    assert len(messages) == 4
+    assert len(messages) == 5
     for message in messages:
         words = [word for word in message.strip("`").replace("…", "").split() if not word[0].isdigit()]
         assert all(word in source for word in words), message

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
+from tiny_pipelines import without_encoder
 from tiny_transformers import MODELS, TEXT, pixart
 from torch import Tensor
 
@@ -17,9 +18,7 @@ PIXART = MODELS["pixart"]
 
 
 def _pipe(cls: type[Any] = PixArtSigmaPipeline) -> Any:
-    """A pipeline without a text encoder: calls give embeddings, as T5 has no tiny tokenizer."""
-    parts = {"tokenizer": None, "text_encoder": None, "vae": tiny.vae(), "transformer": pixart()}
-    return tiny.quiet(cls(**parts, scheduler=DPMSolverMultistepScheduler()))
+    return without_encoder(cls, tiny.vae(), pixart(), DPMSolverMultistepScheduler())
 
 
 def _images(pipe: Any, seed: int = 0, **call: Any) -> Tensor:

@@ -7,14 +7,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from diffusers import (
-    AutoencoderKLQwenImage,
-    FlowMatchEulerDiscreteScheduler,
-    QwenImageImg2ImgPipeline,
-    QwenImageInpaintPipeline,
-    QwenImagePipeline,
-)
+from diffusers import QwenImageImg2ImgPipeline, QwenImageInpaintPipeline, QwenImagePipeline
 from sdpa_calls import SDPACalls
+from tiny_pipelines import qwen_vae, without_encoder
 from tiny_transformers import JOINT, TEXT, images, qwen_image
 from torch import Tensor
 
@@ -139,10 +134,7 @@ PIPELINES: dict[str, tuple[type[Any], dict[str, Any]]] = {
 
 
 def _pipe(cls: type[Any] = QwenImagePipeline) -> Any:
-    shape: dict[str, Any] = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-    vae = tiny.lively(AutoencoderKLQwenImage(**shape, latents_mean=[0.0] * 4, latents_std=[1.0] * 4), 2)
-    parts = {"vae": vae, "scheduler": FlowMatchEulerDiscreteScheduler(), "transformer": qwen_image()}
-    return tiny.quiet(cls(**parts, text_encoder=None, tokenizer=None))
+    return without_encoder(cls, qwen_vae(), qwen_image())
 
 
 @pytest.mark.parametrize("name", PIPELINES)
