@@ -18,12 +18,21 @@ ATTENTION = (
     "tomesd,tofu,tofu-fast,faithful,asymmetric,asymmetric@matching=pairs@ratio=0.25,asymmetric@matching=pairs,"
     "kv:tome+p,kv:tome+p@matching=pairs@ratio=0.25,kv:tome@matching=pairs,kv:tome@matching=cells@ratio=0.75"
 )
+# the order in which they are wanted, as a minute may not suffice for all
+TRANSFORMERS = (
+    "sd3-medium-1024,flux1-1024,sd3-medium-2048,flux1-2048,sd3.5-medium-2048,qwen-image-2048,z-image-2048,"
+    "pixart-sigma-2048,sd3.5-large-2048,sd3.5-medium-1024,qwen-image-1024,z-image-1024,pixart-sigma-1024,"
+    "sd3.5-large-1024"
+)
+BLOCK = "tofu+p,tome+p@window=8,kv:tome+p@matching=cells@ratio=0.75,tome+p@matching=pairs"
 STEP = "tofu,asymmetric,asymmetric@matching=pairs,deepcache,deepcache:asymmetric"
 GRAPHS = "tofu,tofu-fast,faithful,asymmetric,asymmetric@matching=pairs"
 RUNS = {  # what is asked for in each, and after how many minutes nothing new is begun: seven in all
     "bench-cuda-attention.json": ["--scope", "attention", "--case", CASES, "--method", ATTENTION, "--minutes", "2"],
     "bench-cuda-batch.json": ["--scope", "attention", "--case", CASES, "--batch", "16", "--method", ATTENTION,
-                              "--minutes", "2"],
+                              "--minutes", "1"],
+    "bench-cuda-transformers.json": ["--scope", "block", "--case", TRANSFORMERS, "--batch", "1", "--method", BLOCK,
+                                     "--minutes", "1"],
     "bench-cuda-graphs.json": ["--scope", "attention", "--case", "sd15-512,sdxl-1024", "--compile", "reduce-overhead",
                                "--method", GRAPHS, "--minutes", "1"],
     "bench-cuda.json": ["--scope", "unet", "--case", CASES, "--method", STEP, "--minutes", "1"],

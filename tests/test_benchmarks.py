@@ -12,6 +12,7 @@ from eval.bench import parser
 from eval.methods import registry
 from eval.speed.contender import MODES, SCOPES, unsuitable_reason
 from eval.speed.model_shapes import CASES
+from eval.speed.transformer_shapes import CASES as TRANSFORMERS
 
 ROOT = Path(__file__).parents[1]
 OTHER_PACKAGE = (["pip install tomesd"], ["pip install DeepCache"])
@@ -31,7 +32,7 @@ def test_every_run_has_known_cases_scopes_modes_and_methods(gpu: Any) -> None:
     minutes = 0
     for file, asked in gpu.RUNS.items():
         options = parser().parse_args([*asked, "--out", file])
-        assert set(options.case.split(",")) <= CASES.keys()
+        assert set(options.case.split(",")) <= {*CASES, *TRANSFORMERS}
         assert set(options.scope.split(",")) <= set(SCOPES)
         assert set(options.compile.split(",")) <= set(MODES)
         for method in registry.parse(options.method, [options.ratio]):  # two methods of one row are an error

@@ -33,8 +33,10 @@ STEPS = 3  # calls that a cache gets
 
 
 def lora(model: Any) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise Absent("peft is not installed") from error
     with torch.random.fork_rng():
         torch.manual_seed(5)
         targets = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -150,6 +150,28 @@ def test_unknown_processor_is_refused_before_and_after_the_patch(family: Tiny) -
 
 
 @joint_families
+@pytest.mark.parametrize("options", [{}, {"match_interval": 2}, {"share_across_blocks": True}], ids=str)
+def test_call_that_failed_leaves_nothing(family: Tiny, options: dict[str, Any]) -> None:
+    """A call that stops between two blocks has no effect on the next one, merged or not."""
+    model = family.make()
+    baseline = family.predict(model)
+    expected = family.predict(tofu_sd.apply_patch(family.make(), 0.5, **options))
+    tofu_sd.apply_patch(model, 0.5, **options)
+    blocks = host_of(model).find_blocks(model)
+    last = model.get_submodule(blocks[-1].name)
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    handle = last.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        family.predict(model, 6, 10, seed=4)
+    handle.remove()
+    assert torch.equal(family.predict(model), expected)
+    assert torch.equal(family.predict(tofu_sd.remove_patch(model)), baseline)
+
+
+@joint_families
 def test_replaced_kernel_is_refused(family: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries such as SageAttention put their own function in the place of torch's."""
 

@@ -2,7 +2,7 @@
 
 A pipeline gives lists with one latent and one text for each sample. Texts may differ in length: a mask then hides the
 end of the shorter sequences, and no image token. The refiners before the layers, which see the image or the text alone,
-run on all tokens: they are 2 + 2 blocks beside 30.
+run on all tokens: they are 2 + 2 blocks beside 30, and a ControlNet shares them, at sizes of its own.
 """
 
 from __future__ import annotations
