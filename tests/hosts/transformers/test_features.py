@@ -110,23 +110,20 @@ def test_pyramid_attention_broadcast_works_after_the_patch(family: Tiny) -> None
 
 
 @families
-def test_removed_cache_leaves_nothing_that_hides_merging(family: Tiny) -> None:
+@pytest.mark.parametrize("while_patched", [True, False])
+def test_removed_cache_leaves_nothing_that_hides_merging(family: Tiny, while_patched: bool) -> None:
     """Hooks of diffusers leave the class's own `forward` on a layer, which would hide that of another class."""
     model = family.make()
-    baseline = family.predict(model)
-    merged = family.predict(tofu_sd.apply_patch(model, 0.5))
-    for patched in (True, False):
-        attention = host_of(model).find_blocks(model)[0].layers["attn"]
-        registry = HookRegistry.check_if_exists_or_initialize(attention)
+    baseline, merged = family.predict(model), family.predict(tofu_sd.apply_patch(family.make(), 0.5))
+    if while_patched:
+        tofu_sd.apply_patch(model, 0.5)
+    for info in host_of(model).find_blocks(model):
+        registry = HookRegistry.check_if_exists_or_initialize(info.layers["attn"])
         registry.register_hook(ModelHook(), "mine")
         registry.remove_hook("mine")
-        assert "forward" in vars(attention)
-        if patched:
-            tofu_sd.remove_patch(model)
-        assert torch.equal(family.predict(model), baseline)
-        assert torch.equal(family.predict(tofu_sd.apply_patch(model, 0.5)), merged)
-        if patched:
-            tofu_sd.remove_patch(model)
+        assert "forward" in vars(info.layers["attn"])
+    assert torch.equal(family.predict(tofu_sd.remove_patch(model)), baseline)
+    assert torch.equal(family.predict(tofu_sd.apply_patch(model, 0.5)), merged)
     assert torch.equal(family.predict(tofu_sd.remove_patch(model)), baseline)
 
 
