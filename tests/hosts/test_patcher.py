@@ -14,7 +14,8 @@ from torch import nn
 import tofu_sd
 from tofu_sd import TokenFusionConfig, timing_cache
 from tofu_sd.hosts import ldm
-from tofu_sd.hosts.programs.attention_patches import SLOWER, map_size
+from tofu_sd.hosts.programs.base_patches import SLOWER
+from tofu_sd.hosts.programs.call_state import map_size
 from tofu_sd.hosts.programs.model_patcher import patch_model, patches_of
 from tofu_sd.patching import autotune
 from tofu_sd.timing_cache import Timing

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from comfy.ldm.modules import attention as comfy_attention
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
@@ -18,7 +19,8 @@ from ..core.token_map import TokenMap, draw_merge_map
 from ..utils import show_log
 from .ldm import Place
 from .programs.call_state import Options
-from .programs.model_patcher import patch_model, record_model_maps
+from .programs.model_patcher import patch_model, patch_transformer, record_model_maps
+from .programs.transformer_families import family_of
 from .programs.ui_options import CUSTOM, OPTIONS, PRESET, Option, apply_preset, config_of
 
 try:
@@ -50,15 +52,32 @@ def patch_with_preset(model: Any, preset: str = CUSTOM, **options: Any) -> Any:
         model: the program's model patcher.
         preset: name of a recipe, or "custom".
         options: values of OPTIONS by name.
+
+    Raises:
+        ValueError: a value is out of range, or the model is not supported. Names what is.
     """
     values, ignored = apply_preset(preset, options)
     if ignored:
         logger.warning(f"Token Fusion: {', '.join(ignored)} are ignored, as preset is {preset} and not {CUSTOM}")
-    config = config_of(values)
-    sampling = model.get_model_object("model_sampling")
-    clone, summary = patch_model(model, config, plain, sampling.percent_to_sigma)
+    family = family_of(model.model.diffusion_model)
+    percent_to_sigma = model.get_model_object("model_sampling").percent_to_sigma
+    if family is None:
+        clone, summary = patch_model(model, config_of(values), plain, percent_to_sigma)
+    else:
+        _check_override()
+        if preset != CUSTOM or "proportional" not in options:
+            values["proportional"] = True  # text tokens stand for one token each
+        clone, summary = patch_transformer(model, family, config_of(values), plain, percent_to_sigma)
     logger.info(summary.headline)
     return clone
+
+
+def _check_override() -> None:
+    """Raises ValueError where this ComfyUI's attention has no override."""
+    if not hasattr(comfy_attention, "wrap_attn"):
+        raise ValueError(
+            "diffusion transformers need a newer ComfyUI, with optimized_attention_override (0.3.64 has it)"
+        )
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, heads: int, options: Options) -> Tensor:
@@ -106,8 +125,8 @@ def show(
 
 ABOUT_FUSE = (
     "Makes self-attention cheaper without training: similar tokens are merged before it and unmerged after it (ToFu, "
-    "WACV 2024). The image changes a little. Works on SD 1.x, 2.x and SDXL. The middle block is never merged, and "
-    "blocks whose self-attention another node replaces or changes are skipped."
+    "WACV 2024). The image changes a little. Works on SD 1.x, 2.x, SDXL, SD3, Flux, Chroma and Qwen-Image. The middle "
+    "block of a UNet is never merged, and blocks whose self-attention another node replaces or changes are skipped."
 )
 ABOUT_SHOW = "Shows which tokens are merged, an image for each block: a colour for each group, gray for a token alone."
 

@@ -35,7 +35,7 @@ class Log:
     """Collects the warnings of Token Fusion."""
 
     def __enter__(self):
-        import tofu_sd.hosts.programs.attention_patches as patcher
+        import tofu_sd.hosts.programs.base_patches as patcher
 
         self.lines, self.logger, self.warning = [], patcher.logger, patcher.logger.warning
         self.logger.warning = self.lines.append

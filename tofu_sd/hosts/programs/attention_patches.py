@@ -5,38 +5,24 @@ Nothing of these programs is imported here.
 
 from __future__ import annotations
 
-import itertools
-import logging
-import math
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar, cast
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...config import TokenFusionConfig
 from ...core.proportional import proportional_attention
 from ...core.reductions import unmerge
-from ...core.token_map import TokenMap, has_equal_groups
-from ...patching.host import BlockInfo
+from ...core.token_map import has_equal_groups
 from ..ldm import Place
+from .base_patches import FEW, KEY, OUTSIDE, UNKNOWN, ModelPatches, graphs_of, percent_to_sigma_of, uncompiled
 from .call_state import CallState, Options, map_size, place_of
 
-logger = logging.getLogger("tofu_sd")
-KEY = "tofu_sd"  # in the options: the Call that `prepare` stores
 MAP = "tofu_sd_map"  # in the options: the map of the block that is running
-# why a block is not merged
-OUTSIDE = "the step lies outside start_percent..end_percent"
-SMALL = "the map has fewer tokens than min_tokens"
-SLOWER = "merging is not faster on this map"
-UNKNOWN = "the size of the map is unknown"
-FEW = "no token is to be merged"
 CHANGED = "another node changes the tokens of its self-attention first (as HyperTile and TomePatchModel do)"
 REPLACED = "another node replaces its self-attention (as PAG, SEG and SAG do)"
 ALTERED = "another node replaces a `forward` in it (as reference ControlNets do)"
-WARNED = (CHANGED, REPLACED, ALTERED)  # reasons that are logged as a warning, once each
 
 
 class Call(NamedTuple):
@@ -53,56 +39,15 @@ class Call(NamedTuple):
     started: bool = False
 
 
-_numbers = itertools.count(1)
-Function = TypeVar("Function", bound=Callable[..., Any])
+class AttentionPatches(ModelPatches):
+    """The patches of a UNet. Proportional attention needs the program's own attention. See ModelPatches."""
 
+    warned = (CHANGED, REPLACED, ALTERED)
 
-def uncompiled(function: Function) -> Function:
-    """Makes compiled code call a function without tracing it. A decorator."""
-    return cast(Function, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
-
-
-class _CallStates(threading.local):
-    def __init__(self) -> None:
-        self.by_device: dict[torch.device, CallState] = {}
-
-
-class AttentionPatches:
-    """The functions that a patched model calls. All clones of the model share them.
-
-    They hold only settings. The state of a call is in its options or in a CallState, as programs with several devices
-    call them from several threads. Compiled code does not trace them, as the map depends on the step.
-
-    Args:
-        config: how tokens are merged.
-        blocks: the model's blocks, by place.
-        percent_to_sigma: the noise level at a share of the sampling, where the model does not provide it at run time.
-        plain: the program's own attention(q, k, v, heads, options); needed for proportional attention.
-        on_map: called with every map: (place, map, h, w).
-    """
-
-    def __init__(
-        self,
-        config: TokenFusionConfig,
-        blocks: Mapping[Place, BlockInfo],
-        percent_to_sigma: Callable[[float], float] | None = None,
-        plain: Callable[..., Tensor] | None = None,
-        on_map: Callable[[Place, TokenMap, int, int], None] | None = None,
-    ):
-        self.number = next(_numbers)
-        self.config = config
-        self.blocks = dict(blocks)
-        self.places = tuple(CallState(config, blocks).states)
-        self.percent_to_sigma = percent_to_sigma
-        self.call = Call(frozenset(), self._window(percent_to_sigma))  # where `prepare` does not run
-        self.plain = plain
-        self.on_map = on_map
-        self.reasons: set[str] = set()  # why blocks were not merged
-        self._call_states = _CallStates()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AttentionPatches:
-        """Returns itself: programs copy patches for every node, and must not copy the model with them."""
-        return self
+    @cached_property
+    def call(self) -> Call:
+        """What is known of a call where `prepare` does not run."""
+        return Call(frozenset(), self._window(self.percent_to_sigma))
 
     # --- before the blocks of a call --------------------------------------------------------------------------------
 
@@ -112,8 +57,7 @@ class AttentionPatches:
     ) -> Any:  # fmt: skip
         """ComfyUI's wrapper of a call of the model: runs it with options that `prepare` has changed."""
         options = dict(transformer_options or {})
-        sampling = getattr(getattr(execute, "class_obj", None), "model_sampling", None)
-        call = self.prepare(options, getattr(sampling, "percent_to_sigma", self.percent_to_sigma))
+        call = self.prepare(options, percent_to_sigma_of(execute, self.percent_to_sigma))
         self._call_state(x.device).start_call(options, call.sigmas, x)
         options[KEY] = call._replace(started=True)
         with graphs_of(self):
@@ -191,20 +135,9 @@ class AttentionPatches:
 
     # --- helpers of these -------------------------------------------------------------------------------------------
 
-    def _call_state(self, device: torch.device) -> CallState:
-        states = self._call_states.by_device
-        if device not in states:
-            states[device] = CallState(self.config, self.blocks)
-        return states[device]
-
     def _owns(self, patch: Any, without: bool = False) -> bool:
         """Whether a patch belongs to this object; `without` if there is no patch."""
         return without if patch is None else getattr(patch, "__self__", None) is self
-
-    def _window(self, percent_to_sigma: Callable[[float], float] | None) -> tuple[float, float]:
-        if percent_to_sigma is None or (self.config.start, self.config.end) == (0, 1):
-            return math.inf, -math.inf
-        return percent_to_sigma(self.config.start), percent_to_sigma(self.config.end)
 
     def _is_temporal(self, place: Place, q: Tensor, options: Options, state: CallState) -> bool:
         """Whether this is a block over time. In Stable Video Diffusion one follows each block, at the same place.
@@ -229,16 +162,10 @@ class AttentionPatches:
             return ALTERED
         if k.shape != q.shape or v.shape != q.shape:
             return CHANGED
-        if map_size(options, q.shape[1]) is None:
+        size = map_size(options, q.shape[1])
+        if size is None:
             return UNKNOWN if options.get("activations_shape") is None else CHANGED
-        return self._reason_of_rule(place, q, options, state)
-
-    def _reason_of_rule(self, place: Place, q: Tensor, options: Options, state: CallState) -> str | None:
-        """Returns why merging is not wanted on this map, or None."""
-        rule, size = state.rules[place], map_size(options, q.shape[1])
-        if size is None or rule.merges(q.shape[0], *size, q.device, q.dtype):
-            return None
-        return SLOWER if rule.measures else SMALL
+        return self._reason_of_rule(place, q, size, state)
 
     def _layers(self, place: Place) -> Iterator[Any]:
         """Yields the modules of a block that run between `before` and `after`."""
@@ -247,12 +174,6 @@ class AttentionPatches:
         yield block
         yield block.attn1
         yield from (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v, block.attn1.to_out)
-
-    def _skip(self, reason: str) -> None:
-        """Stores why a block is not merged, and warns once where another node is the reason."""
-        if reason in WARNED and reason not in self.reasons:
-            logger.warning(f"Token Fusion skips blocks: {reason}")
-        self.reasons.add(reason)
 
 
 def is_altered(layer: Any) -> bool:
@@ -264,35 +185,3 @@ def is_altered(layer: Any) -> bool:
 def attention_at(replaced: Mapping[Any, Any], place: Place) -> Any:
     """Returns the function that replaces the self-attention of a block, if any."""
     return replaced.get(place, replaced.get(place[:2]))
-
-
-# --- compiled models --------------------------------------------------------------------------------------------------
-
-_compiled_for: list[int] = [0]
-
-
-def forget_graphs(patches: AttentionPatches) -> None:
-    """Drops the graphs that torch.compile has made for other patches.
-
-    Programs compile a model without guards on its patches, so that such a graph would run instead of these patches.
-    """
-    compiled = torch._dynamo.convert_frame.FRAME_COUNTER > 0
-    if compiled and _compiled_for[0] != patches.number:
-        torch._dynamo.reset()
-    _compiled_for[0] = patches.number
-
-
-@contextmanager
-def graphs_of(patches: AttentionPatches) -> Iterator[None]:
-    """Gives a compiled model separate graphs inside a `with` block.
-
-    Every graph of torch.compile is guarded by the state of autocast, whose cache has no other effect here. Switching it
-    separates the graphs with these patches from those without.
-    """
-    forget_graphs(patches)
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(not cached)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)

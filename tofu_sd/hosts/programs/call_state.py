@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,17 +18,24 @@ from ..ldm import Place, merged_attention
 
 # the options of a patch, one dict for each call of a block: block, block_index, activations_shape, sigmas, ...
 Options = MutableMapping[str, Any]
+RuleOf = Callable[[BlockInfo, BlockState], MergeRule]
 
 
 class CallState:
-    """State of the calls that one thread makes on one device: the step, and the maps that blocks and steps share."""
+    """State of the calls that one thread makes on one device: the step, and the maps that blocks and steps share.
 
-    def __init__(self, config: TokenFusionConfig, blocks: Mapping[Place, BlockInfo]):
+    Args:
+        config: how tokens are merged.
+        blocks: the model's blocks, by place.
+        rule_of: returns on which maps a block is merged.
+    """
+
+    def __init__(self, config: TokenFusionConfig, blocks: Mapping[Place, BlockInfo], rule_of: RuleOf):
         places = {block.name: place for place, block in blocks.items()}
         self.states: dict[Place, BlockState] = {
             places[block.name]: state for block, state in block_states(list(blocks.values()), config)
         }
-        self.rules = {place: _rule(blocks[place], state) for place, state in self.states.items()}
+        self.rules = {place: rule_of(blocks[place], state) for place, state in self.states.items()}
         self.steps = StepTracker(replace(config, start=0.0, end=1.0))  # the window is in noise levels here
         self.is_active = True
         self.previous: Place | None = None  # place of the last merged block
@@ -68,7 +75,7 @@ class CallState:
         return state.pop_map("attn", q)
 
 
-def _rule(block: BlockInfo, state: BlockState) -> MergeRule:
+def unet_rule(block: BlockInfo, state: BlockState) -> MergeRule:
     """Returns on which maps a block is merged. Each measures for itself, and finds what the others have measured."""
     attention = block.layers["attn"]
     merged_class = merged_attention(type(attention))  # type: ignore[arg-type]
