@@ -422,11 +422,6 @@ def test_comfyui_prediction_matches_diffusers(results, model):
     assert distances["effect"] > 1e-2
 
 
-def test_comfyui_rejects_diffusion_transformers(results):
-    assert results["flux"]["message"].startswith("no eligible block in Flux: looked in input_blocks")
-    assert results["flux"]["unchanged"] is True
-
-
 def test_server_runs_the_example_workflow(server_results):
     """The repository lies in custom_nodes/. Only the workflow's checkpoint, size and steps are changed."""
     assert server_results["nodes"] == ["TokenFusion", "TokenFusionMap"]
@@ -445,7 +440,15 @@ def test_server_reports_errors(server_results):
     [error] = server_results["wrong"]["refused"]["node_errors"]["2"]["errors"]
     assert error["message"] == "Value 0.9 bigger than max of 0.75"
     assert server_results["unmerged"]["error"].startswith("this model merges no tokens: put Token Fusion (ToFu) before")
-    assert server_results["flux"]["error"].startswith("no eligible block in Flux")
+    assert server_results["lumina"]["error"].startswith("token fusion does not support NextDiT: it shows the tokens")
+
+
+def test_server_runs_the_example_with_a_transformer(server_results):
+    assert server_results["flux"]["status"] == "success"
+    assert len(server_results["flux"]["outputs"]["10"]["images"]) == 4  # a map for each block
+    assert any(
+        "Flux: mlerp-kv-partial_mlerp-r50+p on 4 of 4 transformer blocks" in line for line in server_results["log"]
+    )
 
 
 def test_server_lists_the_node_with_the_built_in_unet_patches(server_results):

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ROOT / "tests" / "helpers" / "programs"
+TRANSFORMERS = SCRIPTS.parent / "comfy_transformers"
 PROGRAM = os.environ.get("COMFYUI")
 PYTHON = os.environ.get("COMFYUI_PYTHON", sys.executable)
 
@@ -18,7 +19,11 @@ def run_in_comfyui(script, folder, *arguments):
     """Runs a script in a process of its own, as ComfyUI changes global state, and returns its JSON results."""
     if not PROGRAM:
         pytest.skip("COMFYUI names no checkout of ComfyUI")
-    environment = {**os.environ, "PYTHONPATH": f"{PROGRAM}{os.pathsep}{SCRIPTS}", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (PROGRAM, SCRIPTS, TRANSFORMERS))),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [PYTHON, str(SCRIPTS / script), *arguments], env=environment, capture_output=True, text=True,
         cwd=folder, timeout=900,

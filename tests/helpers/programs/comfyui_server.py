@@ -27,14 +27,16 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ROOT / "tests" / "helpers" / "programs"
 LOADER = """
 import torch
-from comfyui_run import SHAPES, random_flux, random_model
+from comfyui_run import SHAPES, random_model
+from comfyui_transformers import random_model as random_transformer
 
 class Words:
     def tokenize(self, text):
         return text
     def encode_from_tokens_scheduled(self, tokens):
         g = torch.Generator().manual_seed(len(tokens))
-        return [[torch.randn(1, 7, SHAPES["sd15"]["context_dim"], generator=g), {}]]
+        words = torch.randn(1, 7, SHAPES["sd15"]["context_dim"], generator=g)
+        return [[words, {"pooled_output": torch.randn(1, 16, generator=g)}]]
 
 class Decoder:
     def decode(self, samples):
@@ -47,7 +49,8 @@ class SmallCheckpoint:
     def INPUT_TYPES(cls):
         return {"required": {"ckpt_name": ("STRING", {})}}
     def load(self, ckpt_name):
-        return (random_flux() if "flux" in ckpt_name else random_model("sd15")), Words(), Decoder()
+        other = ckpt_name if ckpt_name in ("flux", "lumina") else None
+        return (random_transformer(other) if other else random_model("sd15")), Words(), Decoder()
 
 NODE_CLASS_MAPPINGS = {"SmallCheckpoint": SmallCheckpoint}
 """
@@ -114,11 +117,12 @@ def without_token_fusion(workflow):
 
 def example_variants(example):
     """Returns workflows of the example with small models: as it is, and as older and invalid ones."""
-    merged, older, wrong, flux = (small(example) for _ in range(4))
+    merged, older, wrong, flux, lumina = (small(example) for _ in range(5))
     older["2"]["inputs"] = {"model": ["1", 0], "ratio": 0.5}  # as saved before there were other inputs
     wrong["2"]["inputs"]["ratio"] = 0.9
     wrong["9"]["inputs"]["model"] = ["1", 0]
     flux["1"]["inputs"]["ckpt_name"] = "flux"
+    lumina["1"]["inputs"]["ckpt_name"] = "lumina"
     unmerged = copy.deepcopy(older)
     unmerged["9"]["inputs"]["model"] = ["1", 0]
     return {
@@ -128,6 +132,7 @@ def example_variants(example):
         "wrong": wrong,
         "unmerged": unmerged,
         "flux": flux,
+        "lumina": lumina,
     }
 
 
