@@ -440,7 +440,7 @@ def test_server_reports_errors(server_results):
     [error] = server_results["wrong"]["refused"]["node_errors"]["2"]["errors"]
     assert error["message"] == "Value 0.9 bigger than max of 0.75"
     assert server_results["unmerged"]["error"].startswith("this model merges no tokens: put Token Fusion (ToFu) before")
-    assert server_results["lumina"]["error"].startswith("token fusion does not support NextDiT: it shows the tokens")
+    assert server_results["pixart"]["error"].startswith("token fusion does not support PixArtMS: its attention")
 
 
 def test_server_runs_the_example_with_a_transformer(server_results):

@@ -157,6 +157,42 @@ class OpenAISignatureMMDITWrapper(Transformer):
         self.single_blocks = nn.ModuleList()
 
 
+class NextBlock(nn.Module):
+    """A block of Lumina 2 and Z-Image, which gets one sequence, the text first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = Part()
+        self.attention.n_local_heads = HEADS
+
+    def forward(self, x: Tensor, transformer_options: Any) -> Tensor:
+        q, k, v = self.attention.split(x)
+        out = optimized_attention(q, k, v, HEADS, None, skip_reshape=True, transformer_options=transformer_options)
+        return x + self.attention.proj(out)
+
+
+class NextDiT(Transformer):
+    """Blocks that cannot be replaced; patches see the tokens after each. The image is padded to a multiple of 32."""
+
+    double, single, kinds = "layers", "none", (NextBlock, NextBlock)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.pad_tokens_multiple = WIDTH, 32
+
+    def forward(self, x: Tensor, t: Any, context: Tensor, transformer_options: Any) -> Tensor:
+        img, text = self.tokens(x), context.shape[1]
+        n = img.shape[1]
+        both = torch.cat([context, F.pad(img, (0, 0, 0, -n % 32))], dim=1)
+        for i, layer in enumerate(self.layers):
+            both = layer(both, transformer_options)
+            for patch in transformer_options.get("patches", {}).get("double_block", ()):
+                shown = {"img": both[:, text:], "txt": both[:, :text], "block_index": i}
+                out = patch({**shown, "transformer_options": transformer_options})
+                both = torch.cat([both[:, :text], out["img"]], dim=1) if "img" in out else both
+        return self.img_out(both[:, text : text + n])
+
+
 class TransformerPatcher(Patcher):
     """A patcher whose calls pass further conditions on, as reference latents."""
 

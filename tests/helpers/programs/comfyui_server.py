@@ -49,7 +49,7 @@ class SmallCheckpoint:
     def INPUT_TYPES(cls):
         return {"required": {"ckpt_name": ("STRING", {})}}
     def load(self, ckpt_name):
-        other = ckpt_name if ckpt_name in ("flux", "lumina") else None
+        other = ckpt_name if ckpt_name in ("flux", "pixart") else None
         return (random_transformer(other) if other else random_model("sd15")), Words(), Decoder()
 
 NODE_CLASS_MAPPINGS = {"SmallCheckpoint": SmallCheckpoint}
@@ -117,12 +117,12 @@ def without_token_fusion(workflow):
 
 def example_variants(example):
     """Returns workflows of the example with small models: as it is, and as older and invalid ones."""
-    merged, older, wrong, flux, lumina = (small(example) for _ in range(5))
+    merged, older, wrong, flux, pixart = (small(example) for _ in range(5))
     older["2"]["inputs"] = {"model": ["1", 0], "ratio": 0.5}  # as saved before there were other inputs
     wrong["2"]["inputs"]["ratio"] = 0.9
     wrong["9"]["inputs"]["model"] = ["1", 0]
     flux["1"]["inputs"]["ckpt_name"] = "flux"
-    lumina["1"]["inputs"]["ckpt_name"] = "lumina"
+    pixart["1"]["inputs"]["ckpt_name"] = "pixart"
     unmerged = copy.deepcopy(older)
     unmerged["9"]["inputs"]["model"] = ["1", 0]
     return {
@@ -132,7 +132,7 @@ def example_variants(example):
         "wrong": wrong,
         "unmerged": unmerged,
         "flux": flux,
-        "lumina": lumina,
+        "pixart": pixart,
     }
 
 

@@ -19,6 +19,7 @@ from transformer_host import (
     TEXT,
     WIDTH,
     Flux,
+    NextDiT,
     OpenAISignatureMMDITWrapper,
     TransformerPatcher,
     attention,
@@ -28,12 +29,12 @@ from transformer_host import (
 from tofu_sd import TokenFusionConfig
 from tofu_sd.hosts.programs import transformer_patches
 from tofu_sd.hosts.programs.base_patches import OUTSIDE, SLOWER, SMALL
-from tofu_sd.hosts.programs.model_patcher import patch_transformer, patches_of
+from tofu_sd.hosts.programs.model_patcher import patch_transformer, patches_of, record_model_maps
 from tofu_sd.hosts.programs.transformer_families import family_of
 from tofu_sd.patching import autotune
 from tofu_sd.timing_cache import Timing
 
-KINDS = [Flux, OpenAISignatureMMDITWrapper]
+KINDS = [Flux, OpenAISignatureMMDITWrapper, NextDiT]
 MODULE = "tofu_sd.hosts.comfyui"
 SETTINGS = [
     {},
@@ -177,7 +178,8 @@ def test_attention_of_text_and_image_is_timed(patcher, monkeypatch, settings):
         autotune, "_time", lambda full, run, *_: (full(), run(), timings.append(1), Timing(2.0, 1.0))[3]
     )
     call(clone)
-    assert len(timings) == 2  # of two reductions
+    # one for each reduction of the merged blocks; the first block of NextDiT is not merged
+    assert len(timings) == (1 if isinstance(patcher.model.diffusion_model, NextDiT) else 2)
 
 
 def test_small_maps_are_skipped(patcher):
@@ -198,7 +200,9 @@ def test_override_of_another_node_is_kept_and_called_in_either_order(patcher, se
     expected = call(merged(patcher, **settings))
     assert torch.allclose(call(after_it), expected, atol=1e-5)
     assert len(calls) == len(before)
-    assert all(k.shape[1] == full_k.shape[1] - 24 for (_, k, *_), (_, full_k, *_) in zip(calls, before, strict=True))
+    first = int(isinstance(patcher.model.diffusion_model, NextDiT))  # its first block is not merged
+    fewer = [full_k.shape[1] - k.shape[1] for (_, k, *_), (_, full_k, *_) in zip(calls, before, strict=True)]
+    assert fewer == [0] * first + [24] * (len(calls) - first)
     assert torch.equal(call(merged(watched(patcher)[0], **settings)), call(after_it))
 
 
@@ -209,6 +213,8 @@ def test_another_override_gets_no_mask_without_proportional_attention(patcher):
 
 
 def test_block_replacement_of_another_node_is_kept_and_called(patcher):
+    if isinstance(patcher.model.diffusion_model, NextDiT):
+        pytest.skip("its blocks cannot be replaced")
     seen = []
 
     def replaced(args, extra):
@@ -223,6 +229,25 @@ def test_block_replacement_of_another_node_is_kept_and_called(patcher):
     clone.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 1)  # as skip-layer guidance does
     assert not torch.equal(call(clone), expected)
     assert reasons(clone) == set()
+
+
+def test_patch_of_another_node_after_a_block_runs_before_the_next_is_matched():
+    """Control networks of Z-Image add to the tokens there."""
+    patcher = TransformerPatcher(NextDiT().eval())
+    places = []
+
+    def add(args):
+        return {"img": args["img"] + 1.0}
+
+    clone = merged(patcher)
+    clone.model_options["transformer_options"]["patches"] = {"double_block": [add]}
+    other = patcher.clone()
+    other.model_options["transformer_options"]["patches"] = {"double_block": [add]}
+    recorded, _ = record_model_maps(clone, lambda place, *rest: places.append(place))
+    assert torch.equal(call(recorded), call(clone))
+    assert places == [("double_block", 1, 0)]
+    assert not torch.equal(call(clone), call(other))
+    assert torch.equal(call(merged(other)), call(clone))
 
 
 def test_attention_mask_is_refused_and_logged(flux, caplog):
@@ -324,7 +349,7 @@ SUPPORTED = "supported: UNets of SD 1.x, 2.x, SDXL and their relatives, SD3 and 
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("NextDiT", "it shows the tokens of its blocks to no patch"),
+        ("MMDiT", "it shows the tokens of its blocks to no patch"),
         ("PixArtMS", "its attention does not call optimized_attention_override"),
         ("WanModel", "its tokens lie in several frames"),
         ("AnotherModel", "where its image tokens lie is not known"),
@@ -351,7 +376,7 @@ def test_comfyui_without_override_is_refused(comfy, flux):
 
 def test_changed_structure_is_refused(comfy, flux):
     del flux.model.diffusion_model.double_blocks
-    with pytest.raises(ValueError, match="Flux is another model than in the tested versions"):
+    with pytest.raises(ValueError, match=r"Flux is not as in ComfyUI 0\.8\.0"):
         comfy.patch_with_preset(flux)
 
 
@@ -363,10 +388,10 @@ def results(tmp_path_factory):
     return run_in_comfyui("../comfy_transformers/comfyui_transformers.py", tmp_path_factory.mktemp("comfyui"))
 
 
-@pytest.mark.parametrize("kind", ["sd3", "flux", "chroma", "qwen", "flux2"])
+@pytest.mark.parametrize("kind", ["sd3", "flux", "chroma", "qwen", "flux2", "lumina", "z-image"])
 def test_comfyui_checks_pass(results, kind):
-    if kind == "flux2" and kind not in results:
-        pytest.skip("this ComfyUI has no Flux.2")
+    if kind in ("flux2", "lumina", "z-image") and kind not in results:
+        pytest.skip("this ComfyUI cannot run it on merged tokens")
     assert "error" not in results[kind], results[kind]["error"]
     assert [name for name, passed in results[kind]["checks"].items() if passed is not True] == []
     assert results[kind]["changed"] > 1e-3
@@ -382,6 +407,10 @@ def test_comfyui_prediction_matches_diffusers(results, kind):
     assert distances["effect"] > 1e-1
 
 
-def test_comfyui_refuses_lumina(results):
-    assert results["lumina"]["message"].startswith("token fusion does not support NextDiT: it shows the tokens")
-    assert results["lumina"]["unchanged"] is True
+def test_comfyui_refuses_what_it_cannot_reach(results):
+    """Lumina 2 only in versions that do not show the tokens of its blocks."""
+    reasons = {"pixart": "token fusion does not support PixArtMS: ", "lumina": "NextDiT is not as in ComfyUI 0.8.0"}
+    assert "pixart" in results["refused"]
+    for kind, refused in results["refused"].items():
+        assert refused["message"].startswith(reasons[kind])
+        assert refused["unchanged"] is True

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from ...patching.host import BlockInfo
-from ..ldm import STAGES, Place
+from ..ldm import MIDDLE, STAGES, Place
 
 DOUBLE, SINGLE = "double_block", "single_block"  # the names in patches_replace["dit"]
 UNETS = "UNets of SD 1.x, 2.x, SDXL and their relatives"
@@ -44,11 +44,16 @@ class Family:
         blocks: its blocks, in execution order.
         width: the attribute of the model with the channels of its tokens.
         text_tokens: how many text tokens a prompt usually has, to time attention.
+        padding: the attribute of the model with a number of which its image tokens are padded to a multiple.
+        shown_after: whether the program shows the tokens of a block only after it. They are those of the next block,
+            and the first is never merged.
     """
 
     blocks: tuple[Blocks, ...]
     width: str
     text_tokens: int
+    padding: str = ""
+    shown_after: bool = False
 
 
 _FLUX = Family(
@@ -65,17 +70,24 @@ FAMILIES = {
     "QwenImageTransformer2DModel": Family(
         (Blocks(DOUBLE, "transformer_blocks", "attn", "attn.heads"),), "inner_dim", 256
     ),
+    "NextDiT": Family(
+        (Blocks(DOUBLE, "layers", "attention", "attention.n_local_heads"),),
+        "dim",
+        256,
+        padding="pad_tokens_multiple",
+        shown_after=True,
+    ),
 }
 """Class of ComfyUI's model, and its description."""
 
-SUPPORTED = "SD3 and 3.5 (OpenAISignatureMMDITWrapper), Flux.1 and Flux.2 (Flux), Chroma, " + (
-    "Qwen-Image (QwenImageTransformer2DModel)"
+SUPPORTED = (
+    "SD3 and 3.5 (OpenAISignatureMMDITWrapper), Flux.1 and Flux.2 (Flux), Chroma, Qwen-Image "
+    "(QwenImageTransformer2DModel), Lumina 2 and Z-Image (NextDiT)"
 )
 _NO_OPTIONS = "its attention does not call optimized_attention_override"
 _NO_PATCHES = "it shows the tokens of its blocks to no patch"
 _FRAMES = "its tokens lie in several frames"
 REASONS = {
-    "NextDiT": f"{_NO_PATCHES} (Lumina 2, Z-Image)",
     "PixArtMS": _NO_OPTIONS,
     "HunYuanDiT": _NO_OPTIONS,
     "MMDiT": f"{_NO_PATCHES} (AuraFlow)",
@@ -114,16 +126,18 @@ def find_blocks(model: Any, family: Family) -> dict[Place, BlockInfo]:
             (blocks, i, block) for blocks in family.blocks for i, block in enumerate(getattr(model, blocks.listed))
         ]
         patch, width = int(model.patch_size), int(getattr(model, family.width))
+        padded_tokens(0, model, family)
         attentions = [attrgetter(blocks.attention)(block) if blocks.attention else block for blocks, _, block in found]
     except (AttributeError, TypeError) as error:
-        raise ValueError(f"{type(model).__name__} is another model than in the tested versions: {error}") from error
+        raise ValueError(f"{type(model).__name__} is not as in ComfyUI 0.8.0, which was tested: {error}") from error
     if not found:
         raise ValueError(f"{type(model).__name__} has no transformer block")
     infos = {}
     for depth, ((blocks, i, block), attention) in enumerate(zip(found, attentions, strict=True)):
         path = "first half" if depth < len(found) // 2 else "second half"
+        level = MIDDLE if family.shown_after and depth == 0 else 0  # which no `levels` reaches
         infos[blocks.kind, i, 0] = BlockInfo(
-            f"{blocks.listed}.{i}", depth, path, 0, patch, width, model, {"attn": attention}, type(block)
+            f"{blocks.listed}.{i}", depth, path, level, patch, width, model, {"attn": attention}, type(block)
         )
     return infos
 
@@ -139,6 +153,12 @@ def map_size(shape: tuple[int, ...], patch: int) -> tuple[int, int] | None:
     if len(shape) == 5 and shape[2] != 1:
         return None
     return -(-shape[-2] // patch), -(-shape[-1] // patch)
+
+
+def padded_tokens(tokens: int, model: Any, family: Family) -> int:
+    """Returns how many tokens a model adds after its image tokens."""
+    multiple = getattr(model, family.padding) if family.padding else None
+    return -tokens % multiple if multiple else 0
 
 
 def reference_tokens(call: Mapping[str, Any], patch: int) -> int:

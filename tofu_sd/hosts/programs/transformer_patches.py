@@ -22,7 +22,7 @@ from ..ldm import Place
 from .base_patches import FEW, KEY, OUTSIDE, UNKNOWN, ModelPatches, graphs_of, percent_to_sigma_of, uncompiled
 from .call_state import CallState, Options
 from .joint_call import JointCall, JointProbe, named_arguments
-from .transformer_families import FAMILIES, SINGLE, heads_of, map_size, reference_tokens
+from .transformer_families import DOUBLE, FAMILIES, SINGLE, heads_of, map_size, padded_tokens, reference_tokens
 
 OVERRIDE = "optimized_attention_override"
 RUNNING = "tofu_sd_block"  # in the options: the JointCall of the block that is running
@@ -40,7 +40,7 @@ class TransformerCall:
 
     Args:
         size: height and width of the map in tokens; None where it is unknown.
-        references: number of tokens of reference images.
+        others: number of tokens that follow the image: of reference images, or of padding.
         replaced: functions of other nodes that replace blocks, by kind and number.
         owner: another node's optimized_attention_override.
         text: number of text tokens; None before the first block that gets text and image apart.
@@ -48,7 +48,7 @@ class TransformerCall:
     """
 
     size: tuple[int, int] | None
-    references: int
+    others: int
     replaced: Mapping[Any, Callable[..., Any]]
     owner: Callable[..., Any] | None
     text: int | None = None
@@ -82,6 +82,26 @@ class BlockEntry:
             self.patches.leave(options)
 
 
+class NextBlock:
+    """Takes the tokens that ComfyUI shows after a block to the next, in models whose blocks cannot be replaced.
+
+    Args:
+        patches: of the model.
+    """
+
+    def __init__(self, patches: TransformerPatches):
+        self.patches = patches
+
+    def __call__(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Ends a block and begins the next, if any. Returns {}: the tokens stay as they are."""
+        options = args["transformer_options"]
+        self.patches.leave(options)
+        place = (DOUBLE, args["block_index"] + 1, 0)
+        if place in self.patches.places:
+            self.patches.enter(place, args["img"], args["txt"], options)
+        return {}
+
+
 class TransformerPatches(ModelPatches):
     """The patches of a diffusion transformer. See ModelPatches; `plain` is needed.
 
@@ -102,10 +122,12 @@ class TransformerPatches(ModelPatches):
         assert plain is not None
         first = next(iter(blocks.values()))
         self.patch = first.downsample  # side of a token in the latent
-        family = FAMILIES[type(first.spatial_module).__name__]
-        self.probe = JointProbe(heads_of(first.spatial_module, family), family.text_tokens, plain)
+        self.model = first.spatial_module
+        self.family = FAMILIES[type(self.model).__name__]
+        self.probe = JointProbe(heads_of(self.model, self.family), self.family.text_tokens, plain)
         super().__init__(config, blocks, percent_to_sigma, plain, on_map)
         self.entries = {place[:2]: BlockEntry(self, place) for place in self.places}
+        self.next_block = NextBlock(self)
 
     def rule_of(self, block: BlockInfo, state: BlockState) -> MergeRule:
         """Returns on which maps a block is merged, by its attention of text and image together."""
@@ -122,13 +144,7 @@ class TransformerPatches(ModelPatches):
         SD3's model calls no wrappers of its own, so that the latent is read here for all.
         """
         options = dict(transformer_options or {})
-        replaced = options["patches_replace"] = dict(options.get("patches_replace", {}))
-        others = replaced.get("dit", {})
-        replaced["dit"] = {**others, **self.entries}
-        call = options[KEY] = TransformerCall(
-            map_size(tuple(x.shape), self.patch), reference_tokens(more, self.patch), others, options.get(OVERRIDE)
-        )
-        options[OVERRIDE] = self.attention
+        call = self.prepare(options, map_size(tuple(x.shape), self.patch), reference_tokens(more, self.patch))
         state = self._call_state(x.device)
         state.start_call(options, self._window(percent_to_sigma_of(execute, self.percent_to_sigma)), x)
         with graphs_of(self):
@@ -136,6 +152,26 @@ class TransformerPatches(ModelPatches):
         if not call.blocks and state.is_active:
             self._skip(UNSEEN)
         return out
+
+    def prepare(self, options: Options, size: tuple[int, int] | None, references: int) -> TransformerCall:
+        """Puts the functions of the blocks and of attention into the options of a call.
+
+        Args:
+            options: of the call.
+            size: height and width of the map in tokens; None where it is unknown.
+            references: number of tokens of reference images.
+        """
+        replaced = options["patches_replace"] = dict(options.get("patches_replace", {}))
+        others = replaced.get("dit", {})
+        if self.family.shown_after:
+            patches = options["patches"] = dict(options.get("patches", {}))
+            patches[DOUBLE] = [*patches.get(DOUBLE, ()), self.next_block]  # after those that change the tokens
+        else:
+            replaced["dit"] = {**others, **self.entries}
+        padding = 0 if size is None else padded_tokens(size[0] * size[1], self.model, self.family)
+        call = options[KEY] = TransformerCall(size, references + padding, others, options.get(OVERRIDE))
+        options[OVERRIDE] = self.attention
+        return call
 
     # --- around a block ---------------------------------------------------------------------------------------------
 
@@ -193,7 +229,7 @@ class TransformerPatches(ModelPatches):
         if call.text is None:
             return UNKNOWN
         h, w = call.size
-        if image.shape[1] != h * w + call.references:
+        if image.shape[1] != h * w + call.others:
             return CHANGED
         return self._reason_of_rule(place, image, call.size, state)
 
