@@ -25,6 +25,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ROOT / "tests" / "helpers" / "programs"
+TRANSFORMERS = SCRIPTS.parent / "comfy_transformers"
 LOADER = """
 import torch
 from comfyui_run import SHAPES, random_model
@@ -122,6 +123,7 @@ def example_variants(example):
     wrong["2"]["inputs"]["ratio"] = 0.9
     wrong["9"]["inputs"]["model"] = ["1", 0]
     flux["1"]["inputs"]["ckpt_name"] = "flux"
+    flux["2"]["inputs"]["min_tokens"] = 0  # on so few tokens merging is not faster
     pixart["1"]["inputs"]["ckpt_name"] = "pixart"
     unmerged = copy.deepcopy(older)
     unmerged["9"]["inputs"]["model"] = ["1", 0]
@@ -158,7 +160,7 @@ def running_server(program, base):
     with (base / "log.txt").open("w") as log:
         server = subprocess.Popen(
             [sys.executable, "-c", start, *options], cwd=program, stdout=log, stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": f"{program}{os.pathsep}{SCRIPTS}"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (program, SCRIPTS, TRANSFORMERS)))},
         )  # fmt: skip
         try:
             for _ in range(240):

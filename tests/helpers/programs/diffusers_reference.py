@@ -31,8 +31,8 @@ def methods() -> list[Any]:
     from tofu_sd import TokenFusionConfig  # imported here, as ComfyUI has to load the package first
 
     mean = {"early": "mean", "late": "mean", "proportional": True}
-    return [TokenFusionConfig(0.5), TokenFusionConfig(0.75), TokenFusionConfig(0.5, window=8, **mean),
-            TokenFusionConfig(0.75, kv_only=True, **mean), TokenFusionConfig(0.5, levels=2)]  # fmt: skip
+    some = [{}, {"ratio": 0.75}, {"window": 8, **mean}, {"ratio": 0.75, "kv_only": True, **mean}, {"levels": 2}]
+    return [TokenFusionConfig(**{"min_tokens": 0, **options}) for options in some]  # merges whether it pays or not
 
 
 def inputs(kind: str) -> dict[str, Tensor]:

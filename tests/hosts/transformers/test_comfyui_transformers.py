@@ -28,7 +28,7 @@ from transformer_host import (
 
 from tofu_sd import TokenFusionConfig
 from tofu_sd.hosts.programs import transformer_patches
-from tofu_sd.hosts.programs.base_patches import OUTSIDE, SLOWER, SMALL
+from tofu_sd.hosts.programs.base_patches import OUTSIDE, SLOWER, SMALL, UNKNOWN
 from tofu_sd.hosts.programs.model_patcher import patch_transformer, patches_of, record_model_maps
 from tofu_sd.hosts.programs.transformer_families import family_of
 from tofu_sd.patching import autotune
@@ -257,6 +257,15 @@ def test_attention_mask_is_refused_and_logged(flux, caplog):
     clone = merged(flux)
     assert torch.equal(call(clone, attention_mask=mask), call(flux, attention_mask=mask))
     assert caplog.text.count("an attention mask hides tokens by their position") == 1  # not once a block
+
+
+def test_single_blocks_after_skipped_double_blocks_are_logged(flux, caplog):
+    """Only double blocks show how many text tokens come before the image."""
+    for number in range(2):
+        flux.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", number)
+    clone = merged(flux)
+    assert torch.equal(call(clone), call(flux))
+    assert UNKNOWN in caplog.text
 
 
 def test_changed_number_of_image_tokens_is_logged(flux, caplog):

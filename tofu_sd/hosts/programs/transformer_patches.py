@@ -109,7 +109,7 @@ class TransformerPatches(ModelPatches):
     rotation, where its attention is. The first are matched, the second are merged.
     """
 
-    warned = (FRAMES, CHANGED, MASKED, UNREACHED, UNSEEN)
+    warned = (UNKNOWN, FRAMES, CHANGED, MASKED, UNREACHED, UNSEEN)
 
     def __init__(
         self,
