@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import comfyui_run  # sets ComfyUI up for a CPU
@@ -289,6 +290,7 @@ def run_reference(patch_model):
 
 if __name__ == "__main__":
     patch_model, show = comfyui_run.nodes()
+    patch_model = partial(patch_model, min_tokens=0)  # otherwise it depends on the machine's load where tokens merge
     parts = {
         "animatediff": run_animatediff,
         "guidance": run_guidance,
