@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from eval.families import cells
 from eval.families.cells import Absent, Cell, Feature, cell
 from eval.families.features import FEATURES
 from eval.families.tiny import FAMILIES, Tiny
+from eval.reporting import pages
 
 FLUX = FAMILIES["flux.1"]
+ROOT = Path(__file__).parents[3]
 
 
 def _absent(model: Any) -> None:
@@ -103,3 +106,12 @@ def test_rows_and_columns_are_complete() -> None:
     models = [tiny.make() for tiny in FAMILIES.values()]
     assert {type(model).__name__ for model in models} == set(known)
     assert all(host_of(model) is not None for model in models)
+
+
+def test_published_table_is_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell is found out again, so that the page cannot claim what does not work."""
+    monkeypatch.chdir(ROOT)
+    page = Path("docs/tables/transformers.md")
+    text = page.read_text()
+    assert "<!-- python -m eval.support" in text
+    assert pages.filled(text, pages.to_root(page)) == text

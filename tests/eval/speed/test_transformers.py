@@ -148,8 +148,13 @@ def test_rows_and_ceilings_of_a_transformer(
     text = tables.markdown(tables.read(out), {})
     assert "one block of each kind" in text
     assert f"by FLOPs: all {expected['all']:.2f}×, all, projections too" in text
-    assert bench_module.main(options) == 0
-    assert f"keys and values {expected['keys and values']:.2f}×" in " ".join(capsys.readouterr().out.split())
+
+
+def test_ceilings_are_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(bench_module.TRANSFORMERS, "small-128", SMALL_CASES["pixart"])
+    assert bench_module.main(["--case", "small-128", "--device", "cpu", "--rounds", "2", "--method", "tofu+p"]) == 0
+    expected = SMALL_CASES["pixart"].ceilings(0.5)["keys and values"]
+    assert f"keys and values {expected:.2f}×" in " ".join(capsys.readouterr().out.split())
 
 
 def test_scope_that_transformers_do_not_have_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
