@@ -13,13 +13,11 @@ from torch.overrides import TorchFunctionMode
 
 import tofu_sd
 from tofu_sd.core.proportional import SDPA
-from tofu_sd.hosts.diffusers_transformers import host_of
+from tofu_sd.hosts.diffusers_transformers import TransformerHost, host_of
 
 from ..common.cli import quiet_patches
 from ..methods.attention import top_attentions
 from .transformer_shapes import Denoiser
-
-BEFORE_PROJECTIONS = ("SD3Transformer2DModel", "PixArtTransformer2DModel")  # where states are merged
 
 
 @contextmanager
@@ -34,10 +32,11 @@ def ideal(model: Any, ratio: float, latent: int) -> Iterator[None]:
             attention.__class__, attention.tokens = IdealAttention, tokens
         yield
         return
-    before_projections = type(model.transformer).__name__ in BEFORE_PROJECTIONS
-    for attention, tokens, num_merged in _attentions(model.transformer, ratio, latent):
+    host = host_of(model.transformer)
+    assert host is not None
+    for attention, tokens, num_merged in _attentions(host, model.transformer, ratio, latent):
         kind = type(attention)
-        if before_projections:
+        if host.family.merges_states:
             attention.__class__, attention.tokens = IdealAttention, tokens
         else:
             attention.__class__ = type(f"Ideal{kind.__name__}", (IdealCall, kind), {})
@@ -45,10 +44,8 @@ def ideal(model: Any, ratio: float, latent: int) -> Iterator[None]:
     yield
 
 
-def _attentions(transformer: Any, ratio: float, latent: int) -> list[tuple[Any, int, int]]:
+def _attentions(host: TransformerHost, transformer: Any, ratio: float, latent: int) -> list[tuple[Any, int, int]]:
     """Returns (self-attention, image tokens after merging, image tokens that are merged) of each block."""
-    host = host_of(transformer)
-    assert host is not None
     with quiet_patches(), tofu_sd.patched(transformer, ratio, min_tokens=0):
         rows = tofu_sd.summary(transformer, (latent, latent)).rows
     blocks = host.find_blocks(transformer)

@@ -105,6 +105,9 @@ class MapCall(NamedTuple):
     after: int = 0
 
 
+ReadMap = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], MapCall]
+
+
 @dataclass(frozen=True)
 class ArgumentNames:
     """Where a host's modules take their arguments.
@@ -123,7 +126,7 @@ class ArgumentNames:
     conditioning: Argument
     tokens: Argument
     keys: str
-    read_map: Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], MapCall] | None = None
+    read_map: ReadMap | None = None
 
     def map_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall:
         """Returns the map of a call of a spatial module."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...patching.host import ArgumentNames, MapCall, Probe
+from ...patching.host import Argument, ArgumentNames, MapCall, Probe, ReadMap
 
 Swaps = Mapping[str, tuple[type[nn.Module], type[nn.Module]]]
 
@@ -45,6 +45,8 @@ class Family:
         processors: names of the attention processors that run on merged tokens; () for layers as in UNets, which run
             with any processor.
         timestep_scale: what the scheduler's timesteps are multiplied by before the model gets them.
+        merges_states: whether image tokens are merged before their projections to queries, keys and values, instead of
+            after.
         patch: side of a token in cells of the latent; None where the model's config has it.
         sample_size: side of the latent where the model's config has none.
         defaults: options that differ from the configuration's own defaults.
@@ -56,6 +58,7 @@ class Family:
     text_tokens: int
     processors: tuple[str, ...] = ()
     timestep_scale: float = 1.0
+    merges_states: bool = False
     patch: int | None = None
     sample_size: int = 128
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -64,6 +67,21 @@ class Family:
     def patch_of(self, model: Any) -> int:
         """Returns the side of a token in cells of the latent."""
         return self.patch or int(model.config.patch_size)
+
+
+LATENT = Argument(0, ("hidden_states",))
+TEXT = Argument(1, ("encoder_hidden_states",))
+
+
+def arguments_of(timestep: int, read_map: ReadMap, keys: str = "") -> ArgumentNames:
+    """Returns where a transformer takes its arguments, of which latent and text come first.
+
+    Args:
+        timestep: position of the timestep.
+        read_map: returns the map of a call.
+        keys: see ArgumentNames.
+    """
+    return ArgumentNames(LATENT, Argument(timestep, ("timestep",)), TEXT, LATENT, keys, read_map)
 
 
 def map_of_latent(model: Any, latent: Tensor) -> MapCall:

@@ -28,8 +28,7 @@ class MergedCall:
         start: position of the first image token in the sequence.
         projected: whether queries, keys and values come from all N tokens and are merged here. Otherwise they come from
             the K survivors, and only log(n) is added.
-        mask: [B, 1, S, S] or [B, 1, 1, S], the host's own, which treats all image tokens alike; True or 0 where a key
-            is visible.
+        mask: [B, 1, S, S] or [B, 1, 1, S], the host's own; it hides no image token. True or 0 where a key is seen.
     """
 
     def __init__(

@@ -6,14 +6,16 @@ image. Double blocks get text and image apart, single blocks as one sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...patching.block_state import BlockState
-from ...patching.host import ATTRIBUTE, MapCall
+from ...patching.host import ATTRIBUTE, Argument, ArgumentNames, MapCall
+from .family import LATENT, BlockKind, Family, arguments_of
 from .interception import MergedCall, call_mask, check_called
 from .position_ids import read_layout
 from .processors import check_processor
@@ -21,6 +23,8 @@ from .sequence import TextPlace, image_span
 
 TEXT_TOKENS = 512  # of T5 in Flux.1 and Chroma, and of the language models of Flux.2
 NATIVE = 64  # side of the map at 1024 px
+Check = Callable[[tuple[Any, ...], Mapping[str, Any]], None]
+
 REFUSED = {
     "merge_crossattn": "its blocks have no cross-attention",
     "merge_mlp": "its single blocks project attention and feed-forward together",
@@ -47,7 +51,7 @@ def run_rotary(
         mask: of the host.
         attend: runs the host's attention with a mask.
         processors: names of the processors that work.
-        takes_mask: whether the family's masks treat all image tokens alike, as the model's hook has checked.
+        takes_mask: whether the family's masks show all image tokens, as the model's hook has checked.
         joined: where the text is in the whole sequence.
 
     Raises:
@@ -89,6 +93,50 @@ def probe_double(attention: nn.Module, x: Tensor) -> Any:
 def probe_single(attention: nn.Module, x: Tensor) -> Any:
     """Runs the attention of a single block on text and image."""
     return attention(torch.cat([_text_of(x), x], dim=1))
+
+
+def rotary_family(
+    kinds: tuple[BlockKind, ...],
+    arguments: ArgumentNames,
+    processors: tuple[str, ...],
+    *,
+    text_tokens: int = TEXT_TOKENS,
+    refused: Mapping[str, str] = REFUSED,
+) -> Family:
+    """Returns a Family whose model gets timesteps in 0..1 and packs 2 x 2 cells of the latent into a token."""
+    return Family(
+        kinds, arguments, text_tokens, processors,
+        timestep_scale=0.001, patch=2, defaults={"proportional": True}, refused=refused,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReadIds:
+    """Reads the map of a call from its position ids. A class, as a patch is pickled with its model.
+
+    Args:
+        ids: the argument `img_ids`.
+        check: raises for arguments of a call with which tokens cannot be merged.
+    """
+
+    ids: Argument
+    check: Check | None = None
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall:
+        if self.check is not None:
+            self.check(args, kwargs)
+        return map_of_ids(model, LATENT.get(args, kwargs), self.ids.get(args, kwargs))
+
+
+def arguments_with_ids(timestep: int, ids: int, check: Check | None = None) -> ArgumentNames:
+    """Returns where a model takes its arguments whose tokens have position ids.
+
+    Args:
+        timestep: position of the timestep.
+        ids: position of `img_ids`.
+        check: see ReadIds.
+    """
+    return arguments_of(timestep, ReadIds(Argument(ids, ("img_ids",)), check))
 
 
 def map_of_ids(model: nn.Module, latent: Tensor, ids: Tensor) -> MapCall:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ....kernels.operators import is_compiling
-from ....patching.host import Argument, ArgumentNames, MapCall
-from ..family import Family
+from ....patching.host import Argument
+from ..family import TEXT
 from ..position_ids import version_of
-from ..rotary import REFUSED, TEXT_TOKENS, map_of_ids
+from ..rotary import arguments_with_ids, rotary_family
 from .flux import PROCESSORS, MergedFluxAttention, kinds
 
 
@@ -24,9 +24,6 @@ class MergedChromaAttention(MergedFluxAttention):
     takes_mask = True
 
 
-_LATENT = Argument(0, ("hidden_states",))
-_TEXT = Argument(1, ("encoder_hidden_states",))
-_IDS = Argument(3, ("img_ids",))
 _MASK = Argument(5, ("attention_mask",))
 _HIDES_IMAGE = (
     "attention_mask hides image tokens of Chroma's attention, which merging moves: hide only text, or call "
@@ -45,27 +42,14 @@ def _check_mask(mask: Tensor, text: int) -> None:
         _checked[mask] = version_of(mask), text
 
 
-def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall:
+def _check_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     mask = _MASK.get(args, kwargs)
     if mask is not None:
-        _check_mask(mask, _TEXT.get(args, kwargs).shape[1])
-    return map_of_ids(module, _LATENT.get(args, kwargs), _IDS.get(args, kwargs))
+        _check_mask(mask, TEXT.get(args, kwargs).shape[1])
 
 
-FAMILY = Family(
-    kinds=kinds(ChromaTransformerBlock, ChromaSingleTransformerBlock, MergedChromaAttention),
-    arguments=ArgumentNames(
-        latent=_LATENT,
-        timestep=Argument(2, ("timestep",)),
-        conditioning=_TEXT,
-        tokens=_LATENT,
-        keys="",
-        read_map=_read_map,
-    ),
-    processors=PROCESSORS,
-    text_tokens=TEXT_TOKENS,
-    timestep_scale=0.001,
-    patch=2,
-    defaults={"proportional": True},
-    refused=REFUSED,
+FAMILY = rotary_family(
+    kinds(ChromaTransformerBlock, ChromaSingleTransformerBlock, MergedChromaAttention),
+    arguments_with_ids(2, 3, _check_call),
+    PROCESSORS,
 )

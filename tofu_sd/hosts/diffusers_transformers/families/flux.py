@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from diffusers.models.transformers.transformer_flux import (
@@ -12,9 +11,8 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
-from ....patching.host import Argument, ArgumentNames, MapCall
-from ..family import BlockKind, Family
-from ..rotary import REFUSED, TEXT_TOKENS, map_of_ids, probe_double, probe_single, run_rotary
+from ..family import BlockKind
+from ..rotary import arguments_with_ids, probe_double, probe_single, rotary_family, run_rotary
 from ..sequence import ImageNorm, JoinedNorm
 
 PROCESSORS = ("FluxAttnProcessor", "FluxIPAdapterAttnProcessor")
@@ -71,28 +69,6 @@ def kinds(
     )
 
 
-_LATENT = Argument(0, ("hidden_states",))
-_IDS = Argument(4, ("img_ids",))
-
-
-def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall:
-    return map_of_ids(module, _LATENT.get(args, kwargs), _IDS.get(args, kwargs))
-
-
-FAMILY = Family(
-    kinds=kinds(FluxTransformerBlock, FluxSingleTransformerBlock, MergedFluxAttention),
-    arguments=ArgumentNames(
-        latent=_LATENT,
-        timestep=Argument(3, ("timestep",)),
-        conditioning=Argument(1, ("encoder_hidden_states",)),
-        tokens=_LATENT,
-        keys="",
-        read_map=_read_map,
-    ),
-    processors=PROCESSORS,
-    text_tokens=TEXT_TOKENS,
-    timestep_scale=0.001,
-    patch=2,
-    defaults={"proportional": True},
-    refused=REFUSED,
+FAMILY = rotary_family(
+    kinds(FluxTransformerBlock, FluxSingleTransformerBlock, MergedFluxAttention), arguments_with_ids(3, 4), PROCESSORS
 )

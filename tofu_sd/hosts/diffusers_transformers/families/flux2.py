@@ -16,9 +16,9 @@ from diffusers.models.transformers.transformer_flux2 import (
 )
 from torch import Tensor, nn
 
-from ....patching.host import Argument, ArgumentNames, MapCall
-from ..family import BlockKind, Family
-from ..rotary import REFUSED, TEXT_TOKENS, map_of_ids, probe_double, probe_single, run_rotary
+from ....patching.host import Argument
+from ..family import BlockKind
+from ..rotary import arguments_with_ids, probe_double, probe_single, rotary_family, run_rotary
 from ..sequence import ImageNorm, JoinedNorm
 
 PROCESSORS = ("Flux2AttnProcessor", "Flux2ParallelSelfAttnProcessor")
@@ -57,21 +57,19 @@ class MergedFlux2ParallelAttention(Flux2ParallelSelfAttention):  # type: ignore[
         return run_rotary(self, hidden_states, None, attention_mask, attend, processors=PROCESSORS)
 
 
-_LATENT = Argument(0, ("hidden_states",))
-_IDS = Argument(3, ("img_ids",))
 _KV_MODE = Argument(9, ("kv_cache_mode",))
 
 
-def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall:
+def _check_mode(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError for a call that caches keys and values of reference images."""
     if _KV_MODE.get(args, kwargs) is not None:
         raise ValueError(
             f"kv_cache_mode is {_KV_MODE.get(args, kwargs)!r}: reference images come first in it, and attention runs "
             "over parts of the sequence, which merging changes; leave it off, or call tofu_sd.remove_patch"
         )
-    return map_of_ids(module, _LATENT.get(args, kwargs), _IDS.get(args, kwargs))
 
 
-FAMILY = Family(
+FAMILY = rotary_family(
     kinds=(
         BlockKind(
             blocks="transformer_blocks",
@@ -92,18 +90,6 @@ FAMILY = Family(
             joined=True,
         ),
     ),
-    arguments=ArgumentNames(
-        latent=_LATENT,
-        timestep=Argument(2, ("timestep",)),
-        conditioning=Argument(1, ("encoder_hidden_states",)),
-        tokens=_LATENT,
-        keys="",
-        read_map=_read_map,
-    ),
+    arguments=arguments_with_ids(2, 3, _check_mode),
     processors=PROCESSORS,
-    text_tokens=TEXT_TOKENS,
-    timestep_scale=0.001,
-    patch=2,
-    defaults={"proportional": True},
-    refused=REFUSED,
 )

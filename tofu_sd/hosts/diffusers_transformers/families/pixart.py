@@ -10,11 +10,10 @@ from typing import Any
 
 from diffusers.models.attention import BasicTransformerBlock
 
-from ....patching.host import Argument, ArgumentNames, MapCall, run_alone
+from ....patching.host import Argument, MapCall, run_alone
 from ...diffusers_unet import SWAPS
-from ..family import BlockKind, Family, map_of_latent
+from ..family import LATENT, TEXT, BlockKind, Family, arguments_of, map_of_latent
 
-_LATENT = Argument(0, ("hidden_states",))
 _MASK = Argument(5, ("attention_mask",))
 
 
@@ -24,7 +23,7 @@ def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
             "attention_mask hides image tokens of PixArt's self-attention by their position, which merging changes: "
             "leave it off, or call tofu_sd.remove_patch"
         )
-    return map_of_latent(module, _LATENT.get(args, kwargs))
+    return map_of_latent(module, LATENT.get(args, kwargs))
 
 
 FAMILY = Family(
@@ -37,13 +36,7 @@ FAMILY = Family(
             probe=run_alone,
         ),
     ),
-    arguments=ArgumentNames(
-        latent=_LATENT,
-        timestep=Argument(2, ("timestep",)),
-        conditioning=Argument(1, ("encoder_hidden_states",)),
-        tokens=_LATENT,
-        keys="encoder_hidden_states",
-        read_map=_read_map,
-    ),
+    arguments=arguments_of(2, _read_map, keys=TEXT.names[0]),
     text_tokens=300,
+    merges_states=True,
 )

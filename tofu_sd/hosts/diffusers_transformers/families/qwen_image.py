@@ -15,10 +15,10 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
 from torch import Tensor, nn
 
-from ....patching.host import ATTRIBUTE, Argument, ArgumentNames, MapCall
-from ..family import BlockKind, Family
+from ....patching.host import ATTRIBUTE, Argument, MapCall
+from ..family import LATENT, BlockKind, arguments_of
 from ..interception import CallMask
-from ..rotary import probe_double, run_rotary
+from ..rotary import probe_double, rotary_family, run_rotary
 from ..sequence import ImageNorm
 
 PROCESSORS = ("QwenDoubleStreamAttnProcessor2_0",)
@@ -51,7 +51,6 @@ class MergedQwenAttention(Attention):  # type: ignore[misc]
         )
 
 
-_LATENT = Argument(0, ("hidden_states",))
 _SHAPES = Argument(4, ("img_shapes",))
 
 
@@ -61,7 +60,7 @@ def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
             "Qwen-Image-Layered generates several layers of an image at once, and tokens are merged in one image: call "
             "tofu_sd.remove_patch"
         )
-    latent: Tensor = _LATENT.get(args, kwargs)
+    latent: Tensor = LATENT.get(args, kwargs)
     shapes = [[each] if isinstance(each[0], int) else list(each) for each in _SHAPES.get(args, kwargs)]
     (frames, h, w), *others = shapes[0]
     after = sum(f * y * x for f, y, x in others)
@@ -73,7 +72,7 @@ def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     return MapCall(len(latent), h, w, latent.device, latent.dtype, after)
 
 
-FAMILY = Family(
+FAMILY = rotary_family(
     kinds=(
         BlockKind(
             blocks="transformer_blocks",
@@ -83,19 +82,9 @@ FAMILY = Family(
             probe=probe_double,
         ),
     ),
-    arguments=ArgumentNames(
-        latent=_LATENT,
-        timestep=Argument(3, ("timestep",)),
-        conditioning=Argument(1, ("encoder_hidden_states",)),
-        tokens=_LATENT,
-        keys="",
-        read_map=_read_map,
-    ),
+    arguments=arguments_of(3, _read_map),
     processors=PROCESSORS,
     text_tokens=128,
-    timestep_scale=0.001,
-    patch=2,
-    defaults={"proportional": True},
     refused={
         "merge_crossattn": "its blocks have no cross-attention",
         "merge_mlp": "its feed-forward also runs on reference images",

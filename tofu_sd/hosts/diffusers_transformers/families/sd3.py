@@ -18,10 +18,10 @@ from ....core.reductions import unmerge
 from ....core.token_map import SoftMap, TokenMap
 from ....kernels.operators import is_compiling
 from ....patching.block_state import BlockState
-from ....patching.host import ATTRIBUTE, Argument, ArgumentNames, MapCall
+from ....patching.host import ATTRIBUTE, MapCall
 from ..._norm import NormForMatching
 from ...diffusers_layers import MergedFeedForward
-from ..family import BlockKind, Family, map_of_latent
+from ..family import LATENT, BlockKind, Family, arguments_of, map_of_latent
 from ..interception import Intercepted, MergedCall, check_called
 from ..processors import check_processor
 
@@ -91,11 +91,8 @@ def _probe(attention: Any, x: Tensor) -> Any:
     return attention(x, x.new_zeros(len(x), TEXT_TOKENS, attention.added_kv_proj_dim))
 
 
-_LATENT = Argument(0, ("hidden_states",))
-
-
 def _read_map(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> MapCall:
-    return map_of_latent(module, _LATENT.get(args, kwargs))
+    return map_of_latent(module, LATENT.get(args, kwargs))
 
 
 FAMILY = Family(
@@ -113,16 +110,10 @@ FAMILY = Family(
             probe=_probe,
         ),
     ),
-    arguments=ArgumentNames(
-        latent=_LATENT,
-        timestep=Argument(3, ("timestep",)),
-        conditioning=Argument(1, ("encoder_hidden_states",)),
-        tokens=_LATENT,
-        keys="",
-        read_map=_read_map,
-    ),
+    arguments=arguments_of(3, _read_map),
     processors=PROCESSORS,
     text_tokens=TEXT_TOKENS,
+    merges_states=True,
     defaults={"proportional": True},
     refused={"merge_crossattn": "its blocks have no cross-attention"},
 )

@@ -18,8 +18,8 @@ from diffusers.models.transformers.transformer_z_image import ZImageTransformerB
 from torch import Tensor, nn
 
 from ....patching.host import ATTRIBUTE, Argument, ArgumentNames, MapCall
-from ..family import BlockKind, Family
-from ..rotary import run_rotary
+from ..family import BlockKind
+from ..rotary import rotary_family, run_rotary
 from ..sequence import ImageInput
 
 PROCESSORS = ("ZSingleStreamAttnProcessor",)
@@ -110,7 +110,7 @@ def _probe(attention: nn.Module, x: Tensor) -> Any:
     return attention(torch.cat([x, x.new_zeros(len(x), TEXT_TOKENS, x.shape[-1])], dim=1))
 
 
-FAMILY = Family(
+FAMILY = rotary_family(
     kinds=(
         BlockKind(
             blocks="layers",
@@ -131,9 +131,6 @@ FAMILY = Family(
     ),
     processors=PROCESSORS,
     text_tokens=TEXT_TOKENS,
-    timestep_scale=0.001,
-    patch=2,
-    defaults={"proportional": True},
     refused={
         "merge_crossattn": "its blocks have no cross-attention",
         "merge_mlp": "its feed-forward also runs on the text",
