@@ -28,8 +28,7 @@ def count(out: Path, pipe: Any, methods: Sequence[Method], settings: Settings, r
     first images, in the batches of the run, since a threshold applies to a batch as a whole.
     """
     for method in progress([m for m in methods if load_count(out, settings, m) is None], "FLOPs"):
-        varies = method.fusion is not None and method.fusion.threshold is not None
-        counted = batches(requests[:IMAGES], settings) if varies else [requests[:1]]
+        counted = batches(requests[:IMAGES], settings) if method.varies else [requests[:1]]
         images = sum(map(len, counted))
         flops = sum(count_batch(pipe, method, settings, batch) for batch in counted) // images
         write_json(

@@ -30,6 +30,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from tofu_sd import demo
+from tofu_sd.demo.models import EMBEDDED
 from tofu_sd.timing import synchronize
 
 from ..common.cli import quiet_patches
@@ -220,7 +222,7 @@ def generate_batch(
         memory.resume()
 
     is_compared = baseline_unet is not None and method is not BASELINE
-    arguments = _pipeline_arguments(requests, method, settings)
+    arguments = _pipeline_arguments(pipe, requests, method, settings)
     synchronize(device)
     with UNetTimer(pipe, run_baseline if is_compared else None) as timer:
         start = time.perf_counter()
@@ -240,15 +242,18 @@ def generate_batch(
     }
 
 
-def _pipeline_arguments(requests: Sequence[Request], method: Method, settings: Settings) -> dict[str, Any]:
+def _pipeline_arguments(pipe: Any, requests: Sequence[Request], method: Method, settings: Settings) -> dict[str, Any]:
     seeds = [request.seed + method.seed_shift for request in requests]
+    guidance = {} if settings.guidance is None else {"guidance_scale": settings.guidance}
+    if settings.model in EMBEDDED and settings.guidance is not None:
+        guidance = demo.call_options(pipe, len(requests), settings.guidance)
     return {
         "prompt": [request.prompt for request in requests],
         "generator": [torch.Generator("cpu").manual_seed(seed) for seed in seeds],
         "height": settings.size,
         "width": settings.size,
         "output_type": "np",
-        **({} if settings.guidance is None else {"guidance_scale": settings.guidance}),
+        **guidance,
     }
 
 

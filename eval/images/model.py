@@ -156,7 +156,7 @@ def try_methods(pipe: Any, methods: Sequence[Method]) -> None:
         try:
             with quiet_patches(), method.apply(pipe):
                 pass
-        except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        except (EvalError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise EvalError(f"method {method.name!r} does not fit this model: {error}") from error
 
 

@@ -117,7 +117,7 @@ KNOWN: dict[str, Callable[[int], list[Request]]] = {
 
 def default_prompts(model: str) -> str:
     """The name of the list that --prompts is for a model by default: an embedded model's own."""
-    return "textures" if EMBEDDED.get(model) is TEXTURES else "demo"
+    return "textures" if model in EMBEDDED and EMBEDDED[model].content == TEXTURES.content else "demo"
 
 
 def repeat(requests: list[Request], per_prompt: int, of: int) -> list[Request]:

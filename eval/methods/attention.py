@@ -12,6 +12,7 @@ from torch import Tensor
 
 import tofu_sd
 
+from .. import EvalError
 from ..common.cli import quiet_patches
 
 
@@ -19,6 +20,14 @@ def as_square_map(tokens: Tensor) -> Tensor:
     """Tokens [B, N, C] of a square map as [B, side, side, C]; the images of an evaluation are square."""
     side = math.isqrt(tokens.shape[1])
     return tokens.view(tokens.shape[0], side, side, -1)
+
+
+def unet_of(pipe: Any) -> Any:
+    """The UNet of a pipeline, or the UNet itself. EvalError for a pipeline or model without one."""
+    unet = getattr(pipe, "unet", pipe)
+    if not hasattr(unet, "down_blocks"):
+        raise EvalError(f"it changes layers of a UNet, and {type(pipe).__name__} has none")
+    return unet
 
 
 def top_attentions(unet: Any, ratio: float = 0.5, latent: tuple[int, int] | None = None) -> list[tuple[Any, int]]:
@@ -31,7 +40,7 @@ def top_attentions(unet: Any, ratio: float = 0.5, latent: tuple[int, int] | None
 @contextmanager
 def swap_attention(pipe: Any, attention: type[Attention]) -> Iterator[Any]:
     """Inside, the self-attention of the highest resolution is of another class."""
-    own = [(module, type(module)) for module, _ in top_attentions(getattr(pipe, "unet", pipe))]
+    own = [(module, type(module)) for module, _ in top_attentions(unet_of(pipe))]
     for module, _ in own:
         module.__class__ = attention
     try:

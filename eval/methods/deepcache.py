@@ -8,6 +8,7 @@ from functools import partial, update_wrapper
 from types import SimpleNamespace
 from typing import Any
 
+from .attention import unet_of
 from .registry import register_method
 from .schedule import timesteps
 
@@ -22,7 +23,7 @@ def deepcache(
     """Inside, the pipeline generates with DeepCache on top of another method."""
     from DeepCache import DeepCacheSDHelper
 
-    if not hasattr(pipe, "unet"):  # a UNet alone, whose steps are counted in a pipeline's schedule
+    if unet_of(pipe) is pipe:  # a UNet alone, whose steps are counted in a pipeline's schedule
         schedule = SimpleNamespace(timesteps=timesteps(MOST_STEPS))
         pipe = SimpleNamespace(unet=pipe, scheduler=schedule)
     with ExitStack() as stack:

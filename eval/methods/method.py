@@ -23,7 +23,8 @@ class Method:
         fusion: the configuration of this package's own methods.
         seed_shift: added to every seed.
         period: after how many steps the method does the same again.
-        needs_full_unet: whether it takes a whole UNet.
+        varies: whether images differ in cost.
+        needs_full_unet: whether it takes a whole UNet or transformer.
         unavailable_reason: what to install, where the method cannot run.
         check: raises EvalError for a pipeline and a latent's side that the method cannot take.
     """
@@ -36,6 +37,7 @@ class Method:
     fusion: TokenFusionConfig | None = None
     seed_shift: int = 0
     period: int = 1
+    varies: bool = False
     needs_full_unet: bool = False
     unavailable_reason: str | None = None
     check: Callable[[Any, int], None] | None = None

@@ -41,6 +41,7 @@ class MethodSpec:
         takes_ratio: whether `apply` takes `ratio`.
         stackable: whether `apply` takes `inner`, the context manager of another method to run inside this one.
         period: after how many steps it does the same again.
+        varies: whether images differ in cost.
         check: raises EvalError for a pipeline and a latent's side that it cannot take.
     """
 
@@ -50,6 +51,7 @@ class MethodSpec:
     takes_ratio: bool = False
     stackable: bool = False
     period: int = 1
+    varies: bool = False
     check: Callable[[Any, int], None] | None = None
 
     @property
@@ -167,7 +169,8 @@ def _of_config(name: str, fusion: TokenFusionConfig, source: dict[str, Any] | No
     identity = {"fusion": repr(fusion_fields(fusion)), "code": source_hash(), **(source or {})}
     name = "@".join(part for part in name.split("@") if not part.startswith("ratio="))  # the ratio is shown anyway
     apply = partial(tofu_sd.patched, ratio=fusion)
-    return Method(name, fusion.slug, fusion.ratio, identity, apply, fusion, period=fusion.match_interval)
+    varies = fusion.threshold is not None
+    return Method(name, fusion.slug, fusion.ratio, identity, apply, fusion, period=fusion.match_interval, varies=varies)
 
 
 def _registered(name: str, ratio: float) -> Method:
@@ -177,7 +180,7 @@ def _registered(name: str, ratio: float) -> Method:
     if spec.unavailable_reason:
         return Method(name, slug, shown, unavailable_reason=spec.unavailable_reason)
     apply = partial(spec.apply, ratio=ratio) if spec.takes_ratio else spec.apply
-    return Method(name, slug, shown, spec.identity, apply, period=spec.period, check=spec.check)
+    return Method(name, slug, shown, spec.identity, apply, period=spec.period, varies=spec.varies, check=spec.check)
 
 
 def _stacked(name: str, spec: MethodSpec, outer: str, inner: Method) -> Method:
@@ -188,8 +191,9 @@ def _stacked(name: str, spec: MethodSpec, outer: str, inner: Method) -> Method:
     apply = partial(spec.apply, inner=inner.apply)
     period = math.lcm(spec.period, inner.period)
     return Method(
-        name, slug, inner.ratio, identity, apply, inner.fusion, period=period, needs_full_unet=True, check=inner.check
-    )
+        name, slug, inner.ratio, identity, apply, inner.fusion, period=period, varies=spec.varies or inner.varies,
+        needs_full_unet=True, check=inner.check,
+    )  # fmt: skip
 
 
 def _from_file(name: str, ratio: float) -> Method:
@@ -308,8 +312,8 @@ def source_hash() -> str:
 
 def _sources() -> Iterator[Path]:
     root = Path(tofu_sd.__file__).parent
-    for folder in ("core", "kernels", "patching"):
-        yield from sorted((root / folder).glob("*.py"))
+    for folder in ("core", "kernels", "patching", "hosts/diffusers_transformers"):
+        yield from sorted((root / folder).rglob("*.py"))
     yield root / "config.py"
     yield root / "config_fields.py"
     yield from sorted((root / "hosts").glob("diffusers*.py"))

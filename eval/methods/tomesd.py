@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .attention import unet_of
 from .registry import register_method
 
 
@@ -28,6 +29,6 @@ def tomesd(pipe: Any, ratio: float) -> Iterator[Any]:
 
 def top_downsample(pipe: Any) -> int:
     """The latent's side over that of the highest resolution with attention: 1 for SD 1.x and 2.x, 2 for SDXL."""
-    config = getattr(getattr(pipe, "unet", pipe), "config", None)
+    config = getattr(unet_of(pipe), "config", None)
     kinds = getattr(config, "down_block_types", None) or ()
     return 2 ** next((level for level, kind in enumerate(kinds) if "CrossAttn" in kind), 0)

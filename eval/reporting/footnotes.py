@@ -71,7 +71,7 @@ def records(results: dict[str, Any]) -> list[str]:
     return [f"[{file.parent.name}]({file.as_posix()})" for file in files]
 
 
-SECONDS = frozenset({"s/image", "s in UNet"})
+SECONDS = frozenset({"s/image", "s in model"})
 
 
 def footnotes(results: dict[str, Any], shown: Collection[str] | None = None) -> list[str]:

@@ -55,7 +55,7 @@ def table(results: dict[str, Any]) -> tuple[list[Column], list[tuple[dict[str, A
                Column("s/image", "median over batches, whole pipeline; 5th to 95th percentile")]  # fmt: skip
     cells = [[_spread(row["speedup"], 2, "×"), _spread(_of_one_run(row, "seconds"), 2)] for row in rows]
     if any(row.get("denoiser_seconds") for row in rows):
-        columns.append(Column("s in UNet", "of s/image; median over batches, 5th to 95th percentile"))
+        columns.append(Column("s in model", "of s/image; median over batches, 5th to 95th percentile"))
         for row, line in zip(rows, cells, strict=True):
             line.append(_spread(_of_one_run(row, "denoiser_seconds"), 2))
     if any(row.get("flops") for row in rows):

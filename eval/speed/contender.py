@@ -59,13 +59,13 @@ def unsuitable_reason(method: Method, scope: str) -> str:
     if method.unavailable_reason:
         return method.unavailable_reason
     if method.needs_full_unet and scope != "unet":
-        return "it needs a whole UNet"
+        return "it needs a whole UNet or transformer"
     if fusion is not None and fusion.min_tokens == "auto" and scope != "unet":
         return "where merging pays is measured in whole UNets: give min_tokens a number"
     if fusion is not None and (fusion.start, fusion.end) != (0, 1):
         return "it depends on the step: measure it with eval.run"
-    if fusion is not None and fusion.threshold is not None:
-        return "its ratio depends on the image: measure it with eval.run"
+    if method.varies:
+        return "its cost depends on the image: measure it with eval.run"
     if fusion is not None and scope == "attention" and set(fusion.layers) != {"attn"}:
         return "this scope has only self-attention"
     return ""

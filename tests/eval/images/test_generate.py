@@ -25,6 +25,7 @@ from eval.images import settings as settings_module
 from eval.images.requests import Request
 from eval.methods import registry as methods
 from eval.methods.method import BASELINE, OTHER_SEEDS, SEED_SHIFT
+from tofu_sd.demo.models import FLUX
 
 SETTINGS = generate.Settings("tiny", "p", "own.txt", "h", 0, 64, 2, None, 2, "cpu", "float32", "a", "t", "d", "tf")
 REQUESTS = [Request(f"{i:04d}", prompt, 10 + i) for i, prompt in enumerate(["a red fox", "a bee", "an old oak"])]
@@ -267,6 +268,31 @@ def test_time_of_the_interleaved_baseline_is_excluded(pipe, monkeypatch):
     assert (cost["seconds"], cost["denoiser_seconds"], cost["baseline_denoiser_seconds"]) == (7 - 2, 2, 2)
     _, cost = generate.generate_batch(pipe, REQUESTS[:1], TOFU, SETTINGS, steps=2)
     assert (cost["seconds"], cost["denoiser_seconds"], cost["baseline_denoiser_seconds"]) == (5, 2, None)
+
+
+def test_flux_gets_guidance_and_the_text_length_of_its_training(monkeypatch):
+    """The embedded Flux is not distilled: its pipeline would take guidance_scale without any effect."""
+    monkeypatch.setattr(generate, "EMBEDDED", {"demo-flux": FLUX})
+    calls = []
+
+    class FluxPipeline:
+        device = torch.device("cpu")
+        transformer = torch.nn.Identity()
+
+        def __call__(self, **arguments):
+            calls.append(arguments)
+            return SimpleNamespace(images=np.zeros((2, 64, 64, 3)))
+
+    for model in ("demo-flux", "a-flux"):
+        settings = replace(SETTINGS, model=model, guidance=3.0)
+        generate.generate_batch(FluxPipeline(), REQUESTS[:2], BASELINE, settings, steps=2)
+    embedded, other = calls
+    assert embedded["true_cfg_scale"] == 3.0
+    assert embedded["negative_prompt"] == ["", ""]
+    assert embedded["max_sequence_length"] == 32
+    assert "guidance_scale" not in embedded
+    assert other["guidance_scale"] == 3.0
+    assert not {"true_cfg_scale", "max_sequence_length"} & set(other)
 
 
 @pytest.mark.parametrize("name", ["tofu", "deepcache:tofu", "todo", "hypertile"])

@@ -11,14 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eval import EvalError
+from eval.families.tiny import flux, flux_inputs, sd3
 from eval.methods import attention, hypertile, schedule
 from eval.methods import registry as methods
 from tofu_sd.core.reductions import mean, prune
 
-NAMES = [*methods.known_methods(), "deepcache:tofu", "deepcache-2:tofu"]
+OF_TRANSFORMERS = [name for name in methods.known_methods() if name.startswith("first-block-cache")]
+OF_UNETS = [name for name in methods.known_methods() if name not in OF_TRANSFORMERS]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*OF_UNETS, "deepcache:tofu", "deepcache-2:tofu"])
 def test_method_changes_the_output_and_is_removed(name: str) -> None:
     unet = tiny.sd15_unet()
     before = [(type(module), {*vars(module)}) for module in unet.modules()]
@@ -31,6 +34,36 @@ def test_method_changes_the_output_and_is_removed(name: str) -> None:
     assert torch.equal(tiny.predict(unet, **call), plain)
     if name != "tomesd":  # which leaves attributes of its own behind
         assert [(type(module), {*vars(module)}) for module in unet.modules()] == before
+
+
+@pytest.mark.parametrize("inner", ["", ":tofu"])
+def test_first_block_cache_skips_blocks_and_is_removed(inner: str) -> None:
+    """The second step's first block is that of the first, so that no other block runs."""
+    transformer = flux()
+    before = [(type(module), {*vars(module)}) for module in transformer.modules()]
+    plain = transformer(**flux_inputs()).sample
+    [method] = methods.parse(f"first-block-cache{inner}", [0.5])
+    calls: list[Any] = []
+    with method.apply(transformer), transformer.cache_context("cond"):
+        hook = transformer.transformer_blocks[1].attn.to_q.register_forward_hook(lambda *_: calls.append(1))
+        first, second = (transformer(**flux_inputs()).sample for _ in range(2))
+        hook.remove()
+    assert len(calls) == 1
+    assert torch.equal(first, plain) == (not inner)
+    torch.testing.assert_close(second, first)
+    assert torch.equal(transformer(**flux_inputs()).sample, plain)
+    assert [(type(module), {*vars(module)}) for module in transformer.modules()] == before
+
+
+@pytest.mark.parametrize(("name", "model", "why"), [
+    *((name, flux, "it changes layers of a UNet, and FluxTransformer2DModel has none") for name in OF_UNETS),
+    *((name, tiny.sd15_unet, "diffusers has no cache for UNet2DConditionModel") for name in OF_TRANSFORMERS),
+    ("first-block-cache", sd3, "diffusers has no cache for SD3Transformer2DModel"),
+])  # fmt: skip
+def test_method_of_another_kind_of_model_is_refused(name: str, model: Any, why: str) -> None:
+    [method] = methods.parse(name, [0.5])
+    with pytest.raises(EvalError, match=why), method.apply(model()):
+        pass
 
 
 def test_deepcache_keeps_step_with_the_method_below() -> None:

@@ -232,7 +232,8 @@ def test_row_is_labelled_with_its_effective_ratio():
 def test_only_code_that_decides_images_changes_their_hash(monkeypatch, tmp_path):
     """A new file elsewhere in the package, such as another host's, must not make all images again."""
     package = tmp_path / "demo" / "tofu_sd"
-    for folder in ("core", "kernels", "patching", "hosts", "demo"):
+    transformers = "hosts/diffusers_transformers/families"
+    for folder in ("core", "kernels/triton", "patching", transformers, "demo"):
         (package / folder).mkdir(parents=True)
     for name in ("config", "config_fields"):
         (package / f"{name}.py").write_text("a = 1")
@@ -242,7 +243,14 @@ def test_only_code_that_decides_images_changes_their_hash(monkeypatch, tmp_path)
     for other in ("demo/classes.py", "hosts/webui.py", "recipes.py"):
         (package / other).write_text("a = 1")
     assert methods.source_hash.__wrapped__() == before
-    for own in ("core/matching.py", "config.py", "config_fields.py", "hosts/diffusers_unet.py"):
+    top = ("config.py", "config_fields.py")
+    for own in (
+        "core/matching.py",
+        "kernels/triton/merge.py",
+        *top,
+        "hosts/diffusers_unet.py",
+        f"{transformers}/flux.py",
+    ):
         (package / own).write_text(own)
         after = methods.source_hash.__wrapped__()
         assert after != before
