@@ -72,7 +72,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 def launched(unet: Any, counter: Launches, config: tofu_sd.TokenFusionConfig | None) -> list[str]:
     """Returns the kernels of one step of a UNet in half precision; None for the baseline."""
-    call = {name: x.half() if x.ndim and x.is_floating_point() else x for name, x in tiny.inputs(unet).items()}
+    inputs = tiny.inputs(unet, 8, 16, batch=1)  # few tokens, as each program of a kernel is interpreted
+    call = {name: x.half() if x.ndim and x.is_floating_point() else x for name, x in inputs.items()}
     with nullcontext() if config is None else tofu_sd.patched(unet, replace(config, min_tokens=0)):
         tiny.predict(unet, **call)  # the first step computes sources and destinations, which are kept
         counter.names.clear()
