@@ -36,6 +36,7 @@ class ForwardState:
         best: [B, S], largest cosine of each source in this call.
         num_similar: how many cosines exceeded the threshold in the step before.
         others: [M], its length is the number of image tokens that follow the map in the sequence; None for none.
+        keys: [B, K, C], what keys and values are projected from while attention runs; None where it is its input.
     """
 
     grid: PartitionTensors | None = None
@@ -45,6 +46,7 @@ class ForwardState:
     best: Tensor | None = None
     num_similar: float = 0.0
     others: Tensor | None = None
+    keys: Tensor | None = None
 
 
 @dataclass
@@ -167,11 +169,16 @@ class BlockState:
             return self.reduce(x, map)
         return _reduce(x, map, self.reductions.kv, self.current.kv_id_tensor)
 
-    def reduce_queries_and_keys(self, x: Tensor, map: TokenMap | SoftMap) -> tuple[Tensor, Tensor]:
-        """Applies both of these at once: (queries, keys and values), the same tensor where one reduction is both."""
+    def queries_and_keys(self, x: Tensor, map: TokenMap | SoftMap) -> tuple[Tensor, Tensor | None]:
+        """Returns what attention projects x [B, N, C] from, for queries and for keys and values.
+
+        Returns:
+            (queries [B, K, C], or x where only keys and values are merged; keys [B, K, C], or None for the queries).
+        """
+        if self.kv_only:
+            return x, self.reduce_kv(x, map)
         if not self.separate_kv:
-            reduced = self.reduce(x, map)
-            return reduced, reduced
+            return self.reduce(x, map), None
         ids = self.current.id_tensor, self.current.kv_id_tensor
         if _by_id(map, x) and ids[0] is not None and ids[1] is not None:
             queries, keys = reduce_by_id(x, map.tensors, [len(ids[0]), len(ids[1])])
@@ -212,10 +219,9 @@ class BlockState:
         map = self.pop_map("attn", x)
         if map is None or not can_merge():
             return full()
-        if self.kv_only:
-            return merged(x, self.reduce_kv(x, map), map)
-        queries, keys = self.reduce_queries_and_keys(x, map)
-        return unmerge(merged(queries, keys if self.separate_kv else None, map), map)
+        queries, keys = self.queries_and_keys(x, map)
+        out = merged(queries, keys, map)
+        return out if self.kv_only else unmerge(out, map)
 
     def run_merged(self, layer: str, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Runs a token-wise layer on merged tokens: unmerge(forward(reduce(x)))."""

@@ -34,18 +34,18 @@ def computed(name: str, model: Any, form: str | None) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    ("options", "states", "rotary"),
+    ("options", "form"),
     [
-        ({}, "all, projections too", "all"),
-        ({"kv_early": "mean", "kv_late": "mean"}, None, "all"),
-        ({"kv_only": True}, None, "keys and values"),
+        ({}, "all"),
+        ({"kv_early": "mean", "kv_late": "mean"}, "all"),
+        ({"kv_only": True}, "keys and values"),
     ],
     ids=["queries, keys and values", "their own reduction", "keys and values"],
 )
-def test_merging_saves_what_its_form_saves(name: str, options: dict[str, Any], states: str | None, rotary: str) -> None:
-    """Pairs are matched without products of matrices, so nothing is added. PixArt projects its merged keys apart."""
-    of_states = {"pixart": {"all": "all, projections too", "keys and values": "keys and values, projections too"}}
-    form = rotary if name not in STATES else states or of_states.get(name, {}).get(rotary, rotary)
+def test_merging_saves_what_its_form_saves(name: str, options: dict[str, Any], form: str) -> None:
+    """Pairs are matched without products of matrices, so nothing is added."""
+    if name in STATES:
+        form += ", projections too"
     call: dict[str, Any] = {}
     if name == "z-image":  # prompts of one length
         call = {"cap_feats": MODELS[name].inputs()["cap_feats"][:1] * 2}

@@ -93,18 +93,73 @@ def test_identical_tokens_are_exact_with_proportional_attention(
     assert (without - plain).abs().max() > 1e-2
 
 
-def test_merging_states_equals_merging_projections() -> None:
-    """Projections are linear: the mean before them is the mean after them, without a norm of queries and keys."""
+@pytest.mark.parametrize("make", [sd3, sd35])
+@forms
+def test_projections_run_on_merged_tokens(make: Callable[..., Any], options: dict[str, Any]) -> None:
+    """In every form, and the output's too where queries are merged: that is a third of what merging can save."""
+    model = tofu_sd.apply_patch(make(), 0.5, **options)
+    sizes: dict[str, list[int]] = {name: [] for name in ("to_q", "to_k", "to_v", "to_out.0")}
+    for name, module in model.named_modules():
+        for layer, seen in sizes.items():
+            if name.endswith(f".{layer}"):
+                module.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0].shape[1]))
+    SD3.predict(model)
+    queries = 64 if "kv_only" in options else 32
+    number = tofu_sd.summary(model).attention_modules
+    assert sizes["to_q"] == sizes["to_out.0"] == [queries] * number
+    assert sizes["to_k"] == sizes["to_v"] == [32] * number
+
+
+@pytest.mark.parametrize("make", [sd3, sd35])
+def test_keys_are_those_of_their_own_reduction(make: Callable[..., Any]) -> None:
+    """Pruned keys are keys of the model; the same reduction for both, said twice, is said once."""
+    plain = calls_of(make())[0]
+    for options in ({"kv_only": True, "early": "prune"}, {"early": "mlerp", "kv_early": "prune"}):
+        merged = calls_of(tofu_sd.apply_patch(make(), 0.5, **options))[0]
+        for name in ("key", "value"):
+            same = (merged[name][:, 0, :32, None] - plain[name][:, 0, None, :64]).abs().amax(-1) < 1e-5
+            assert (same.sum(dim=-1) == 1).all()
     mean = {"early": "mean", "late": "mean"}
-    model = tofu_sd.apply_patch(sd3(), 0.5, **mean)
-    before = SD3.predict(model)
-    after = SD3.predict(tofu_sd.apply_patch(model, 0.5, **mean, kv_early="mean"))
-    assert torch.allclose(before, after, atol=1e-4)
-    normalized = tofu_sd.apply_patch(sd35(), 0.5, **mean)
-    before = SD3.predict(normalized)
-    assert not torch.allclose(
-        before, SD3.predict(tofu_sd.apply_patch(normalized, 0.5, **mean, kv_early="mean")), atol=1e-2
+    once, twice = (
+        tofu_sd.apply_patch(make(), 0.5, **mean, **kv) for kv in ({}, {"kv_early": "mean", "kv_late": "mean"})
     )
+    assert torch.equal(SD3.predict(once), SD3.predict(twice))
+
+
+@forms
+def test_compiled_blocks_project_the_same_keys_in_one_graph(options: dict[str, Any]) -> None:
+    model = tofu_sd.apply_patch(sd3(num_layers=1), 0.5, **options)
+    before, graphs = SD3.predict(model), list[Any]()
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model.transformer_blocks[0].compile(backend=count, fullgraph=True)
+    assert torch.allclose(SD3.predict(model), before, atol=1e-5)
+    assert len(graphs) == 1
+
+
+def test_layers_of_the_projections_are_found_and_replaced_as_without_a_patch() -> None:
+    """A library that wraps them, as peft does, reads and sets them by name."""
+    model = tofu_sd.apply_patch(sd3(), 0.5, kv_only=True)
+    attention = model.transformer_blocks[0].attn
+    before = SD3.predict(model)
+    assert attention.to_k is dict(attention.named_children())["to_k"]
+    attention.to_k = torch.nn.Sequential(attention.to_k)
+    assert isinstance(attention.to_k, torch.nn.Sequential)
+    assert torch.equal(SD3.predict(model), before)
+    assert isinstance(tofu_sd.remove_patch(model).transformer_blocks[0].attn.to_k, torch.nn.Sequential)
+
+
+def test_fused_projections_merge_keys_after_them() -> None:
+    """One layer projects queries, keys and values. The mean commutes with it, but not with a norm of the keys."""
+    for norm, same in ((None, True), ("rms_norm", False)):
+        model = tofu_sd.apply_patch(sd3(qk_norm=norm), 0.5, kv_only=True, early="mean", late="mean")
+        before = SD3.predict(model)
+        model.fuse_qkv_projections()
+        assert torch.allclose(SD3.predict(model), before, atol=1e-4) == same
 
 
 def test_default_has_proportional_attention_and_a_configuration_is_taken_literally() -> None:

@@ -105,12 +105,12 @@ class AttentionPatches(ModelPatches):
             self.on_map(place, map.argmax_map(), *size)
         options[MAP] = map
         block = state.states[place]
-        if self.config.kv_only:
-            queries, keys = q, block.reduce_kv(k, map)
-        elif q is k:  # usually one tensor, as v is
-            queries, keys = block.reduce_queries_and_keys(q, map)
+        if q is k:  # usually one tensor, as v is
+            queries, reduced = block.queries_and_keys(q, map)
+            keys = queries if reduced is None else reduced
         else:
-            queries, keys = block.reduce(q, map), block.reduce_kv(k, map)
+            queries = q if self.config.kv_only else block.reduce(q, map)
+            keys = block.reduce_kv(k, map)
         return queries, keys, keys if v is k else block.reduce_kv(v, map)
 
     @uncompiled

@@ -30,7 +30,19 @@ TEXT_TOKENS = 333  # 77 of CLIP and 256 of T5
 
 
 class MergedJointAttention(Attention):  # type: ignore[misc]
-    """Joint attention on merged image tokens. The processor runs unchanged on fewer of them."""
+    """Joint attention on merged image tokens. The processor runs unchanged on fewer of them.
+
+    It calls to_k and to_v with the tokens of the queries. Where keys and values have tokens of their own, both project
+    these instead.
+    """
+
+    @property
+    def to_k(self) -> Any:
+        return _projection(self, "to_k")
+
+    @property
+    def to_v(self) -> Any:
+        return _projection(self, "to_v")
 
     def forward(
         self,
@@ -54,34 +66,46 @@ class MergedJointAttention(Attention):  # type: ignore[misc]
         if map is None:
             return run(hidden_states)
         check_processor(self, PROCESSORS)
-        return _run_merged(state, map, hidden_states, run, self.processor)
+        return _run_merged(self, map, hidden_states, run)
+
+
+def _projection(attention: MergedJointAttention, name: str) -> Any:
+    """Returns a layer of attention or, while keys have tokens of their own, a function that projects those."""
+    layer = attention._modules[name]
+    state: BlockState | None = getattr(attention, ATTRIBUTE, None)
+    keys = None if state is None else state.current.keys
+    return layer if keys is None or layer is None else lambda tokens: layer(keys)
 
 
 def _run_merged(
-    state: BlockState, map: TokenMap | SoftMap, x: Tensor, run: Callable[[Tensor], Any], processor: Any
+    attention: MergedJointAttention, map: TokenMap | SoftMap, x: Tensor, run: Callable[[Tensor], Any]
 ) -> Any:
     """Runs attention with merged image tokens.
 
     Args:
-        state: of the block.
+        attention: the layer.
         map: of the image tokens.
         x: [B, N, C], the normed image tokens.
         run: takes image tokens to the output of attention: of the image, or (of the image, of the text).
-        processor: runs in it; for messages.
 
     Returns:
         The output of attention for all N image tokens, with that of the text where there is one.
     """
-    projected = state.kv_only or state.separate_kv  # the projections take one tensor for queries, keys and values
+    state: BlockState = getattr(attention, ATTRIBUTE)
+    # one fused projection takes one tensor for queries, keys and values, which are then merged after it
+    projected = attention.fused_projections and (state.kv_only or state.separate_kv)
     call = MergedCall(state, map, 0, projected)
-    tokens = x if projected else state.reduce(x, map)
-    if not projected and not state.proportional and not is_compiling():
-        out = run(tokens)
-    else:
-        with Intercepted(call):
-            out = run(tokens)
-        check_called(call, processor)
-    if projected:
+    queries, state.current.keys = (x, None) if projected else state.queries_and_keys(x, map)
+    try:
+        if not projected and not state.proportional and not is_compiling():
+            out = run(queries)
+        else:
+            with Intercepted(call):
+                out = run(queries)
+            check_called(call, attention.processor)
+    finally:
+        state.current.keys = None
+    if projected or state.kv_only:
         return out
     return (unmerge(out[0], map), *out[1:]) if isinstance(out, tuple) else unmerge(out, map)
 
