@@ -35,8 +35,8 @@ def split(pipe: Any, ratio: float, keys: Reduction, values: Reduction) -> Iterat
             for name, state in states_of(patch).items():
                 to_v = unet.get_submodule(f"{name}.attn1.to_v")
                 reduce, project = _reduce_three(state, to_v.forward, keys, values)
-                state.reduce_queries_and_keys, to_v.forward = reduce, project  # type: ignore[method-assign]
-                own += [(state, "reduce_queries_and_keys"), (to_v, "forward")]
+                state.queries_and_keys, to_v.forward = reduce, project  # type: ignore[method-assign]
+                own += [(state, "queries_and_keys"), (to_v, "forward")]
             yield pipe
         finally:
             for owner, attribute in own:
