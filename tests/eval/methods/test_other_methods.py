@@ -164,3 +164,23 @@ def test_split_reductions_of_keys_and_values_are_the_asymmetric_recipe_where_the
     with split_kv.split(unet, 0.5, mean, prune):
         assert not torch.equal(tiny.predict(unet), expected)
     assert not any("forward" in vars(module) for module in unet.modules())
+
+
+def test_survivor_phase_is_exact_where_tokens_and_positions_are_equal() -> None:
+    """benchmarks/survivor_phase.py: a key that weighs n is n equal keys. Elsewhere phases decide; it is undone."""
+    phase = methods._load(Path(__file__).parents[3] / "benchmarks" / "survivor_phase.py")
+    transformer, call = flux(), flux_inputs(batch=1)
+    with phase.survivor_phase(transformer, 0.5):
+        changed = transformer(**call).sample
+    plain = transformer(**call).sample
+    assert not torch.allclose(changed, plain, atol=1e-2)
+    equal = {**call, "hidden_states": call["hidden_states"][:, :1].expand_as(call["hidden_states"])}
+    transformer.pos_embed.register_forward_hook(lambda module, args, out: tuple(x[:1].expand_as(x) for x in out))
+    expected = transformer(**equal).sample
+    with phase.survivor_phase(transformer, 0.5):
+        torch.testing.assert_close(transformer(**equal).sample, expected, atol=2e-5, rtol=0)
+        with pytest.raises(EvalError, match="--batch 1"):
+            transformer(**flux_inputs(batch=2))
+    assert torch.equal(transformer(**equal).sample, expected)
+    with pytest.raises(EvalError, match="written for Flux"), phase.survivor_phase(sd3(), 0.5):
+        pass
