@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tiny_transformers import MODELS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tofu_sd
@@ -27,8 +28,8 @@ from triton.runtime import interpreter
 
 from tofu_sd.kernels import triton as triton_kernels
 
-NO_LAUNCH = {"alias", "detach", "empty", "expand", "new_empty", "select", "slice", "split", "t", "transpose", "unbind",
-             "unsqueeze", "view", "_unsafe_view"}  # fmt: skip
+NO_LAUNCH = {"alias", "detach", "empty", "expand", "new_empty", "select", "slice", "split", "split_with_sizes", "t",
+             "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"}  # fmt: skip
 
 
 class Launches(TorchDispatchMode):
@@ -70,18 +71,19 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     return counter
 
 
-def launched(unet: Any, counter: Launches, config: tofu_sd.TokenFusionConfig | None) -> list[str]:
-    """Returns the kernels of one step of a UNet in half precision; None for the baseline."""
-    inputs = tiny.inputs(unet, 8, 16, batch=1)  # few tokens, as each program of a kernel is interpreted
+def launched(
+    model: Any, inputs: dict[str, Any], counter: Launches, config: tofu_sd.TokenFusionConfig | None
+) -> Counter[str]:
+    """Returns the kernels of one step of a model in half precision; None for the baseline."""
     call = {name: x.half() if x.ndim and x.is_floating_point() else x for name, x in inputs.items()}
-    with nullcontext() if config is None else tofu_sd.patched(unet, replace(config, min_tokens=0)):
-        tiny.predict(unet, **call)  # the first step computes sources and destinations, which are kept
+    with torch.no_grad(), nullcontext() if config is None else tofu_sd.patched(model, replace(config, min_tokens=0)):
+        model(**call)  # the first step computes sources and destinations, which are kept
         counter.names.clear()
         counter.counting = True
         with counter:
-            tiny.predict(unet, **call)
+            model(**call)
         counter.counting = False
-    return list(counter.names)
+    return Counter(counter.names)
 
 
 METHODS = [
@@ -105,9 +107,9 @@ def test_a_merged_block_launches_at_most_five_kernels_more(
     """Matching, the map and both reductions take three launches, log n one, unmerging one."""
     unet = tiny.shallow_unet().half()
     blocks = 3
-    baseline = launched(unet, launches, None)
-    more = Counter(launched(unet, launches, recipes.named(method)))
-    more.subtract(baseline)
+    inputs = tiny.inputs(unet, 8, 16, batch=1)  # few tokens, as each program of a kernel is interpreted
+    more = launched(unet, inputs, launches, recipes.named(method))
+    more.subtract(launched(unet, inputs, launches, None))
     # of tokens whose channels come first in memory: the norm makes the same copy itself, out of sight, in the baseline
     assert more.pop("clone") == blocks
     found = {name: count for name, count in more.items() if count}
@@ -117,3 +119,31 @@ def test_a_merged_block_launches_at_most_five_kernels_more(
         found["_take"] = blocks
     assert found == dict.fromkeys(each_block, blocks)
     assert sum(more.values()) <= 5 * blocks
+
+
+OF_STATES = {"_nearest": 1, "_build_map": 1, "_merge": 1}
+OF_ROTARY = {**OF_STATES, "new_zeros": 1}  # and a mask, by which attention is reached
+LOG_N = {"_to_copy": 1, "constant_pad_nd": 1}  # 0 for the text
+TRANSFORMERS = [
+    ("sd3", "tome", {**OF_STATES, "_take": 1}),
+    ("sd3", "asymmetric", {**OF_STATES, **LOG_N, "_take": 1}),
+    ("sd3", "kv:tome+p", {**OF_STATES, **LOG_N}),
+    ("flux", "asymmetric", {**OF_ROTARY, **LOG_N, "_merge": 3, "cat": 4, "_take": 1}),
+    ("flux", "kv:tome+p", {**OF_ROTARY, **LOG_N, "_merge": 2, "cat": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "each_block"), TRANSFORMERS, ids=[f"{a}-{b}" for a, b, _ in TRANSFORMERS])
+def test_merging_in_a_transformer_copies_no_tokens_beside_the_text(
+    name: str, method: str, each_block: dict[str, int], launches: Launches
+) -> None:
+    """Where q, k and v are merged, each is joined with the text's by one copy of what is left."""
+    model = MODELS[name].make().half()
+    more = launched(model, MODELS[name].inputs(), launches, recipes.named(method))
+    more.subtract(launched(model, MODELS[name].inputs(), launches, None))
+    singles = len(getattr(model, "single_transformer_blocks", ()))
+    more["clone"] -= singles  # their part of the norm's output, which is compared
+    blocks = len(model.transformer_blocks) + singles
+    assert {name: count for name, count in more.items() if count} == {
+        name: count * blocks for name, count in each_block.items()
+    }

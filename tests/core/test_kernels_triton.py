@@ -15,6 +15,8 @@ from tofu_sd.kernels import reference
 
 pytest.importorskip("triton")
 from tofu_sd.kernels import triton as triton_kernels
+from tofu_sd.kernels.triton import nearest
+from tofu_sd.kernels.triton.rows import as_rows
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [(16, 16), (17, 13), (1, 9), (5, 1), (3, 40)]
@@ -88,6 +90,30 @@ def test_ties_pick_the_earlier_destination_and_nan_equals_reference() -> None:
     )
     assert torch.equal(target, expected_target)
     assert max_error(best, expected) < 1e-6
+
+
+def test_tokens_are_read_in_the_middle_of_a_longer_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the image's are between text and references. A copy of them would cost as much as merging saves."""
+    sequence = tokens(24, 25, 40)
+    image, small = sequence[:, 7 : 7 + 576], sequence[:, 7 : 7 + 100]
+    assert as_rows(image) is image
+    parts = partition(24, 24, 2, 2, DEVICE)
+    fours = torch.arange(100, device=DEVICE).view(25, 4)
+    group_idx = (torch.arange(100, device=DEVICE) % 20).expand(2, -1)
+
+    def results(image: Tensor, small: Tensor) -> list[Tensor]:
+        found = [triton_kernels.take(small, group_idx), *triton_kernels.pair_up(small, fours)]
+        found += triton_kernels.merge(small, group_idx, 20, (reference.Length.LARGEST,))
+        for bound in (0, nearest.LAUNCH_BOUND):  # with and without a launch for the lengths
+            monkeypatch.setattr(nearest, "LAUNCH_BOUND", bound)
+            found += triton_kernels.nearest_dst(image, parts.src[None], parts.dst[None])
+        return found
+
+    copies = results(image.clone(), small.clone())
+    assert all(torch.equal(*pair) for pair in zip(results(image, small), copies, strict=True))
+    other_layout = sequence[:, :40].mT
+    at = torch.zeros(2, 3, dtype=torch.long, device=DEVICE)
+    assert torch.equal(triton_kernels.take(other_layout, at), other_layout[:, :1].expand(-1, 3, -1))
 
 
 def assert_same_map(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from .rows import as_rows
 
 LARGEST, PARTIAL = (tl.constexpr(int(each)) for each in (reference.Length.LARGEST, reference.Length.PARTIAL))
 
@@ -27,11 +28,12 @@ def merge(
     if groups is None:
         groups = reference.sorted_groups(group_idx, K)
     outputs = [torch.empty(B, K, C, dtype=x.dtype, device=x.device) for _ in lengths]
+    x = as_rows(x)
     channels = triton.next_power_of_2(C)
     first, last = int(lengths[0]), int(lengths[-1])
     _merge[(K, B)](
-        x.contiguous(), groups.order.contiguous(), groups.start.contiguous(),
-        torch.empty(B, N, dtype=torch.int32, device=x.device), outputs[0], outputs[-1], N, K, C,
+        x, groups.order.contiguous(), groups.start.contiguous(),
+        torch.empty(B, N, dtype=torch.int32, device=x.device), outputs[0], outputs[-1], x.stride(0), N, K, C,
         FIRST=first, LAST=last, TWO=len(lengths) > 1, CHANNELS=channels, ROWS=4, CHUNK=32,
         num_warps=max(1, min(8, channels // 512)),
     )  # fmt: skip
@@ -40,13 +42,13 @@ def merge(
 
 @triton.jit
 def _merge(
-    x_ptr, order_ptr, start_ptr, sorted_ptr, first_ptr, last_ptr, N, K, C, FIRST: tl.constexpr, LAST: tl.constexpr,
-    TWO: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    x_ptr, order_ptr, start_ptr, sorted_ptr, first_ptr, last_ptr, STRIDE, N, K, C, FIRST: tl.constexpr,
+    LAST: tl.constexpr, TWO: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     k, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start = tl.load(start_ptr + sample * (K + 1) + k)
     members = tl.load(start_ptr + sample * (K + 1) + k + 1) - start
-    x_ptr += sample * N * C
+    x_ptr += sample * STRIDE
     sorted_ptr += sample * N + start
     _sort(order_ptr + sample * N + start, sorted_ptr, members, CHUNK)  # sums have the same order in every run
     c = tl.arange(0, CHANNELS)

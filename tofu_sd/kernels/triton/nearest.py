@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rows import as_rows
+
 LAUNCH_BOUND = 2**13  # tokens of one image with guidance at 512 px
 
 
@@ -19,7 +21,7 @@ def nearest_dst(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tenso
     leave the device waiting for launches, so they have one less.
     """
     (B, N, C), (T, S), D = metric.shape, src.shape, dst.shape[1]
-    metric, src, dst = metric.contiguous(), src.contiguous(), dst.contiguous()
+    metric, src, dst = as_rows(metric), src.contiguous(), dst.contiguous()
     best = torch.empty(B, T, S, dtype=torch.float32, device=metric.device)
     target = torch.empty(B, T, S, dtype=torch.long, device=metric.device)
     wide = metric.dtype == torch.float32  # float32 products have fewer units, and tiles of twice the size
@@ -28,31 +30,32 @@ def nearest_dst(metric: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tenso
     length = torch.empty(B, N if measured else 0, dtype=torch.float32, device=metric.device)
     if measured:
         _lengths[(triton.cdiv(B * N, 4),)](
-            metric, length, B * N, C, ROWS=4, CHANNELS=triton.next_power_of_2(C), num_warps=4
+            metric, length, metric.stride(0), B, N, C, ROWS=4, CHANNELS=triton.next_power_of_2(C), num_warps=4
         )  # fmt: skip
     _nearest[(B * T, triton.cdiv(S, rows))](
-        metric, length, src, dst, best, target, N, C, T, S, D, MEASURED=measured,
+        metric, length, src, dst, best, target, metric.stride(0), N, C, T, S, D, MEASURED=measured,
         ROWS=rows, COLS=min(cols, max(16, triton.next_power_of_2(D))), CHANNELS=32 if wide else 64, num_warps=4,
     )  # fmt: skip
     return best, target
 
 
 @triton.jit
-def _lengths(x_ptr, length_ptr, M, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _lengths(x_ptr, length_ptr, STRIDE, B, N, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, CHANNELS)
-    x = tl.load(x_ptr + row[:, None] * C + c[None, :], mask=(row < M)[:, None] & (c < C)[None, :], other=0.0)
+    at = (row // N) * STRIDE + (row % N) * C
+    x = tl.load(x_ptr + at[:, None] + c[None, :], mask=(row < B * N)[:, None] & (c < C)[None, :], other=0.0)
     x = x.to(tl.float32)
-    tl.store(length_ptr + row, tl.sqrt(tl.sum(x * x, axis=1)), mask=row < M)
+    tl.store(length_ptr + row, tl.sqrt(tl.sum(x * x, axis=1)), mask=row < B * N)
 
 
 @triton.jit
 def _nearest(
-    x_ptr, length_ptr, src_ptr, dst_ptr, best_ptr, target_ptr, N, C, T, S, D, MEASURED: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
+    x_ptr, length_ptr, src_ptr, dst_ptr, best_ptr, target_ptr, STRIDE, N, C, T, S, D,
+    MEASURED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     sample, window = (tl.program_id(0) // T).to(tl.int64), tl.program_id(0) % T
-    x_ptr += sample * N * C
+    x_ptr += sample * STRIDE
     length_ptr += sample * N
     dst_ptr += window * D
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)

@@ -8,26 +8,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .rows import as_rows
+
 
 def pair_up(x: Tensor, fours: Tensor) -> tuple[Tensor, Tensor]:
     """Computes `reference.pair_up`: each program pairs the tokens of a few fours."""
-    (B, N, C), M = x.shape, len(fours)
+    (B, _, C), M = x.shape, len(fours)
     cosine = torch.empty(B, 2 * M, dtype=torch.float32, device=x.device)
     pairs = torch.empty(B, 2 * M, 2, dtype=torch.long, device=x.device)
-    rows = 8
+    x, rows = as_rows(x), 8
     if M:
         _pair_up[(triton.cdiv(M, rows), B)](
-            x.contiguous(), fours.contiguous(), cosine, pairs, N, C, M, ROWS=rows, CHANNELS=64, num_warps=4
+            x, fours.contiguous(), cosine, pairs, x.stride(0), C, M, ROWS=rows, CHANNELS=64, num_warps=4
         )
     return cosine, pairs
 
 
 @triton.jit
-def _pair_up(x_ptr, fours_ptr, cosine_ptr, pairs_ptr, N, C, M, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _pair_up(x_ptr, fours_ptr, cosine_ptr, pairs_ptr, STRIDE, C, M, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     sample = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < M
-    x_ptr += sample * N * C
+    x_ptr += sample * STRIDE
     t0 = tl.load(fours_ptr + 4 * row, mask=inside, other=0)
     t1 = tl.load(fours_ptr + 4 * row + 1, mask=inside, other=0)
     t2 = tl.load(fours_ptr + 4 * row + 2, mask=inside, other=0)
