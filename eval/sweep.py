@@ -14,7 +14,9 @@ from tofu_sd import recipes
 
 from . import EvalError
 from .common.cli import Help, Parser, choices, command
+from .evaluation.options import parser as run_parser
 from .evaluation.printed import run_and_print
+from .images.model import denoiser_class
 from .methods.registry import known_methods
 
 FORMS = {"plain": "{}", "p": "{}+p", "kv": "kv:{}", "kv+p": "kv:{}+p"}
@@ -53,16 +55,17 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--also",
-        default=",".join(_others()),
         metavar="A,B",
-        help="further methods, as in eval.run, or none",
+        help="further methods, as in eval.run, or none (default: faithful, asymmetric and others that fit the model)",
     )
     return p
 
 
-def _others() -> list[str]:
-    """The further methods: recipes outside the grid, and all methods that are not this package's."""
-    return ["faithful", "asymmetric", *known_methods(), *(f"{name}:tofu" for name in known_methods(stackable=True))]
+def others(model: str) -> list[str]:
+    """The further methods: recipes outside the grid, and those that are not this package's and fit the model."""
+    denoiser = denoiser_class(model)
+    stacked = [f"{name}:tofu" for name in known_methods(stackable=True, denoiser=denoiser)]
+    return ["faithful", "asymmetric", *known_methods(denoiser=denoiser), *stacked]
 
 
 def grid(reductions: str, forms: str, options: Sequence[str], also: str) -> str:
@@ -82,7 +85,8 @@ def main(argv: Sequence[str]) -> int:
     options, rest = parser().parse_known_args(argv)
     if any(option.partition("=")[0] in ("--method", "--suite") for option in rest):
         raise EvalError("the grid names the methods: --reduction, --form, --with and --also")
-    methods = grid(options.reduction, options.form, options.options, options.also)
+    also = options.also or ",".join(others(run_parser().parse_args(rest).model))
+    methods = grid(options.reduction, options.form, options.options, also)
     flops = [] if "--metrics-only" in rest else ["--flops"]
     return run_and_print(["--method", methods, "--ratio", options.ratio, *flops, *rest])
 

@@ -84,6 +84,18 @@ def load_model(
     return pipe, classifier
 
 
+def denoiser_class(model: str) -> type[Any] | None:
+    """The class of a model's UNet or transformer, by its configuration; None where that cannot be read."""
+    import diffusers
+
+    try:
+        config = diffusers.DiffusionPipeline.load_config(EMBEDDED[model].weights if model in EMBEDDED else model)
+    except LOAD_ERRORS:  # loading the model will say why
+        return None
+    names = [config[part][1] for part in ("unet", "transformer") if part in config]
+    return getattr(diffusers, names[0], None) if names else None
+
+
 def _load(model: str, device: torch.device, dtype: torch.dtype, requested: str | None) -> Any:
     """The pipeline of a folder or an id, whose weights must all be in files; `variant_of` names their variant."""
     folder = local_folder(model)

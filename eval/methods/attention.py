@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
@@ -20,6 +21,11 @@ def as_square_map(tokens: Tensor) -> Tensor:
     """Tokens [B, N, C] of a square map as [B, side, side, C]; the images of an evaluation are square."""
     side = math.isqrt(tokens.shape[1])
     return tokens.view(tokens.shape[0], side, side, -1)
+
+
+def is_unet(denoiser: type[Any]) -> bool:
+    """Whether a class is that of a UNet."""
+    return issubclass(denoiser, UNet2DConditionModel)
 
 
 def unet_of(pipe: Any) -> Any:

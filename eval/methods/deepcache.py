@@ -8,7 +8,7 @@ from functools import partial, update_wrapper
 from types import SimpleNamespace
 from typing import Any
 
-from .attention import unet_of
+from .attention import is_unet, unet_of
 from .registry import register_method
 from .schedule import timesteps
 
@@ -42,6 +42,6 @@ def deepcache(
 
 
 for _name, _interval in INTERVALS.items():
-    register_method(_name, package=("DeepCache", "deepcache"), stackable=True, period=_interval)(
+    register_method(_name, package=("DeepCache", "deepcache"), stackable=True, period=_interval, fits=is_unet)(
         update_wrapper(partial(deepcache, interval=_interval), deepcache)
     )

@@ -16,6 +16,11 @@ from .registry import register_method
 THRESHOLDS = {"first-block-cache": 0.05, "first-block-cache-10": 0.1, "first-block-cache-20": 0.2}
 
 
+def has_cache(denoiser: type[Any]) -> bool:
+    """Whether diffusers has caches for a class of transformers."""
+    return hasattr(denoiser, "enable_cache")
+
+
 @contextmanager
 def first_block_cache(
     pipe: Any,
@@ -28,7 +33,7 @@ def first_block_cache(
     A batch is skipped as a whole, so that an image depends on its neighbours in the batch.
     """
     transformer = getattr(pipe, "transformer", pipe)
-    if not hasattr(transformer, "enable_cache"):
+    if not has_cache(type(transformer)):
         raise EvalError(f"diffusers has no cache for {type(transformer).__name__}")
     with ExitStack() as stack:
         stack.enter_context(inner(pipe))
@@ -44,6 +49,6 @@ def first_block_cache(
 
 
 for _name, _threshold in THRESHOLDS.items():
-    register_method(_name, stackable=True, varies=True)(
+    register_method(_name, stackable=True, varies=True, fits=has_cache)(
         update_wrapper(partial(first_block_cache, threshold=_threshold), first_block_cache)
     )

@@ -12,7 +12,7 @@ import tofu_sd
 
 from .. import EvalError
 from ..common.cli import quiet_patches
-from .attention import as_square_map, swap_attention
+from .attention import as_square_map, is_unet, swap_attention
 from .registry import register_method
 
 
@@ -36,7 +36,7 @@ def check_tiles(pipe: Any, latent: int) -> None:
             raise EvalError(f"hypertile cuts maps into 2 x 2 tiles, and this size gives one of {h} x {w} tokens")
 
 
-@register_method("hypertile", check=check_tiles)
+@register_method("hypertile", check=check_tiles, fits=is_unet)
 def hypertile(pipe: Any) -> AbstractContextManager[Any]:
     """Inside, the pipeline generates with tiled attention."""
     return swap_attention(pipe, TiledAttention)

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from .attention import swap_attention
+from .attention import is_unet, swap_attention
 from .registry import register_method
 
 
@@ -20,7 +20,7 @@ class NoAttention(Attention):  # type: ignore[misc]
         return torch.zeros_like(hidden_states)
 
 
-@register_method("no-attention")
+@register_method("no-attention", fits=is_unet)
 def no_attention(pipe: Any) -> AbstractContextManager[Any]:
     """Inside, the pipeline generates without the self-attention of the highest resolution."""
     return swap_attention(pipe, NoAttention)

@@ -42,6 +42,7 @@ class MethodSpec:
         stackable: whether `apply` takes `inner`, the context manager of another method to run inside this one.
         period: after how many steps it does the same again.
         varies: whether images differ in cost.
+        fits: whether it changes models of a class of UNets or transformers; None for any.
         check: raises EvalError for a pipeline and a latent's side that it cannot take.
     """
 
@@ -52,6 +53,7 @@ class MethodSpec:
     stackable: bool = False
     period: int = 1
     varies: bool = False
+    fits: Callable[[type[Any]], bool] | None = None
     check: Callable[[Any, int], None] | None = None
 
     @property
@@ -118,10 +120,19 @@ def parse(names: str, ratios: list[float]) -> list[Method]:
     return list(methods.values())
 
 
-def known_methods(stackable: bool | None = None) -> list[str]:
-    """Names of the registered methods; only those that can be stacked on another one, or only the others."""
+def known_methods(stackable: bool | None = None, denoiser: type[Any] | None = None) -> list[str]:
+    """Names of the registered methods.
+
+    Args:
+        stackable: only those that can be stacked on another one, or only the others.
+        denoiser: only those that fit this class of UNets or transformers.
+    """
     _load_own_methods()
-    return [name for name, spec in METHODS.items() if stackable in (None, spec.stackable)]
+
+    def fits(spec: MethodSpec) -> bool:
+        return denoiser is None or spec.fits is None or spec.fits(denoiser)
+
+    return [name for name, spec in METHODS.items() if stackable in (None, spec.stackable) and fits(spec)]
 
 
 def outer_and_inner(name: str) -> tuple[str | None, str]:

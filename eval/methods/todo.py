@@ -8,7 +8,7 @@ from typing import Any
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from .attention import as_square_map, swap_attention
+from .attention import as_square_map, is_unet, swap_attention
 from .registry import register_method
 
 
@@ -20,7 +20,7 @@ class DownsampledKeys(Attention):  # type: ignore[misc]
         return super().forward(hidden_states, encoder_hidden_states=keys)
 
 
-@register_method("todo")
+@register_method("todo", fits=is_unet)
 def todo(pipe: Any) -> AbstractContextManager[Any]:
     """Inside, the pipeline generates with downsampled keys and values."""
     return swap_attention(pipe, DownsampledKeys)

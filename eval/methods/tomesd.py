@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .attention import unet_of
+from .attention import is_unet, unet_of
 from .registry import register_method
 
 
-@register_method("tomesd", package=("tomesd", "tomesd"), takes_ratio=True)
+@register_method("tomesd", package=("tomesd", "tomesd"), takes_ratio=True, fits=is_unet)
 @contextmanager
 def tomesd(pipe: Any, ratio: float) -> Iterator[Any]:
     """Inside, the pipeline generates with tomesd's patch.

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from torch import Tensor
 
 from eval import EvalError
@@ -17,8 +18,8 @@ from eval.methods import attention, hypertile, schedule
 from eval.methods import registry as methods
 from tofu_sd.core.reductions import mean, prune
 
-OF_TRANSFORMERS = [name for name in methods.known_methods() if name.startswith("first-block-cache")]
-OF_UNETS = [name for name in methods.known_methods() if name not in OF_TRANSFORMERS]
+OF_UNETS = methods.known_methods(denoiser=UNet2DConditionModel)
+OF_TRANSFORMERS = methods.known_methods(denoiser=FluxTransformer2DModel)
 
 
 @pytest.mark.parametrize("name", [*OF_UNETS, "deepcache:tofu", "deepcache-2:tofu"])

@@ -80,6 +80,22 @@ def test_sweep_grid_has_every_combination() -> None:
     assert sweep.grid("tofu", "plain", [], "none") == "tofu"
 
 
+@pytest.mark.parametrize(("part", "kind", "some", "none"), [
+    ("unet", "UNet2DConditionModel", {"deepcache:tofu", "todo", "tomesd"}, {"first-block-cache"}),
+    ("transformer", "FluxTransformer2DModel", {"first-block-cache:tofu"}, {"deepcache", "todo", "tomesd"}),
+    ("transformer", "SD3Transformer2DModel", {"asymmetric"}, {"deepcache", "first-block-cache"}),
+    ("prior", "Unknown", {"deepcache", "first-block-cache"}, set()),  # loading it says what does not fit
+])  # fmt: skip
+def test_sweep_adds_the_methods_that_fit_the_model(
+    tmp_path: Path, part: str, kind: str, some: set[str], none: set[str]
+) -> None:
+    """One that does not fit would end the sweep."""
+    files.write_json(tmp_path / "model_index.json", {"_class_name": "Pipeline", part: ["diffusers", kind]})
+    found = set(sweep.others(str(tmp_path)))
+    assert some <= found
+    assert not none & found
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
